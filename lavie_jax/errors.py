@@ -1,0 +1,16 @@
+"""Errors that a person's input can cause. Scripts print them as one line and exit with code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input that a person gave is wrong; the message says what was given, what is allowed, what to do."""
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """The allowed names, nearest first: `"; did you mean 'ddim'? Allowed: ddim, ddpm"`."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Allowed: {', '.join(allowed)}"

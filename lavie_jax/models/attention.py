@@ -1,0 +1,152 @@
+"""Scaled dot-product attention, in one place, with a choice of kernel.
+
+Every attention of the cascade (spatial, text, temporal, VAE, text encoder) calls `attention`. The kernels compute the same
+function and differ in memory and speed:
+
+* `xla`          einsum, softmax, einsum; holds the scores (B, N, Sq, Sk) in float32.
+* `dot_product`  `jax.nn.dot_product_attention`, which may pick a fused kernel on a GPU.
+* `blockwise`    online softmax over blocks of keys (arXiv 2112.05682); never holds more than one block of scores.
+* `flash`        the Pallas TPU kernel; wants sequence lengths that are multiples of 128, no bias.
+* `auto`         `flash` on a TPU where it fits, `blockwise` where the scores would be large, else `xla`.
+
+Rotary position embedding and the T5-style relative position bias of the temporal attention are here too.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
+FLASH_BLOCK = 128  # the Pallas kernel's smallest block; other lengths are refused by it
+LARGE_SCORES = 2**30  # bytes of float32 scores above which `auto` no longer holds them all
+BLOCK = 1024  # queries and keys per block in the blockwise kernel
+
+
+def attention(
+    q: Float[Array, "b sq n k"],
+    k: Float[Array, "b sk n k"],
+    v: Float[Array, "b sk n k"],
+    *,
+    bias: Float[Array, "#b #n sq sk"] | None = None,
+    causal: bool = False,
+    kernel: str = "auto",
+) -> Float[Array, "b sq n k"]:
+    """softmax(q k^T / sqrt(K) + bias) v, with the softmax in float32 and the result in q's dtype.
+
+    `causal` lets query i see keys 0..i. Raises ValueError for an unknown kernel, or one that cannot take a bias or mask.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"Unknown attention kernel: {kernel!r}. Choose from {', '.join(KERNELS)}.")
+    if kernel == "auto":
+        kernel = _choose_kernel(q.shape, k.shape, plain=bias is None and not causal)
+    if kernel in ("blockwise", "flash") and (bias is not None or causal):
+        raise ValueError(f"The {kernel} attention kernel takes no bias and no causal mask; choose xla or dot_product.")
+    if kernel == "xla":
+        return _xla(q, k, v, bias, causal)
+    if kernel == "dot_product":
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=causal)
+    return _blockwise(q, k, v) if kernel == "blockwise" else _flash(q, k, v)
+
+
+def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain: bool) -> str:
+    batch, sq, heads, _ = q_shape
+    sk = k_shape[1]
+    if not plain:
+        return "xla"
+    if jax.default_backend() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0:
+        return "flash"
+    return "blockwise" if 4 * batch * heads * sq * sk > LARGE_SCORES else "xla"
+
+
+def _xla(q, k, v, bias, causal):
+    scores = jnp.einsum("bqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqs,bsnk->bqnk", weights, v)
+
+
+def _blockwise(q, k, v):
+    """Online softmax: running maximum m, denominator d and weighted sum of values o over blocks of keys."""
+    batch, sq, heads, width = q.shape
+    sk = k.shape[1]
+    q_block, k_block = min(BLOCK, sq), min(BLOCK, sk)
+
+    def blocks(x, size):  # (B, S, N, K) -> (S/size, B, size, N, K), zeros after the end
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+        return rearrange(x, "b (blocks s) n k -> blocks b s n k", s=size)
+
+    key_blocks = (blocks(k, k_block), blocks(v, k_block))
+    key_index = jnp.arange(key_blocks[0].shape[0] * k_block).reshape(-1, k_block)
+
+    def one_query_block(queries):
+        @jax.checkpoint  # so that the backward pass recomputes the block's scores instead of keeping them
+        def one_key_block(carry, block):
+            m, d, o = carry
+            keys, values, index = block
+            scores = jnp.einsum("bqnk,bsnk->bnqs", queries, keys, preferred_element_type=jnp.float32)
+            scores = jnp.where(index < sk, scores / math.sqrt(width), -jnp.inf)
+            m_new = jnp.maximum(m, scores.max(-1))
+            shrink = jnp.exp(m - m_new)
+            weights = jnp.exp(scores - m_new[..., None])
+            d = d * shrink + weights.sum(-1)
+            o_block = jnp.einsum("bnqs,bsnk->bnqk", weights.astype(values.dtype), values)
+            return (m_new, d, o * shrink[..., None] + o_block), None
+
+        rows = (batch, heads, q_block)
+        start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, width)))
+        (_, d, o), _ = jax.lax.scan(one_key_block, start, (*key_blocks, key_index))
+        return rearrange(o / d[..., None], "b n q k -> b q n k").astype(q.dtype)
+
+    out = jax.lax.map(one_query_block, blocks(q, q_block))
+    return rearrange(out, "blocks b q n k -> b (blocks q) n k")[:, :sq]
+
+
+def _flash(q, k, v):
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # importable on a TPU build alone
+
+    heads_first = "b s n k -> b n s k"
+    out = flash_attention(*(rearrange(x, heads_first) for x in (q, k, v)), sm_scale=1 / math.sqrt(q.shape[-1]))
+    return rearrange(out, "b n s k -> b s n k")
+
+
+def rotary_embedding(x: Float[Array, "b t n k"], rotary_width: int) -> Float[Array, "b t n k"]:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) of the first `rotary_width` channels of every head.
+
+    Pairs are interleaved, (0, 1), (2, 3), ...; the position is the frame index; theta is 10000.
+    """
+    frequencies = rotary_frequencies(rotary_width)
+    angles = np.arange(x.shape[1])[:, None] * frequencies  # (T, rotary_width / 2)
+    cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None, :] for f in (np.cos, np.sin))
+    turned, kept = jnp.split(x, [rotary_width], axis=-1)
+    even, odd = turned[..., 0::2].astype(jnp.float32), turned[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    turned = rearrange(turned, "b t n pairs two -> b t n (pairs two)").astype(x.dtype)
+    return jnp.concatenate([turned, kept], axis=-1)
+
+
+def rotary_frequencies(rotary_width: int) -> np.ndarray:
+    """1 / 10000^(2i / rotary_width), i = 0 .. rotary_width/2 - 1: what PyTorch checkpoints store as `rotary_emb.freqs`."""
+    return 1.0 / 10000.0 ** (np.arange(0, rotary_width, 2) / rotary_width)
+
+
+def relative_position_buckets(length: int, *, buckets: int = 32, max_distance: int = 32) -> np.ndarray:
+    """(T, T) int32: which bias query frame i uses for key frame j; T5 (arXiv 1910.10683, sec. 2.1), bidirectional.
+
+    Half of the buckets are for keys that come later. In each half the first half of the buckets is exact, the rest grow
+    logarithmically up to `max_distance`.
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]  # j - i
+    half = buckets // 2
+    exact = half // 2
+    size = np.abs(distance)
+    growth = np.log(np.maximum(size, 1) / exact, dtype=np.float32) / np.float32(math.log(max_distance / exact))
+    far = np.minimum(exact + (growth * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(size < exact, size, far) + half * (distance > 0)).astype(np.int32)
