@@ -1,0 +1,1 @@
+"""Host-side data: worlds and folders of clips in, numpy batches out. No models, no jax."""

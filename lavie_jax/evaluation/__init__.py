@@ -1,0 +1,1 @@
+"""Measures of finished models: what is in the videos that they make."""
