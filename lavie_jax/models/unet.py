@@ -1,0 +1,464 @@
+"""The UNet of the cascade: Stable Diffusion's, inflated over time (LaVie, sec. 3.1 to 3.3).
+
+One network for the image models (Stable Diffusion 1.x, the x4-upscaler) and for the three video stages; they differ by the
+fields of `UNetConfig` alone. Parameter paths mirror the PyTorch names, `down_blocks_0/attentions_1/...`.
+
+From top to bottom: `UNetConfig`, then from the inside out the attention of one block, the transformer, the temporal module of
+the super-resolution stage, the down, mid and up blocks, and last the `UNet` itself.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Num
+
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.models import layers
+from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
+from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, items_to_frames, on_video
+
+ROTARY_WIDTH = 32  # channels of every head that the rotary embedding turns, or the whole head where it is narrower
+TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer and in the temporal modules; elsewhere it is `norm_eps`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The architecture. The first group has diffusers' names and meanings, the second is what LaVie adds."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, outermost first
+    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
+    cross_attention_dim: int = 768  # width of the text
+    attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # heads at each level (diffusers calls this attention_head_dim)
+    only_cross_attention: tuple[bool, ...] = (False, False, False, False)  # levels whose attn1 attends to the text
+    use_linear_projection: bool = False  # into and out of a transformer: a dense layer, or a 1x1 convolution
+    num_class_embeds: int | None = None  # noise levels of the super-resolution stage
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    temporal_attention: str = "none"  # where: "none", "before_ff", "after_ff"
+    temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
+    spatial_attention: str = "self"  # "self", or "sparse_causal": the first and the previous frame (interpolation)
+    temporal_resblocks: bool = False  # each transformer begins with convolutions over time (super-resolution)
+    temporal_modules: bool = False  # a TemporalModule after each down, mid and up block (super-resolution)
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for field in ("attention_levels", "attention_heads", "only_cross_attention"):
+            if len(getattr(self, field)) != levels:
+                raise UserError(f"UNet config: {field} has {len(getattr(self, field))} entries for {levels} levels.")
+        choices = {"temporal_attention": ("none", "before_ff", "after_ff"), "spatial_attention": ("self", "sparse_causal")}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise UserError(f"UNet config: unknown {field} {getattr(self, field)!r}{suggest(getattr(self, field), allowed)}")
+        for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
+            if width % self.norm_num_groups or width % heads:
+                raise UserError(
+                    f"UNet config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups} and of {heads} heads."
+                )
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "UNetConfig":
+        """From what `to_dict` gave (and JSON made lists of). Raises UserError for an unknown field."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in names:
+                raise UserError(f"UNet config: unknown field {name!r}{suggest(name, names)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def to_dict(self) -> dict:
+        """A dict that JSON can hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_diffusers(cls, json: dict, kind: str) -> "UNetConfig":
+        """From a diffusers UNet config and the kind of model: "image", "base", "interpolation", "vsr".
+
+        Absent fields take diffusers' defaults; a field whose value this UNet cannot express raises UserError.
+        """
+        if kind not in VIDEO_FIELDS:
+            raise UserError(f"Unknown kind of UNet {kind!r}{suggest(kind, VIDEO_FIELDS)}")
+        for field, default in FIXED_DIFFUSERS_FIELDS.items():
+            if json.get(field, default) != default:
+                raise UserError(f"UNet config: {field} = {json[field]!r} is not supported; it must be {default!r}.")
+        widths = tuple(json.get("block_out_channels", cls.block_out_channels))
+        levels = len(widths)
+        down = json.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
+        up = json.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1))
+        attends = tuple(_has_attention(name, "Down") for name in down)
+        if attends[::-1] != tuple(_has_attention(name, "Up") for name in up) or len(down) != levels:
+            raise UserError(f"UNet config: down_block_types {down} and up_block_types {up} must mirror each other, one a level.")
+
+        def per_level(value):
+            return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+
+        temporal_levels = list(range(levels)) if VIDEO_FIELDS[kind].get("temporal_modules") else []
+        for field in ("down_temporal_idx", "up_temporal_idx"):
+            if kind == "vsr" and sorted(json.get(field, temporal_levels)) != temporal_levels:
+                raise UserError(f"UNet config: {field} = {json[field]!r} is not supported; every level has a temporal module.")
+        return cls(
+            in_channels=json.get("in_channels", 4),
+            out_channels=json.get("out_channels", 4),
+            block_out_channels=widths,
+            layers_per_block=json.get("layers_per_block", 2),
+            attention_levels=attends,
+            cross_attention_dim=json.get("cross_attention_dim", 1280),
+            attention_heads=per_level(json.get("attention_head_dim", 8)),
+            only_cross_attention=per_level(json.get("only_cross_attention", False)),
+            use_linear_projection=json.get("use_linear_projection", False),
+            num_class_embeds=json.get("num_class_embeds"),
+            norm_num_groups=json.get("norm_num_groups", 32),
+            norm_eps=json.get("norm_eps", 1e-5),
+            **VIDEO_FIELDS[kind],
+        )
+
+    def image_config(self) -> "UNetConfig":
+        """The image model inside: the same network without anything temporal."""
+        return dataclasses.replace(self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in TEMPORAL_FIELDS})
+
+
+TEMPORAL_FIELDS = ("temporal_attention", "temporal_position", "spatial_attention", "temporal_resblocks", "temporal_modules")
+VIDEO_FIELDS = {  # what a kind of model implies beyond its JSON
+    "image": {},
+    "base": {"temporal_attention": "before_ff", "temporal_position": True},
+    "interpolation": {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"},
+    "vsr": {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True, "temporal_modules": True},
+}
+FIXED_DIFFUSERS_FIELDS = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1,
+}
+
+
+def _has_attention(block_type: str, way: str) -> bool:
+    name = block_type.removesuffix("2D").removesuffix("3D")
+    if name not in (f"{way}Block", f"CrossAttn{way}Block"):
+        raise UserError(f"UNet config: unknown block type {block_type!r}{suggest(block_type, [f'{way}Block2D', f'CrossAttn{way}Block2D'])}")
+    return name.startswith("CrossAttn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every part of one UNet call has in common."""
+
+    config: UNetConfig
+    frames: Frames
+    dtype: Any
+    kernel: str
+
+    def resnet(self, features: int, name: str) -> ResnetBlock:
+        return ResnetBlock(features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B, S, C) to context (B, L, D), or to itself; q, k and v have no bias."""
+
+    s: Setting
+    heads: int
+    temporal: bool = False  # rotary embedding and relative position bias where the config has them; starts at zero
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        context = x if context is None else context
+        channels, dtype = x.shape[-1], self.s.dtype
+        q, k, v = (
+            rearrange(nn.Dense(channels, use_bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads)
+            for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
+        )
+        bias = None
+        if self.temporal and self.s.config.temporal_position:
+            width = min(ROTARY_WIDTH, channels // self.heads)
+            q, k = rotary_embedding(q, width), rotary_embedding(k, width)
+            bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(x.shape[1])
+        out = attention(q, k, v, bias=bias, kernel=self.s.kernel)
+        # video == image model at step 0: the output projection of temporal attention starts at zero, weight and bias
+        init = nn.initializers.zeros if self.temporal else nn.linear.default_kernel_init
+        out = rearrange(out, "b s n k -> b s (n k)")
+        return nn.Dense(channels, dtype=dtype, kernel_init=init, name="to_out_0")(out)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned score for each head and bucketed distance between frames: (1, N, T, T)."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, length: int):
+        table = nn.Embed(32, self.heads, embedding_init=nn.initializers.normal(1.0), name="relative_attention_bias")
+        return rearrange(table(relative_position_buckets(length)), "q k n -> 1 n q k")
+
+
+class FeedForward(nn.Module):
+    """GEGLU (arXiv 2002.05202): (value * gelu(gate)) projected back, four times as wide inside; exact erf GELU."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        value, gate = jnp.split(GEGLUProjection(8 * channels, self.dtype, name="net_0")(x), 2, axis=-1)
+        return nn.Dense(channels, dtype=self.dtype, name="net_2")(value * nn.gelu(gate, approximate=False))
+
+
+class GEGLUProjection(nn.Module):
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features, dtype=self.dtype, name="proj")(x)
+
+
+class TransformerBlock(nn.Module):
+    """Spatial self-attention, text cross-attention, temporal self-attention, feed-forward; each pre-norm and residual.
+
+    x (B, T+M, H, W, C); text (B, items, L, D), item 0 the video's. In the interpolation stage the temporal attention comes last.
+    """
+
+    s: Setting
+    level: int
+
+    @nn.compact
+    def __call__(self, x, text):
+        config = self.s.config
+        heads = config.attention_heads[self.level]
+
+        def norm(name):
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.s.dtype, name=name)
+
+        attn1 = Attention(self.s, heads, name="attn1")
+        y = norm("norm1")(x)
+        x = x + (self._to_text(attn1, y, text) if config.only_cross_attention[self.level] else self._spatial(attn1, y))
+        x = x + self._to_text(Attention(self.s, heads, name="attn2"), norm("norm2")(x), text)
+        if config.temporal_attention == "before_ff":
+            x = self._temporal(heads, norm, x)
+        x = x + FeedForward(self.s.dtype, name="ff")(norm("norm3")(x))
+        return self._temporal(heads, norm, x) if config.temporal_attention == "after_ff" else x
+
+    def _spatial(self, attn, x):
+        height, frames = x.shape[2], self.s.frames
+        fold, unfold = "b f h w c -> (b f) (h w) c", "(b f) (h w) c -> b f h w c"
+
+        def within(y):  # every frame attends to itself
+            return rearrange(attn(rearrange(y, fold)), unfold, b=y.shape[0], h=height)
+
+        def first_and_previous(y):  # LaVie sec. 3.3: the keys of frame i are those of frames 0 and i - 1
+            first, previous = jnp.broadcast_to(y[:, :1], y.shape), jnp.concatenate([y[:, :1], y[:, :-1]], axis=1)
+            context = rearrange(jnp.stack([first, previous]), "pair b t h w c -> (b t) (pair h w) c")
+            return rearrange(attn(rearrange(y, fold), context), unfold, b=y.shape[0], h=height)
+
+        if self.s.config.spatial_attention == "self":
+            return within(x)
+        video, images = x[:, : frames.video], x[:, frames.video :]
+        out = [first_and_previous(video)] if frames.video else []
+        return jnp.concatenate(out + [within(images)] if frames.images else out, axis=1)
+
+    def _to_text(self, attn, x, text):
+        """All frames of the video share one text, so they form one long sequence; every image has its own."""
+        batch, height, frames = x.shape[0], x.shape[2], self.s.frames
+        out = []
+        if frames.video:
+            video = rearrange(x[:, : frames.video], "b t h w c -> b (t h w) c")
+            out += [rearrange(attn(video, text[:, 0]), "b (t h w) c -> b t h w c", t=frames.video, h=height)]
+        if frames.images:
+            images = rearrange(x[:, frames.video :], "b m h w c -> (b m) (h w) c")
+            image_text = rearrange(text[:, -frames.images :], "b m l d -> (b m) l d")
+            out += [rearrange(attn(images, image_text), "(b m) (h w) c -> b m h w c", b=batch, h=height)]
+        return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+    def _temporal(self, heads, norm, x):
+        attn, norm = Attention(self.s, heads, temporal=True, name="attn_temporal"), norm("norm_temporal")
+
+        def over_time(video):  # the frames at each place attend to each other
+            batch, _, height = video.shape[:3]
+            y = attn(rearrange(norm(video), "b t h w c -> (b h w) t c"))
+            return video + rearrange(y, "(b h w) t c -> b t h w c", b=batch, h=height)
+
+        return on_video(over_time, x, self.s.frames)
+
+
+class Transformer(nn.Module):
+    """x + proj_out(block(proj_in(norm(x)))), after convolutions over time in the super-resolution stage."""
+
+    s: Setting
+    level: int
+
+    @nn.compact
+    def __call__(self, x, text):
+        config, dtype, channels = self.s.config, self.s.dtype, x.shape[-1]
+
+        def projection(name):
+            if config.use_linear_projection:
+                return nn.Dense(channels, dtype=dtype, name=name)
+            return layers.conv(channels, (1, 1), name=name, dtype=dtype)
+
+        if config.temporal_resblocks:
+            # conv2 starts at zero (not so in the original), so that the image model is unchanged at step 0
+            block = ResnetBlock(
+                channels, config.norm_num_groups, TRANSFORMER_EPS, Frames(self.s.frames.video, 0),
+                kernels=((3, 1, 1), (3, 1, 1)), zero=True, dtype=dtype, name="resblock_temporal",
+            )  # fmt: skip
+            x = on_video(block, x, self.s.frames)
+        # this norm alone has per-frame statistics
+        y = GroupNorm(config.norm_num_groups, TRANSFORMER_EPS, dtype=dtype, name="norm")(x)
+        y = TransformerBlock(self.s, self.level, name="transformer_blocks_0")(projection("proj_in")(y), text)
+        return x + projection("proj_out")(y)
+
+
+class TemporalModule(nn.Module):
+    """x + shift_conv(spatial(temporal(x))): the residual module over time after each block of the super-resolution UNet."""
+
+    s: Setting
+
+    @nn.compact
+    def __call__(self, x, temb):
+        groups, dtype, frames = self.s.config.norm_num_groups, self.s.dtype, Frames(self.s.frames.video, 0)
+        channels, video_temb = x.shape[-1], temb[:, :1]
+        temporal = ResnetBlock(channels, groups, TRANSFORMER_EPS, frames, ((5, 1, 1), (3, 1, 1)), dtype=dtype, name="resblocks_3d_t")
+        spatial = ResnetBlock(channels, groups, TRANSFORMER_EPS, frames, dtype=dtype, name="resblocks_3d_s")
+        shift = layers.conv(channels, (1, 1), name="shift_conv", dtype=dtype, zero=True)
+        return on_video(lambda video: video + shift(spatial(temporal(video, video_temb), video_temb)), x, self.s.frames)
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, with transformers at the levels that attend, then a strided convolution except at the deepest level."""
+
+    s: Setting
+    level: int
+
+    @nn.compact
+    def __call__(self, x, temb, text):
+        config = self.s.config
+        width = config.block_out_channels[self.level]
+        skips = []
+        for i in range(config.layers_per_block):
+            x = self.s.resnet(width, f"resnets_{i}")(x, temb)
+            if config.attention_levels[self.level]:
+                x = Transformer(self.s, self.level, name=f"attentions_{i}")(x, text)
+            skips.append(x)
+        if self.level < len(config.block_out_channels) - 1:
+            x = Downsample(width, dtype=self.s.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block, at the deepest level."""
+
+    s: Setting
+
+    @nn.compact
+    def __call__(self, x, temb, text):
+        width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
+        x = self.s.resnet(width, "resnets_0")(x, temb)
+        x = Transformer(self.s, deepest, name="attentions_0")(x, text)
+        return self.s.resnet(width, "resnets_1")(x, temb)
+
+
+class UpBlock(nn.Module):
+    """As many residual blocks as there are skips of this level, each fed one of them; then upsampling except at the last."""
+
+    s: Setting
+    level: int  # counted from the outermost, as on the way down
+
+    @nn.compact
+    def __call__(self, x, skips, temb, text, size):
+        config = self.s.config
+        width = config.block_out_channels[self.level]
+        for i, skip in enumerate(reversed(skips)):
+            x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb)
+            if config.attention_levels[self.level]:
+                x = Transformer(self.s, self.level, name=f"attentions_{i}")(x, text)
+        if self.level > 0:
+            x = Upsample(width, dtype=self.s.dtype, name="upsamplers_0")(x, size)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v, or x0) in x_t, for a video and for images beside it.
+
+    `remat="block"` recomputes each down, mid and up block in the backward pass instead of keeping its activations.
+    """
+
+    config: UNetConfig
+    dtype: Any = jnp.float32  # of the computation; parameters are float32, norms and softmax compute in float32
+    attention_kernel: str = "auto"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b frames h w c_in"],
+        t: Num[Array, "b"],
+        text: Float[Array, "b l d"] | None,
+        image_text: Float[Array, "b m l d"] | None = None,
+        image_t: Num[Array, "b m"] | None = None,
+        noise_level: Num[Array, "b"] | None = None,
+    ) -> Float[Array, "b frames h w c_out"]:
+        """Of x (B, T+M, H, W, C), the first T frames are the video's and the last M are images (M = 0 without `image_text`).
+
+        `text` is the video's caption, None when T = 0; `image_text` the images' own. `t` is the timestep of each row, and of its
+        images unless `image_t` gives them their own. `noise_level`: of the super-resolution stage's low-resolution input.
+        The result is float32. The video comes out as if the images were absent, each image as if it were alone.
+        """
+        config, dtype = self.config, self.dtype
+        if self.remat not in ("none", "block"):
+            raise ValueError(f"Unknown remat: {self.remat!r}. Choose from none, block.")
+        wrap = nn.remat if self.remat == "block" else lambda module, static_argnums=(): module
+        images = 0 if image_text is None else image_text.shape[1]
+        frames = Frames(x.shape[1] - images, images)
+        if frames.video < 0 or (frames.video > 0) != (text is not None):
+            raise ValueError(f"{x.shape[1]} frames with {images} images leave {frames.video} for the video; text goes with T > 0.")
+        if (noise_level is None) != (config.num_class_embeds is None):
+            raise ValueError("noise_level goes with a UNet that has num_class_embeds, and only with it.")
+        s = Setting(config, frames, dtype, self.attention_kernel)
+
+        # One timestep and one text for each item: the video, when there is one, then the images.
+        if image_t is None:
+            image_t = jnp.broadcast_to(t[:, None], (t.shape[0], images))
+        t_items = jnp.concatenate([t[:, None], image_t], axis=1) if frames.video else image_t
+        texts = [] if text is None else [text[:, None]]
+        texts = jnp.concatenate(texts if image_text is None else [*texts, image_text], axis=1).astype(dtype)  # (B, items, L, D)
+        temb = TimestepEmbedding(config.block_out_channels[0], dtype, name="time_embedding")(t_items)  # (B, items, E)
+        if config.num_class_embeds is not None:
+            embed = nn.Embed(config.num_class_embeds, temb.shape[-1], dtype=dtype, name="class_embedding")
+            temb = temb + embed(noise_level)[:, None]
+
+        def temporal_module(name, h):
+            return wrap(TemporalModule)(s, name=name)(h, temb) if config.temporal_modules else h
+
+        h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
+        levels = range(len(config.block_out_channels))
+        skips = [[h]]  # conv_in's output belongs to the outermost level
+        for level in levels:
+            h, level_skips = wrap(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts)
+            skips.append(level_skips)
+            h = temporal_module(f"down_temporal_blocks_{level}", h)
+        h = wrap(MidBlock)(s, name="mid_block")(h, temb, texts)
+        h = temporal_module("mid_temporal_block", h)
+
+        stack = [skip for level_skips in skips for skip in level_skips]
+        for i, level in enumerate(reversed(levels)):
+            count = config.layers_per_block + 1
+            stack, level_skips = stack[:-count], stack[-count:]
+            size = stack[-1].shape[2:4] if level else None  # the next skip's, which is odd where a side was
+            h = wrap(UpBlock, static_argnums=(5,))(s, level, name=f"up_blocks_{i}")(h, level_skips, temb, texts, size)
+            h = temporal_module(f"up_temporal_blocks_{i}", h)
+
+        h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
+        return layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h)).astype(jnp.float32)
