@@ -1,0 +1,94 @@
+"""CLIP text encoder: parity with transformers on random weights, causality, configurations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavie_jax.errors import UserError
+from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
+
+SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+             num_attention_heads=4, max_position_embeddings=20)
+
+
+def flax_params(state: dict) -> dict:
+    """A torch state dict under our paths; written out here so that the converter's tables are not their own judge."""
+    params = {}
+    for name, value in state.items():
+        if name.endswith("position_ids"):
+            continue
+        *path, leaf = name.removeprefix("text_model.").replace("layers.", "layers_").split(".")
+        if leaf == "weight" and "embedding" in path[-1]:
+            leaf = "embedding"
+        elif leaf == "weight":
+            leaf, value = ("kernel", value.T) if value.ndim == 2 else ("scale", value)
+        node = params
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = jnp.asarray(value.numpy())
+    return params
+
+
+def small_text(dtype=jnp.float32, **changes):
+    model = CLIPText(CLIPTextConfig(**SIZES | changes), dtype)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 11)), jnp.int32)
+    return model, model.init(jax.random.key(0), tokens), tokens
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_matches_transformers(hidden_act):
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPTextConfig as TorchConfig
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    theirs = CLIPTextModel(TorchConfig(**SIZES, hidden_act=hidden_act, bos_token_id=0, eos_token_id=98)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokens = np.random.default_rng(0).integers(0, 99, (2, 11))
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.tensor(tokens)).last_hidden_state.numpy()
+    config = CLIPTextConfig.from_diffusers(theirs.config.to_dict())
+    assert config == CLIPTextConfig(**SIZES, hidden_act=hidden_act)
+    ours = CLIPText(config).apply({"params": flax_params(theirs.state_dict())}, jnp.asarray(tokens, jnp.int32))
+    assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_is_causal():
+    model, variables, tokens = small_text()
+    whole = model.apply(variables, tokens)
+    assert whole.shape == (2, 11, 32)
+    np.testing.assert_allclose(model.apply(variables, tokens[:, :6]), whole[:, :6], atol=1e-5)
+    other = model.apply(variables, tokens.at[:, 5].set(7 - tokens[:, 5] % 2))
+    np.testing.assert_allclose(other[:, :5], whole[:, :5], atol=1e-5)
+    assert np.abs(other[:, 5:] - whole[:, 5:]).max() > 1e-2
+
+
+def test_bfloat16_computes_near_float32():
+    model, variables, tokens = small_text()
+    half = CLIPText(model.config, jnp.bfloat16).apply(variables, tokens)
+    whole = model.apply(variables, tokens)
+    assert half.dtype == jnp.float32
+    assert 1e-5 < np.linalg.norm(half - whole) / np.linalg.norm(whole) < 0.03
+
+
+def test_config_roundtrip_and_errors():
+    config = CLIPTextConfig(**SIZES, hidden_act="gelu")
+    assert CLIPTextConfig.from_dict(config.to_dict()) == config
+    assert CLIPTextConfig.from_diffusers({"text_config": SIZES}) == CLIPTextConfig(**SIZES)
+    with pytest.raises(UserError, match="hidden_act.*'gelu_new'"):
+        CLIPTextConfig.from_diffusers(SIZES | {"hidden_act": "gelu_new"})
+    with pytest.raises(UserError, match="num_attention_heads = 5"):
+        CLIPTextConfig(**SIZES | {"num_attention_heads": 5})
+    with pytest.raises(UserError, match="did you mean 'hidden_size'"):
+        CLIPTextConfig.from_dict({"hiden_size": 32})
+    with pytest.raises(UserError, match="vocab_size: int is needed"):
+        CLIPTextConfig.from_dict({"vocab_size": "many"})
+
+
+def test_too_many_tokens_are_refused():
+    model, variables, _ = small_text()
+    with pytest.raises(UserError, match="20 positions"):
+        model.apply(variables, jnp.zeros((1, 21), jnp.int32))

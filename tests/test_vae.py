@@ -1,0 +1,184 @@
+"""VAE: parity with a PyTorch reference on random weights, shapes, patches, kernels, dtypes, configurations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from lavie_jax.errors import UserError
+from lavie_jax.models.vae import VAE, SpatialAttention, VAEConfig, sample_posterior
+
+SMALL = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
+
+
+def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
+    """A VAE whose every parameter is random: fresh biases of zero would hide mistakes."""
+    vae = VAE(config, dtype)
+    side = 4 * config.factor
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))["params"]
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        scale = 0.2 if len(leaf.shape) == 1 else np.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray(rng.normal(0.5 if len(leaf.shape) == 1 else 0, scale, leaf.shape), jnp.float32)
+
+    return vae, {"params": jax.tree.map(fill, shapes)}
+
+
+def random_images(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (*shape, 3)), jnp.float32)
+
+
+class TorchVAE:
+    """diffusers' AutoencoderKL for `SMALL`, written with torch functions over our parameters, channels first."""
+
+    def __init__(self, torch, params):
+        self.torch, self.f = torch, torch.nn.functional
+        self.p = {k: torch.from_numpy(np.array(v)) for k, v in flatten_dict(params["params"], sep="/").items()}
+
+    def conv(self, x, name, **options):
+        return self.f.conv2d(x, self.p[name + "/kernel"].permute(3, 2, 0, 1), self.p[name + "/bias"], **options)
+
+    def linear(self, x, name):
+        return self.f.linear(x, self.p[name + "/kernel"].T, self.p[name + "/bias"])
+
+    def norm(self, x, name):
+        return self.f.group_norm(x, SMALL.norm_num_groups, self.p[name + "/scale"], self.p[name + "/bias"], 1e-6)
+
+    def resnet(self, x, name):
+        h = self.conv(self.f.silu(self.norm(x, name + "/norm1")), name + "/conv1", padding=1)
+        h = self.conv(self.f.silu(self.norm(h, name + "/norm2")), name + "/conv2", padding=1)
+        return h + (self.conv(x, name + "/conv_shortcut") if name + "/conv_shortcut/kernel" in self.p else x)
+
+    def attention(self, x, name):
+        y = self.norm(x, name + "/group_norm").flatten(2).transpose(1, 2)
+        q, k, v = (self.linear(y, f"{name}/{part}") for part in ("to_q", "to_k", "to_v"))
+        y = self.torch.softmax(q @ k.transpose(1, 2) / x.shape[1] ** 0.5, -1) @ v
+        return x + self.linear(y, name + "/to_out_0").transpose(1, 2).reshape(x.shape)
+
+    def mid(self, x, half):
+        x = self.attention(self.resnet(x, half + "/mid_block/resnets_0"), half + "/mid_block/attentions_0")
+        return self.resnet(x, half + "/mid_block/resnets_1")
+
+    def encode(self, x):
+        x = self.resnet(self.conv(x, "encoder/conv_in", padding=1), "encoder/down_blocks_0/resnets_0")
+        x = self.conv(self.f.pad(x, (0, 1, 0, 1)), "encoder/down_blocks_0/downsamplers_0/conv", stride=2)
+        x = self.mid(self.resnet(x, "encoder/down_blocks_1/resnets_0"), "encoder")
+        x = self.conv(self.f.silu(self.norm(x, "encoder/conv_norm_out")), "encoder/conv_out", padding=1)
+        mean, logvar = self.conv(x, "quant_conv").chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        x = self.mid(self.conv(self.conv(z, "post_quant_conv"), "decoder/conv_in", padding=1), "decoder")
+        for i in range(2):
+            x = self.resnet(x, f"decoder/up_blocks_0/resnets_{i}")
+        x = self.f.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = self.conv(x, "decoder/up_blocks_0/upsamplers_0/conv", padding=1)
+        for i in range(2):
+            x = self.resnet(x, f"decoder/up_blocks_1/resnets_{i}")
+        return self.conv(self.f.silu(self.norm(x, "decoder/conv_norm_out")), "decoder/conv_out", padding=1)
+
+
+def relative(ours, wanted):
+    return np.linalg.norm(np.asarray(ours) - wanted) / np.linalg.norm(wanted)
+
+
+def test_matches_pytorch():
+    torch = pytest.importorskip("torch")
+    vae, params = random_vae()
+    reference = TorchVAE(torch, params)
+    images = random_images(2, 8, 12)
+    latents = jnp.asarray(np.random.default_rng(2).normal(size=(2, 4, 6, 4)), jnp.float32)
+    wanted = reference.encode(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2))
+    for ours, theirs in zip(vae.apply(params, images, method="encode"), wanted, strict=True):
+        assert relative(ours, theirs.permute(0, 2, 3, 1).numpy()) < 1e-5
+    decoded = reference.decode(torch.from_numpy(np.array(latents)).permute(0, 3, 1, 2))
+    assert relative(vae.apply(params, latents, method="decode"), decoded.permute(0, 2, 3, 1).numpy()) < 1e-5
+
+
+def test_leading_axes_are_independent_images():
+    vae, params = random_vae()
+    images = random_images(2, 3, 8, 8)
+    mean, logvar = vae.apply(params, images, method="encode")
+    assert mean.shape == logvar.shape == (2, 3, 4, 4, 4)
+    alone = vae.apply(params, images[1, 2], method="encode")[0]
+    np.testing.assert_allclose(mean[1, 2], alone, atol=1e-5)
+    assert vae.apply(params, mean, method="decode").shape == images.shape
+
+
+@pytest.mark.parametrize("patch_size, widths, side", [(2, (16, 32), 4), (4, (16,), 4), (1, (8, 8, 16, 16), 2)])
+def test_factor_says_the_latents_size(patch_size, widths, side):
+    config = VAEConfig(block_out_channels=widths, norm_num_groups=8, patch_size=patch_size)
+    vae, params = random_vae(config)
+    images = random_images(1, 16, 16)
+    assert config.factor == 16 // side
+    mean, _ = vae.apply(params, images, method="encode")
+    assert mean.shape == (1, side, side, 4)
+    assert vae.apply(params, images).shape == images.shape
+
+
+def test_patches_keep_places():
+    """What changes in one corner of the image moves the latents of that corner most."""
+    vae, params = random_vae(VAEConfig(block_out_channels=(8,), norm_num_groups=8, patch_size=4))
+    images = random_images(1, 32, 32)
+    before = vae.apply(params, images, method="encode")[0]
+    after = vae.apply(params, images.at[:, :4, -4:].multiply(-1), method="encode")[0]
+    change = np.abs(after - before).sum(-1)[0]
+    assert np.unravel_index(change.argmax(), change.shape)[0] <= 2
+    assert np.unravel_index(change.argmax(), change.shape)[1] >= 5
+
+
+def test_patches_must_divide_the_sides():
+    vae, params = random_vae(VAEConfig(block_out_channels=(8,), norm_num_groups=8, patch_size=4))
+    with pytest.raises(UserError, match="30x32"):
+        vae.apply(params, random_images(1, 30, 32), method="encode")
+
+
+def test_logvar_is_clamped():
+    vae, params = random_vae()
+    params["params"]["quant_conv"]["bias"] = jnp.asarray([0.0] * 4 + [1e3, -1e3, 0, 0], jnp.float32)
+    _, logvar = vae.apply(params, random_images(1, 8, 8), method="encode")
+    assert np.all(logvar[..., 0] == 20) and np.all(logvar[..., 1] == -30)
+
+
+def test_bfloat16_computes_near_float32():
+    vae, params = random_vae()
+    images = random_images(1, 16, 16)
+    half = VAE(SMALL, jnp.bfloat16).apply(params, images)
+    assert half.dtype == jnp.float32
+    assert 1e-5 < relative(half, vae.apply(params, images)) < 0.05
+
+
+def test_mid_block_attention_is_the_same_blockwise():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 36, 32, 32)), jnp.float32)  # more places than one block holds
+    plain, blockwise = (SpatialAttention(SMALL, jnp.float32, kernel) for kernel in ("xla", "blockwise"))
+    params = plain.init(jax.random.key(0), x)
+    wanted = plain.apply(params, x)
+    assert relative(wanted, x) > 1e-2
+    assert relative(blockwise.apply(params, x), wanted) < 1e-6
+
+
+def test_sample_posterior_has_its_mean_and_variance():
+    mean, logvar = jnp.full((1, 64, 64, 4), 3.0), jnp.full((1, 64, 64, 4), np.log(0.25), jnp.float32)
+    draw = sample_posterior(mean, logvar, jax.random.key(0))
+    assert abs(float(draw.mean()) - 3) < 0.02 and abs(float(draw.std()) - 0.5) < 0.02
+    np.testing.assert_array_equal(draw, sample_posterior(mean, logvar, jax.random.key(0)))
+
+
+def test_config_roundtrip_and_errors():
+    assert VAEConfig.from_dict(SMALL.to_dict()) == SMALL
+    sd = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+          "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+          "layers_per_block": 2, "sample_size": 512, "scaling_factor": 0.18215}
+    config = VAEConfig.from_diffusers(sd)
+    assert config.factor == 8 and config.layers_per_block == 2 and config.norm_num_groups == 32
+    for change, message in [
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types"),
+        ({"use_quant_conv": False}, "use_quant_conv"),
+        ({"block_out_channels": [100]}, "block_out_channels"),
+        ({"layers_per_blok": 2}, "did you mean 'layers_per_block'"),
+        ({"latent_channels": 0}, "latent_channels"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            VAEConfig.from_diffusers({"block_out_channels": [64]} | change)
