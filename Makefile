@@ -1,0 +1,48 @@
+# make demo         install, sample three prompts with the shipped model into demo/
+# make test         the test-suite
+# make lint         ruff
+# make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
+# make train-demo   train the small world's VAE, image model and video model on a CPU (2 cores: about 2 hours)
+#
+# The targets make .venv themselves. Another Python: make PYTHON=/path/to/python3.12 demo
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+.PHONY: demo test lint parity-full train-demo
+
+demo: $(VENV)/requirements.stamp
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(PY) sample.py --out demo --overwrite \
+		--prompt "a red circle moving left" \
+		--prompt "a small blue square moving up right over a yellow background" \
+		--prompt "a big green triangle standing still over a black background"
+	@echo "The videos, what made them (JSON) and a contact sheet are in $(CURDIR)/demo"
+
+test: $(VENV)/test.stamp
+	@$(PY) tools/torch_for_tests.py
+	$(PY) -m pytest
+
+lint: $(VENV)/test.stamp
+	$(PY) -m ruff check .
+
+parity-full: $(VENV)/requirements.stamp
+	JAX_PLATFORMS=cpu $(PY) -m lavie_jax.parity tests/golden
+
+$(VENV)/pip.stamp:
+	@test -n "$(PYTHON)" || \
+		{ echo "error: no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/requirements.stamp: requirements.txt $(VENV)/pip.stamp
+	@echo "Installing requirements.txt into $(VENV): a minute or two, once."
+	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml $(VENV)/requirements.stamp
+	@echo "Installing the test tools into $(VENV)."
+	@$(PIP) install --editable ".[test]"
+	@touch $@
