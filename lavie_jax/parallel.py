@@ -1,0 +1,150 @@
+"""Where arrays live: the device mesh, the rules that place parameters on it, and the batch.
+
+The mesh has three axes. `data` splits the batch; `fsdp` splits the batch and the parameters, which
+are gathered where they are used; `tensor` splits heads and hidden widths. Every axis is
+`AxisType.Auto`: the compiler chooses the collectives, and model code needs no annotations. A rule is
+(regex on the parameter's path, PartitionSpec of its *last* axes), so that one rule serves a linear
+kernel (I, O) and a convolution (h, w, I, O), and serves the optimizer state and the EMA too, whose
+paths end in the parameter's path.
+
+Not here: which parameters are trained (`training/optimizer.py`).
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lavie_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+P = PartitionSpec
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# First match wins. Pairs of linear layers are split by columns, then by rows (Megatron,
+# arXiv 1909.08053), so that `tensor` costs one reduction a pair. Biases and norms are replicated.
+RULES: Rules = (
+    (r"/(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|net_0/proj|linear_1)/kernel$", P("fsdp", "tensor")),
+    (r"/(to_out_0|out_proj|fc2|net_2|linear_2)/kernel$", P("tensor", "fsdp")),
+    (r"/kernel$", P(None, "fsdp")),
+    (r"/embedding$", P(None, "fsdp")),
+    (r"", P()),
+)
+
+
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor); at most one of them is -1, "whatever is left".
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    given = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
+    if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise UserError(f"{given}: each axis is a positive number, and at most one is -1 (the rest).")
+    if -1 in sizes:
+        known = int(np.prod([n for n in sizes if n != -1]))
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(f"{given} does not fit {len(devices)} devices: the product must be that number.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """The placement of the array at `path`, e.g. `params/unet/conv_in/kernel`.
+
+    An axis that its mesh axis does not divide is replicated: conv_in has 4 input channels.
+    """
+    last = next(s for pattern, s in rules if re.search(pattern, path))
+    full = (None,) * (len(shape) - len(last)) + tuple(last)[max(0, len(last) - len(shape)) :]
+    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape, strict=True)))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs."""
+
+    def one(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec(name, x.shape, mesh, rules))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
+    """Refuses a global batch that the devices (and the accumulation steps) do not divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if accumulate < 1 or batch < 1 or batch % (ways * accumulate):
+        raise UserError(
+            f"batch={batch} cannot be split over {ways} batch devices x accumulate={accumulate}: "
+            f"choose a multiple of {ways * max(accumulate, 1)}."
+        )
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Moves a tree of host arrays, the same on every process, to the devices.
+
+    `sharding` is one sharding or a tree of them.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+
+    def one(x, s):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+
+    return jax.tree.map(one, tree, sharding)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of the batch (numpy) -> global arrays, first axis split over devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def gather(tree: Any) -> Any:
+    """Device arrays, however sharded -> the whole arrays in numpy on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+
+def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
+    """Must run before anything asks jax for devices.
+
+    Args:
+      cpu_devices: split the host CPU into this many jax devices; 0 leaves it alone. A batch split over
+        two of them trains faster on two cores than one device with two threads.
+      distributed: join the other hosts (TPU pods and Slurm are detected; elsewhere
+        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who).
+    """
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if distributed:
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )

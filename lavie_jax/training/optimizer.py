@@ -1,0 +1,85 @@
+"""AdamW with warm-up and clipping, and the choice of parameters that are trained (paper, appendix D)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import traverse_util
+
+from lavie_jax.errors import UserError, suggest
+
+# LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on
+# images and videos (best), the whole UNet on videos only (forgets), the temporal layers only (poor).
+REGIMES = ("joint", "video_only", "temporal_only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The paper gives none of these numbers; the defaults are Stable Diffusion's habits."""
+
+    learning_rate: float = 1e-4
+    warmup: int = 1000  # updates of linear warm-up
+    decay: str = "constant"  # after the warm-up: "constant" or "cosine" (to zero at the last update)
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01  # on kernels only
+    clip: float = 1.0  # global norm of the gradient; 0 = no clipping
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """update number -> learning rate."""
+    if config.decay not in ("constant", "cosine"):
+        raise UserError(f"unknown optimizer.decay {config.decay!r}{suggest(config.decay, ('constant', 'cosine'))}")
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, config.warmup, max(steps, config.warmup + 1)
+        )
+    # A warm-up of 0 would divide by zero inside optax's linear schedule.
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else (
+        optax.constant_schedule(config.learning_rate)
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip the gradient's global norm, then AdamW; weight decay on kernels only."""
+    decayed = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel"), params
+    )
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+
+
+def is_trained(path: str, *, regime: str, images_only: bool) -> bool:
+    """Whether the parameter at `path` (e.g. `unet/conv_in/kernel`) is trained.
+
+    Without video frames the temporal layers do nothing: left out, weight decay cannot wear them down.
+    """
+    temporal = "temporal" in path
+    return temporal if regime == "temporal_only" else not (temporal and images_only)
+
+
+def split(params: Mapping[str, Any], *, regime: str, images_only: bool) -> tuple[dict, dict]:
+    """Splits a nested dict of parameters into flat dicts (trained, frozen) with paths as keys.
+
+    Differentiating the first alone costs no gradients and no optimizer state for the second.
+    """
+    if regime not in REGIMES:
+        raise UserError(f"unknown regime {regime!r}{suggest(regime, REGIMES)}")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    trained = {k: v for k, v in flat.items() if is_trained(k, regime=regime, images_only=images_only)}
+    if not trained:
+        raise UserError(f"regime {regime!r} trains no parameter of this model.")
+    return trained, {k: v for k, v in flat.items() if k not in trained}
+
+
+def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
+    """The inverse of `split`."""
+    return traverse_util.unflatten_dict({**trained, **frozen}, sep="/")

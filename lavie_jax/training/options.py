@@ -1,0 +1,146 @@
+"""The command line of train.py: a config file, and `--config.FIELD=VALUE` for any of its fields.
+
+`--config FILE.py:MODE` calls `get_config("MODE")` of that file, which returns an
+`ml_collections.ConfigDict`. A field that does not exist is refused with the nearest name that does.
+The ConfigDict stops at the script: below it there are dataclasses and plain values.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavie_jax.errors import UserError, suggest
+
+USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...]"
+
+
+def parse(argv: Sequence[str]) -> tuple[Any, Path]:
+    """Command-line words (without the program's name) -> (locked ConfigDict, workdir).
+
+    Raises:
+      UserError: an unknown flag or field, a value of the wrong type, a missing file.
+    """
+    flags: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, has_value, value = word.partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; {USAGE}")
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{name} needs a value; {USAGE}")
+            value = words.pop(0)
+        flags[name[2:]] = value
+
+    overrides = {k.removeprefix("config."): v for k, v in flags.items() if k.startswith("config.")}
+    unknown = [k for k in flags if k not in ("config", "workdir") and not k.startswith("config.")]
+    if unknown:
+        raise UserError(f"unknown flag --{unknown[0]}{suggest(unknown[0], ('config', 'workdir', 'config.FIELD'))}")
+    for name in ("config", "workdir"):
+        if not flags.get(name):
+            raise UserError(f"--{name} is missing; {USAGE}")
+    config = load(flags["config"])
+    for field, text in overrides.items():
+        override(config, field, text)
+    return config, Path(flags["workdir"]).expanduser()
+
+
+def load(spec: str) -> Any:
+    """`"configs/base.py:tiny"` -> the locked ConfigDict that `get_config("tiny")` there returns."""
+    name, _, mode = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"config file {name} does not exist; see the files under configs/.")
+    if importlib.util.find_spec("ml_collections") is None:
+        raise UserError("training needs the package ml_collections (pip install ml_collections).")
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config file {name} is not a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {name} defines no get_config(mode).")
+    config = module.get_config(mode)
+    config.lock()
+    return config
+
+
+def check_mode(mode: str, allowed: Sequence[str]) -> None:
+    """For config files: refuses a mode (`FILE.py:MODE`) that the file does not have."""
+    if mode and mode not in allowed:
+        raise UserError(f"unknown config mode {mode!r}{suggest(mode, allowed)}")
+
+
+def override(config: Any, field: str, text: str) -> None:
+    """Sets the dotted `field` to `text`, read as the type that the field has now."""
+    *groups, leaf = field.split(".")
+    node = config
+    for group in groups:
+        node = node[group] if _is_group(node) and group in node else None
+        if node is None:
+            break
+    if node is None or not _is_group(node) or leaf not in node:
+        raise UserError(f"unknown config field {field!r}{_nearest(field, fields(config))}")
+    if _is_group(node[leaf]):
+        inner = fields(node[leaf])
+        raise UserError(f"config field {field!r} is a group; set one of {', '.join(f'{field}.{k}' for k in inner)}")
+    with node.ignore_type():
+        node[leaf] = _convert(text, node[leaf], field)
+
+
+def fields(config: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all fields."""
+    out = []
+    for key in config:
+        value = config[key]
+        out += fields(value, f"{prefix}{key}.") if _is_group(value) else [prefix + key]
+    return out
+
+
+def _is_group(value: Any) -> bool:
+    return hasattr(value, "keys")
+
+
+def _nearest(field: str, names: list[str]) -> str:
+    """The nearest field by whole name, else by its last part: `lr_rate` finds `optimizer.lr`."""
+    hint = suggest(field, names).partition(" Allowed:")[0]
+    if hint == ".":
+        last = {n.rpartition(".")[2]: n for n in names}
+        near = suggest(field.rpartition(".")[2], last).partition(" Allowed:")[0]
+        for short, full in last.items():
+            near = near.replace(f"'{short}'", f"'{full}'")
+        hint = near
+    return hint if hint != "." else f". Fields: {', '.join(names)}"
+
+
+def _convert(text: str, old: Any, field: str) -> Any:
+    """`text` as a value of the type of `old`."""
+    wrong = UserError(f"config field {field!r} takes a {type(old).__name__} such as {old!r}, not {text!r}.")
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise wrong
+        return text.lower() in ("true", "1")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(text.split(",")) if isinstance(old, (tuple, list)) else None
+    if isinstance(old, (tuple, list)):
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        kind = type(old[0]) if old else None
+        if kind and not all(isinstance(v, (kind, int) if kind is float else kind) for v in value):
+            raise wrong
+        return value
+    if isinstance(old, int):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+            raise wrong
+        return int(value)
+    if isinstance(old, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong
+        return float(value)
+    raise wrong

@@ -1,0 +1,122 @@
+"""One update, for whatever is trained: gradient, accumulation, optimizer, EMA.
+
+A `Task` says what is trained (`training/autoencoder.py`, `training/diffusion.py`); here is what all
+tasks share. The state is a plain dict `{"params", "opt_state", "ema", "step"}`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import optax
+
+from lavie_jax.training import ema, optimizer
+
+Batch = Mapping[str, jax.Array]
+Losses = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, as pure functions.
+
+    Attributes:
+      init: rng -> nested dict of float32 parameters.
+      start: parameters (numpy) to start from instead of `init`; None = from scratch.
+      frozen: parameters that the loss needs and nobody trains.
+      loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch.
+      held_out: (params, frozen, batch, rng) -> {name: value}, the same whenever it is called.
+      export: (path, params in numpy, held-out values) writes a weights folder.
+      regime: which parameters are trained, see `training/optimizer.py`.
+      images_only: whether the batches hold no video.
+    """
+
+    init: Callable[[jax.Array], Any]
+    start: Any
+    frozen: Any
+    loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Losses]]
+    held_out: Callable[[Any, Any, Batch, jax.Array], Losses]
+    export: Callable[[Path, Any, Mapping[str, float]], None]
+    regime: str = "joint"
+    images_only: bool = False
+
+    def split(self, params: Any) -> tuple[dict, dict]:
+        """(trained, untouched) parameters, flat."""
+        return optimizer.split(params, regime=self.regime, images_only=self.images_only)
+
+
+def make_state(params: Any, task: Task, tx: optax.GradientTransformation) -> dict[str, Any]:
+    """The state before the first update. The EMA is its own copy: both are donated."""
+    return {
+        "params": params,
+        "opt_state": tx.init(task.split(params)[0]),
+        "ema": jax.tree.map(jnp.copy, params),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def make_update(
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int = 1,
+) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
+    """The function (state, frozen, batch) -> (new state, mean losses and gradient norm).
+
+    Its randomness is keyed by (seed, step), so that a resumed run draws what an uninterrupted one does,
+    and by nothing that depends on the number of devices.
+
+    Args:
+      task: what is trained.
+      tx: the optimizer; it sees the trained parameters as a flat dict.
+      seed: of the run.
+      ema_decay: see `ema.update`.
+      accumulate: the batch is worked off in this many parts, one after the other, whose gradients are
+        averaged: the memory of a part, the update of the whole.
+    """
+
+    def gradients(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
+        def loss(trained):
+            return task.loss(optimizer.merge(trained, untouched), frozen, batch, rng)
+
+        (value, losses), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        return grads, {"loss": value, **losses}
+
+    def accumulated(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
+        if accumulate == 1:
+            return gradients(trained, untouched, frozen, batch, rng)
+        # Part i takes every accumulate-th row: each device works on its own rows in every part.
+        parts = {k: einops.rearrange(x, "(b a) ... -> a b ...", a=accumulate) for k, x in batch.items()}
+
+        def body(total, i):
+            part = {k: x[i] for k, x in parts.items()}
+            out = gradients(trained, untouched, frozen, part, jax.random.fold_in(rng, i))
+            return jax.tree.map(jnp.add, total, out), None
+
+        first = {k: x[0] for k, x in parts.items()}
+        shapes = jax.eval_shape(gradients, trained, untouched, frozen, first, rng)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
+        rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+        trained, untouched = task.split(state["params"])
+        grads, losses = accumulated(trained, untouched, frozen, batch, rng)
+        updates, opt_state = tx.update(grads, state["opt_state"], trained)
+        params = optimizer.merge(optax.apply_updates(trained, updates), untouched)
+        new = {
+            "params": params,
+            "opt_state": opt_state,
+            "ema": ema.update(state["ema"], params, state["step"], decay=ema_decay),
+            "step": state["step"] + 1,
+        }
+        return new, {**losses, "gradient_norm": optax.global_norm(grads)}
+
+    return update
