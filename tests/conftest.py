@@ -1,7 +1,7 @@
 """Every test runs on 8 virtual CPU devices, without network, with array shapes and types checked at run time.
 
-The order matters: the environment is set before jax is imported, the devices before jax is used, and the import
-hook is installed before lavie_jax is imported.
+The order matters: the environment is set before jax is imported, the devices before jax is used, and the
+import hook is installed before lavie_jax is imported.
 """
 
 import os

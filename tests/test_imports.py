@@ -67,7 +67,9 @@ def test_a_file_imports_only_what_its_rank_may_know(path):
     allowed = KNOWS[here] | {here, "errors"}
     for name in imported(path, SOURCES[path]):
         root, *rest = name.split(".")
-        assert root not in ("configs", "train", "sample", "convert_torch"), f"{path} imports the script {name}"
+        assert root not in ("configs", "train", "sample", "convert_torch"), (
+            f"{path} imports the script {name}"
+        )
         if root == "lavie_jax" and rest:
             assert rest[0] in allowed, f"{path} imports {name}; {here} may know {sorted(allowed)}"
 

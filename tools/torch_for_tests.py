@@ -1,8 +1,8 @@
 """Gives the converter's tests a PyTorch, unless that would bring gigabytes of CUDA along.
 
 Run by `make test`. Where pip can have the pinned version as a CPU build (macOS, or a package index that
-serves one), it is installed; where every build on offer depends on CUDA packages, nothing is installed and the
-tests that need torch are skipped. A torch that is already in the environment is always used. What is
+serves one), it is installed; where every build on offer depends on CUDA packages, nothing is installed and
+the tests that need torch are skipped. A torch that is already in the environment is always used. What is
 printed says which case it is.
 """
 
