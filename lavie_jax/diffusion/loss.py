@@ -1,0 +1,76 @@
+"""Training losses: min-SNR weights, and LaVie's joint image-video loss."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
+
+
+def min_snr_weight(schedule: Schedule, t: Int[ArrayLike, "*times"], gamma: float) -> Float[Array, "*times"]:
+    """Loss weight of each timestep (min-SNR-gamma, sec. 3.4, arXiv 2303.09556).
+
+    The weight min(SNR, gamma) is for a loss on x0. On the squared error of what the network predicts it is
+
+        sample         min(SNR, gamma)
+        epsilon        min(SNR, gamma) / SNR
+        v_prediction   min(SNR, gamma) / (SNR + 1)
+
+    Args:
+        schedule: its `prediction` decides the formula.
+        t: integer timesteps.
+        gamma: clamp, > 0; the paper recommends 5.
+
+    Returns:
+        float32, in the shape of `t`.
+    """
+    if not (math.isfinite(gamma) and gamma > 0):
+        raise UserError(f"min-SNR gamma must be a finite number above 0, not {gamma}")
+    snr = schedule.snr(t)
+    clamped = jnp.minimum(snr, gamma)
+    if schedule.prediction == "sample":
+        return clamped
+    return clamped / (snr if schedule.prediction == "epsilon" else snr + 1)
+
+
+def joint_loss(
+    prediction: Float[Array, "b f ..."],
+    target: Float[Array, "b f ..."],
+    weight: Float[Array, "b *frames"] | None,
+    T: int,
+    alpha: float,
+    *,
+    weight_map: Float[Array, "..."] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Joint image-video loss: L = L_video + alpha * L_image (eq. 3, arXiv 2309.15103).
+
+    Each part is the mean weighted squared error over its own frames, so alpha does not depend on how many
+    frames and images there are. A part without frames is 0: with T = 0 the loss is alpha * L_image.
+
+    Args:
+        prediction: `(B, T + M, H, W, C)`, the T video frames first, then the M images.
+        target: same shape.
+        weight: `(B,)` of each sample or `(B, T + M)` of each frame (min-SNR), or None. The error is
+            multiplied by it; the mean is not divided by its sum.
+        T: number of video frames, 0 to T + M.
+        alpha: weight of the images.
+        weight_map: weight of each place, broadcastable to `prediction`; multiplied in as `weight` is.
+
+    Returns:
+        The loss, and its parts {"video": ..., "image": ...} before alpha; float32 scalars.
+    """
+    frames = prediction.shape[1]
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have one shape")
+    if not 0 <= T <= frames:
+        raise ValueError(f"T = {T} video frames do not fit the {frames} frames of the prediction")
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    if weight is not None:
+        error *= weight.reshape(weight.shape + (1,) * (error.ndim - weight.ndim))
+    if weight_map is not None:
+        error *= weight_map
+    video = error[:, :T].mean() if T > 0 else jnp.zeros(())
+    image = error[:, T:].mean() if T < frames else jnp.zeros(())
+    return video + alpha * image, {"video": video, "image": image}

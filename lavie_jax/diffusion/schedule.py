@@ -1,0 +1,181 @@
+"""The forward process: how much noise a timestep means, and what the network is asked to predict.
+
+A clean array x0 and Gaussian noise eps mix as (eq. 4, arXiv 2006.11239)
+
+    x_t = alpha_t x0 + sigma_t eps,    alpha_t = sqrt(abar_t),    sigma_t = sqrt(1 - abar_t),
+
+where abar_t, `alphas_cumprod[t]`, falls from almost 1 at t = 0 to almost 0 at the last timestep. The
+network predicts one of three things, from which the other two follow:
+
+    "epsilon"        eps                             (arXiv 2006.11239)
+    "v_prediction"   v = alpha_t eps - sigma_t x0    (arXiv 2202.00512, sec. 4 and appendix D)
+    "sample"         x0
+
+How to walk back from noise to data is in `samplers.py`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from lavie_jax.errors import UserError, suggest
+
+BETA_SCHEDULES = ("linear", "scaled_linear")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A variance schedule and the prediction type that goes with it.
+
+    The defaults are those of every released LaVie model but VSR's, whose `prediction` is "v_prediction".
+    Schedules compare and hash by their fields, so one can be a static argument of `jax.jit`.
+
+    In the methods `t` holds integer timesteps in [0, steps), and its axes are the leading axes of the
+    arrays beside it: `t (B,)` gives each sample a timestep, `t (B, F)` each frame of each sample.
+
+    Attributes:
+        kind: "linear": betas evenly spaced; "scaled_linear": their square roots are (Stable Diffusion).
+        beta_start: variance added at the first timestep, in (0, 1).
+        beta_end: variance added at the last timestep, in [beta_start, 1).
+        steps: number of training timesteps.
+        prediction: what the network predicts: "epsilon", "v_prediction" or "sample".
+
+    Raises:
+        UserError: a field is unknown or out of range.
+    """
+
+    kind: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+    prediction: str = "epsilon"
+
+    def __post_init__(self):
+        if self.kind not in BETA_SCHEDULES:
+            raise UserError(f"unknown beta schedule {self.kind!r}{suggest(str(self.kind), BETA_SCHEDULES)}")
+        if self.prediction not in PREDICTIONS:
+            hint = suggest(str(self.prediction), PREDICTIONS)
+            raise UserError(f"unknown prediction type {self.prediction!r}{hint}")
+        if not _is_number(self.beta_start) or not _is_number(self.beta_end):
+            given = f"{self.beta_start!r} and {self.beta_end!r}"
+            raise UserError(f"beta_start and beta_end must be finite numbers, not {given}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            given = f"{self.beta_start} and {self.beta_end}"
+            raise UserError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {given}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise UserError(f"a schedule needs a whole number of timesteps, at least 1, not {self.steps!r}")
+
+    @classmethod
+    def make(
+        cls,
+        kind: str = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        steps: int = 1000,
+        prediction: str = "epsilon",
+    ) -> "Schedule":
+        return cls(kind, beta_start, beta_end, steps, prediction)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Schedule":
+        """Reads the contents of a diffusers `scheduler_config.json`.
+
+        Absent keys take diffusers' defaults, which are this class's. Keys that say how to sample
+        (`steps_offset`, `set_alpha_to_one`, `clip_sample`...) are not part of a schedule and are ignored.
+
+        Raises:
+            UserError: a value is not supported; the message names those that are.
+        """
+        if config.get("trained_betas") is not None:
+            raise UserError("scheduler_config.json: trained_betas is not supported; give beta_start, beta_end")
+        if config.get("rescale_betas_zero_snr"):
+            raise UserError("scheduler_config.json: rescale_betas_zero_snr is not supported; set it to false")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        return cls(**{ours: config.get(theirs, defaults[ours]) for ours, theirs in _JSON_NAMES.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields under diffusers' names; `from_json` is the inverse."""
+        return {theirs: getattr(self, ours) for ours, theirs in _JSON_NAMES.items()}
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar_t, float64 `(steps,)`, falling: the share of x_t's variance that is signal."""
+        if self.kind == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, self.steps)
+        else:
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
+        return np.cumprod(1 - betas)
+
+    def add_noise(
+        self, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
+    ) -> Float[Array, "b ..."]:
+        """x_t, a draw from the forward process (eq. 4, arXiv 2006.11239); float32."""
+        alpha, sigma = self._alpha_sigma(t, x0.ndim)
+        return alpha * x0 + sigma * eps
+
+    def target(
+        self, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
+    ) -> Float[Array, "b ..."]:
+        """What the network should answer to `add_noise(x0, eps, t)`."""
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "sample":
+            return x0
+        alpha, sigma = self._alpha_sigma(t, x0.ndim)
+        return alpha * eps - sigma * x0
+
+    def to_x0_eps(
+        self, prediction: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+        """The estimates of (x0, eps) that the network's raw `prediction` at (x_t, t) implies."""
+        alpha, sigma = self._alpha_sigma(t, x_t.ndim)
+        return split_prediction(self.prediction, prediction, x_t, alpha, sigma)
+
+    def snr(self, t: Int[ArrayLike, "*times"]) -> Float[Array, "*times"]:
+        """Signal-to-noise ratio abar_t / (1 - abar_t), float32, one for each entry of `t`."""
+        return jnp.asarray(self.alphas_cumprod / (1 - self.alphas_cumprod), jnp.float32)[t]
+
+    def _alpha_sigma(self, t: Int[ArrayLike, "..."], ndim: int) -> tuple[Array, Array]:
+        """(alpha_t, sigma_t) in float32, with trailing axes added up to `ndim`."""
+        t = jnp.asarray(t)
+        t = t.reshape(t.shape + (1,) * (ndim - t.ndim))
+        # The roots are taken in float64: 1 - abar loses half of float32's digits near t = 0.
+        alpha = jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)
+        sigma = jnp.asarray(np.sqrt(1 - self.alphas_cumprod), jnp.float32)
+        return alpha[t], sigma[t]
+
+
+_JSON_NAMES = {
+    "kind": "beta_schedule",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "steps": "num_train_timesteps",
+    "prediction": "prediction_type",
+}
+
+
+def split_prediction(
+    kind: str,
+    prediction: Float[Array, "*shape"],
+    x_t: Float[Array, "*shape"],
+    alpha: Float[ArrayLike, "..."],
+    sigma: Float[ArrayLike, "..."],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """(x0, eps) of x_t = alpha x0 + sigma eps, given the network's `prediction` of the given kind."""
+    if kind == "epsilon":
+        return (x_t - sigma * prediction) / alpha, prediction
+    if kind == "sample":
+        return prediction, (x_t - alpha * prediction) / sigma
+    # v_prediction: (x_t, v) is (x0, eps) turned by the angle whose cosine is alpha (arXiv 2202.00512, app. D)
+    return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
