@@ -1,0 +1,152 @@
+"""Captions to token ids: Stable Diffusion's CLIP tokenizers, and the tiny one of Moving Shapes.
+
+The tiny tokenizer is an ordinary CLIP tokenizer (byte-pair encoding with an end-of-word suffix, lower case)
+whose merges make every word of the small world one token. Its `tokenizer_config.json` lists those words, so
+that words the model was never trained on can be named, and kept from the text encoder.
+"""
+
+import collections
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from lavie_jax.errors import UserError
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_CLIP_LENGTH = 77  # for tokenizer folders that do not say
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, in order, until each word is one token: the commonest pair first."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while any(len(tokens) > 1 for tokens in spelled):
+        pairs = collections.Counter(pair for t in spelled for pair in zip(t, t[1:], strict=False))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for tokens in spelled:
+            i = 0
+            while i < len(tokens) - 1:
+                if (tokens[i], tokens[i + 1]) == best:
+                    tokens[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: int = 16) -> Path:
+    """Writes a CLIP tokenizer for `words` (lower-case letters only) that `load_tokenizer` reads.
+
+    `length` is the context: tokens of a text with its start and end. Returns the folder.
+    """
+    words = sorted(set(words))
+    wrong = [word for word in words if not word or set(word) - set(_LETTERS)]
+    if wrong:
+        raise UserError(f"words of a small tokenizer have letters a to z only; given {wrong}")
+    merges = _merges(words)
+    tokens = [*_LETTERS, *(c + "</w>" for c in _LETTERS), *map("".join, merges), _START, _END]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": length,
+        "do_lower_case": True,
+        "bos_token": _START,
+        "eos_token": _END,
+        "unk_token": _END,
+        "pad_token": _END,
+        "words": words,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "vocab.json").write_text(json.dumps(vocab, indent=0) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merge_lines)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def load_tokenizer(folder: str | Path):
+    """The CLIP tokenizer in a folder, by transformers. Raises UserError when there is none."""
+    folder = Path(folder)
+    # Without its files CLIPTokenizer is empty and silent about it.
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"no CLIP tokenizer in {os.fspath(folder)!r}: no {' and no '.join(missing)}")
+    # Not AutoTokenizer, which imports torch; here, so that the data pipeline's workers load neither.
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+        raise UserError(f"cannot read the tokenizer in {os.fspath(folder)!r}: {error}") from error
+
+
+def context_length(tokenizer) -> int:
+    """Tokens of a text, with its start and end; 77 where the tokenizer does not say."""
+    length = tokenizer.model_max_length
+    return length if length < 100_000 else _CLIP_LENGTH
+
+
+def known_words(tokenizer) -> tuple[str, ...] | None:
+    """The words of a small tokenizer; None for one that knows all words."""
+    words = tokenizer.init_kwargs.get("words")
+    return None if words is None else tuple(words)
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+|[^\s\w]+|[\d_]+", text.lower())
+
+
+def unknown_words(tokenizer, text: str) -> list[str]:
+    """Words of `text` that a small tokenizer does not know, in order, once each. Punctuation is no word."""
+    words = known_words(tokenizer)
+    if words is None:
+        return []
+    return list(dict.fromkeys(w for w in _split(text) if w[0].isalnum() and w not in words))
+
+
+def _readable(tokenizer, text: str) -> str:
+    # The pieces of an unknown word would be tokens that training never showed: the word is left out.
+    words = known_words(tokenizer)
+    return text if words is None else " ".join(word for word in _split(text) if word in words)
+
+
+def tokenize(tokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:
+    """Token ids, padded and cut to the context length. A small tokenizer leaves unknown words out."""
+    if not texts:
+        return np.zeros((0, context_length(tokenizer)), np.int32)
+    ids = tokenizer(
+        [_readable(tokenizer, text) for text in texts],
+        padding="max_length",
+        truncation=True,
+        max_length=context_length(tokenizer),
+        return_tensors="np",
+    ).input_ids
+    return np.asarray(ids, np.int32)
+
+
+def lost_text(tokenizer, text: str) -> str:
+    """The end of `text` that does not fit into the context: "" when all of it fits."""
+    text = _readable(tokenizer, text)
+    kept = context_length(tokenizer) - 2  # without start and end
+    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return tokenizer.decode(ids[kept:]).strip()
+
+
+class CachedTokens:
+    """`tokenize` for training, where the same captions come again and again."""
+
+    def __init__(self, tokenizer):
+        self.length = context_length(tokenizer)
+        self._one = functools.lru_cache(maxsize=1 << 16)(lambda text: tokenize(tokenizer, [text])[0])
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:
+        rows = [self._one(text) for text in texts]
+        return np.stack(rows) if rows else np.zeros((0, self.length), np.int32)
