@@ -1,0 +1,5 @@
+"""Weights: the folder format (`folder`), PyTorch's parameter names (`names`), and the files of others."""
+
+from lavie_jax.weights.folder import Part, Weights, folder_hash, load_folder, load_part, save_folder
+
+__all__ = ["Part", "Weights", "folder_hash", "load_folder", "load_part", "save_folder"]

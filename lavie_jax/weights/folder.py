@@ -1,0 +1,294 @@
+"""The weights folder: the one format that conversion writes, training exports and sampling reads.
+
+    config.json                                 format version, stage, sampling defaults, parts that live elsewhere
+    unet/ vae/ text_encoder/                    config.json and model.safetensors, our parameter paths joined by dots
+    tokenizer/                                  what transformers' AutoTokenizer reads
+    scheduler/ low_res_scheduler/               scheduler_config.json in diffusers' words; the second for "vsr" alone
+
+Stage "vae" has a VAE and nothing else. `parts` in config.json names a part of another folder instead of repeating it,
+{"vae": "../base/vae"}, relative to this one. A folder is written under a temporary name beside its own and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.weights.expected import CONFIGS, compare
+from lavie_jax.weights.names import PARTS, is_buffer
+from lavie_jax.weights.safetensors_io import Tensor, check_finite, read_safetensors, write_safetensors
+
+FORMAT_VERSION = 1
+CONTENTS = {  # what the folder of a stage must hold
+    "base": (*PARTS, "tokenizer", "scheduler"),
+    "interpolation": (*PARTS, "tokenizer", "scheduler"),
+    "vsr": (*PARTS, "tokenizer", "scheduler", "low_res_scheduler"),
+    "vae": ("vae",),
+}
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model's configuration and its parameters, a nested dict of arrays."""
+
+    config: Any
+    params: dict
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A loaded weights folder. A part that its stage does not have is None."""
+
+    path: Path
+    stage: str
+    sampling: dict
+    unet: Part | None
+    vae: Part
+    text_encoder: Part | None
+    tokenizer_dir: Path | None
+    schedule: Schedule | None
+    low_res_schedule: Schedule | None
+
+
+def load_folder(path: str | Path, *, stage: str | None = None, dtype=None) -> Weights:
+    """Everything in a weights folder.
+
+    Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`.
+    Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or Inf, or
+    when a tensor is missing, unexpected or of another shape than the configuration's.
+    """
+    path = Path(path)
+    config = _read_config(path, stage)
+    contents = CONTENTS[config["stage"]]
+    for name in contents:
+        if not _part_dir(path, config, name).is_dir():
+            raise UserError(f"{path} is incomplete: {_part_dir(path, config, name)} is missing.")
+    parts = {name: load_part(path, name, dtype=dtype) if name in contents else None for name in PARTS}
+    return Weights(
+        path=path,
+        stage=config["stage"],
+        sampling=config["sampling"],
+        **parts,
+        tokenizer_dir=_part_dir(path, config, "tokenizer") if "tokenizer" in contents else None,
+        schedule=_read_schedule(path, config, "scheduler") if "scheduler" in contents else None,
+        low_res_schedule=_read_schedule(path, config, "low_res_scheduler") if "low_res_scheduler" in contents else None,
+    )
+
+
+def load_part(path: str | Path, part: str, *, dtype=None) -> Part:
+    """One of "unet", "vae", "text_encoder" of a weights folder; see `load_folder`."""
+    config, tensors, _ = read_part(path, part)
+    where = part_dir(path, part) / MODEL_FILE
+    lines = compare(str(where), config, {p: t.shape for p, t in tensors.items()}, shown=lambda p: p.replace("/", "."))
+    if lines:
+        more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
+        raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
+    params = {}
+    for name, tensor in tensors.items():
+        if not is_buffer(name):
+            array = tensor.read()
+            check_finite(f"{where}: {name}", array)
+            params[name] = array if dtype is None else array.astype(dtype)
+    return Part(config, unflatten_dict(params, sep="/"))
+
+
+def read_part(path: str | Path, part: str) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
+    """A part's configuration, its {path: Tensor} (unread and unchecked, buffers too), and its file's metadata."""
+    folder = part_dir(path, part)
+    for name in ("config.json", MODEL_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{path} is incomplete: {folder / name} is missing.")
+    config = CONFIGS[part].from_dict(read_json(folder / "config.json"))
+    tensors, metadata = read_safetensors(folder / MODEL_FILE)
+    return config, {name.replace(".", "/"): tensor for name, tensor in tensors.items()}, metadata
+
+
+def part_dir(path: str | Path, part: str) -> Path:
+    """Where a part of a weights folder lies: inside it, or where its config.json says."""
+    path = Path(path)
+    return _part_dir(path, _read_config(path, None), part)
+
+
+def _part_dir(path: Path, config: Mapping, name: str) -> Path:
+    return path / config.get("parts", {}).get(name, name)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError when there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return value
+
+
+def _read_config(path: Path, stage: str | None) -> dict:
+    if not path.is_dir():
+        raise UserError(f"weights folder {path} does not exist.")
+    if not (path / "config.json").is_file():
+        inside = sorted(p.parent.name for p in path.glob("*/config.json"))
+        hint = f" It holds {', '.join(inside)}; name one of them." if inside else ""
+        raise UserError(f"{path} is no weights folder: it has no config.json.{hint}")
+    config = read_json(path / "config.json")
+    if "format_version" not in config or "stage" not in config:
+        raise UserError(f"{path} is no weights folder: its config.json has no stage. For PyTorch files: convert_torch.py import")
+    if config["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {config['format_version']}; this version reads {FORMAT_VERSION}.")
+    if config["stage"] not in CONTENTS:
+        raise UserError(f"{path}: unknown stage {config['stage']!r}{suggest(str(config['stage']), CONTENTS)}")
+    if stage is not None and config["stage"] != stage:
+        raise UserError(f"{path} holds the stage {config['stage']!r}, but {stage!r} is needed.")
+    if config["stage"] != "vae" and not isinstance(config.get("sampling"), dict):
+        raise UserError(f"{path} is incomplete: its config.json has no sampling defaults.")
+    return {"sampling": {}, **config}
+
+
+def _read_schedule(path: Path, config: Mapping, name: str) -> Schedule:
+    return Schedule.from_json(read_json(_part_dir(path, config, name) / "scheduler_config.json"))
+
+
+def save_folder(
+    path: str | Path,
+    *,
+    stage: str,
+    vae: tuple[Any, Mapping],
+    sampling: Mapping | None = None,
+    unet: tuple[Any, Mapping] | None = None,
+    text_encoder: tuple[Any, Mapping] | None = None,
+    tokenizer: Any = None,
+    schedule: Schedule | None = None,
+    low_res_schedule: Schedule | None = None,
+    share: str | Path | None = None,
+    dialects: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a weights folder; nothing is left at `path` unless all of it could be written.
+
+    `unet`, `vae`, `text_encoder` are (config, parameters), parameters being nested dicts of arrays or `Tensor`s, in the
+    dtype that the file shall have; `tokenizer` a folder to copy, or a transformers tokenizer. Parts that are the same in the
+    weights folder `share` are named instead of repeated. `dialects` records how the PyTorch files named things.
+    Raises UserError when `path` exists (unless `overwrite`), a parameter does not fit its config, or holds NaN or Inf.
+    """
+    given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
+             "scheduler": schedule, "low_res_scheduler": low_res_schedule}  # fmt: skip
+    if stage not in CONTENTS:
+        raise UserError(f"unknown stage {stage!r}{suggest(stage, CONTENTS)}")
+    if (present := {name for name, value in given.items() if value is not None}) != set(CONTENTS[stage]):
+        raise ValueError(f"a folder of stage {stage!r} holds {CONTENTS[stage]}, given {sorted(present)}")
+    check_output(path, overwrite=overwrite)
+    with new_folder(Path(path)) as folder:
+        for name, value in given.items():
+            if value is not None:
+                _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
+        config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
+        if share is not None and (parts := _same_parts(folder, Path(share), Path(path))):
+            config["parts"] = parts
+        write_json(folder / "config.json", config)
+
+
+def _write_part(folder: Path, value, dialect: str) -> None:
+    """One sub-folder: of a schedule, of a tokenizer, or of (config, parameters)."""
+    if isinstance(value, Schedule):
+        folder.mkdir()
+        write_json(folder / "scheduler_config.json", value.to_json())
+    elif isinstance(value, str | Path):
+        shutil.copytree(value, folder)
+    elif hasattr(value, "save_pretrained"):
+        value.save_pretrained(folder)
+    else:
+        config, params = value
+        flat = flatten_dict(params, sep="/")
+        lines = compare(folder.name, config, {p: tuple(t.shape) for p, t in flat.items()})
+        if lines:
+            raise UserError("the parameters do not fit the configuration; nothing was written.\n  " + "\n  ".join(lines))
+        folder.mkdir()
+        write_json(folder / "config.json", config.to_dict())
+        tensors = {p.replace("/", "."): t for p, t in flat.items()}
+        write_safetensors(folder / MODEL_FILE, tensors, {"dialect": dialect})
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """A JSON file that people can read."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
+    """Removes the parts of `folder` that the weights folder `share` has too, and says where they are from `final`."""
+    found = {}
+    for name in ("vae", "text_encoder", "tokenizer"):
+        other = part_dir(share, name)
+        if other.is_dir() and (folder / name).is_dir() and _hash_dir(other) == _hash_dir(folder / name):
+            shutil.rmtree(folder / name)
+            found[name] = os.path.relpath(other.resolve(), final.resolve())
+    return found
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raises UserError when an output cannot or must not be written at `path`."""
+    path = Path(path)
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path} exists already; remove it, choose another name, or say --overwrite.")
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UserError(f"{path} cannot be written: {parent} is a file, not a folder.")
+            if not os.access(parent, os.W_OK):
+                raise UserError(f"{path} cannot be written: no permission to write in {parent}.")
+            return
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it at the end, or removed when anything raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
+    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def folder_hash(path: str | Path) -> str:
+    """SHA-256, hex, of what a weights folder holds: its configuration and every file of its parts, wherever they lie."""
+    path = Path(path)
+    config = _read_config(path, None)
+    said = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
+    digest = hashlib.sha256(said.encode())
+    for name in CONTENTS[config["stage"]]:
+        folder = _part_dir(path, config, name)
+        if not folder.is_dir():
+            raise UserError(f"{path} is incomplete: {folder} is missing.")
+        digest.update(f"{name} {_hash_dir(folder)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_dir(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files in a folder, read in pieces."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
