@@ -203,9 +203,7 @@ def clip(
     return Sample(pixels, caption(a, size=u[5] >= drop, background=u[6] >= drop), a)
 
 
-def image(
-    split: str, index: int, *, height: int = 64, width: int = 64, drop: float = 0.0
-) -> Sample:
+def image(split: str, index: int, *, height: int = 64, width: int = 64, drop: float = 0.0) -> Sample:
     """Still image number `index` of `train` or `val`, all shapes and colours: `pixels` uint8 (H, W, 3)."""
     if split not in ("train", "val"):
         raise UserError(f"no images in split {split!r}{suggest(split, ('train', 'val'))}")
@@ -240,7 +238,8 @@ def render(
     """uint8 (T, H, W, 3); (u, v) in [0, 1] is where the path starts among the places that allow it."""
     if min(frames, height, width) < 1 or not fps > 0:
         raise UserError(
-            f"frames, height, width must be at least 1 and fps above 0; given {frames}, {height}, {width}, {fps}"
+            f"frames, height, width are at least 1 and fps above 0; given "
+            f"{frames}, {height}, {width} and {fps}"
         )
     shorter = min(height, width)
     seconds = np.arange(frames) / fps

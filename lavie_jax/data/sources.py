@@ -1,0 +1,217 @@
+"""Where clips and stills come from: Moving Shapes, or a folder of videos with captions.
+
+A source answers two questions, `video(index, rng)` and `image(index, rng)`, with uint8 pixels and a caption.
+The answer depends on its arguments alone, so that any process can make any example. `len` is how many
+different videos there are; the index of `video` and `image` may go beyond it.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_ENDLESS = 2**40
+
+
+class Source(Protocol):
+    """What the pipeline asks of a source."""
+
+    def __len__(self) -> int: ...
+
+    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]: ...
+
+    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingShapes:
+    """The small world. `drop`: how often a caption leaves out the size, and how often the background."""
+
+    split: str = "train"
+    frames: int = 16
+    fps: float = 8.0
+    height: int = 64
+    width: int = 64
+    drop: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        moving_shapes.combinations(self.split)  # raises for an unknown split
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
+        sample = moving_shapes.clip(
+            self.split,
+            index + self.seed * _ENDLESS,
+            frames=self.frames,
+            fps=self.fps,
+            height=self.height,
+            width=self.width,
+            drop=self.drop,
+        )
+        return sample.pixels, sample.caption
+
+    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+        sample = moving_shapes.image(
+            self.split,
+            index + self.seed * _ENDLESS,
+            height=self.height,
+            width=self.width,
+            drop=self.drop,
+        )
+        return sample.pixels, sample.caption
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    path: Path
+    caption: str
+    seconds: float  # of a video; 0 for an image
+
+
+def _pairs(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[_Pair], int]:
+    """(files with a caption beside them, sorted by path; how many have none)."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {os.fspath(folder)!r}")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    pairs = []
+    for path in files:
+        text = path.with_suffix(".txt")
+        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        if caption:
+            pairs.append(_Pair(path, " ".join(caption.split()), 0.0))
+    return pairs, len(files) - len(pairs)
+
+
+def _in_split(folder: Path, path: Path, split: str, val_fraction: float) -> bool:
+    # By the name's hash: a clip stays in its split whatever is added beside it.
+    name = path.relative_to(folder).as_posix().encode()
+    held_out = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2**64 < val_fraction
+    return held_out == (split == "val")
+
+
+class VideoFolder:
+    """A folder, searched to its depths, of videos with captions: `clip.mp4` beside `clip.txt`.
+
+    `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled and cut to (height,
+    width). `image` is one random frame with the clip's caption, or, with an `images` folder (`a.jpg` beside
+    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips. Videos without caption, too
+    short, or unreadable are left out, with a warning that counts them; UserError when none is left.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        split: str = "train",
+        frames: int = 16,
+        fps: float | None = 8.0,
+        height: int = 320,
+        width: int = 512,
+        images: str | Path | None = None,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+    ):
+        if split not in ("train", "val"):
+            raise UserError(f"a video folder has the splits train and val; given {split!r}")
+        self.frames, self.fps, self.height, self.width = frames, fps, height, width
+        self.random_place, self.seed = split == "train", seed
+        folder = Path(folder)
+        pairs, silent = _pairs(folder, VIDEO_SUFFIXES)
+        clips = self._usable([p for p in pairs if _in_split(folder, p.path, split, val_fraction)])
+        if not clips:
+            raise UserError(
+                f"no usable pairs for split {split!r} in {os.fspath(folder)!r}: of {len(pairs) + silent} "
+                f"videos {silent} have no caption (clip.mp4 needs clip.txt beside it), the rest are in the "
+                f"other split, unreadable, or shorter than {frames} frames at "
+                f"{'their own rate' if fps is None else f'{fps:g} fps'}"
+            )
+        if silent:
+            logging.warning("%d of %d videos have no caption and are left out", silent, len(pairs) + silent)
+        self.clips = clips
+        self.pictures: list[_Pair] = []
+        if images is not None:
+            self.pictures = _pairs(Path(images), IMAGE_SUFFIXES)[0]
+            if not self.pictures:
+                raise UserError(
+                    f"no image in {os.fspath(images)!r} has a caption (a.jpg needs a.txt beside it)"
+                )
+
+    def _window(self, info: video_files.VideoInfo) -> float:
+        """Seconds from the first frame's time to the last one's."""
+        return max(self.frames - 1, 0) / (self.fps or info.fps)
+
+    def _usable(self, pairs: list[_Pair]) -> list[_Pair]:
+        def probe(pair: _Pair) -> _Pair | None:
+            try:
+                info = video_files.video_info(pair.path)
+            except UserError as error:
+                logging.warning("left out: %s", error)
+                return None
+            # Where a window may start: up to the last source frame that leaves room for it.
+            room = (info.frames - 1) / info.fps - self._window(info)
+            return dataclasses.replace(pair, seconds=room) if room > -1e-6 else None
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = list(
+                tqdm(pool.map(probe, pairs), "videos", len(pairs), disable=len(pairs) < 500, leave=False)
+            )
+        usable = [pair for pair in found if pair is not None]
+        if len(usable) < len(pairs):
+            logging.warning(
+                "%d of %d videos are too short or unreadable", len(pairs) - len(usable), len(pairs)
+            )
+        return usable
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def _place(self, rng: np.random.Generator) -> np.random.Generator | None:
+        return rng if self.random_place else None
+
+    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
+        clip = _shuffled(self.clips, index, "video", self.seed)
+        start = max(clip.seconds, 0) * (rng.random() if self.random_place else 0.5)
+        frames = video_files.read_video(clip.path, frames=self.frames, fps=self.fps, start=start)
+        return self._fit(frames, rng), clip.caption
+
+    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+        pair = _shuffled(self.pictures or self.clips, index, "image", self.seed)
+        if self.pictures:
+            with Image.open(pair.path) as picture:
+                frames = np.asarray(picture.convert("RGB"))[None]
+        else:
+            start = max(pair.seconds, 0) * rng.random()
+            frames = video_files.read_video(pair.path, frames=1, start=start)
+        return self._fit(frames, rng)[0], pair.caption
+
+    def _fit(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return transforms.resize_crop(frames, height=self.height, width=self.width, rng=self._place(rng))
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(count: int, *key: object) -> np.ndarray:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
+
+
+def _shuffled(items: list, index: int, *key: object):
+    """Item `index` of an endless stream that goes through all items, in another order each time."""
+    epoch, place = divmod(index, len(items))
+    return items[int(_permutation(len(items), *key, epoch)[place])]

@@ -1,0 +1,230 @@
+"""Video files: mp4 by PyAV, gif, png and npz, and the contact sheet. Imports PyAV only when one is used.
+
+Whatever is written gets a temporary name first and its own at the end: no half file survives a crash.
+"""
+
+import contextlib
+import dataclasses
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from lavie_jax.errors import UserError, suggest
+
+FORMATS = ("mp4", "gif", "png", "npz")
+
+
+@contextlib.contextmanager
+def _finished(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` when the block ends well."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cannot write {os.fspath(path)!r}: a folder above it is a file") from error
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: float) -> Path:
+    """Writes an mp4 (H.264, crf 18, 4:2:0) of `frames`; returns its path.
+
+    Raises UserError for odd sides, which 4:2:0 cannot hold, and for a rate that is not above 0.
+    """
+    import av  # PyAV is needed by those who read or write video files only
+
+    frame_count, height, width = frames.shape[:3]
+    if not (0 < fps < 65535):
+        raise UserError(f"fps must be above 0; given {fps}")
+    if frame_count < 1 or height % 2 or width % 2:
+        raise UserError(
+            f"an mp4 has frames with even sides; given {frame_count} of {height}x{width}: use gif or npz"
+        )
+    path = Path(path)
+    with _finished(path) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(65535)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.thread_count = 1  # the same bytes on every machine
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
+    # A gif counts in hundredths of a second: rounding the times, not the durations, keeps the length.
+    times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int) * 10
+    images = [Image.fromarray(frame) for frame in frames]
+    with _finished(path) as temporary:
+        images[0].save(
+            temporary,
+            format="gif",
+            save_all=True,
+            append_images=images[1:],
+            duration=np.maximum(np.diff(times), 20).tolist(),
+            loop=0,
+            disposal=1,
+        )
+
+
+def _save_png(image: np.ndarray | Image.Image, path: Path) -> None:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    with _finished(path) as temporary:
+        image.save(temporary, format="png")
+
+
+def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str, *, fps: float) -> Path:
+    """Writes `frames` as `stem` plus the suffix of `format`, one of FORMATS, and returns what it wrote.
+
+    mp4 and gif are for looking at; png (a folder of frames, or one file for one frame) and npz (arrays
+    `video` and `fps`) are exact.
+    """
+    path = Path(f"{os.fspath(stem)}.{format}")
+    if format == "mp4":
+        save_video(frames, path, fps=fps)
+    elif format == "gif":
+        _save_gif(frames, path, fps)
+    elif format == "npz":
+        with _finished(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, video=frames, fps=np.float64(fps))
+    elif format == "png" and len(frames) == 1:
+        _save_png(frames[0], path)
+    elif format == "png":
+        path = Path(stem)
+        for i, frame in enumerate(frames):
+            _save_png(frame, path / f"{i:04d}.png")
+        for stale in path.glob("[0-9][0-9][0-9][0-9].png"):  # of a longer video before
+            if int(stale.stem) >= len(frames):
+                stale.unlink()
+    else:
+        raise UserError(f"unknown format {format!r}{suggest(format, FORMATS)}")
+    return path
+
+
+# ---- reading ----
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """Frames and frames per second of a file; `frames` is the container's count, or an estimate."""
+
+    frames: int
+    fps: float
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple]:
+    """(container, video stream) of a file. Raises UserError for what is no video."""
+    import av
+
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{os.fspath(path)!r} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_count = 1  # the pipeline's workers are the parallelism
+            yield container, stream
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error
+
+
+def _seconds(container, stream) -> float:
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1_000_000
+
+
+def video_info(path: str | Path) -> VideoInfo:
+    """Length and rate from the container's header, without decoding."""
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or 0)
+        frames = stream.frames or round(_seconds(container, stream) * rate)
+    if not rate or not frames:
+        raise UserError(f"the video {os.fspath(path)!r} does not say how long it is")
+    return VideoInfo(frames, rate)
+
+
+def read_video(
+    path: str | Path, *, frames: int | None = None, fps: float | None = None, start: float = 0.0
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Frames from `start` seconds on: `frames` of them (default: to the end) at `fps` (default: its own).
+
+    At another rate than the file's, each time gets the frame shown then. Only the part that is needed is
+    decoded. Raises UserError for a file that cannot be read or is too short.
+    """
+    info = video_info(path)
+    rate = fps or info.fps
+    if frames is None:
+        frames = max(1, int((info.frames - 0.5) / info.fps * rate - start * rate) + 1)
+    # Half a source frame is slack for rates that divide each other but for rounding.
+    wanted = np.floor((start + np.arange(frames) / rate) * info.fps + 1e-3).astype(int)
+    found: dict[int, np.ndarray] = {}
+    needed = set(wanted.tolist())
+    with _opened(path) as (container, stream):
+        base, first = float(stream.time_base), stream.start_time or 0
+        container.seek(first + int(wanted[0] / info.fps / base), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            number = round((frame.pts - first) * base * info.fps)
+            if number in needed:
+                found[number] = frame.to_ndarray(format="rgb24")
+            if number >= wanted[-1]:
+                break
+    if not found or max(found) < wanted[-1]:
+        raise UserError(
+            f"the video {os.fspath(path)!r} is too short for {frames} frames at {rate:g} fps from "
+            f"{start:g} s: it has {info.frames} at {info.fps:g} fps"
+        )
+    # A stream of varying rate skips numbers: the frame before is still shown.
+    shown = np.array(sorted(found))
+    places = np.maximum(np.searchsorted(shown, wanted, side="right") - 1, 0)
+    return np.stack([found[int(number)] for number in shown[places]])
+
+
+# ---- the contact sheet ----
+
+
+def contact_sheet(
+    videos: Sequence[UInt8[np.ndarray, "t h w 3"]],
+    captions: Sequence[str],
+    path: str | Path,
+    *,
+    columns: int = 6,
+) -> Path:
+    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last."""
+    if not videos or len(videos) != len(captions):
+        raise UserError(f"a contact sheet needs a caption a video; given {len(videos)} and {len(captions)}")
+    strips = []
+    for video in videos:
+        picks = np.unique(np.round(np.linspace(0, len(video) - 1, columns)).astype(int))
+        frames = [Image.fromarray(video[i]) for i in picks]
+        zoom = max(1, -(-96 // min(frames[0].size)))  # small worlds are shown pixel by pixel
+        strips.append([f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames])
+    gap, font = 4, ImageFont.load_default(size=14)
+    width = max(sum(f.width + gap for f in strip) for strip in strips) + gap
+    texts = [textwrap.wrap(caption, max(16, width // 8)) or [""] for caption in captions]
+    heights = [20 * len(text) + strip[0].height + 2 * gap for text, strip in zip(texts, strips)]
+    sheet = Image.new("RGB", (width, sum(heights) + gap), (250, 250, 250))
+    draw, y = ImageDraw.Draw(sheet), gap
+    for text, strip, height in zip(texts, strips, heights):
+        for i, line in enumerate(text):
+            draw.text((gap, y + 20 * i), line, fill=(20, 20, 20), font=font)
+        x = gap
+        for frame in strip:
+            sheet.paste(frame, (x, y + 20 * len(text)))
+            x += frame.width + gap
+        y += height
+    path = Path(path)
+    _save_png(sheet, path)
+    return path
