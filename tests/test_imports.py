@@ -15,9 +15,10 @@ MIDDLE = {"weights", "stages"}
 UPPER = {"cascade", "training"}
 KNOWS = {
     "errors": set(),
+    "samples": {"data"},
     **dict.fromkeys(GROUND, set()),
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
-    **dict.fromkeys(UPPER, GROUND | MIDDLE),
+    **dict.fromkeys(UPPER, GROUND | MIDDLE | {"samples"}),
     **dict.fromkeys(["evaluation", "curation", "planner", "parity"], GROUND | MIDDLE | UPPER),
     "__init__": GROUND | MIDDLE | UPPER,
 }

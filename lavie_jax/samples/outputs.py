@@ -1,0 +1,176 @@
+"""Where samples go: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON that says how to make it again.
+
+One contact sheet shows all samples of a run. The JSON's `request` is what makes two samples the same; its `made_with` tells versions and hardware. A sample that is
+there is not made again, one that is there but differs is never overwritten unasked.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from lavie_jax.data.video_files import FORMATS, contact_sheet, read_video, save_as
+from lavie_jax.errors import UserError, suggest
+
+SIDECAR_VERSION = 1
+
+
+def parse_formats(names: str) -> tuple[str, ...]:
+    """`"mp4,png"` as a tuple; UserError for an unknown name, and for none."""
+    formats = tuple(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
+    if not formats:
+        raise UserError(f"format: none given. Allowed: {', '.join(FORMATS)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"format: unknown {name!r}{suggest(name, FORMATS)}")
+    return formats
+
+
+def check_formats(formats: tuple[str, ...], *, frames: int, height: int, width: int) -> None:
+    """UserError for an image in a video's format, and for odd sides in an mp4."""
+    films = [name for name in formats if name in ("mp4", "gif")]
+    if frames == 1 and films:
+        raise UserError(f"format: one frame is an image, and {films[0]} is for videos; use png or npz")
+    if "mp4" in formats and (height % 2 or width % 2):
+        raise UserError(f"format: an mp4 has even sides, not {height}x{width}; use gif, png or npz")
+
+
+def check_folder(path: Path) -> None:
+    """UserError when `path` cannot become a folder, because it or a parent of it is a file."""
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise UserError(f"out: {place} is a file, so the folder {path} cannot be made")
+
+
+def slug(text: str) -> str:
+    """A short name of lower-case ASCII letters, digits and hyphens: `"A red circle!"` is `a-red-circle`."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:48].rstrip("-") or "prompt"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """The files of one sample. `request` holds JSON values: all that decides what the sample shows."""
+
+    folder: Path
+    index: int
+    formats: tuple[str, ...]
+    request: Mapping[str, Any]
+
+    @property
+    def stem(self) -> str:
+        return f"{self.index:04d}-{slug(self.request['prompt'])}-{self.request['seed']}"
+
+    def path(self, ending: str) -> Path:
+        """The file of a format, or of the JSON; frames of a video as PNGs are a folder."""
+        if ending == "png" and self.request["frames"] > 1:
+            return self.folder / self.stem
+        return self.folder / f"{self.stem}.{ending}"
+
+    def to_make(self, *, overwrite: bool) -> tuple[str, ...]:
+        """The formats that are still to be written; none when the sample is there.
+
+        Raises UserError when a file is there that this request would not make, unless `overwrite`.
+        """
+        if overwrite:
+            return self.formats
+        there = [name for name in FORMATS if self.path(name).exists()]
+        sidecar = self.path("json")
+        if not sidecar.exists():
+            if there:
+                raise UserError(f"{self.path(there[0])} is there without a JSON that says how it was made; "
+                                "choose another --out, or --overwrite")
+            return self.formats
+        found = _read_request(sidecar)
+        for name in sorted({*found, *self.request}):
+            if found.get(name) != self.request.get(name):
+                raise UserError(f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
+                                f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite")
+        return tuple(name for name in self.formats if name not in there)
+
+    def write(
+        self, video: UInt8[np.ndarray, "t h w 3"], formats: tuple[str, ...], made_with: Mapping[str, Any]
+    ) -> list[Path]:
+        """Write the JSON and `formats` of a video; returns the paths of the latter.
+
+        Every file is complete when its name appears. The JSON comes first: after a run was killed between the two, the
+        next one finds its own request and makes what is missing.
+        """
+        sidecar = {"format_version": SIDECAR_VERSION, "request": dict(self.request), "made_with": dict(made_with)}
+        text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
+        part = self.folder / f".{os.getpid()}-{self.stem}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(_write_text(part.with_name(f"{part.name}.json"), text), self.path("json"))
+            for name in formats:
+                _replace(save_as(video, part, name, fps=self.request["fps"]), self.path(name))
+        except OSError as error:
+            raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
+        return [self.path(name) for name in formats]
+
+    def read(self) -> UInt8[np.ndarray, "t h w 3"]:
+        """The sample, from the most exact of its files."""
+        if (path := self.path("npz")).exists():
+            with np.load(path) as arrays:
+                return arrays["video"]
+        if (path := self.path("png")).exists():
+            pages = sorted(path.glob("*.png")) if path.is_dir() else [path]
+            return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
+        return read_video(next(path for name in ("mp4", "gif") if (path := self.path(name)).exists()))
+
+
+class ContactSheets:
+    """`OUT/contact-sheet.png`, a row for each sample; more than `ROWS` samples go on in contact-sheet-2.png, and so on."""
+
+    ROWS, COLUMNS = 24, 6
+
+    def __init__(self, folder: Path):
+        self.folder, self.count, self.rows = folder, 0, []
+
+    def add(self, video: UInt8[np.ndarray, "t h w 3"], caption: str) -> None:
+        picks = np.unique(np.round(np.linspace(0, len(video) - 1, self.COLUMNS)).astype(int))
+        self.rows.append((video[picks], caption))
+        if len(self.rows) == self.ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that are waiting."""
+        if self.rows:
+            self.count += 1
+            name = "contact-sheet.png" if self.count == 1 else f"contact-sheet-{self.count}.png"
+            videos, captions = zip(*self.rows)
+            contact_sheet(videos, captions, self.folder / name, columns=self.COLUMNS)
+            self.rows = []
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    try:
+        request = json.loads(path.read_text(encoding="utf-8"))["request"]
+        if isinstance(request, dict):
+            return request
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is there but does not say how a sample was made; choose another --out, or --overwrite")
+
+
+def _write_text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Give the finished file or folder `part` its name; only --overwrite comes here with `path` already there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(part, path)

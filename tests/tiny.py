@@ -1,0 +1,75 @@
+"""A weights folder of stage "base" with tiny random models and the tokenizer of a few words, made in a second."""
+
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavie_jax.data.tokens import save_small_tokenizer
+from lavie_jax.diffusion import Schedule
+from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
+from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.weights import save_folder
+
+WORDS = ("a", "red", "blue", "circle", "square", "moving", "left", "right")
+CONTEXT = 8  # tokens, start and end among them
+SAMPLING = {
+    "height": 16, "width": 24, "frames": 4, "fps": 8, "sampler": "ddim", "steps": 3, "guidance": 4.0,
+    "prompt_suffix": "", "negative_prompt": "",
+}  # fmt: skip
+
+UNET = UNetConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_levels=(True, False),
+    attention_heads=(2, 2),
+    only_cross_attention=(False, False),
+    cross_attention_dim=16,
+    norm_num_groups=8,
+    temporal_attention="before_ff",
+    temporal_position=True,
+)
+VAE_CONFIG = VAEConfig(block_out_channels=(16, 16), norm_num_groups=8, patch_size=2)
+TEXT = CLIPTextConfig(
+    vocab_size=256,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=CONTEXT,
+)
+
+
+def random_params(model, *inputs) -> dict:
+    """Float32 parameters drawn from their own paths, of the size that keeps activations near 1."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape).astype(np.float32)
+        if name.endswith(("scale", "bias")):
+            return values * 0.1 + name.endswith("scale")
+        return values / np.float32(np.prod(leaf.shape[:-1]) ** 0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_base(path: Path, **sampling) -> Path:
+    """Write the folder; `sampling` are defaults other than SAMPLING's."""
+    x, text = jnp.zeros((1, 2, 4, 4, 4)), jnp.zeros((1, CONTEXT, 16))
+    unet = random_params(UNet(UNET), x, jnp.zeros((1,), jnp.int32), text)
+    tokenizer = save_small_tokenizer(path.with_name(f"{path.name}-tokenizer"), WORDS, length=CONTEXT)
+    save_folder(
+        path,
+        stage="base",
+        sampling={**SAMPLING, **sampling},
+        unet=(UNET, unet),
+        vae=(VAE_CONFIG, random_params(VAE(VAE_CONFIG), jnp.zeros((1, 8, 8, 3)))),
+        text_encoder=(TEXT, random_params(CLIPText(TEXT), jnp.zeros((1, CONTEXT), jnp.int32))),
+        tokenizer=tokenizer,
+        schedule=Schedule.make(),
+    )
+    return path
