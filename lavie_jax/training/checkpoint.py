@@ -1,4 +1,4 @@
-"""Training state on disk (Orbax), and the weights folder that always holds the newest EMA model.
+"""Training state on disk (Orbax), and the hash that tells whether two runs came out the same.
 
 A checkpoint is the state (parameters, optimizer, EMA, step) and a small JSON with the step and the
 config. The data stream needs no state of its own: its position is the step. Saves are asynchronous and
@@ -7,8 +7,7 @@ atomic; a directory that is not complete (a killed run, a half-finished copy) is
 
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,15 @@ IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encod
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints under `path`, and every one whose step `keep_every` divides."""
+    """The newest `keep` checkpoints under `path`."""
 
-    def __init__(self, path: Path, *, keep: int, keep_every: int = 0):
+    def __init__(self, path: Path, *, keep: int):
         set_incomplete_aside(path)
         managers = ocp.checkpoint_managers
-        policies = [managers.LatestN(keep)] + ([managers.EveryNSteps(keep_every)] if keep_every else [])
         self._manager = ocp.CheckpointManager(
             path.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+                preservation_policy=managers.LatestN(keep), cleanup_tmp_directories=True
             ),
         )
 
@@ -96,25 +94,6 @@ def set_incomplete_aside(path: Path) -> None:
             aside = step.with_name(f"incomplete-{step.name}-{os.getpid()}")
             logging.warning("checkpoint %s is incomplete; moved to %s", step, aside.name)
             step.rename(aside)
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write(path)` makes a new folder beside `folder`, which then takes its place by renaming."""
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    for leftover in (new, old) if folder.exists() else (new,):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(folder: Path) -> None:
-    """Puts `folder` back if a run was killed between the two renames of `publish`."""
-    old = folder.with_name(f"{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
 
 
 def parameter_hash(params: Any) -> str:

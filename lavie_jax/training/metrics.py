@@ -22,6 +22,7 @@ class Metrics:
     """
 
     def __init__(self, directory: Path, *, step: int, tensorboard: bool):
+        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         if path.exists():
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
@@ -39,10 +40,10 @@ class Metrics:
         if self._events:
             self._events.scalars(step, values)
 
-    def picture(self, step: int, name: str, file: Path, width: int, height: int) -> None:
-        """Shows an encoded picture (PNG or GIF) in TensorBoard."""
+    def picture(self, step: int, name: str, png: Path) -> None:
+        """Shows a PNG in TensorBoard."""
         if self._events:
-            self._events.picture(step, name, file.read_bytes(), width, height)
+            self._events.picture(step, name, png.read_bytes())
 
     def close(self) -> None:
         self._jsonl.close()
@@ -71,8 +72,9 @@ class EventFile:
         )
         self._event(step, _bytes(5, summary))
 
-    def picture(self, step: int, name: str, encoded: bytes, width: int, height: int) -> None:
-        image = _number(1, height) + _number(2, width) + _number(3, 3) + _bytes(4, encoded)
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        width, height = struct.unpack(">II", png[16:24])  # a PNG begins with its header chunk
+        image = _number(1, height) + _number(2, width) + _number(3, 3) + _bytes(4, png)
         self._event(step, _bytes(5, _bytes(1, _bytes(1, name.encode()) + _bytes(4, image))))
 
     def close(self) -> None:

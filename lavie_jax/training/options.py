@@ -7,11 +7,13 @@ The ConfigDict stops at the script: below it there are dataclasses and plain val
 
 import ast
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.training.optimizer import REGIMES
 
 USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...]"
 
@@ -46,6 +48,32 @@ def parse(argv: Sequence[str]) -> tuple[Any, Path]:
     for field, text in overrides.items():
         override(config, field, text)
     return config, Path(flags["workdir"]).expanduser()
+
+
+def check(config: Any, workdir: Path) -> None:
+    """Refuses, before anything heavy, numbers that no run can have and a workdir that cannot be made."""
+    for field in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "held_out_every",
+                  "held_out_batches", "sample_every"):  # fmt: skip
+        if config[field] < 1:
+            raise UserError(f"config field {field!r} must be at least 1, not {config[field]}.")
+    if config.prompts and config.sample_every % config.checkpoint_every:
+        raise UserError(
+            f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
+            "samples are made from the weights that a checkpoint writes."
+        )
+    choices = {"dtype": ("auto", "float32", "bfloat16"), "remat": ("none", "block"), "regime": REGIMES}
+    for field, allowed in choices.items():
+        if config[field] not in allowed:
+            raise UserError(f"unknown {field} {config[field]!r}{suggest(config[field], allowed)}")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"config field 'ema_decay' must be from 0 to below 1, not {config.ema_decay}.")
+    for place in (workdir.absolute(), *workdir.absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise UserError(f"--workdir {workdir} cannot be written: no permission in {place}.")
+            return
+        if place.exists() or place.is_symlink():
+            raise UserError(f"--workdir {workdir} cannot be made: {place} is a file.")
 
 
 def load(spec: str) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lavie_jax.errors import UserError
 from lavie_jax.training import ema, optimizer
 
 Batch = Mapping[str, jax.Array]
@@ -47,6 +48,15 @@ class Task:
     def split(self, params: Any) -> tuple[dict, dict]:
         """(trained, untouched) parameters, flat."""
         return optimizer.split(params, regime=self.regime, images_only=self.images_only)
+
+
+def check_same(found: Any, wanted: Any, where: str, *, ignore: str = "") -> None:
+    """Refuses a model in the folder `where` whose config differs from the one of this run."""
+    for field in dataclasses.fields(wanted):
+        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
+        if theirs != ours and field.name != ignore:
+            name = type(wanted).__name__
+            raise UserError(f"{where} has {name}.{field.name} = {theirs!r}, the config {ours!r}: they must agree.")
 
 
 def make_state(params: Any, task: Task, tx: optax.GradientTransformation) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""What the configs share: the fields of every run, with their defaults. Not a config itself."""
+
+from ml_collections import ConfigDict
+
+from lavie_jax.training.options import check_mode
+
+__all__ = ["check_mode", "moving_shapes", "training"]
+
+
+def training() -> ConfigDict:
+    """The fields that every config has. `stage`, models, `data`, `loss`, `steps` and `batch` come on top."""
+    config = ConfigDict()
+    config.seed = 0
+    config.accumulate = 1  # parts that a batch is worked off in
+    config.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
+    config.remat = "none"  # "block": recompute each block in the backward pass, for memory
+    config.attention_kernel = "auto"
+    config.regime = "joint"  # "joint", "video_only", "temporal_only" (paper, appendix D)
+    config.ema_decay = 0.9999
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-4,
+            "warmup": 1000,
+            "decay": "constant",
+            "b1": 0.9,
+            "b2": 0.999,
+            "weight_decay": 0.01,
+            "clip": 1.0,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    config.cpu_devices = 0  # split a CPU into this many devices: 2 are faster than 1 on 2 cores
+    config.distributed = False  # True on pods: all hosts train together
+    config.workers = 0  # processes that prepare data, by grain; 0 is a thread
+
+    config.log_every = 50
+    config.held_out_every = 500
+    config.held_out_batches = 4
+    config.checkpoint_every = 500  # also writes the weights folder
+    config.keep_checkpoints = 2
+    config.sample_every = 500  # a multiple of checkpoint_every
+    config.prompts = ()  # of the sample grids; none = no grids
+    config.tensorboard = False  # metrics.jsonl is always written
+    return config
+
+
+def moving_shapes() -> ConfigDict:
+    """The embedded world: 64x64 pixels, 16 frames at 8 fps. See `lavie_jax.data.pipeline.DataConfig`."""
+    return ConfigDict(
+        {
+            "source": "moving_shapes",
+            "frames": 16,
+            "images": 4,
+            "height": 64,
+            "width": 64,
+            "fps": 8.0,
+            "caption_drop": 0.1,
+            "detail_drop": 0.1,
+            "seed": 0,
+        }
+    )

@@ -1,0 +1,165 @@
+"""From a config (`configs/`) to the task that it describes: models, their first parameters, the loss."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.typing import DTypeLike
+
+from lavie_jax import stages, weights
+from lavie_jax.data import moving_shapes, tokens
+from lavie_jax.data.pipeline import DataConfig
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
+from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.training import diffusion
+from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
+from lavie_jax.training.diffusion import DiffusionLoss, Models
+from lavie_jax.training.step import Task, check_same
+
+RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only show that the code works
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a stage's parameters come from, all in numpy.
+
+    Attributes:
+      start: {"unet": ..., "text_encoder": ... if trained} to start from; None = random.
+      frozen: {"vae": ..., "text_encoder": ... if not trained}.
+      scaling_factor: of the VAE in `frozen`.
+      tokenizer: the tokenizer's folder.
+    """
+
+    start: Any
+    frozen: Mapping[str, Any]
+    scaling_factor: float
+    tokenizer: Path
+
+
+def make_task(config: Any, dtype: DTypeLike, workdir: Path) -> tuple[Task, Path | None]:
+    """The task of a config, and the folder of its tokenizer (None for a VAE).
+
+    Raises:
+      UserError: fields that do not go together; folders that are missing or hold another model.
+    """
+    if config.stage == "vae":
+        return (
+            make_autoencoder_task(
+                VAEConfig.from_dict(_plain(config.vae)),
+                AutoencoderLoss(**_plain(config.loss)),
+                side=(config.data.height, config.data.width),
+                dtype=dtype,
+                init_from=config.init_from,
+            ),
+            None,
+        )
+    if config.stage not in stages.STAGES:
+        raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *stages.STAGES))}")
+    origin = load_origin(config, workdir)
+    return stage_task(config, dtype, origin), origin.tokenizer
+
+
+def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
+    """The task of a stage whose parameters come from `origin`; they may be ShapeDtypeStructs."""
+    data, models = config.data, make_models(config, dtype, origin.scaling_factor)
+    sampling = {
+        **stages.STAGES[config.stage].sampling, **config.sampling,
+        "height": data.height, "width": data.width, "frames": max(data.frames, 1), "fps": data.fps,
+    }  # fmt: skip
+    return diffusion.make_diffusion_task(
+        config.stage,
+        models,
+        DiffusionLoss(**_plain(config.loss)),
+        frames=data.frames,
+        images=data.images,
+        size=(data.height, data.width),
+        regime=config.regime,
+        train_text_encoder=config.train_text_encoder,
+        start=origin.start,
+        frozen=origin.frozen,
+        sampling=sampling,
+        tokenizer=origin.tokenizer,
+    )
+
+
+def held_out_data(data: DataConfig) -> DataConfig:
+    """What the held-out loss is measured on: whole captions of clips that training does not see."""
+    split = "val" if data.source == "moving_shapes" else data.split
+    return dataclasses.replace(data, split=split, caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1)
+
+
+def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
+    """The networks of a stage's config."""
+    unet = UNetConfig.from_dict(_plain(config.unet))
+    text = CLIPTextConfig.from_dict(_plain(config.text_encoder))
+    if unet.cross_attention_dim != text.hidden_size:
+        raise UserError(
+            f"unet.cross_attention_dim = {unet.cross_attention_dim} must be text_encoder.hidden_size = {text.hidden_size}."
+        )
+    vae = dataclasses.replace(VAEConfig.from_dict(_plain(config.vae)), scaling_factor=scaling_factor)
+    if unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"unet.out_channels = {unet.out_channels} must be vae.latent_channels = {vae.latent_channels}."
+        )
+    return Models(
+        unet=UNet(unet, dtype=dtype, attention_kernel=config.attention_kernel, remat=config.remat),
+        text_encoder=CLIPText(text, dtype=dtype),
+        vae=VAE(vae, dtype=dtype, attention_kernel=config.attention_kernel),
+        schedule=Schedule(**_plain(config.schedule)),
+    )
+
+
+def load_origin(config: Any, workdir: Path) -> Origin:
+    """Reads the folders that `init_from` and `vae_from` name; makes the small tokenizer where there is none."""
+    models = make_models(config, jnp.float32, 1.0)
+    start, frozen = None, {}
+    if config.init_from:
+        found = weights.load_folder(config.init_from, stage=config.stage, dtype=np.float32)
+        check_same(found.unet.config, models.unet.config, config.init_from)
+        check_same(found.text_encoder.config, models.text_encoder.config, config.init_from)
+        unet = diffusion.image_as_video(found.unet.params) if config.inflate else found.unet.params
+        start = {"unet": unet}
+        (start if config.train_text_encoder else frozen)["text_encoder"] = found.text_encoder.params
+        if found.schedule != models.schedule:
+            logging.warning("%s was trained with %s; now %s", config.init_from, found.schedule, models.schedule)
+    elif not config.train_text_encoder:
+        raise UserError("train_text_encoder=False needs init_from: a weights folder with a trained text encoder.")
+
+    if config.vae_from == RANDOM:
+        logging.warning("vae_from = 'random': an untrained VAE, for trying out the code only")
+        vae = models.vae
+        side = vae.config.factor
+        params = jax.device_get(jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"])
+        part = weights.Part(dataclasses.replace(vae.config, scaling_factor=1.0), params)
+    elif config.vae_from or config.init_from:
+        part = found.vae if not config.vae_from else weights.load_part(config.vae_from, "vae")
+        check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore="scaling_factor")
+    else:
+        raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")
+    frozen["vae"] = part.params
+
+    tokenizer = Path(workdir) / "tokenizer"
+    if config.init_from:
+        tokenizer = found.tokenizer_dir
+    else:
+        text = models.text_encoder.config
+        tokens.save_small_tokenizer(
+            tokenizer, moving_shapes.vocabulary(), length=text.max_position_embeddings
+        )
+        known = len(tokens.load_tokenizer(tokenizer))
+        if known > text.vocab_size:
+            raise UserError(f"text_encoder.vocab_size = {text.vocab_size} is too small: the tokenizer has {known} tokens.")
+    return Origin(start=start, frozen=frozen, scaling_factor=part.config.scaling_factor, tokenizer=tokenizer)
+
+
+def _plain(group: Any) -> dict[str, Any]:
+    """A group of a config as a dict of plain values."""
+    return group.to_dict() if hasattr(group, "to_dict") else dict(group)

@@ -1,0 +1,242 @@
+"""Trains a VAE or a stage of LaVie. One loop, read from top to bottom.
+
+    python train.py --config configs/moving_shapes/base.py --workdir runs/base [--config.FIELD=VALUE ...]
+
+`--config FILE.py:tiny` runs a small version of any config in about a minute on a CPU. The same command
+resumes a run that was stopped. In the workdir:
+
+    checkpoints/     training state (Orbax), the newest few
+    weights/         the newest EMA model, a weights folder for `sample.py --weights`
+    samples/         sample videos of fixed prompts
+    metrics.jsonl    a line per logging interval; tensorboard/ beside it when the config says so
+
+Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of the parameters.
+"""
+
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from lavie_jax import parallel
+from lavie_jax.data import pipeline
+from lavie_jax.data.tokens import load_tokenizer
+from lavie_jax.errors import UserError
+from lavie_jax.training import build, checkpoint, grids, metrics, optimizer, options
+from lavie_jax.training.step import make_state, make_update
+
+HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
+
+
+def main(argv: list[str], cleanup: ExitStack) -> None:
+    """Trains what the command line says, and prints the SHA-256 of the parameters.
+
+    `cleanup` closes what is open (a checkpoint that is being written, data workers), however this ends.
+    """
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Command line                                                                     │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    config, workdir = options.parse(argv)
+    options.check(config, workdir)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Devices                                                                          │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
+    first = jax.process_index() == 0
+    mesh = parallel.make_mesh(**config.mesh)
+    parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
+    accelerator = jax.default_backend() != "cpu"
+    # Parameters stay float32; the matrix units of accelerators want bfloat16, which CPUs do not have.
+    dtype = jnp.dtype({"auto": "bfloat16" if accelerator else "float32"}.get(config.dtype, config.dtype))
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Task: models, loss, parameters to start from                                     │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    task, tokenizer_dir = build.make_task(config, dtype, workdir)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+    learning_rate = optimizer.learning_rate(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ State: shapes, then shardings, then arrays; never whole on one device            │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    def create(origin: Any) -> dict:
+        return make_state(task.init(origin) if task.start is None else origin, task, tx)
+
+    origin = jax.random.key(config.seed) if task.start is None else task.start
+    shapes = jax.eval_shape(create, origin)
+    shardings = parallel.shardings(shapes, mesh)
+    if task.start is not None:
+        origin = parallel.put(origin, parallel.shardings(origin, mesh))
+    frozen = jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
+    frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
+
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    cleanup.callback(checkpoints.close)
+    step = checkpoints.latest() or 0
+    if step:
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        state = checkpoints.restore(step, abstract, config.to_dict())
+        say(f"resumed at step {step} of {config.steps}")
+    else:
+        state = jax.jit(create, out_shardings=shardings)(origin)
+    del origin
+    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    say(f"{count / 1e6:.2f} M parameters; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Data: its position is the step                                                   │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    sharing = {
+        "batch_size": config.batch,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    data = pipeline.DataConfig(**config.data)
+    batches = pipeline.batches(data, tokenizer, start_step=step, workers=config.workers, **sharing)
+    cleanup.callback(batches.close)
+    held_out_data = pipeline.batches(build.held_out_data(data), tokenizer, **sharing)
+    held_out_batches = [parallel.put_batch(next(held_out_data), mesh) for _ in range(config.held_out_batches)]
+    held_out_data.close()
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Compiled functions                                                               │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    update = jax.jit(
+        make_update(task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate),
+        donate_argnums=0,
+        out_shardings=(shardings, parallel.replicated(mesh)),
+    )
+    held_out_losses = jax.jit(task.held_out, out_shardings=parallel.replicated(mesh))
+
+    def held_out() -> dict[str, float]:
+        """Losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
+        rngs = [jax.random.fold_in(jax.random.key(HELD_OUT_SEED), i) for i in range(len(held_out_batches))]
+        rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
+        return mean(rows)
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Loop                                                                             │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    stop = StopRequest(multi_host=jax.process_count() > 1)
+    writer = metrics.Metrics(workdir, step=step, tensorboard=config.tensorboard) if first else None
+    if writer:
+        cleanup.callback(writer.close)
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
+    cleanup.callback(bar.close)
+    window: list[Mapping[str, jax.Array]] = []
+    in_flight: deque = deque()
+    started, done = time.monotonic(), step
+    while step < config.steps and not stop.requested:
+        state, losses = update(state, frozen, parallel.put_batch(next(batches), mesh))
+        step += 1
+        bar.update()
+        window.append(losses)
+        in_flight.append(losses["loss"])
+        if len(in_flight) > 2:  # never more than two steps of batches wait on the devices
+            in_flight.popleft().block_until_ready()
+        last = step == config.steps
+        stop.check(checkpoints, step)
+
+        if step % config.log_every == 0 or last or stop.requested:
+            values = mean(window)
+            window.clear()
+            if not metrics.finite(values):
+                raise Diverged(f"the loss is not finite at step {step}: {values}. Nothing after the last checkpoint was "
+                               "kept; try a lower optimizer.learning_rate or a longer optimizer.warmup.")
+            rate = (step - done) / (time.monotonic() - started)
+            values |= {"learning_rate": float(learning_rate(step - 1)), "clips_per_second": rate * config.batch}
+            started, done = time.monotonic(), step
+            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "loss" in k or k == "psnr"}, refresh=False)
+            if writer:
+                writer.write(step, values)
+
+        save = step % config.checkpoint_every == 0 or last or stop.requested
+        if save or step % config.held_out_every == 0:
+            measured = held_out()
+            if writer:
+                writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
+        if save:
+            checkpoints.save(step, state, config.to_dict())
+            ema = parallel.gather(state["ema"])
+            if first:
+                task.export(workdir / "weights", ema, measured)
+            if first and config.prompts and (step % config.sample_every == 0 or last):
+                grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
+                writer.picture(step, "samples", grid)
+            started, done = time.monotonic(), step  # what is logged next is the speed of training alone
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ End                                                                              │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    digest = checkpoint.parameter_hash(state["params"])
+    cleanup.close()
+    say(f"{'stopped' if step < config.steps else 'finished'} at step {step} of {config.steps}; SHA-256 of the parameters:")
+    if first:
+        print(digest, flush=True)
+
+
+def say(text: str) -> None:
+    """A line above the progress bar, on the first host."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def mean(rows: list[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """The mean of each value over the rows; waits for the devices."""
+    rows = jax.device_get(rows)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+class StopRequest:
+    """Whether somebody wants the run to save and stop: SIGTERM, Ctrl-C, or a cluster that takes its machines back.
+
+    On several hosts Orbax lets all of them agree on the step. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, *, multi_host: bool):
+        self.requested = False
+        self._multi_host = multi_host
+        if not multi_host:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+        logging.warning("%s: saving a checkpoint and stopping", signal.Signals(number).name)
+
+    def check(self, checkpoints: checkpoint.Checkpoints, step: int) -> None:
+        """To be called after every step, on every host."""
+        if self._multi_host:
+            self.requested = checkpoints.reached_preemption(step)
+
+
+class Diverged(RuntimeError):
+    """Training broke down; the message says where and what to try."""
+
+
+if __name__ == "__main__":
+    try:
+        with ExitStack() as stack:
+            main(sys.argv[1:], stack)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        sys.exit(f"error: {error}")
