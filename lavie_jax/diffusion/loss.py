@@ -38,7 +38,7 @@ def min_snr_weight(schedule: Schedule, t: Int[ArrayLike, "*times"], gamma: float
 def joint_loss(
     prediction: Float[Array, "b f ..."],
     target: Float[Array, "b f ..."],
-    weight: Float[Array, "b *frames"] | None,
+    weight: Float[Array, " b *frames"] | None,
     T: int,
     alpha: float,
     *,

@@ -7,7 +7,7 @@ noise eps in it (`schedule.py`), and moves from abar = `levels[i]` to the less n
     ddpm           DDPM: a draw from the posterior q(x_s | x_t, x0)           eq. 6-7, arXiv 2006.11239
     ddim           DDIM: x0 and eps mixed anew, deterministic                 eq. 12, arXiv 2010.02502
     respaced_ddim  DDIM on timesteps that include both ends                   interpolation stage
-    euler          Euler's method on the probability-flow ODE in sigma        algorithm 2, arXiv 2206.00364
+    euler          Euler's method on the probability-flow ODE in sigma        algorithm 1, arXiv 2206.00364
     dpm++2m        DPM-Solver++(2M): second order, one evaluation a step      algorithm 2, arXiv 2211.01095
 
 One step is a pure function of a small dict of arrays, so a chain can be scanned, jitted with a traced step
@@ -19,7 +19,7 @@ number, or saved to disk in the middle and resumed:
         state = sampler.step(state, i, denoise)
     x0 = state["x"]
 
-Coefficients are computed in float64 on the host and applied in float32.
+Coefficients are computed in float64 on the host (DDPM says why not there) and applied in float32.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from lavie_jax.diffusion.schedule import Schedule, split_prediction
 from lavie_jax.errors import UserError, suggest
@@ -73,12 +73,12 @@ class Sampler:
         """Standard deviation of the state at the start."""
         return 1.0
 
-    def init(self, noise: Float[Array, "b ..."]) -> State:
+    def init(self, noise: Float[ArrayLike, "b ..."]) -> State:
         """The state before step 0. `noise` is standard normal; `state["x"]` is x_t, float32."""
         return {"x": jnp.asarray(noise, jnp.float32) * self.init_noise_sigma}
 
     def step(
-        self, state: State, i: int | Array, denoise: Denoise, noise: Float[Array, "b ..."] | None = None
+        self, state: State, i: int | Array, denoise: Denoise, noise: Float[ArrayLike, "b ..."] | None = None
     ) -> State:
         """One step of the chain.
 
@@ -125,7 +125,9 @@ class DDPM(Sampler):
         if noise is None:
             raise ValueError("ddpm draws noise at every step: call step(state, i, denoise, noise)")
         x0, _ = self._estimate(state["x"], i, denoise)
-        abar_t, abar_s = self.levels[:-1], self.levels[1:]
+        # In float32, unlike all else: 1 - a cancels, and the released sampler's rounding moves the outcome by
+        # 1e-5 at 100 steps and 1e-4 at 500.
+        abar_t, abar_s = self.levels[:-1].astype(np.float32), self.levels[1:].astype(np.float32)
         a = abar_t / abar_s
         variance = (1 - abar_s) / (1 - abar_t) * (1 - a)
         of_x0, of_x_t, of_noise = _row(
@@ -176,11 +178,11 @@ class RespacedDDIM(DDIM):
 
 
 class Euler(Sampler):
-    """Euler's method on dx/dsigma = eps, where x = x0 + sigma eps (algorithm 2 without churn, arXiv 2206.00364).
+    """Euler's method on dx/dsigma = eps, where x = x0 + sigma eps (Euler steps of alg. 1, arXiv 2206.00364).
 
-    Here the state is x_t / sqrt(abar_t), of variance up to sigma_max^2; the network still sees x_t, that is
-    x / sqrt(sigma^2 + 1). Timesteps are evenly spaced and fractional, sigma = sqrt((1 - abar) / abar) is
-    interpolated at them. In exact arithmetic this is DDIM on those levels.
+    Here the state is x_t / sqrt(abar_t), of variance up to sigma_max^2 + 1; the network still sees x_t, that
+    is x / sqrt(sigma^2 + 1). Timesteps are evenly spaced and fractional, and sigma = sqrt((1 - abar) / abar)
+    is interpolated at them. On equal levels this and DDIM are one and the same.
     """
 
     @functools.cached_property
@@ -209,26 +211,25 @@ class Euler(Sampler):
         return {"x": state["x"] + move * eps}
 
 
-class DPMSolver2M(DDIM):
+class DPMSolver2M(Sampler):
     """DPM-Solver++(2M) (algorithm 2, arXiv 2211.01095): for few steps, 10 to 25.
 
     Solves the probability-flow ODE in lambda = log(alpha / sigma), half the log-SNR. Over a step h in lambda,
     x0 is extrapolated along the line through this estimate and the one before:
 
-        x_s = sigma_s / sigma_t x_t  -  alpha_s (e^-h - 1) ((1 + c) x0 - c x0_before),   c = h / (2 h_before)
+        x_s = sigma_s / sigma_t x_t  +  alpha_s (1 - e^-h) ((1 + c) x0 - c x0_before),   c = h / (2 h_before)
 
-    The first step has no past and the last, the longest in lambda, would overshoot: both take c = 0, which is
-    a DDIM step. Timesteps are quadratic (appendix D.2, arXiv 2010.02502), dense near the data: at 10 and 20
-    steps on Gaussian mixtures they beat even spacing both in t and in lambda, with and without guidance.
-    The state keeps the estimate before as `state["x0"]`.
+    The first step has no past, and the last goes to lambda = infinity: both take c = 0, which is a DDIM step.
+    The state keeps the estimate before as `state["x0"]`. Timesteps are quadratic (appendix D.2, arXiv
+    2010.02502), dense near the data: on Gaussian mixtures, guided and not, 10 to 40 steps came nearer to the
+    exact solution than with timesteps evenly spaced.
     """
 
     @functools.cached_property
     def timesteps(self) -> np.ndarray:
-        last = self.schedule.steps - 1
         i = np.arange(self.steps, 0, -1)
-        # No two alike while the schedule has enough of them: many steps would crowd at t = 0.
-        return np.minimum(np.maximum(np.rint(last * (i / self.steps) ** 2).astype(np.int64), i), last)
+        quadratic = np.rint((self.schedule.steps - 1) * (i / self.steps) ** 2).astype(np.int64)
+        return np.maximum(quadratic, i - 1)  # many steps would crowd at t = 0: no two are alike
 
     def init(self, noise):
         state = super().init(noise)
@@ -237,10 +238,11 @@ class DPMSolver2M(DDIM):
     def step(self, state, i, denoise, noise=None):
         x0, _ = self._estimate(state["x"], i, denoise)
         alpha, sigma = np.sqrt(self.levels), np.sqrt(1 - self.levels)
-        h = np.diff(np.log(alpha / sigma))
+        decay = (sigma[1:] / alpha[1:]) / (sigma[:-1] / alpha[:-1])  # e^-h
+        h = -np.log(decay[:-1])
         c = np.zeros(self.steps)
-        c[1:-1] = h[1:-1] / (2 * h[:-2])
-        shrink, of_x0, c = _row(i, sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h), c)
+        c[1:-1] = h[1:] / (2 * h[:-1])
+        shrink, of_x0, c = _row(i, sigma[1:] / sigma[:-1], alpha[1:] * (1 - decay), c)
         return {"x": shrink * state["x"] + of_x0 * ((1 + c) * x0 - c * state["x0"]), "x0": x0}
 
 
@@ -261,32 +263,32 @@ def make_sampler(name: str, steps: int, schedule: Schedule) -> Sampler:
         UserError: the name is unknown, or `steps` is not a whole number from 1 to the schedule's.
     """
     if name not in _SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}{suggest(str(name), SAMPLERS)}")
-    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or not 1 <= steps <= schedule.steps:
+        raise UserError(f"unknown sampler {name!r}{suggest(name, SAMPLERS)}")
+    if not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
         raise UserError(f"steps must be a whole number from 1 to {schedule.steps}, not {steps!r}")
-    return _SAMPLERS[name](int(steps), schedule)
+    return _SAMPLERS[name](steps, schedule)
 
 
 def sample(
     sampler: Sampler,
     denoise: Denoise,
-    noise: Float[Array, "b ..."],
+    noise: Float[ArrayLike, "b ..."],
     noise_at: Callable[[Array], Float[Array, "b ..."]] | None = None,
 ) -> Float[Array, "b ..."]:
-    """The whole chain as one `lax` loop, from standard normal `noise` to x0, float32.
+    """The whole chain as one `lax` loop: x0 `(B, ...)`, float32.
 
     Args:
         sampler: from `make_sampler`.
         denoise: see `Sampler.step`.
         noise: standard normal `(B, ...)`.
-        noise_at: `noise_at(i)`, the standard normal draw of step i (traced); called only by samplers that need noise.
+        noise_at: `noise_at(i)`, standard normal like `noise`, for step i (traced); only where `needs_noise`.
     """
+    if sampler.needs_noise and noise_at is None:
+        raise ValueError("this sampler draws noise at every step: give noise_at(i) -> array")
 
     def body(i, state):
         return sampler.step(state, i, denoise, noise_at(i) if sampler.needs_noise else None)
 
-    if sampler.needs_noise and noise_at is None:
-        raise ValueError("this sampler draws noise at every step: give noise_at(i) -> array")
     return jax.lax.fori_loop(0, sampler.steps, body, sampler.init(noise))["x"]
 
 

@@ -16,7 +16,6 @@ How to walk back from noise to data is in `samplers.py`.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,18 +58,16 @@ class Schedule:
 
     def __post_init__(self):
         if self.kind not in BETA_SCHEDULES:
-            raise UserError(f"unknown beta schedule {self.kind!r}{suggest(str(self.kind), BETA_SCHEDULES)}")
+            raise UserError(f"unknown beta schedule {self.kind!r}{suggest(self.kind, BETA_SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
-            hint = suggest(str(self.prediction), PREDICTIONS)
-            raise UserError(f"unknown prediction type {self.prediction!r}{hint}")
-        if not _is_number(self.beta_start) or not _is_number(self.beta_end):
-            given = f"{self.beta_start!r} and {self.beta_end!r}"
-            raise UserError(f"beta_start and beta_end must be finite numbers, not {given}")
+            raise UserError(
+                f"unknown prediction type {self.prediction!r}{suggest(self.prediction, PREDICTIONS)}"
+            )
         if not 0 < self.beta_start <= self.beta_end < 1:
             given = f"{self.beta_start} and {self.beta_end}"
             raise UserError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {given}")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise UserError(f"a schedule needs a whole number of timesteps, at least 1, not {self.steps!r}")
+        if self.steps < 1:
+            raise UserError(f"a schedule needs at least 1 timestep, not {self.steps}")
 
     @classmethod
     def make(
@@ -81,6 +78,7 @@ class Schedule:
         steps: int = 1000,
         prediction: str = "epsilon",
     ) -> "Schedule":
+        """The same as calling the class."""
         return cls(kind, beta_start, beta_end, steps, prediction)
 
     @classmethod
@@ -93,12 +91,20 @@ class Schedule:
         Raises:
             UserError: a value is not supported; the message names those that are.
         """
+        where = "scheduler_config.json"
         if config.get("trained_betas") is not None:
-            raise UserError("scheduler_config.json: trained_betas is not supported; give beta_start, beta_end")
+            raise UserError(f"{where}: trained_betas is not supported, only those of beta_schedule")
         if config.get("rescale_betas_zero_snr"):
-            raise UserError("scheduler_config.json: rescale_betas_zero_snr is not supported; set it to false")
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        return cls(**{ours: config.get(theirs, defaults[ours]) for ours, theirs in _JSON_NAMES.items()})
+            raise UserError(f"{where}: rescale_betas_zero_snr is not supported, only false")
+        fields = {}
+        for field in dataclasses.fields(cls):
+            key = _JSON_NAMES[field.name]
+            value = config.get(key, field.default)
+            allowed = (int, float) if field.type is float else field.type
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise UserError(f"{where}: {key} must be {_JSON_TYPES[field.type]}, not {value!r}")
+            fields[field.name] = value
+        return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
         """The fields under diffusers' names; `from_json` is the inverse."""
@@ -159,6 +165,7 @@ _JSON_NAMES = {
     "steps": "num_train_timesteps",
     "prediction": "prediction_type",
 }
+_JSON_TYPES = {str: "a string", int: "a whole number", float: "a number"}
 
 
 def split_prediction(
@@ -175,7 +182,3 @@ def split_prediction(
         return prediction, (x_t - alpha * prediction) / sigma
     # v_prediction: (x_t, v) is (x0, eps) turned by the angle whose cosine is alpha (arXiv 2202.00512, app. D)
     return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
