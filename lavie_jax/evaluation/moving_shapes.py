@@ -1,0 +1,245 @@
+"""Does a text-to-video model of Moving Shapes show what its prompts say? Accuracy of each attribute.
+
+    python -m lavie_jax.evaluation.moving_shapes --weights DIR [--json FILE] [--samples 256] [--split val]
+    python -m lavie_jax.evaluation.moving_shapes --truth        # the detectors on true clips
+    python -m lavie_jax.evaluation.moving_shapes --weights DIR --vae    # true clips through DIR's VAE
+
+Captions are full (size and background named), those of clips 0, 1, ... of a split; sample i has seed
+`--seed` + i. Splits: `val` (combinations that training shows), `held_out`, `image_only`, `image` (stills).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from tqdm.auto import tqdm
+
+from lavie_jax import cascade
+from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data.moving_shapes import Attributes, Sample
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.evaluation.detectors import detect
+from lavie_jax.models.vae import VAE
+from lavie_jax.weights import folder_hash, load_part
+from lavie_jax.weights.folder import read_json
+
+SPLITS = ("val", "held_out", "image_only", "image")
+DEFAULT_SPLITS = SPLITS[:3]
+ROWS = {
+    "background": "background",
+    "colour": "colour",
+    "size": "size",
+    "shape": "shape",
+    "direction": "motion",
+}
+KIND = "moving_shapes"  # what marks our own JSON, which may be written anew
+DEFAULTS = {"height": 64, "width": 64, "frames": 16, "fps": 8.0}
+SHEET_ROWS = 16
+
+Table = dict[str, dict[str, float]]
+Videos = Iterator[UInt8[np.ndarray, "t h w 3"]]
+
+
+def score(
+    clips: Sequence[UInt8[np.ndarray, "t h w 3"]], attributes: Sequence[Attributes], *, fps: float = 8.0
+) -> Table:
+    """Accuracy of each attribute, and of all at once: {row: {accuracy, stderr, n}}.
+
+    `stderr` is the binomial standard error sqrt(p (1 - p) / n). Still images have no row `direction`.
+    """
+    if not clips or len(clips) != len(attributes):
+        raise UserError(f"as many clips as attributes, at least 1; given {len(clips)} and {len(attributes)}")
+    seen = [detect(clip, fps=fps) for clip in clips]
+    rows = {
+        row: [getattr(s, name) == getattr(a, name) for s, a in zip(seen, attributes)]
+        for row, name in ROWS.items()
+        if row != "direction" or attributes[0].motion is not None
+    }
+    rows["all"] = [all(right) for right in zip(*rows.values())]
+    return {row: _accuracy(right) for row, right in rows.items()}
+
+
+def _accuracy(right: Sequence[bool]) -> dict[str, float]:
+    n, p = len(right), sum(right) / len(right)
+    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n}
+
+
+def true_samples(split: str, count: int, sampling: Mapping) -> list[Sample]:
+    """Clips 0 to `count` - 1 of a split with full captions; stills, as clips of one frame, for `image`."""
+    side = {"height": sampling["height"], "width": sampling["width"]}
+    if split != "image":
+        time_axis = {"frames": sampling["frames"], "fps": sampling["fps"]}
+        return [moving_shapes.clip(split, i, **side, **time_axis) for i in range(count)]
+    stills = [moving_shapes.image("val", i, **side) for i in range(count)]
+    return [Sample(s.pixels[None], s.caption, s.attributes) for s in stills]
+
+
+# ---- where the clips come from ----
+
+
+def _reconstructed(weights: Path, samples: list[Sample], bar: tqdm) -> Videos:
+    part = load_part(weights, "vae", dtype=np.float32)
+    vae, params = VAE(part.config), jax.tree.map(jnp.asarray, part.params)
+
+    @jax.jit
+    def through(images):
+        mean, _ = vae.apply({"params": params}, images, method="encode")
+        return vae.apply({"params": params}, mean, method="decode")
+
+    for sample in samples:
+        yield transforms.to_uint8(np.asarray(through(transforms.to_float(sample.pixels))))
+        bar.update()
+
+
+def _generated(
+    pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace, bar: tqdm, *, image: bool
+) -> Videos:
+    given = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    for first in range(0, len(samples), args.batch_size):
+        chunk = samples[first : first + args.batch_size]
+        seeds = list(range(args.seed + first, args.seed + first + len(chunk)))
+        yield from pipe(
+            [sample.caption for sample in chunk],
+            seed=seeds,
+            frames=1 if image else None,
+            batch_size=args.batch_size,
+            **given,
+        )
+        bar.update(len(chunk))
+
+
+# ---- the command ----
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lavie_jax.evaluation.moving_shapes",
+        description="Accuracy of background, colour, size, shape and direction in sampled videos.",
+    )
+    parser.add_argument("--weights", type=Path, help="a weights folder; the shipped model's by default")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--truth", action="store_true", help="measure the detectors on true clips")
+    what.add_argument("--vae", action="store_true", help="measure true clips after the weights' VAE")
+    parser.add_argument("--split", action="append", help=f"one of {', '.join(SPLITS)}; may repeat")
+    parser.add_argument("--samples", type=int, default=256, help="captions a split")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", help="default: as in the weights")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--json", type=Path, help="write the tables here")
+    parser.add_argument("--sheets", type=Path, help="write a contact sheet for each split into this folder")
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for what would fail, or destroy a file, only after the sampling."""
+    for split in args.split or ():
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}")
+    for name in ("samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}: at least 1 is needed, given {getattr(args, name)}")
+    if args.seed < 0:
+        raise UserError(f"seed: at least 0 is needed, given {args.seed}")
+    if args.json and args.json.exists():
+        ours = args.json.is_file() and _kind(args.json) == KIND
+        if not ours:
+            raise UserError(f"{os.fspath(args.json)!r} exists and is no result of this command: name another")
+    for folder in (args.json and args.json.parent, args.sheets):
+        above = folder and next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if above and not above.is_dir():
+            raise UserError(f"cannot write below {os.fspath(above)!r}: it is a file")
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
+
+
+def _makers(args: argparse.Namespace) -> tuple[dict, Callable[[str, list[Sample], tqdm], Videos]]:
+    """(sampling settings, function of (split, samples, bar) that makes the videos to measure)."""
+    if args.truth:
+
+        def true_clips(split: str, samples: list[Sample], bar: tqdm) -> Videos:
+            return (sample.pixels for sample in samples)
+
+        return DEFAULTS, true_clips
+    weights = cascade.base_folder(cascade.SHIPPED if args.weights is None else args.weights)
+    if args.vae:
+        sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
+        return sampling, lambda split, samples, bar: _reconstructed(weights, samples, bar)
+    pipe = cascade.load(weights)
+    return pipe.base.weights.sampling, lambda split, samples, bar: _generated(
+        pipe, samples, args, bar, image=split == "image"
+    )
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    """Samples and scores every split; writes the contact sheets."""
+    sampling, make = _makers(args)
+    splits = list(dict.fromkeys(args.split or DEFAULT_SPLITS))
+    tables, begin = {}, time.perf_counter()
+    with tqdm(total=len(splits) * args.samples, unit="video", disable=args.truth) as bar:
+        for split in splits:
+            bar.set_description(split)
+            samples = true_samples(split, args.samples, sampling)
+            clips = list(make(split, samples, bar))
+            tables[split] = score(clips, [s.attributes for s in samples], fps=sampling["fps"])
+            if args.sheets:
+                shown = slice(0, SHEET_ROWS)
+                captions = [sample.caption for sample in samples[shown]]
+                video_files.contact_sheet(clips[shown], captions, args.sheets / f"{split}.png")
+    what = "truth" if args.truth else "vae" if args.vae else "samples"
+    result = {"kind": KIND, "what": what, "splits": tables, "seconds": round(time.perf_counter() - begin, 1)}
+    if not args.truth:
+        folder = cascade.base_folder(args.weights or cascade.SHIPPED)
+        result |= {"weights": os.fspath(folder), "weights_hash": folder_hash(folder)}
+    if what == "samples":
+        given = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+        asked = {name: value for name, value in given.items() if value is not None}
+        result |= {"seed": args.seed, "sampling": {**sampling, **asked}}
+    return result
+
+
+def _markdown(tables: Mapping[str, Table]) -> str:
+    """A table with a line a split, in per cent with standard errors."""
+    rows = [*ROWS, "all"]
+    lines = ["| split | n | " + " | ".join(rows) + " |", "| --- " * (len(rows) + 2) + "|"]
+    for split, table in tables.items():
+        cells = [
+            f"{100 * table[row]['accuracy']:.1f} ± {100 * table[row]['stderr']:.1f}" if row in table else ""
+            for row in rows
+        ]
+        lines.append(f"| {split} | {table['all']['n']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        args = _parse(argv)
+        _check(args)
+        result = _measure(args)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(_markdown(result["splits"]))
+
+
+if __name__ == "__main__":
+    main()
