@@ -1,0 +1,50 @@
+"""The original base UNet in PyTorch, an evaluation for each line on stdin.
+
+base_unet_vs_original.py starts it:
+    PYTHON original_base_unet.py CHECKOUT CASE SHAPES CORES OUTPUT
+
+Runs in the original's environment, which has no jax. Weights and inputs come from the formula of the golden
+cases, with SHAPES (JSON) in place of the case's inputs. Prints one JSON object a line: torch's version when
+it is ready, then the seconds of each evaluation. The output of an evaluation asked for by the line "save" is
+written to OUTPUT (.npy).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lavie_jax.parity.cases import read_case  # numpy and the standard library only
+
+
+def main() -> None:
+    checkout, case_path, shapes, cores, output = sys.argv[1:]
+    sys.path.insert(0, str(Path(checkout) / "base"))
+    from models.unet import UNet3DConditionModel
+
+    torch.set_num_threads(int(cores))
+    case = dataclasses.replace(read_case(Path(case_path)), inputs=json.loads(shapes))
+    unet = UNet3DConditionModel.from_config({**case.model, "use_first_frame": False}).eval()
+    with torch.inference_mode():
+        for name, value in unet.state_dict().items():
+            if name in case.parameters and not name.endswith("rotary_emb.freqs"):
+                value.copy_(torch.from_numpy(case.parameter(name, case.parameters[name])))
+        sample, context = (torch.from_numpy(case.input(name)) for name in ("sample", "context"))
+        timesteps = torch.tensor(case.inputs["timesteps"])
+        print(json.dumps({"torch": torch.__version__}), flush=True)
+        for line in sys.stdin:
+            start = time.perf_counter()
+            result = unet(sample, timesteps, encoder_hidden_states=context).sample
+            seconds = time.perf_counter() - start
+            if line.strip() == "save":
+                np.save(output, result.numpy())
+            print(json.dumps({"seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
