@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _ENDLESS = 2**40
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the pipeline asks of a source."""
 

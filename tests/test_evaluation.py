@@ -1,0 +1,148 @@
+"""The detectors see what is there and nothing else; the command measures and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lavie_jax.data import moving_shapes as world
+from lavie_jax.errors import UserError
+from lavie_jax.evaluation import moving_shapes as evaluation
+from lavie_jax.evaluation.detectors import detect
+
+
+def samples(split, count):
+    return evaluation.true_samples(split, count, evaluation.DEFAULTS)
+
+
+def accuracies(clips, of):
+    return {row: cell["accuracy"] for row, cell in evaluation.score(clips, [s.attributes for s in of]).items()}
+
+
+@pytest.mark.parametrize("split", evaluation.SPLITS)
+def test_detectors_are_right_on_true_clips(split):
+    true = samples(split, 150)
+    right = accuracies([s.pixels for s in true], true)
+    assert ("direction" in right) == (split != "image")
+    assert right.pop("all") >= 0.97 and right.pop("shape") >= 0.97
+    assert all(accuracy >= 0.99 for accuracy in right.values()), right
+
+
+def blurred(clip):
+    """What a small autoencoder does to a clip: softer edges, and noise."""
+    soft = clip.astype(np.float32)
+    for axis in (1, 2):
+        soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
+    noise = np.random.default_rng(0).normal(0, 8, clip.shape)
+    return np.clip(soft + noise, 0, 255).astype(np.uint8)
+
+
+def test_detectors_are_right_on_blurred_and_noisy_clips():
+    true = samples("val", 100)
+    right = accuracies([blurred(s.pixels) for s in true], true)
+    assert right["shape"] >= 0.95 and min(v for k, v in right.items() if k not in ("shape", "all")) >= 0.99, right
+
+
+@pytest.mark.parametrize("height, width, frames, fps", [(96, 64, 16, 8), (64, 112, 61, 32), (128, 128, 8, 4)])
+def test_detectors_work_at_other_sizes_and_rates(height, width, frames, fps):
+    size = {"height": height, "width": width, "frames": frames, "fps": fps}
+    true = evaluation.true_samples("val", 40, size)
+    assert evaluation.score([s.pixels for s in true], [s.attributes for s in true], fps=fps)["all"]["accuracy"] == 1
+
+
+def clip_of(**change):
+    a = world.Attributes(**{"shape": "star", "colour": "red", "size": "large", "background": "green",
+                            "motion": "left", **change})  # fmt: skip
+    return world.render(a, 0.3, 0.6, frames=16, fps=8, height=64, width=64)
+
+
+@pytest.mark.parametrize(
+    "attribute, value",
+    [("shape", "ring"), ("colour", "cyan"), ("size", "small"), ("background", "black"), ("motion", "down")],
+)
+def test_a_change_of_one_attribute_is_seen_in_that_one_alone(attribute, value):
+    before, after = detect(clip_of()), detect(clip_of(**{attribute: value}))
+    assert getattr(after, attribute) == value
+    for name in ("shape", "colour", "size", "background", "motion"):
+        assert name == attribute or getattr(before, name) == getattr(after, name)
+
+
+def test_time_reversed_and_mirrored_clips_move_the_other_way():
+    clip = clip_of(shape="circle", motion="up left")
+    assert detect(clip[::-1]).motion == "down right"
+    assert detect(clip[:, :, ::-1]).motion == "up right"
+    assert detect(np.repeat(clip[5:6], 16, 0)).motion == "still"
+
+
+def test_a_slow_drift_is_no_motion():
+    a = world.Attributes("circle", "red", "small", "blue", "right")
+    full = world.render(a, 0.5, 0.5, frames=64, fps=32, height=64, width=64)
+    assert detect(full[:16]).motion == "still"  # a quarter of the way
+
+
+def test_an_empty_clip_shows_nothing():
+    seen = detect(np.full((16, 64, 64, 3), world.RGB["gray"], np.uint8))
+    assert (seen.shape, seen.colour, seen.motion, seen.background) == (
+        "nothing",
+        "nothing",
+        "nothing",
+        "gray",
+    )
+    assert detect(np.random.default_rng(0).integers(120, 136, (4, 64, 64, 3), dtype=np.uint8)).shape == "nothing"
+
+
+def test_standard_errors_and_chance():
+    true = samples("val", 60)
+    shifted = [s.pixels for s in true[1:] + true[:1]]  # every clip gets another's caption
+    table = evaluation.score(shifted, [s.attributes for s in true])
+    assert table["all"]["accuracy"] == 0 and table["shape"]["accuracy"] < 0.45
+    for cell in table.values():
+        assert cell["n"] == 60
+        p = cell["accuracy"]
+        assert cell["stderr"] == pytest.approx((p * (1 - p) / 60) ** 0.5)
+
+
+def test_the_command_measures_writes_its_result_and_sheets(tmp_path, capsys):
+    out = tmp_path / "new" / "result.json"
+    evaluation.main(["--truth", "--samples", "20", "--split", "val", "--json", str(out), "--sheets", str(tmp_path)])
+    result = json.loads(out.read_text())
+    assert result["what"] == "truth" and result["splits"]["val"]["direction"]["accuracy"] == 1
+    assert (tmp_path / "val.png").is_file()
+    assert "| val | 20 | 100.0 ± 0.0 |" in capsys.readouterr().out
+    evaluation.main(["--truth", "--samples", "10", "--split", "image", "--json", str(out)])  # its own: again
+    assert list(json.loads(out.read_text())["splits"]) == ["image"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--truth", "--split", "vall"], "did you mean 'val'"),
+        (["--truth", "--samples", "0"], "samples: at least 1"),
+        (["--truth", "--batch-size", "0"], "batch_size: at least 1"),
+        (["--truth", "--seed", "-1"], "seed: at least 0"),
+        (["--weights", "no such folder"], "no such folder"),
+        (["--vae", "--weights", "no such folder"], "no such folder"),
+    ],
+)
+def test_the_command_refuses_wrong_input_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_command_overwrites_no_file_but_its_own(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text('{"kind": "diary"}')
+    for arguments in (
+        ["--json", str(tmp_path / "mine.json")],
+        ["--sheets", str(tmp_path / "mine.json" / "x")],
+    ):
+        with pytest.raises(SystemExit):
+            evaluation.main(["--truth", "--samples", "1", *arguments])
+    assert (tmp_path / "mine.json").read_text() == '{"kind": "diary"}'
+
+
+def test_score_refuses_unequal_lists():
+    with pytest.raises(UserError, match="as many clips as attributes"):
+        evaluation.score([], [])

@@ -1,0 +1,327 @@
+"""Batches: the same whatever makes them, resumed at a step, divided among processes; the small tokenizer."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavie_jax.data import moving_shapes, pipeline, sources, tokens, transforms, video_files
+from lavie_jax.data.pipeline import DataConfig
+from lavie_jax.errors import UserError
+
+SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
+CAPTION = "a small red circle moving up left over a blue background"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tokens.save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), moving_shapes.vocabulary())
+    return tokens.load_tokenizer(folder)
+
+
+def take(count, config=SMALL, tokenizer=None, batch_size=4, **where):
+    stream = pipeline.batches(config, tokenizer, batch_size=batch_size, **where)
+    try:
+        return [next(stream) for _ in range(count)]
+    finally:
+        stream.close()
+
+
+def assert_same(one, other):
+    assert [list(batch) for batch in one] == [list(batch) for batch in other]
+    for a, b in zip(one, other):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# ---- batches ----
+
+
+def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
+    (batch,) = take(1, tokenizer=tokenizer)
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "video": ((4, 3, 16, 24, 3), "float32"),
+        "images": ((4, 2, 16, 24, 3), "float32"),
+        "tokens": ((4, 16), "int32"),
+        "image_tokens": ((4, 2, 16), "int32"),
+    }
+    assert -1 <= batch["video"].min() < batch["video"].max() <= 1
+
+
+def test_video_image_and_caption_belong_together(tokenizer):
+    config = dataclasses.replace(SMALL, caption_drop=0.0, detail_drop=0.0)
+    (batch,) = take(1, config, tokenizer)
+    source = pipeline.make_source(config)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels, caption = source.video(i, rng)
+        np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
+        np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
+        for j in range(2):
+            pixels, caption = source.image(2 * i + j, rng)
+            np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
+            np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
+
+
+def test_a_resumed_stream_goes_on_where_it_was(tokenizer):
+    whole = take(5, tokenizer=tokenizer)
+    assert_same(take(2, tokenizer=tokenizer, start_step=3), whole[3:])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
+def test_worker_processes_give_the_same_batches_as_none(tokenizer):
+    whole = take(4, tokenizer=tokenizer)
+    assert_same(take(3, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
+    mine = take(2, tokenizer=tokenizer, start_step=1, workers=1, process_index=1, process_count=2)
+    assert_same(mine, take(2, tokenizer=tokenizer, start_step=1, process_index=1, process_count=2))
+
+
+def test_processes_share_the_batch_of_one(tokenizer):
+    whole = take(3, tokenizer=tokenizer)
+    parts = [take(3, tokenizer=tokenizer, process_index=p, process_count=2) for p in range(2)]
+    for batch, *shares in zip(whole, *parts):
+        for key in batch:
+            joined = np.stack([share[key] for share in shares], axis=1).reshape(batch[key].shape)
+            np.testing.assert_array_equal(joined, batch[key], err_msg=key)
+
+
+def test_the_seed_changes_the_data_and_the_split_too():
+    first = take(1)[0]["video"]
+    for other in ({"seed": 6}, {"split": "val"}):
+        assert not np.array_equal(first, take(1, dataclasses.replace(SMALL, **other))[0]["video"])
+
+
+def test_captions_are_dropped_at_the_given_rate_and_replaced_by_the_null_caption(tokenizer):
+    config = DataConfig(frames=1, height=8, width=8, images=1, caption_drop=0.25, null_caption="red")
+    null = tokens.tokenize(tokenizer, ["red"])[0]
+    (batch,) = take(1, config, tokenizer, batch_size=500)
+    dropped = {key: (batch[key].reshape(-1, 16) == null).all(-1) for key in ("tokens", "image_tokens")}
+    for key, rows in dropped.items():
+        assert 0.19 < rows.mean() < 0.31, key
+    assert not np.array_equal(dropped["tokens"], dropped["image_tokens"])  # each by itself
+
+
+def test_a_batch_of_images_alone_and_a_batch_of_videos_alone(tokenizer):
+    (images,) = take(1, dataclasses.replace(SMALL, frames=0), tokenizer)
+    assert images["video"].shape == (4, 0, 16, 24, 3) and images["images"].shape == (4, 2, 16, 24, 3)
+    (videos,) = take(1, dataclasses.replace(SMALL, images=0), tokenizer)
+    assert videos["images"].shape == (4, 0, 16, 24, 3) and videos["image_tokens"].shape == (4, 0, 16)
+
+
+def test_grain_is_not_imported_without_workers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)  # importing it raises
+    assert take(1)[0]["video"].shape[0] == 4
+    with pytest.raises(UserError, match="set workers=0"):
+        take(1, workers=1)
+
+
+def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
+    def broken(self, index, rng):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(sources.MovingShapes, "video", broken)
+    with pytest.raises(OSError, match="disk gone"):
+        take(1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": "moving_shape"}, "did you mean 'moving_shapes'"),
+        ({"split": "tran", "images": 0}, "did you mean 'train'"),
+        ({"split": "held_out"}, "has no images"),
+        ({"frames": 0, "images": 0}, "frames or images"),
+        ({"frames": -1}, "frames or images"),
+        ({"height": 0}, "at least 1"),
+        ({"fps": 0.0}, "fps must be above 0"),
+        ({"fps": None}, "give fps"),
+        ({"caption_drop": 1.5}, "caption_drop is a probability"),
+        ({"source": "video_folder"}, "needs a path"),
+        ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(change, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.batches(dataclasses.replace(SMALL, **change), None, batch_size=4)
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="batch of 6 cannot be divided among 4"):
+        pipeline.batches(SMALL, None, batch_size=6, process_count=4)
+
+
+# ---- a folder of videos ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight clips of 9 frames at 8 fps with captions, and what a real folder has besides."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(8):
+        clip = moving_shapes.clip("train", i, frames=9, fps=8, height=32, width=48)
+        path = video_files.save_video(clip.pixels, root / f"part{i % 2}" / f"clip {i}.mp4", fps=8)
+        path.with_suffix(".txt").write_text(f"clip {i}\n")
+    video_files.save_video(clip.pixels, root / "no caption.mp4", fps=8)
+    video_files.save_video(clip.pixels[:2], root / "short.mp4", fps=8)
+    (root / "short.txt").write_text("too short")
+    (root / "broken.mp4").write_bytes(b"no video")
+    (root / "broken.txt").write_text("broken")
+    return root
+
+
+def config_of(folder, **change):
+    return DataConfig(**{"source": "video_folder", "path": str(folder), "frames": 4, "fps": 8.0, "height": 16,
+                         "width": 16, "images": 1, **change})  # fmt: skip
+
+
+def test_a_video_folder_gives_every_clip_once_an_epoch_in_changing_order(folder):
+    source = sources.VideoFolder(folder, frames=4, height=16, width=16, val_fraction=0.0)
+    captions = [source.video(i, np.random.default_rng(i))[1] for i in range(16)]
+    assert sorted(captions[:8]) == sorted(captions[8:]) == [f"clip {i}" for i in range(8)]
+    assert captions[:8] != captions[8:]
+
+
+def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
+    source = sources.VideoFolder(folder, frames=4, height=32, width=48, val_fraction=0.0)
+    starts = set()
+    for i in range(24):
+        frames, caption = source.video(i, np.random.default_rng(i))
+        whole = video_files.read_video(next(folder.rglob(f"{caption}.mp4")))
+        (start,) = [s for s in range(6) if np.array_equal(whole[s : s + 4], frames)]
+        starts.add(start)
+    assert len(starts) > 2
+
+
+def test_splits_of_a_video_folder_share_no_clip(folder):
+    train = sources.VideoFolder(folder, frames=4, val_fraction=0.5)
+    val = sources.VideoFolder(folder, split="val", frames=4, val_fraction=0.5)
+    captions = [{pair.caption for pair in source.clips} for source in (train, val)]
+    assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
+def test_batches_of_a_video_folder_are_the_same_with_workers(folder, tokenizer):
+    config = config_of(folder, caption_drop=0.5)
+    assert_same(take(2, config, tokenizer), take(2, config, tokenizer, workers=1))
+
+
+def test_an_images_folder_gives_the_images(folder, tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red all over")
+    (batch,) = take(1, config_of(folder, image_path=str(tmp_path)))
+    np.testing.assert_allclose(batch["images"], np.broadcast_to([1.0, -1.0, -1.0], batch["images"].shape))
+
+
+@pytest.mark.parametrize(
+    "change, batch_size, message",
+    [
+        ({"frames": 60}, 2, "no usable pairs .* shorter than 60 frames at 8 fps"),
+        ({}, 100, "a batch of 100 needs as many clips"),
+        ({"split": "held_out"}, 2, "splits train and val"),
+    ],
+)
+def test_an_unusable_video_folder_is_refused_at_once(folder, change, batch_size, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.batches(config_of(folder, **change), None, batch_size=batch_size)
+
+
+def test_a_folder_without_captions_is_refused_and_says_so(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="of 1 videos 1 have no caption"):
+        pipeline.batches(config_of(tmp_path), None, batch_size=1)
+
+
+def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no image .* has a caption"):
+        pipeline.batches(config_of(folder, image_path=str(tmp_path)), None, batch_size=1)
+
+
+# ---- transforms ----
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = np.arange(256, dtype=np.uint8)
+    floats = transforms.to_float(pixels)
+    assert floats[0] == -1 and floats[-1] == 1
+    np.testing.assert_array_equal(transforms.to_uint8(floats), pixels)
+    np.testing.assert_array_equal(transforms.to_uint8(np.float32([-3, 0, 7])), np.uint8([0, 128, 255]))
+
+
+@pytest.mark.parametrize("shape", [(20, 40), (40, 20), (8, 8), (12, 30)])
+def test_resize_crop_keeps_the_aspect_ratio_and_one_place_for_all_frames(shape):
+    ramp = np.broadcast_to(np.linspace(0, 255, shape[1])[None, None, :, None], (2, *shape, 3)).astype(np.uint8)
+    for rng in (None, np.random.default_rng(1)):
+        out = transforms.resize_crop(ramp, height=10, width=15, rng=rng)
+        assert out.shape == (2, 10, 15, 3)
+        np.testing.assert_array_equal(out[0], out[1])
+    assert abs(float(transforms.resize_crop(ramp, height=10, width=15, rng=None).mean()) - 127.5) < 8
+
+
+# ---- tokens ----
+
+
+def test_every_word_of_the_small_world_is_one_token(tokenizer):
+    ids = {word: tokenizer(word).input_ids for word in moving_shapes.vocabulary()}
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert all(len(row) == 3 and row[0] == start and row[2] == end for row in ids.values())
+    assert len({row[1] for row in ids.values()}) == len(ids)
+    assert len(tokenizer) < 256 and max(tokenizer.get_vocab().values()) == end == len(tokenizer) - 1
+
+
+def test_tokens_of_a_caption(tokenizer):
+    (row,) = tokens.tokenize(tokenizer, [CAPTION])
+    assert row.shape == (16,) and row.dtype == np.int32
+    names = [name.removesuffix("</w>") for name in tokenizer.convert_ids_to_tokens(row)]
+    assert names == ["<|startoftext|>", *CAPTION.split(), *["<|endoftext|>"] * 4]
+    (shouted,) = tokens.tokenize(tokenizer, ["  A SMALL red circle,\nmoving up left over a blue background! "])
+    np.testing.assert_array_equal(row, shouted)
+    assert (tokens.tokenize(tokenizer, [""])[0][1:] == tokenizer.eos_token_id).all()
+
+
+def test_text_beyond_the_context_is_cut_and_named(tokenizer):
+    twice = f"{CAPTION} and {CAPTION}"
+    row = tokens.tokenize(tokenizer, [twice])[0]
+    assert row[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in row[:-1]
+    assert tokens.lost_text(tokenizer, CAPTION) == ""
+    assert tokens.lost_text(tokenizer, twice) == "circle moving up left over a blue background"
+
+
+def test_unknown_words_are_named_and_left_out(tokenizer):
+    text = "a fluffy red circle, fluffy as 2 clouds, moving left."
+    assert tokens.unknown_words(tokenizer, text) == ["fluffy", "as", "2", "clouds"]
+    assert tokens.unknown_words(tokenizer, CAPTION) == []
+    assert tokens.known_words(tokenizer) == moving_shapes.vocabulary()
+    known, mixed = tokens.tokenize(tokenizer, ["a red circle moving left", text])
+    np.testing.assert_array_equal(known, mixed)
+
+
+def test_a_tokenizer_saved_by_transformers_still_knows_its_words(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = tokens.load_tokenizer(tmp_path)
+    assert tokens.known_words(again) == moving_shapes.vocabulary()
+    assert tokens.context_length(again) == 16
+    np.testing.assert_array_equal(tokens.tokenize(again, [CAPTION]), tokens.tokenize(tokenizer, [CAPTION]))
+
+
+def test_a_large_tokenizer_knows_all_words_and_has_a_context_of_77(tokenizer, tmp_path):
+    folder = tokens.save_small_tokenizer(tmp_path, ["red"])
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["words"], config["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    large = tokens.load_tokenizer(folder)
+    assert tokens.known_words(large) is None and tokens.unknown_words(large, "quux") == []
+    assert tokens.tokenize(large, ["a quux"]).shape == (1, 77)
+
+
+def test_folders_without_a_tokenizer_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no vocab.json and no merges.txt"):
+        tokens.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        tokens.load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="letters a to z"):
+        tokens.save_small_tokenizer(tmp_path, ["red", "Grün"])

@@ -1,0 +1,161 @@
+"""Video files: written whole, read back by time, shown on a contact sheet."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavie_jax.data import moving_shapes, video_files
+from lavie_jax.errors import UserError
+
+
+def ramp(frames=12, height=32, width=48):
+    """Frames that can be told apart after compression: frame i is one gray."""
+    gray = np.linspace(20, 235, frames).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(gray[:, None, None, None], (frames, height, width, 3)))
+
+
+def numbers(frames, of):
+    """Which frame of `of` each frame is."""
+    distance = np.abs(frames.mean((1, 2, 3))[:, None] - of.mean((1, 2, 3))[None])
+    return distance.argmin(1).tolist()
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return video_files.save_video(ramp(), tmp_path_factory.mktemp("video") / "deep" / "ramp.mp4", fps=12)
+
+
+def test_an_mp4_has_the_frames_and_the_rate_it_was_given(video):
+    assert video_files.video_info(video) == video_files.VideoInfo(12, 12.0)
+    frames = video_files.read_video(video)
+    assert frames.shape == (12, 32, 48, 3) and frames.dtype == np.uint8
+    assert np.abs(frames.astype(int) - ramp()).max() <= 6
+
+
+def test_a_real_picture_survives_compression(tmp_path):
+    clip = moving_shapes.clip("train", 1, height=64, width=96).pixels
+    frames = video_files.read_video(video_files.save_video(clip, tmp_path / "a.mp4", fps=7.5))
+    assert np.abs(frames.astype(int) - clip).mean() < 4
+    assert video_files.video_info(tmp_path / "a.mp4").fps == pytest.approx(7.5)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"frames": 3}, [0, 1, 2]),
+        ({"frames": 3, "fps": 4}, [0, 3, 6]),
+        ({"frames": 2, "fps": 6, "start": 0.5}, [6, 8]),
+        ({"frames": 4, "fps": 24, "start": 0.25}, [3, 3, 4, 4]),
+        ({"fps": 3}, [0, 4, 8]),
+        ({"start": 10 / 12}, [10, 11]),
+        ({"frames": 1, "start": 11 / 12}, [11]),
+    ],
+)
+def test_reading_by_time(video, arguments, expected):
+    assert numbers(video_files.read_video(video, **arguments), ramp()) == expected
+
+
+def test_a_seek_into_a_long_video_is_exact(tmp_path):
+    long = video_files.save_video(np.tile(ramp(), (40, 1, 1, 1)), tmp_path / "long.mp4", fps=30)
+    whole = video_files.read_video(long)
+    for first in (0, 249, 250, 333, 470):
+        part = video_files.read_video(long, frames=5, start=first / 30)
+        np.testing.assert_array_equal(part, whole[first : first + 5])
+
+
+def test_a_video_that_is_too_short_or_no_video_is_refused(video, tmp_path):
+    with pytest.raises(UserError, match="too short for 20 frames at 12 fps"):
+        video_files.read_video(video, frames=20)
+    (tmp_path / "text.mp4").write_text("no video")
+    for path in (tmp_path / "text.mp4", tmp_path / "missing.mp4"):
+        with pytest.raises(UserError, match="cannot read the video"):
+            video_files.read_video(path)
+
+
+def test_a_cut_file_is_refused(video, tmp_path):
+    (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:-200])
+    with pytest.raises(UserError):
+        video_files.read_video(tmp_path / "cut.mp4")
+
+
+def test_npz_and_png_are_exact_and_a_gif_has_the_frames_and_the_length(tmp_path):
+    clip = moving_shapes.clip("train", 2, frames=9).pixels
+    with np.load(video_files.save_as(clip, tmp_path / "v", "npz", fps=8)) as arrays:
+        np.testing.assert_array_equal(arrays["video"], clip)
+        assert arrays["fps"] == 8
+    folder = video_files.save_as(clip, tmp_path / "v", "png", fps=8)
+    np.testing.assert_array_equal([pixels_of(path) for path in sorted(folder.iterdir())], clip)
+    video_files.save_as(clip[:4], tmp_path / "v", "png", fps=8)
+    assert len(list(folder.iterdir())) == 4  # no frames of the longer one
+    image = video_files.save_as(clip[:1], tmp_path / "image", "png", fps=8)
+    np.testing.assert_array_equal(pixels_of(image), clip[0])
+    with Image.open(video_files.save_as(clip, tmp_path / "v", "gif", fps=8)) as gif:
+        assert gif.n_frames == 9
+        durations = []
+        for i in range(9):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+    assert abs(sum(durations) - 9 * 125) <= 10
+
+
+def test_a_dotted_name_keeps_its_dots(tmp_path):
+    assert video_files.save_as(ramp(), tmp_path / "v1.5-x", "npz", fps=8).name == "v1.5-x.npz"
+
+
+@pytest.mark.parametrize(
+    "frames, format, fps, message",
+    [
+        (ramp(height=31), "mp4", 8, "even sides; given 12 of 31x48"),
+        (ramp(), "mp4", 0, "fps must be above 0"),
+        (ramp(), "mp5", 8, "did you mean 'mp4'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, frames, format, fps, message):
+    with pytest.raises(UserError, match=message):
+        video_files.save_as(frames, tmp_path / "v", format, fps=fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_what_was_there(video, tmp_path, monkeypatch):
+    path = tmp_path / "v.npz"
+    path.write_text("before")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(video_files.np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        video_files.save_as(ramp(), tmp_path / "v", "npz", fps=8)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a folder above it is a file"):
+        video_files.save_video(ramp(), tmp_path / "file" / "v.mp4", fps=8)
+
+
+def test_a_contact_sheet_shows_a_row_a_video(tmp_path):
+    videos = [moving_shapes.clip("train", i).pixels for i in range(3)]
+    captions = [
+        "first",
+        "second, with a caption that is so long that it needs several lines " * 4,
+        "ünïcödé 😀",
+    ]
+    heights = []
+    for n in (1, 2, 3):
+        with Image.open(video_files.contact_sheet(videos[:n], captions[:n], tmp_path / f"{n}.png")) as sheet:
+            heights.append(sheet.height)
+    assert heights[1] - heights[0] > heights[2] - heights[1] >= heights[0] - 10
+    with Image.open(tmp_path / "1.png") as image:
+        sheet = np.asarray(image)
+    first, last = videos[0][0].repeat(2, 0).repeat(2, 1), videos[0][-1].repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(sheet[-136:-8, 4:132], first)
+    np.testing.assert_array_equal(sheet[-136:-8, -132:-4], last)
+    with pytest.raises(UserError, match="a caption a video"):
+        video_files.contact_sheet(videos, captions[:2], tmp_path / "sheet.png")
