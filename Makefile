@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 .PHONY: demo test lint parity-full train-demo
 
 demo: $(VENV)/requirements.stamp
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(PY) sample.py --out demo --overwrite \
+	$(PY) sample.py --out demo --overwrite \
 		--prompt "a red circle moving left" \
 		--prompt "a small blue square moving up right over a yellow background" \
 		--prompt "a big green triangle standing still over a black background"
