@@ -8,12 +8,18 @@ import pytest
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 
-SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-             num_attention_heads=4, max_position_embeddings=20)
+SIZES = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=20,
+)
 
 
 def flax_params(state: dict) -> dict:
-    """A torch state dict under our paths; written out here so that the converter's tables are not their own judge."""
+    """A torch state dict under our paths, without the converter: it is not to judge itself."""
     params = {}
     for name, value in state.items():
         if name.endswith("position_ids"):
@@ -43,7 +49,8 @@ def test_matches_transformers(hidden_act):
     from transformers import CLIPTextModel
 
     torch.manual_seed(0)
-    theirs = CLIPTextModel(TorchConfig(**SIZES, hidden_act=hidden_act, bos_token_id=0, eos_token_id=98)).eval()
+    config = TorchConfig(**SIZES, hidden_act=hidden_act, bos_token_id=0, eos_token_id=98)
+    theirs = CLIPTextModel(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -52,7 +59,8 @@ def test_matches_transformers(hidden_act):
         wanted = theirs(input_ids=torch.tensor(tokens)).last_hidden_state.numpy()
     config = CLIPTextConfig.from_diffusers(theirs.config.to_dict())
     assert config == CLIPTextConfig(**SIZES, hidden_act=hidden_act)
-    ours = CLIPText(config).apply({"params": flax_params(theirs.state_dict())}, jnp.asarray(tokens, jnp.int32))
+    params = flax_params(theirs.state_dict())
+    ours = CLIPText(config).apply({"params": params}, jnp.asarray(tokens, jnp.int32))
     assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 

@@ -1,4 +1,4 @@
-"""VAE: parity with a PyTorch reference on random weights, shapes, patches, kernels, dtypes, configurations."""
+"""VAE: parity with a PyTorch reference on random weights, shapes, patches, kernels, dtypes, configs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
     """A VAE whose every parameter is random: fresh biases of zero would hide mistakes."""
     vae = VAE(config, dtype)
     side = 4 * config.factor
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))["params"]
+    images = jnp.zeros((1, side, side, config.in_channels))
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -31,20 +32,23 @@ def random_images(*shape, seed=1):
 
 
 class TorchVAE:
-    """diffusers' AutoencoderKL for `SMALL`, written with torch functions over our parameters, channels first."""
+    """diffusers' AutoencoderKL for `SMALL`, in torch functions over our parameters, channels first."""
 
     def __init__(self, torch, params):
         self.torch, self.f = torch, torch.nn.functional
-        self.p = {k: torch.from_numpy(np.array(v)) for k, v in flatten_dict(params["params"], sep="/").items()}
+        flat = flatten_dict(params["params"], sep="/")
+        self.p = {path: torch.from_numpy(np.array(value)) for path, value in flat.items()}
 
     def conv(self, x, name, **options):
-        return self.f.conv2d(x, self.p[name + "/kernel"].permute(3, 2, 0, 1), self.p[name + "/bias"], **options)
+        kernel = self.p[name + "/kernel"].permute(3, 2, 0, 1)
+        return self.f.conv2d(x, kernel, self.p[name + "/bias"], **options)
 
     def linear(self, x, name):
         return self.f.linear(x, self.p[name + "/kernel"].T, self.p[name + "/bias"])
 
     def norm(self, x, name):
-        return self.f.group_norm(x, SMALL.norm_num_groups, self.p[name + "/scale"], self.p[name + "/bias"], 1e-6)
+        scale, bias = self.p[name + "/scale"], self.p[name + "/bias"]
+        return self.f.group_norm(x, SMALL.norm_num_groups, scale, bias, 1e-6)
 
     def resnet(self, x, name):
         h = self.conv(self.f.silu(self.norm(x, name + "/norm1")), name + "/conv1", padding=1)
@@ -107,7 +111,7 @@ def test_leading_axes_are_independent_images():
     assert vae.apply(params, mean, method="decode").shape == images.shape
 
 
-@pytest.mark.parametrize("patch_size, widths, side", [(2, (16, 32), 4), (4, (16,), 4), (1, (8, 8, 16, 16), 2)])
+@pytest.mark.parametrize("patch_size, widths, side", [(2, (16, 32), 4), (4, (16,), 4), (1, (8, 16, 16), 4)])
 def test_factor_says_the_latents_size(patch_size, widths, side):
     config = VAEConfig(block_out_channels=widths, norm_num_groups=8, patch_size=patch_size)
     vae, params = random_vae(config)
@@ -151,7 +155,8 @@ def test_bfloat16_computes_near_float32():
 
 
 def test_mid_block_attention_is_the_same_blockwise():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 36, 32, 32)), jnp.float32)  # more places than one block holds
+    # more places than one block holds
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 36, 32, 32)), jnp.float32)
     plain, blockwise = (SpatialAttention(SMALL, jnp.float32, kernel) for kernel in ("xla", "blockwise"))
     params = plain.init(jax.random.key(0), x)
     wanted = plain.apply(params, x)
@@ -168,9 +173,16 @@ def test_sample_posterior_has_its_mean_and_variance():
 
 def test_config_roundtrip_and_errors():
     assert VAEConfig.from_dict(SMALL.to_dict()) == SMALL
-    sd = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
-          "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-          "layers_per_block": 2, "sample_size": 512, "scaling_factor": 0.18215}
+    sd = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+    }
     config = VAEConfig.from_diffusers(sd)
     assert config.factor == 8 and config.layers_per_block == 2 and config.norm_num_groups == 32
     for change, message in [

@@ -12,8 +12,8 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.attention import attention
@@ -49,11 +49,15 @@ class CLIPTextConfig:
     def __post_init__(self):
         check_positive("CLIPTextConfig", **{n: v for n, v in self.to_dict().items() if type(v) is int})
         if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"CLIPTextConfig.hidden_act = {self.hidden_act!r} is unknown"
-                            f"{suggest(self.hidden_act, ACTIVATIONS)}")
+            raise UserError(
+                f"CLIPTextConfig.hidden_act = {self.hidden_act!r} is unknown"
+                f"{suggest(self.hidden_act, ACTIVATIONS)}"
+            )
         if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"CLIPTextConfig: hidden_size = {self.hidden_size} is not a multiple of "
-                            f"num_attention_heads = {self.num_attention_heads}")
+            raise UserError(
+                f"CLIPTextConfig: hidden_size = {self.hidden_size} is not a multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
@@ -87,8 +91,10 @@ class CLIPText(nn.Module):
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         cfg = self.config
         if tokens.shape[1] > cfg.max_position_embeddings:
-            raise UserError(f"{tokens.shape[1]} tokens, but this text encoder has "
-                            f"{cfg.max_position_embeddings} positions; cut the text")
+            raise UserError(
+                f"{tokens.shape[1]} tokens, but this text encoder has "
+                f"{cfg.max_position_embeddings} positions; cut the text"
+            )
         x = Embeddings(cfg, self.dtype, name="embeddings")(tokens)
         x = Encoder(cfg, self.dtype, name="encoder")(x)
         return layer_norm(cfg, jnp.float32, "final_layer_norm")(x)
@@ -101,10 +107,20 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         cfg = self.config
-        words = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, name="token_embedding",
-                         embedding_init=nn.initializers.normal(0.02))(tokens)
-        places = nn.Embed(cfg.max_position_embeddings, cfg.hidden_size, dtype=self.dtype,
-                          name="position_embedding", embedding_init=nn.initializers.normal(0.01))
+        words = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=self.dtype,
+            name="token_embedding",
+            embedding_init=nn.initializers.normal(0.02),
+        )(tokens)
+        places = nn.Embed(
+            cfg.max_position_embeddings,
+            cfg.hidden_size,
+            dtype=self.dtype,
+            name="position_embedding",
+            embedding_init=nn.initializers.normal(0.01),
+        )
         return words + places(jnp.arange(tokens.shape[1]))
 
 

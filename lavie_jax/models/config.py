@@ -22,8 +22,11 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     for name in values:
         if name not in fields:
             raise UserError(f"{cls.__name__} has no field {name!r}{suggest(name, fields)}")
-    required = {n for n, f in fields.items()
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(values)):
         raise UserError(f"{cls.__name__}: missing {', '.join(missing)}")
     types = typing.get_type_hints(cls)
@@ -31,7 +34,7 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def checked(where: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind` (a type, an optional one, or `tuple[X, ...]`); UserError names `where` it came from."""
+    """`value` as `kind` (a type, optional, or `tuple[X, ...]`); UserError names `where` it came from."""
     if args := typing.get_args(kind):
         if typing.get_origin(kind) is tuple:
             if not isinstance(value, list | tuple):

@@ -13,8 +13,8 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention
@@ -45,8 +45,10 @@ class VAEConfig:
             raise UserError("VAEConfig.block_out_channels: at least one width is needed")
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
-                raise UserError(f"VAEConfig.block_out_channels: {width} is not a positive multiple of "
-                                f"norm_num_groups = {self.norm_num_groups}")
+                raise UserError(
+                    f"VAEConfig.block_out_channels: {width} is not a positive multiple of "
+                    f"norm_num_groups = {self.norm_num_groups}"
+                )
 
     @property
     def factor(self) -> int:
@@ -63,7 +65,7 @@ class VAEConfig:
 
     @classmethod
     def from_diffusers(cls, json: Mapping[str, Any]) -> "VAEConfig":
-        """From `vae/config.json`. UserError names a field that is unknown or asks for another architecture."""
+        """From `vae/config.json`. UserError names a field that is unknown or cannot be had here."""
         levels = len(json.get("block_out_channels", cls.block_out_channels))
         supported = {
             "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -78,8 +80,11 @@ class VAEConfig:
         }
         only_supported("the VAE's config.json", json, supported)
         no_effect = {"sample_size", "force_upcast"}
-        ours = {n: v for n, v in json.items()
-                if n not in no_effect and n not in supported and not n.startswith("_")}
+        ours = {
+            n: v
+            for n, v in json.items()
+            if n not in no_effect and n not in supported and not n.startswith("_")
+        }
         return config_from_dict(cls, ours)
 
 

@@ -1,0 +1,177 @@
+"""Golden cases on disk, and the formula that draws their parameters and inputs.
+
+A case is a pair: CASE.json (kind, configuration, shapes of inputs and parameters) and CASE.npz (outputs of
+the original models). Nothing else is stored: every parameter and input is drawn from its own name and a
+salt. Names, shapes and layouts are PyTorch's here.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavie_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One case as read from disk; `parameters` maps PyTorch names to shapes."""
+
+    name: str
+    kind: str
+    salt: str
+    model: dict[str, Any]
+    inputs: dict[str, Any]
+    settings: dict[str, Any]  # the other fields of the JSON: steps, guidance_scale, shape, ...
+    parameters: dict[str, list[int]]
+    stored: Arrays
+
+    def draw(self, text: str, shape: tuple[int, ...] | list[int], scale: float = 1.0) -> np.ndarray:
+        """Standard normal numbers times `scale`, float32, that depend on `text` and the salt alone."""
+        seed = zlib.crc32((self.salt + text).encode())
+        return (np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32)
+
+    def input(self, name: str) -> np.ndarray:
+        """The input `name`, in PyTorch's layout."""
+        return self.draw(f"{self.name}/{name}", self.inputs[name], self.inputs.get(f"{name}_scale", 1.0))
+
+    def parameter(self, name: str, shape: list[int]) -> np.ndarray:
+        """The value that the formula gives the PyTorch parameter `name`; buffers are not drawn."""
+        if name.endswith(("relative_attention_bias.weight", "embedding.weight")):
+            return self.draw(name, shape, 0.5)
+        if name.endswith("bias"):
+            return self.draw(name, shape, 0.05)
+        if len(shape) == 1:
+            return 1 + self.draw(name, shape, 0.1)
+        return self.draw(name, shape, 1 / math.sqrt(math.prod(shape[1:])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a case of some kind must hold."""
+
+    model: bool = True  # a configuration and parameters
+    shapes: tuple[str, ...] = ()  # inputs given by their shape
+    numbers: tuple[str, ...] = ()  # inputs given as lists of numbers
+    settings: tuple[str, ...] = ()  # numbers, or `shape`
+    stored: tuple[str, ...] = ()  # arrays; where a case chooses its samplers, their names are not known here
+
+
+NEEDS = {
+    "clip_text": Needs(stored=("ids", "last_hidden_state")),
+    "vae": Needs(shapes=("image", "latent"), stored=("mean", "logvar", "decoded")),
+    "base_unet": Needs(shapes=("sample", "context"), numbers=("timesteps",), stored=("output",)),
+    "interpolation_unet": Needs(shapes=("sample", "context"), numbers=("timesteps",), stored=("output",)),
+    "vsr_unet": Needs(
+        shapes=("sample", "low_res", "context"), numbers=("timesteps", "noise_level"), stored=("output",)
+    ),
+    "base_sample": Needs(shapes=("init", "context", "uncond_context"), settings=("steps", "guidance_scale")),
+    "interpolation_sample": Needs(
+        shapes=("key_frames", "init", "context", "negative_context"),
+        settings=("steps", "guidance_scale"),
+        stored=("latents",),
+    ),
+    "vsr_sample": Needs(
+        shapes=("frames", "low_res_noise", "init", "context", "uncond_context"),
+        settings=("steps", "guidance_scale", "noise_level"),
+        stored=("noised_low_res", "latents"),
+    ),
+    "sampling_loops": Needs(model=False, settings=("shape",)),
+}
+
+
+def read_case(path: Path) -> Case:
+    """The case whose JSON is at `path`. UserError when the pair of files is not one of this format."""
+    fields = read_json(path)
+    name, kind, salt = (fields.get(field, "") for field in ("case", "kind", "salt"))
+    strings = all(isinstance(text, str) for text in (name, kind, salt))
+    require(path, strings, "case, kind and salt must be strings")
+    require(path, bool(name and kind), "the fields case and kind are needed")
+    try:
+        # opened here: np.load itself leaves a damaged file open
+        with path.with_suffix(".npz").open("rb") as file, np.load(file) as arrays:
+            stored = {key: arrays[key] for key in arrays}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path.with_suffix('.npz')}: {first_line(error)}") from error
+    require(path, bool(stored), "its npz holds no arrays")
+    known = ("case", "kind", "salt", "model", "inputs", "parameters")
+    case = Case(
+        name=name,
+        kind=kind,
+        salt=salt,
+        model=fields.get("model", {}),
+        inputs=fields.get("inputs", {}),
+        settings={k: v for k, v in fields.items() if k not in known},
+        parameters=read_parameters(path, fields.get("parameters", {})),
+        stored=stored,
+    )
+    if kind in NEEDS:
+        check_fields(path, case, NEEDS[kind])
+    return case
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError when it holds something else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    require(path, isinstance(fields, dict), "a JSON object is needed")
+    return fields
+
+
+def read_parameters(path: Path, parameters: Any) -> dict[str, list[int]]:
+    """{name: shape}, from the case itself or a file that it names, relative to the parent of its folder."""
+    if isinstance(parameters, str):
+        path = Path(os.path.abspath(path)).parents[1] / parameters
+        parameters = read_json(path)
+    require(path, isinstance(parameters, dict), "parameters must be an object or the name of a file")
+    for name, shape in parameters.items():
+        require(path, is_shape(shape), f"parameter {name} has {shape!r} for a shape")
+    return parameters
+
+
+def check_fields(path: Path, case: Case, needs: Needs) -> None:
+    """UserError when something that the kind of case needs is absent or of the wrong type."""
+    objects = isinstance(case.inputs, dict) and isinstance(case.model, dict)
+    require(path, objects, "inputs and model must be objects")
+    require(path, not needs.model or bool(case.model and case.parameters), "model and parameters are needed")
+    for name in needs.shapes:
+        require(path, is_shape(case.inputs.get(name)), f"the input {name} needs a shape")
+        scale = case.inputs.get(f"{name}_scale", 1.0)
+        require(path, is_number(scale), f"{name}_scale must be a number")
+    for name in needs.numbers:
+        numbers = case.inputs.get(name)
+        listed = isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
+        require(path, listed, f"the input {name} needs a list of numbers")
+    for name in needs.settings:
+        value = case.settings.get(name)
+        right = is_shape(value) if name == "shape" else is_number(value)
+        require(path, right, f"{name} is missing or wrong: {value!r}")
+    for name in needs.stored:
+        require(path, name in case.stored, f"its npz lacks {name}")
+
+
+def require(path: Path, condition: bool, problem: str) -> None:
+    if not condition:
+        raise UserError(f"{path}: {problem}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

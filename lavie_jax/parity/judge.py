@@ -1,0 +1,61 @@
+"""Running a case and judging its outputs: norm(ours - golden) / norm(golden) of the worst one."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.parity.cases import Arrays, Case, first_line
+from lavie_jax.parity.kinds import RUN
+
+BOUND, TRAJECTORY_BOUND = 1e-5, 1e-4  # errors grow along a sampler's trajectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    name: str
+    error: float  # NaN when there is nothing to compare
+    bound: float
+    seconds: float
+    problem: str  # empty when the case is reproduced
+
+    def __str__(self) -> str:
+        verdict = f"FAIL: {self.problem}" if self.problem else "ok"
+        return f"{self.name:28} {self.error:8.1e}  bound {self.bound:.0e} {self.seconds:7.1f} s  {verdict}"
+
+
+def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    golden = golden.astype(np.float64)
+    return float(np.linalg.norm(ours - golden) / max(np.linalg.norm(golden), np.finfo(np.float64).tiny))
+
+
+def judge(case: Case) -> Result:
+    """Run a case and compare every stored output. What prevents it from running is the result's `problem`."""
+    start, error, problem = time.perf_counter(), math.nan, ""
+    bound = TRAJECTORY_BOUND if case.kind.endswith("_sample") else BOUND
+    try:
+        if case.kind not in RUN:
+            raise UserError(f"unknown kind {case.kind!r}{suggest(case.kind, RUN)}")
+        with jax.default_matmul_precision("highest"):
+            outputs = RUN[case.kind](case)
+        errors = {name: output_error(name, outputs, case) for name in case.stored if name != "ids"}
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+        error = errors[worst]
+        if not error <= bound:  # NaN too is a failure
+            problem = f"{worst} is too far away"
+    except Exception as reason:  # one case that cannot run must not keep the others from running
+        problem = first_line(reason)
+    seconds = time.perf_counter() - start
+    return Result(name=case.name, error=error, bound=bound, seconds=seconds, problem=problem)
+
+
+def output_error(name: str, outputs: Arrays, case: Case) -> float:
+    golden = case.stored[name]
+    if name not in outputs:
+        raise UserError(f"output {name} is not one that a {case.kind} has: {', '.join(outputs)}")
+    if outputs[name].shape != golden.shape:
+        raise UserError(f"output {name} has shape {outputs[name].shape}, golden {golden.shape}")
+    return relative_error(outputs[name], golden)
