@@ -2,11 +2,13 @@
 # make test         the test-suite
 # make lint         ruff
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
-# make train-demo   train the small world's VAE, image model and video model on a CPU (2 cores: about 2 hours)
+# make train-demo   train the small world on a CPU: VAE, image model, video model, then measure it (2 cores: about
+#                   2 hours); stopped, the same command goes on where it was
 #
 # The targets make .venv themselves. Another Python: make PYTHON=/path/to/python3.12 demo
 
 VENV := .venv
+RUNS := runs/train-demo
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -30,6 +32,15 @@ lint: $(VENV)/test.stamp
 
 parity-full: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) -m lavie_jax.parity tests/golden
+
+train-demo: $(VENV)/requirements.stamp
+	$(PY) train.py --config configs/moving_shapes/vae.py:cpu --workdir $(RUNS)/vae
+	$(PY) train.py --config configs/moving_shapes/image.py:cpu --workdir $(RUNS)/image \
+		--config.vae_from=$(RUNS)/vae/weights
+	$(PY) train.py --config configs/moving_shapes/base.py:cpu --workdir $(RUNS)/base \
+		--config.init_from=$(RUNS)/image/weights
+	$(PY) -m lavie_jax.evaluation.moving_shapes --weights $(RUNS)/base/weights --json $(RUNS)/evaluation.json
+	@echo "The model is in $(CURDIR)/$(RUNS)/base/weights: $(PY) sample.py --weights $(RUNS)/base/weights --prompt ..."
 
 $(VENV)/pip.stamp:
 	@test -n "$(PYTHON)" || \
