@@ -19,8 +19,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
 		--prompt "a red circle moving left" \
-		--prompt "a small blue square moving up right over a yellow background" \
-		--prompt "a big green triangle standing still over a black background"
+		--prompt "a small yellow star moving down over a blue background" \
+		--prompt "a large green triangle standing still over a black background"
 	@echo "The videos, what made them (JSON) and a contact sheet are in $(CURDIR)/demo"
 
 test: $(VENV)/test.stamp
