@@ -18,7 +18,7 @@ CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
 
 @lru_cache(maxsize=16)
 def expected_shapes(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of every parameter of the model that `config` describes; nothing is computed or allocated."""
+    """{path: shape} of every parameter of the model that `config` describes; nothing is computed."""
     rng = jax.random.key(0)
     if isinstance(config, UNetConfig):
         side = 2 ** (len(config.block_out_channels) - 1)
@@ -37,23 +37,39 @@ def expected_shapes(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str
     return {path: leaf.shape for path, leaf in flatten_dict(shapes["params"], sep="/").items()}
 
 
-def compare(what: str, config, given: Mapping[str, tuple[int, ...]], *, shown: Callable[[str], str] = str) -> list[str]:
-    """Every difference between the shapes of a file, {path: shape}, and those that `config` needs, one line each.
+def our_name(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """How a weights folder's file names a parameter."""
+    return path.replace("/", "."), shape
 
-    `what` names the file, `shown(path)` is how its reader knows a parameter. Buffers are no difference.
+
+def compare(
+    what: str,
+    config: UNetConfig | VAEConfig | CLIPTextConfig,
+    given: Mapping[str, tuple[int, ...]],
+    shown: Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = our_name,
+) -> list[str]:
+    """Every difference between the shapes of a file, {path: shape}, and those that `config` needs, a line each.
+
+    `what` is the file's name, and `shown` says how the file itself names and shapes a parameter. Buffers are no
+    difference.
     """
     expected = expected_shapes(config)
-    lines = [f"{what}: missing {shown(path)} {list(shape)}" for path, shape in expected.items() if path not in given]
+    lines = []
+    for path, shape in expected.items():
+        name, needed = shown(path, shape)
+        if path not in given:
+            lines.append(f"{what}: missing {name} {list(needed)}")
+        elif tuple(given[path]) != shape:
+            lines.append(f"{what}: {name} has shape {list(shown(path, given[path])[1])}, not {list(needed)}")
     for path, shape in given.items():
         if path not in expected and not is_buffer(path):
-            lines.append(f"{what}: unexpected {shown(path)} {list(shape)}")
-        elif path in expected and tuple(shape) != expected[path]:
-            lines.append(f"{what}: {shown(path)} has shape {list(shape)}, the configuration needs {list(expected[path])}")
+            name, found = shown(path, shape)
+            lines.append(f"{what}: unexpected {name} {list(found)}")
     return lines
 
 
 def refuse(lines: list[str]) -> None:
     """Raises one UserError with all `lines`, when there are any."""
     if lines:
-        more = "".join(f"\n  {line}" for line in lines)
-        raise UserError(f"{len(lines)} tensors do not fit; nothing was written." + more)
+        count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
+        raise UserError(f"{count} not fit; nothing was written:\n  " + "\n  ".join(lines))

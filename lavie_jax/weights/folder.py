@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.weights.expected import CONFIGS, compare
+from lavie_jax.weights.expected import CONFIGS, compare, refuse
 from lavie_jax.weights.names import PARTS, is_buffer
 from lavie_jax.weights.safetensors_io import Tensor, check_finite, read_safetensors, write_safetensors
 
@@ -90,7 +90,7 @@ def load_part(path: str | Path, part: str, *, dtype=None) -> Part:
     """One of "unet", "vae", "text_encoder" of a weights folder; see `load_folder`."""
     config, tensors, _ = read_part(path, part)
     where = part_dir(path, part) / MODEL_FILE
-    lines = compare(str(where), config, {p: t.shape for p, t in tensors.items()}, shown=lambda p: p.replace("/", "."))
+    lines = compare(str(where), config, {p: t.shape for p, t in tensors.items()})
     if lines:
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
@@ -211,9 +211,7 @@ def _write_part(folder: Path, value, dialect: str) -> None:
     else:
         config, params = value
         flat = flatten_dict(params, sep="/")
-        lines = compare(folder.name, config, {p: tuple(t.shape) for p, t in flat.items()})
-        if lines:
-            raise UserError("the parameters do not fit the configuration; nothing was written.\n  " + "\n  ".join(lines))
+        refuse(compare(folder.name, config, {p: tuple(t.shape) for p, t in flat.items()}))
         folder.mkdir()
         write_json(folder / "config.json", config.to_dict())
         tensors = {p.replace("/", "."): t for p, t in flat.items()}

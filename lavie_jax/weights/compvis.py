@@ -1,0 +1,187 @@
+"""The original Stable Diffusion layout (`sd-v1-4.ckpt`): names to diffusers' names, and configurations from shapes.
+
+Blocks are numbered through instead of by level and layer, so replacements are functions of the numbers. Such a file has no
+configuration beside it; all but the number of attention heads can be read off the shapes.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from lavie_jax.weights.safetensors_io import Tensor
+
+PREFIXES = {  # part -> what its names begin with
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+
+IGNORED = re.compile(
+    r"^(model_ema\..*"  # the averaged copy; the weights themselves are what diffusers converted too
+    r"|first_stage_model\.loss\..*"  # the discriminator that trained the autoencoder
+    r"|cond_stage_model\.logit_scale"
+    r"|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"  # schedule buffers
+    r"|lvlb_weights|logvar|scale_factor)$"
+)
+
+HEADS = 8  # of Stable Diffusion 1.x, at every level
+TEXT_HEAD_WIDTH = 64
+
+
+class Sizes(NamedTuple):
+    """What the numbers in the names depend on."""
+
+    unet_layers: int
+    vae_levels: int
+
+
+Replacement = str | Callable[[re.Match, Sizes], str]
+
+
+def _input_block(match: re.Match, sizes: Sizes) -> str:
+    number, inner, rest = int(match[1]), match[2], match[3]
+    level, layer = divmod(number - 1, sizes.unet_layers + 1)
+    if rest.startswith("op."):
+        return f"down_blocks.{level}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    kind = "resnets" if inner == "0" else "attentions"
+    return f"down_blocks.{level}.{kind}.{layer}.{rest}"
+
+
+def _output_block(match: re.Match, sizes: Sizes) -> str:
+    number, inner, rest = int(match[1]), match[2], match[3]
+    level, layer = divmod(number, sizes.unet_layers + 1)
+    if rest.startswith("conv."):
+        return f"up_blocks.{level}.upsamplers.0.{rest}"
+    kind = "resnets" if inner == "0" else "attentions"
+    return f"up_blocks.{level}.{kind}.{layer}.{rest}"
+
+
+def _middle_block(match: re.Match, sizes: Sizes) -> str:
+    return "mid_block." + {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}[match[1]] + "."
+
+
+def _decoder_level(match: re.Match, sizes: Sizes) -> str:
+    return f"decoder.up_blocks.{sizes.vae_levels - 1 - int(match[1])}."  # counted from the other end
+
+
+TABLES: dict[str, tuple[tuple[str, Replacement], ...]] = {
+    "unet": (
+        (r"^time_embed\.0\.", "time_embedding.linear_1."),
+        (r"^time_embed\.2\.", "time_embedding.linear_2."),
+        (r"^label_emb\.", "class_embedding."),
+        (r"^input_blocks\.0\.0\.", "conv_in."),
+        (r"^out\.0\.", "conv_norm_out."),
+        (r"^out\.2\.", "conv_out."),
+        (r"^input_blocks\.(\d+)\.(\d+)\.(.*)$", _input_block),
+        (r"^output_blocks\.(\d+)\.(\d+)\.(.*)$", _output_block),
+        (r"^middle_block\.([012])\.", _middle_block),
+        (r"\.in_layers\.0\.", ".norm1."),
+        (r"\.in_layers\.2\.", ".conv1."),
+        (r"\.emb_layers\.1\.", ".time_emb_proj."),
+        (r"\.out_layers\.0\.", ".norm2."),
+        (r"\.out_layers\.3\.", ".conv2."),
+        (r"\.skip_connection\.", ".conv_shortcut."),
+    ),
+    "vae": (
+        (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+        (r"^decoder\.up\.(\d+)\.", _decoder_level),
+        (r"\.block\.(\d+)\.", r".resnets.\1."),
+        (r"\.downsample\.conv\.", ".downsamplers.0.conv."),
+        (r"\.upsample\.conv\.", ".upsamplers.0.conv."),
+        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+        (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+        (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+        (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+        (r"\.norm_out\.", ".conv_norm_out."),
+    ),
+    "text_encoder": (),
+}
+
+
+def is_compvis(names) -> bool:
+    """Whether a file's names are those of the original Stable Diffusion layout."""
+    return any(name.startswith(PREFIXES["unet"]) for name in names)
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({part: tensors under diffusers' names}, names that belong to no part and are not in `IGNORED`)."""
+    found = {part: {} for part in PREFIXES}
+    unknown = []
+    for name, tensor in tensors.items():
+        if IGNORED.match(name):
+            continue
+        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if part is None:
+            unknown.append(name)
+        else:
+            found[part][name.removeprefix(PREFIXES[part])] = tensor
+    sizes = Sizes(_unet_layers(found["unet"]), _count(found["vae"], r"^encoder\.down\.(\d+)\."))
+    renamed = {
+        part: {_rename(part, name, sizes): tensor for name, tensor in of_part.items()}
+        for part, of_part in found.items()
+    }
+    return renamed, unknown
+
+
+def _rename(part: str, name: str, sizes: Sizes) -> str:
+    for pattern, replacement in TABLES[part]:
+        if callable(replacement):
+            name = re.sub(pattern, lambda match, f=replacement: f(match, sizes), name)
+        else:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _count(names, pattern: str) -> int:
+    """How many numbers, from 0 on, the names have where `pattern` has its group."""
+    return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
+
+
+def _unet_layers(names) -> int:
+    downsamplers = [int(m[1]) for name in names if (m := re.match(r"^input_blocks\.(\d+)\.0\.op\.", name))]
+    return min(downsamplers, default=_count(names, r"^input_blocks\.(\d+)\.")) - 1
+
+
+def config_from_shapes(part: str, tensors: Mapping[str, Tensor]) -> dict:
+    """The diffusers configuration that a part's shapes show, names being diffusers'.
+
+    Raises KeyError when a tensor is missing that tells a size.
+    """
+    if part == "text_encoder":
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+        vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
+        return {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "num_hidden_layers": _count(tensors, r"^encoder\.layers\.(\d+)\."),
+            "num_attention_heads": max(1, width // TEXT_HEAD_WIDTH),
+            "max_position_embeddings": tensors["embeddings.position_embedding.weight"].shape[0],
+            "hidden_act": "quick_gelu",
+        }
+    prefix = "encoder." if part == "vae" else ""
+    levels = range(_count(tensors, rf"^{re.escape(prefix)}down_blocks\.(\d+)\."))
+    config = {
+        "in_channels": tensors[f"{prefix}conv_in.weight"].shape[1],
+        "block_out_channels": [tensors[f"{prefix}down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in levels],
+        "layers_per_block": _count(tensors, rf"^{re.escape(prefix)}down_blocks\.0\.resnets\.(\d+)\."),
+    }
+    if part == "vae":
+        return config | {
+            "out_channels": tensors["decoder.conv_out.weight"].shape[0],
+            "latent_channels": tensors["post_quant_conv.weight"].shape[0],
+        }
+    attends = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
+    middle = "mid_block.attentions.0."
+    class_embedding = tensors.get("class_embedding.weight")
+    return config | {
+        "out_channels": tensors["conv_out.weight"].shape[0],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "cross_attention_dim": tensors[f"{middle}transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "attention_head_dim": HEADS,
+        "use_linear_projection": tensors[f"{middle}proj_in.weight"].ndim == 2,
+        "num_class_embeds": None if class_embedding is None else class_embedding.shape[0],
+    }
