@@ -142,7 +142,7 @@ def _opened(path: str | Path) -> Iterator[tuple]:
 
 def _seconds(container, stream) -> float:
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
+        return stream.duration * float(stream.time_base)
     return (container.duration or 0) / 1_000_000
 
 

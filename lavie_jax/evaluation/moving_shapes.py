@@ -14,12 +14,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
@@ -46,7 +47,7 @@ DEFAULTS = {"height": 64, "width": 64, "frames": 16, "fps": 8.0}
 SHEET_ROWS = 16
 
 Table = dict[str, dict[str, float]]
-Videos = Iterator[UInt8[np.ndarray, "t h w 3"]]
+Videos = list[UInt8[np.ndarray, "t h w 3"]]
 
 
 def score(
@@ -86,7 +87,8 @@ def true_samples(split: str, count: int, sampling: Mapping) -> list[Sample]:
 # ---- where the clips come from ----
 
 
-def _reconstructed(weights: Path, samples: list[Sample], bar: tqdm) -> Videos:
+def _reconstructed(weights: Path, samples: list[Sample]) -> Videos:
+    """True clips through the VAE: the ceiling of what a model with these latents can show."""
     part = load_part(weights, "vae", dtype=np.float32)
     vae, params = VAE(part.config), jax.tree.map(jnp.asarray, part.params)
 
@@ -95,26 +97,23 @@ def _reconstructed(weights: Path, samples: list[Sample], bar: tqdm) -> Videos:
         mean, _ = vae.apply({"params": params}, images, method="encode")
         return vae.apply({"params": params}, mean, method="decode")
 
-    for sample in samples:
-        yield transforms.to_uint8(np.asarray(through(transforms.to_float(sample.pixels))))
-        bar.update()
+    clips = (sample.pixels for sample in tqdm(samples, desc="reconstructing", unit="clip"))
+    return [transforms.to_uint8(np.asarray(through(transforms.to_float(clip)))) for clip in clips]
 
 
-def _generated(
-    pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace, bar: tqdm, *, image: bool
-) -> Videos:
-    given = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    for first in range(0, len(samples), args.batch_size):
-        chunk = samples[first : first + args.batch_size]
-        seeds = list(range(args.seed + first, args.seed + first + len(chunk)))
-        yield from pipe(
-            [sample.caption for sample in chunk],
-            seed=seeds,
-            frames=1 if image else None,
-            batch_size=args.batch_size,
-            **given,
-        )
-        bar.update(len(chunk))
+def _generated(pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace) -> Videos:
+    """Samples for the captions; images where the captions are of stills."""
+    videos = pipe(
+        [sample.caption for sample in samples],
+        seed=list(range(args.seed, args.seed + len(samples))),
+        frames=1 if samples[0].attributes.motion is None else None,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        progress=True,
+    )
+    return list(videos)
 
 
 # ---- the command ----
@@ -169,39 +168,30 @@ def _kind(path: Path) -> str | None:
     return content.get("kind") if isinstance(content, dict) else None
 
 
-def _makers(args: argparse.Namespace) -> tuple[dict, Callable[[str, list[Sample], tqdm], Videos]]:
-    """(sampling settings, function of (split, samples, bar) that makes the videos to measure)."""
+def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], Videos]]:
+    """(sampling settings, what makes the videos that are to show true samples)."""
     if args.truth:
-
-        def true_clips(split: str, samples: list[Sample], bar: tqdm) -> Videos:
-            return (sample.pixels for sample in samples)
-
-        return DEFAULTS, true_clips
+        return DEFAULTS, lambda samples: [sample.pixels for sample in samples]
     weights = cascade.base_folder(cascade.SHIPPED if args.weights is None else args.weights)
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
-        return sampling, lambda split, samples, bar: _reconstructed(weights, samples, bar)
+        return sampling, lambda samples: _reconstructed(weights, samples)
     pipe = cascade.load(weights)
-    return pipe.base.weights.sampling, lambda split, samples, bar: _generated(
-        pipe, samples, args, bar, image=split == "image"
-    )
+    return pipe.base.weights.sampling, lambda samples: _generated(pipe, samples, args)
 
 
 def _measure(args: argparse.Namespace) -> dict:
     """Samples and scores every split; writes the contact sheets."""
-    sampling, make = _makers(args)
-    splits = list(dict.fromkeys(args.split or DEFAULT_SPLITS))
+    sampling, make = _maker(args)
     tables, begin = {}, time.perf_counter()
-    with tqdm(total=len(splits) * args.samples, unit="video", disable=args.truth) as bar:
-        for split in splits:
-            bar.set_description(split)
-            samples = true_samples(split, args.samples, sampling)
-            clips = list(make(split, samples, bar))
-            tables[split] = score(clips, [s.attributes for s in samples], fps=sampling["fps"])
-            if args.sheets:
-                shown = slice(0, SHEET_ROWS)
-                captions = [sample.caption for sample in samples[shown]]
-                video_files.contact_sheet(clips[shown], captions, args.sheets / f"{split}.png")
+    for split in dict.fromkeys(args.split or DEFAULT_SPLITS):
+        logging.info("split %s", split)
+        samples = true_samples(split, args.samples, sampling)
+        clips = make(samples)
+        tables[split] = score(clips, [s.attributes for s in samples], fps=sampling["fps"])
+        if args.sheets:
+            captions = [sample.caption for sample in samples[:SHEET_ROWS]]
+            video_files.contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{split}.png")
     what = "truth" if args.truth else "vae" if args.vae else "samples"
     result = {"kind": KIND, "what": what, "splits": tables, "seconds": round(time.perf_counter() - begin, 1)}
     if not args.truth:
