@@ -3,9 +3,10 @@
     python sample.py --prompt "a red circle moving left"
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
-Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that says how to make it
-again; OUT/contact-sheet.png shows them all. What is there already is skipped: a run that was stopped goes on where it was.
-Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
+Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
+says how to make it again; OUT/contact-sheet.png shows them all. What is there already is skipped: a run that
+was stopped goes on where it was. What is not given is as in the weights' config.json. Compiled programs are
+kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 """
 
 import argparse
@@ -44,11 +45,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--height", type=int, metavar="H", help="pixels")
     add("--width", type=int, metavar="W", help="pixels")
     add("--fps", type=float, metavar="X", help="frames a second, written into the files")
-    add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images png); png (a folder of frames) and "
-        "npz (an array) are exact")
+    add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images png); png, a folder "
+        "of frames, and npz, an array, are exact")
     add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
     add("--batch-size", type=int, metavar="N", help="videos denoised together (default one a device)")
-    add("--weights", type=Path, metavar="DIR", help="weights folder, or a cascade's with base/ in it (default: the shipped model)")
+    add("--weights", type=Path, metavar="DIR", help="weights folder, or one with base/ in it (default: shipped)")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
     add("--overwrite", action="store_true", help="make again what is there, and replace it")
     return parser.parse_args(argv)

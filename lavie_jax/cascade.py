@@ -1,10 +1,11 @@
-"""Text to video: prompt -> tokens -> text -> noise, denoised step by step -> latents -> frames (LaVie, sec. 3.1).
+"""Text to video: noise, denoised step by step under a prompt, then decoded to frames (LaVie, sec. 3.1).
 
-`Cascade` is what a user holds, `StageModel` one stage's weights on the devices with its compiled functions. What goes into
-a UNet besides noise is in `stages.py`, the maths of a step in `diffusion/`, files are in `samples/` and `data/video_files.py`.
+`Cascade` is what a user holds, `StageModel` one stage's weights on the devices with its compiled functions.
+What goes into a UNet besides noise is in `stages.py`, the maths of a step in `diffusion/`; files are made in
+`samples/outputs.py`.
 
-A sample depends on its prompt, its seed and the settings alone: its noise is keyed by the seed, and every device works on
-samples of its own, so neither the batch nor the number of devices shows in it.
+A sample depends on its prompt, its seed and the settings alone: its noise is keyed by the seed, and every
+device works on samples of its own, so neither the batch nor the number of devices shows in it.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import importlib.metadata
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -54,14 +55,18 @@ class Request:
 
 
 def load(
-    path: str | os.PathLike = SHIPPED, *, dtype: DTypeLike | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | os.PathLike = SHIPPED,
+    *,
+    dtype: DTypeLike | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> "Cascade":
     """The model in a weights folder, or in `base/` of a cascade's folder, on the devices and ready to sample.
 
     Args:
         path: the folder; without one, the small model that is shipped.
-        dtype: of parameters and computation; bfloat16 on accelerators and float32 on CPU, where bfloat16 is slower.
-        devices: to split batches over; all of this process.
+        dtype: of parameters and computation. Default: bfloat16 on accelerators, float32 on CPU, where
+            bfloat16 is slower.
+        devices: to split batches over. Default: all of this process.
 
     Raises:
         UserError: the folder is missing, incomplete, damaged or of another stage.
@@ -127,8 +132,9 @@ class Cascade:
     ) -> UInt8[np.ndarray, "b t H W 3"]:
         """Videos, (B, T, H, W, 3) uint8. What is not given is as in the weights' config.json.
 
-        `prompt`, `seed` and `negative_prompt` are one for all or one for each of B samples. `frames` = 1 makes images, by the
-        joint model's image path, without temporal attention. `batch_size` samples are denoised together (see `samples`).
+        `prompt`, `seed` and `negative_prompt` are one for all, or one for each of B samples. `frames` = 1
+        makes images, by the joint model's image path, without temporal attention. `batch_size` samples are
+        denoised together (see `samples`).
 
         Raises:
             UserError: a setting that is out of range or that this model cannot make; lists of different lengths.
@@ -137,33 +143,42 @@ class Cascade:
         settings = Settings.make(self.base.weights.sampling, given)
         negative = settings.negative_prompt if negative_prompt is None else negative_prompt
         requests = [
-            Request(prompt=p, seed=check_seed(s), negative_prompt=n) for p, s, n in _aligned(prompt=prompt, seed=seed, negative=negative)
+            Request(prompt=text, seed=check_seed(number), negative_prompt=other)
+            for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative)
         ]
         for line in text_warnings(self.base.tokenizer, [r.prompt + settings.prompt_suffix for r in requests]):
             logging.warning("%s", line)
         return np.stack(list(self.samples(requests, settings, batch_size=batch_size, progress=progress)))
 
     def samples(
-        self, requests: Sequence[Request], settings: Settings, *, batch_size: int | None = None, progress: bool = False
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         """The requested videos in order, each batch as soon as it is made.
 
-        `batch_size` is rounded up to a multiple of the devices, and is one sample a device by default. A last batch that is
-        not full is filled up, so that one program serves all. `progress` shows a bar of denoising steps.
+        `batch_size` is rounded up to a multiple of the devices; the default is one sample a device. A last
+        batch that is not full is filled up, so that one program serves all. `progress` shows a bar of
+        denoising steps.
         """
-        model, ways = self.base, self.base.devices
+        model, ways = self.base, self.base.mesh.size
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: at least 1 is needed, given {batch_size}")
         sampler = sampler_for(model.weights, settings)
         size = min(math.ceil(n / ways) * ways for n in (batch_size or ways, max(len(requests), 1)))
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         with tqdm(total=len(batches) * sampler.steps, unit="step", desc="compiling", disable=not progress) as bar:
+
+            def on_step():
+                bar.set_description("denoising", refresh=False)
+                bar.update()
+
             for batch in batches:
                 filled = [*batch, *[batch[-1]] * (size - len(batch))]
-                latents = None
-                for latents in model.denoise(filled, settings, sampler):
-                    bar.set_description("denoising", refresh=False)
-                    bar.update()
+                latents = model.denoise(filled, settings, sampler, on_step)
                 yield from model.decode(latents)[: len(batch)]
 
 
@@ -175,7 +190,8 @@ class StageModel:
         self.mesh = parallel.make_mesh(devices=devices)
         self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
         vae_dtype = jnp.float32 if weights.stage == "vsr" else dtype  # the x4 VAE overflows in half precision
-        self.unet, self.text_encoder = UNet(weights.unet.config, dtype), CLIPText(weights.text_encoder.config, dtype)
+        self.unet = UNet(weights.unet.config, dtype)
+        self.text_encoder = CLIPText(weights.text_encoder.config, dtype)
         self.vae = VAE(weights.vae.config, vae_dtype)
         self.unet_params = self._place(weights.unet, dtype)
         self.text_params = self._place(weights.text_encoder, dtype)
@@ -183,30 +199,37 @@ class StageModel:
 
     def _place(self, part: Part, dtype: DTypeLike) -> dict:
         everywhere = parallel.replicated(self.mesh)
+        # Leaf by leaf: a copy of the whole model in another dtype would not fit a small host.
         return jax.tree.map(lambda p: parallel.put(np.asarray(p).astype(dtype), everywhere), part.params)
 
-    @property
-    def devices(self) -> int:
-        return self.mesh.size
-
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
-        """Last hidden states of the text encoder. Texts go through it one by one: few, short, and the same alone or not."""
+        """Last hidden states of the text encoder.
+
+        Each different text goes through it alone: they are few, and one program serves any number of them.
+        """
         ids = dict(zip(texts, tokens.tokenize(self.tokenizer, texts)))
-        encoded = {text: _encode(self.text_params, row[None], model=self.text_encoder) for text, row in ids.items()}
+        encoded = {t: _encode(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
         return np.concatenate([np.asarray(encoded[text]) for text in texts])
 
     def noise(self, seeds: Sequence[int], stream: int, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-        """Standard normal noise, (B, *shape), each sample's from its own seed; `stream` 0 starts, i + 1 is for step i."""
+        """Standard normal noise, (B, *shape), each sample's from its own seed.
+
+        Stream 0 is what denoising starts from, stream i + 1 is for step i. B is a multiple of the devices.
+        """
         seeds = parallel.put(np.asarray(seeds, np.uint32), parallel.batch_sharding(self.mesh))
         number = list(STAGES).index(self.weights.stage)
         return _noise(seeds, number, stream, shape=shape, mesh=self.mesh)
 
     def denoise(
-        self, requests: Sequence[Request], settings: Settings, sampler: Sampler
-    ) -> Iterator[Float[Array, "b t h w c"]]:
-        """Scaled latents after every denoising step; those after the last are the sample.
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        sampler: Sampler,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Float[Array, "b t h w c"]:
+        """Scaled latents of the requests, whose number is a multiple of the devices.
 
-        The number of requests is a multiple of the devices. The iterator is one step behind what the devices work on.
+        `on_step` is called when a step is done; the devices are at work on the next one already.
         """
         factor, channels = self.vae.config.factor, self.unet.config.out_channels
         shape = (settings.frames, settings.height // factor, settings.width // factor, channels)
@@ -219,20 +242,23 @@ class StageModel:
         for i in range(sampler.steps):
             noise = self.noise(seeds, i + 1, shape) if sampler.needs_noise else None
             state = _step(
-                self.unet_params, state, i, text, null_text, Condition(), noise,
-                unet=self.unet, sampler=sampler, guidance=float(settings.guidance), image=settings.frames == 1, mesh=self.mesh,
+                self.unet_params, state, i, text, null_text, Condition(), noise, unet=self.unet, sampler=sampler,
+                guidance=float(settings.guidance), image=settings.frames == 1, mesh=self.mesh,
             )  # fmt: skip
             if before is not None:
-                yield jax.block_until_ready(before)
+                jax.block_until_ready(before)
+                on_step()
             before = state["x"]
-        yield jax.block_until_ready(before)
+        jax.block_until_ready(before)
+        on_step()
+        return before
 
     def decode(self, latents: Float[Array, "b t h w c"]) -> UInt8[np.ndarray, "b t H W 3"]:
         """Frames of scaled latents, a few at a time on each device. UserError when the latents are not finite."""
         if not bool(jnp.isfinite(latents).all()):
-            raise UserError("the sample became infinite or NaN while it was denoised: use a smaller guidance or more steps")
-        local, frames, height, width, _ = latents.shape
-        pixels = local // self.devices * height * width * self.vae.config.factor**2
+            raise UserError("a sample became infinite or NaN while it was denoised: use a smaller guidance")
+        batch, frames, height, width, _ = latents.shape
+        pixels = batch // self.mesh.size * height * width * self.vae.config.factor**2
         size = max(1, min(frames, DECODED_PIXELS // pixels))
         padding = -frames % size
         latents = jnp.pad(latents, [(0, 0), (0, padding), (0, 0), (0, 0), (0, 0)], mode="edge")
@@ -244,7 +270,10 @@ class StageModel:
 
 
 def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
-    """What of `texts` the model will not see: their ends beyond its context, and words that a small model does not know."""
+    """Lines about what of `texts` the model will not see.
+
+    These are ends of texts beyond its context, and words that a small model does not know.
+    """
     texts = dict.fromkeys(texts)
     length = tokens.context_length(tokenizer)
     lines = [
@@ -260,7 +289,8 @@ def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
 
 def _aligned(**values: object) -> Iterable[tuple]:
     """One tuple for each sample: lists as they are, single values repeated."""
-    lists = {n: list(v) for n, v in values.items() if isinstance(v, Sequence | np.ndarray) and not isinstance(v, str)}
+    many = {n: v for n, v in values.items() if isinstance(v, Sequence | np.ndarray) and not isinstance(v, str)}
+    lists = {n: list(v) for n, v in many.items()}
     lengths = {n: len(v) for n, v in lists.items()}
     count = max(lengths.values(), default=1)
     if 0 in lengths.values() or any(n != count for n in lengths.values()):
@@ -282,7 +312,7 @@ def _encode(params: dict, ids: Int[Array, "b l"], *, model: CLIPText) -> Float[A
 
 @functools.partial(jax.jit, static_argnames=("shape", "mesh"))
 def _noise(
-    seeds: UInt32[Array, "b"], stage: Int[Array, ""], stream: Int[Array, ""], *, shape: tuple[int, ...], mesh: Mesh
+    seeds: UInt32[Array, " b"], stage: Int[Array, ""], stream: Int[Array, ""], *, shape: tuple[int, ...], mesh: Mesh
 ) -> Float[Array, "b ..."]:
     def one(seed):
         # The generator is named, because a user's jax configuration must not change a seed's sample.
@@ -310,7 +340,7 @@ def _step(
 ) -> dict[str, Array]:
     def step(params, state, i, text, null_text, condition, noise):
         denoise = denoiser(unet, params, text, null_text, condition, guidance=guidance, image=image)
-        return sampler.step(state, i, lambda x_t, t: denoise(x_t, t[0]), noise)  # all samples are at one timestep
+        return sampler.step(state, i, denoise, noise)
 
     specs = (ALL, BATCH, ALL, BATCH, BATCH, BATCH, BATCH)
     return _per_device(step, mesh, *specs)(params, state, i, text, null_text, condition, noise)

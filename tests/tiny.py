@@ -22,11 +22,11 @@ SAMPLING = {
 }  # fmt: skip
 
 UNET = UNetConfig(
-    block_out_channels=(16, 32),
+    block_out_channels=(16,),
     layers_per_block=1,
-    attention_levels=(True, False),
-    attention_heads=(2, 2),
-    only_cross_attention=(False, False),
+    attention_levels=(True,),
+    attention_heads=(2,),
+    only_cross_attention=(False,),
     cross_attention_dim=16,
     norm_num_groups=8,
     temporal_attention="before_ff",

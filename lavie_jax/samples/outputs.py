@@ -1,7 +1,8 @@
 """Where samples go: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON that says how to make it again.
 
-One contact sheet shows all samples of a run. The JSON's `request` is what makes two samples the same; its `made_with` tells versions and hardware. A sample that is
-there is not made again, one that is there but differs is never overwritten unasked.
+One contact sheet shows all samples of a run. The JSON's `request` is what makes two samples the same, its
+`made_with` tells versions and hardware. A sample that is there is not made again, one that is there but
+differs is never overwritten unasked.
 """
 
 import dataclasses
@@ -45,9 +46,11 @@ def check_formats(formats: tuple[str, ...], *, frames: int, height: int, width: 
 
 
 def check_folder(path: Path) -> None:
-    """UserError when `path` cannot become a folder, because it or a parent of it is a file."""
-    for place in (path, *path.parents):
+    """UserError when nothing can be written into a folder `path`, or a parent of it is a file."""
+    for place in (path, *path.absolute().parents):
         if place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise UserError(f"out: no permission to write in {place}")
             return
         if place.exists() or place.is_symlink():
             raise UserError(f"out: {place} is a file, so the folder {path} cannot be made")
@@ -104,19 +107,23 @@ class Output:
     ) -> list[Path]:
         """Write the JSON and `formats` of a video; returns the paths of the latter.
 
-        Every file is complete when its name appears. The JSON comes first: after a run was killed between the two, the
-        next one finds its own request and makes what is missing.
+        Every file is complete when its name appears. The JSON comes first: after a run was killed between the
+        two, the next one finds its own request and makes what is missing.
         """
         sidecar = {"format_version": SIDECAR_VERSION, "request": dict(self.request), "made_with": dict(made_with)}
         text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
         part = self.folder / f".{os.getpid()}-{self.stem}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(_write_text(part.with_name(f"{part.name}.json"), text), self.path("json"))
+            if formats == self.formats or not self.path("json").exists():
+                part.write_text(text, encoding="utf-8")
+                _replace(part, self.path("json"))
             for name in formats:
                 _replace(save_as(video, part, name, fps=self.request["fps"]), self.path(name))
         except OSError as error:
             raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
+        finally:
+            _remove(part)
         return [self.path(name) for name in formats]
 
     def read(self) -> UInt8[np.ndarray, "t h w 3"]:
@@ -131,7 +138,7 @@ class Output:
 
 
 class ContactSheets:
-    """`OUT/contact-sheet.png`, a row for each sample; more than `ROWS` samples go on in contact-sheet-2.png, and so on."""
+    """`OUT/contact-sheet.png`, a row for each sample; after `ROWS` of them comes contact-sheet-2.png."""
 
     ROWS, COLUMNS = 24, 6
 
@@ -164,13 +171,15 @@ def _read_request(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is there but does not say how a sample was made; choose another --out, or --overwrite")
 
 
-def _write_text(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 def _replace(part: Path, path: Path) -> None:
     """Give the finished file or folder `part` its name; only --overwrite comes here with `path` already there."""
     if path.is_dir():
-        shutil.rmtree(path)
+        _remove(path)
     os.replace(part, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

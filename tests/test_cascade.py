@@ -1,0 +1,172 @@
+"""The pipeline from prompts to frames: what a sample depends on, and what it must not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import lavie_jax
+from lavie_jax import cascade
+from lavie_jax.cascade import Cascade, Request
+from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.errors import UserError
+from lavie_jax.samples.settings import Settings
+from lavie_jax.weights import load_folder
+
+PROMPT = "a red circle moving left"
+SETTINGS = Settings(**tiny.SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_base(tmp_path_factory.mktemp("weights") / "base")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    """On all 8 devices."""
+    return lavie_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """On one device."""
+    return lavie_jax.load(folder, devices=jax.devices()[:1])
+
+
+def latents_of(pipe, requests, settings) -> np.ndarray:
+    return np.asarray(pipe.base.denoise(requests, settings, cascade.sampler_for(pipe.base.weights, settings)))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 6, 4), (3, 5, 7, 3)], ids=str)
+def test_noise_depends_on_the_seed_alone_bit_for_bit(pipe, single, shape):
+    seeds = [7, 0, 2**32 - 1, 3, 4, 5, 6, 1]
+    together = np.asarray(pipe.base.noise(seeds, 2, shape))
+    three = np.asarray(single.base.noise(seeds[:3], 2, shape))
+    np.testing.assert_array_equal(together[:3], three)
+    for row, seed in zip(together, seeds):
+        np.testing.assert_array_equal(row, np.asarray(single.base.noise([seed], 2, shape))[0])
+    assert len({row.tobytes() for row in together}) == len(seeds)
+
+
+def test_noise_is_standard_normal_and_new_at_every_step(single):
+    start, first, second = (np.asarray(single.base.noise([5], i, (16, 32, 32, 4))).ravel() for i in range(3))
+    for a, b in ((start, first), (first, second), (start, second)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
+    assert abs(start.mean()) < 0.02 and abs(start.std() - 1) < 0.02
+
+
+def test_one_device_and_eight_agree_whatever_else_is_in_the_batch(pipe, single):
+    settings = dataclasses.replace(SETTINGS, sampler="ddpm")
+    words = ("left", "right", "red", "blue")
+    requests = [Request(prompt=f"a circle {words[i % 4]}", seed=i, negative_prompt="") for i in range(8)]
+    together = latents_of(pipe, requests, settings)
+    for i in (0, 5):
+        alone = latents_of(single, requests[i : i + 1], settings)[0]
+        assert np.linalg.norm(together[i] - alone) <= 1e-4 * np.linalg.norm(alone)
+    assert np.linalg.norm(together[0] - together[4]) > 0.1 * np.linalg.norm(together[0])
+
+
+def test_a_sample_is_the_plain_loop_with_both_halves_of_guidance_apart(single):
+    """The pipeline's jitted, sharded and batched chain against a few lines that do the same by themselves."""
+    model, sampler = single.base, make_sampler("ddim", 3, Schedule.make())
+    cond, uncond = (jnp.asarray(model.encode_text([text])) for text in (PROMPT, "a blue square"))
+    unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text))
+
+    def denoise(x, t):
+        with_prompt, without = unet(x, t, cond), unet(x, t, uncond)
+        return without + 4.0 * (with_prompt - without)
+
+    state = sampler.init(model.noise([3], 0, (4, 4, 6, 4)))
+    for i in range(3):
+        state = sampler.step(state, i, denoise)
+    images = model.vae.apply({"params": model.vae_params}, state["x"] / 0.18215, method="decode")
+    expected = np.clip(np.round((np.asarray(images) + 1) * 127.5), 0, 255)
+    video = single(PROMPT, seed=3, negative_prompt="a blue square")
+    assert np.abs(video.astype(float) - expected).max() <= 1
+
+
+def test_a_call_gives_uint8_videos_in_the_order_of_the_requests(single, pipe):
+    videos = pipe([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2])
+    assert videos.shape == (3, 4, 16, 24, 3) and videos.dtype == np.uint8
+    np.testing.assert_array_equal(videos, pipe([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2]))
+    # A batch of 2 leaves one over, which is filled up.
+    pairs = single([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2], batch_size=2)
+    assert np.abs(pairs.astype(int) - videos).max() <= 1
+    assert not np.array_equal(videos[0], videos[2]), "another seed must give another video"
+    same_noise = single(PROMPT, seed=1, guidance=1.0), single("a blue square", seed=1, guidance=1.0)
+    assert not np.array_equal(*same_noise), "the prompt must matter"
+
+
+def test_guidance_one_leaves_the_negative_prompt_out(single):
+    plain = single(PROMPT, guidance=1.0)
+    np.testing.assert_array_equal(plain, single(PROMPT, guidance=1.0, negative_prompt="a blue square"))
+    assert not np.array_equal(single(PROMPT), single(PROMPT, negative_prompt="a blue square"))
+
+
+def test_one_frame_takes_the_image_path_without_temporal_attention(folder):
+    weights = load_folder(folder)
+
+    def without_temporal(path, leaf):
+        return leaf * 0 if "temporal" in jax.tree_util.keystr(path) else leaf
+
+    still = jax.tree_util.tree_map_with_path(without_temporal, weights.unet.params)
+    other = dataclasses.replace(weights, unet=dataclasses.replace(weights.unet, params=still))
+    one, two = (Cascade.of(w, devices=jax.devices()[:1]) for w in (weights, other))
+    image = one(PROMPT, frames=1)
+    assert image.shape == (1, 1, 16, 24, 3)
+    np.testing.assert_array_equal(image, two(PROMPT, frames=1))
+    assert not np.array_equal(one(PROMPT), two(PROMPT)), "a video must go through temporal attention"
+
+
+def test_decoding_a_few_frames_at_a_time_changes_nothing(single, monkeypatch):
+    latents = single.base.noise([0], 0, (4, 4, 6, 4))
+    whole = single.base.decode(latents)
+    monkeypatch.setattr(cascade, "DECODED_PIXELS", 3 * 16 * 24)  # 3 frames, then one and two copies of it
+    assert np.abs(single.base.decode(latents).astype(int) - whole).max() <= 1
+
+
+def test_latents_that_are_not_finite_are_no_video(single):
+    with pytest.raises(UserError, match="guidance"):
+        single.base.decode(jnp.full((1, 2, 4, 6, 4), jnp.nan))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 18}, "18 is not a multiple of 4"),
+        ({"sampler": "eular"}, "did you mean 'euler'"),
+        ({"steps": 1001}, "1001"),
+        ({"frames": 0}, "frames: .* at least 1"),
+        ({"guidance": float("inf")}, "guidance: a finite number"),
+        ({"seed": -1}, "seed: .* 0 to 4294967295"),
+        ({"seed": [1, 2, 3]}, "'prompt': 2, 'seed': 3"),
+        ({"batch_size": 0}, "batch_size: at least 1"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(single, given, message):
+    with pytest.raises(UserError, match=message):
+        single([PROMPT, PROMPT], **given)
+
+
+def test_lost_and_unknown_words_are_named(single):
+    tokenizer = single.base.tokenizer
+    assert cascade.text_warnings(tokenizer, [PROMPT]) == []
+    long, unknown = cascade.text_warnings(tokenizer, [f"{PROMPT} right left", "a dragon moving left"])
+    assert "8 tokens" in long and "'left'" in long
+    assert "leaves out: dragon." in unknown and "circle" in unknown
+
+
+def test_a_cascades_folder_stands_for_its_base(folder):
+    assert cascade.base_folder(folder.parent) == folder
+    assert cascade.base_folder(folder) == folder
+
+
+def test_the_package_offers_its_names_lazily():
+    assert {"load", "save_video", "__version__"} <= set(dir(lavie_jax))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = lavie_jax.lode

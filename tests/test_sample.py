@@ -1,0 +1,265 @@
+"""sample.py: from the command line to files, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import lavie_jax
+import sample
+from lavie_jax.cascade import Cascade
+from lavie_jax.data.video_files import read_video, video_info
+from lavie_jax.errors import UserError
+from lavie_jax.samples.outputs import Output, slug
+from lavie_jax.samples.prompts import Prompt, read_prompts
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a red circle moving left"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_base(tmp_path_factory.mktemp("weights") / "base")
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(sample, "keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Run sample.py with the tiny model; the exit code, or that of a run that ends in an error."""
+
+    def run(*args, out=tmp_path / "out", weights=folder):
+        return sample.main([*args, "--weights", str(weights), "--out", str(out)])
+
+    return run
+
+
+def names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()}
+
+
+def state(out: Path) -> dict[Path, tuple]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run("--prompt", PROMPT, "--fps", "5") == 0
+    assert names(out) == {f"0000-a-red-circle-moving-left-0.{e}" for e in ("mp4", "json")} | {"contact-sheet.png"}
+    assert read_video(out / "0000-a-red-circle-moving-left-0.mp4").shape == (4, 16, 24, 3)
+    assert video_info(out / "0000-a-red-circle-moving-left-0.mp4").fps == 5
+    shown = capsys.readouterr()
+    assert "0000-a-red-circle-moving-left-0.mp4" in shown.out
+    assert "3/3" in shown.err and "step" in shown.err
+
+    before = state(out)
+    monkeypatch.setattr(Cascade, "of", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
+    assert run("--prompt", PROMPT, "--fps", "5") == 0
+    assert state(out) == before
+    assert "1 of 1 samples are in" in capsys.readouterr().out
+
+
+def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):
+    args = ("--seed", "11", "--steps", "2", "--negative-prompt", "a square", "--format", "npz")
+    assert run("--prompt", PROMPT, *args) == 0
+    sidecar = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-11.json").read_text())
+    request, made_with = sidecar["request"], sidecar["made_with"]
+    assert {"lavie_jax", "jax", "flax", "python", "dtype", "device", "weights"} <= set(made_with)
+    assert len(request["weights_sha256"]) == 64
+    settings = ("seed", "negative_prompt", "frames", "height", "width", "sampler", "steps", "guidance")
+    video = lavie_jax.load(made_with["weights"])(request["prompt"], **{name: request[name] for name in settings})
+    with np.load(tmp_path / "out" / "0000-a-red-circle-moving-left-11.npz") as arrays:
+        np.testing.assert_array_equal(arrays["video"], video[0])
+
+
+def test_another_request_for_the_same_name_is_refused_by_field(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--prompt", PROMPT) == 0
+    before = state(out)
+    capsys.readouterr()
+    assert run("--prompt", PROMPT, "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "steps = 3, asked for is 2" in error and "--overwrite" in error
+    assert state(out) == before
+    assert run("--prompt", PROMPT, "--steps", "2", "--overwrite") == 0
+    assert json.loads((out / "0000-a-red-circle-moving-left-0.json").read_text())["request"]["steps"] == 2
+
+
+def test_a_file_that_no_run_made_is_never_overwritten(run, tmp_path, capsys):
+    mine = tmp_path / "out" / "0000-a-red-circle-moving-left-0.mp4"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    assert run("--prompt", PROMPT) == 2
+    assert "without a JSON" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+
+
+def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--prompt", PROMPT, "--num-videos", "2", "--seed", "4", "--format", "npz,gif,png") == 0
+    stems = [f"0000-a-red-circle-moving-left-{seed}" for seed in (4, 5)]
+    assert {f"{s}.{e}" for s in stems for e in ("npz", "gif", "json")} | {*stems, "contact-sheet.png"} == names(out)
+    frames = sorted((out / stems[0]).iterdir())
+    with np.load(out / f"{stems[0]}.npz") as arrays:
+        np.testing.assert_array_equal(arrays["video"], np.stack([np.asarray(Image.open(f)) for f in frames]))
+    (out / f"{stems[1]}.npz").unlink()  # as if the run had been killed there
+    (out / "contact-sheet.png").unlink()
+    before = state(out)
+    assert run("--prompt", PROMPT, "--num-videos", "2", "--seed", "4", "--format", "npz,gif") == 0
+    after = state(out)
+    assert set(after) - set(before) == {out / f"{stems[1]}.npz", out / "contact-sheet.png"}
+    assert {path: after[path] for path in before if path.suffix != ".json"} == {
+        path: before[path] for path in before if path.suffix != ".json"
+    }
+
+
+def test_prompt_files_bring_their_own_seeds_and_negative_prompts(run, folder, tmp_path):
+    lines = [{"prompt": PROMPT, "seed": 9, "negative_prompt": "a square"}, {"prompt": "a blue square"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    args = ("--prompt", "red", "--prompt-file", str(file), "--frames", "1", "--seed", "2", "--format", "png,npz")
+    assert run(*args, "--no-contact-sheet") == 0
+    stems = ("0000-red-2", "0001-a-red-circle-moving-left-9", "0002-a-blue-square-2")
+    assert names(tmp_path / "out") == {f"{stem}.{e}" for stem in stems for e in ("png", "npz", "json")}
+    pipe = lavie_jax.load(folder)
+    expected = pipe(PROMPT, seed=9, negative_prompt="a square", frames=1)[0]
+    with np.load(tmp_path / "out" / f"{stems[1]}.npz") as arrays:
+        np.testing.assert_array_equal(arrays["video"], expected)
+
+
+def test_words_and_ends_that_the_model_does_not_see_are_named(run, capsys):
+    assert run("--prompt", "a dragon moving left", "--prompt", f"{PROMPT} right left") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2 and "'left'" in warnings[0] and "dragon" in warnings[1] and "circle" in warnings[1]
+
+
+BAD = {
+    "odd side": (["--height", "18"], "height: 18 is not a multiple of 4"),
+    "frames": (["--frames", "0"], "frames"),
+    "steps": (["--steps", "0"], "steps"),
+    "too many steps": (["--steps", "2000"], "steps"),
+    "num-videos": (["--num-videos", "0"], "num-videos: at least 1"),
+    "guidance": (["--guidance", "nan"], "guidance: a finite number"),
+    "fps": (["--fps", "0"], "fps"),
+    "seed": (["--seed", "1.5"], "seed: a whole number"),
+    "last seed": (["--seed", "4294967295", "--num-videos", "2"], "last seed"),
+    "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    "flag": (["--step", "3"], "--step"),
+    "sampler": (["--sampler", "eulr"], "did you mean 'euler'"),
+    "format": (["--format", "mp4,gfi"], "did you mean 'gif'"),
+    "video of one frame": (["--frames", "1", "--format", "mp4"], "png or npz"),
+    "empty prompt": (["--prompt", " "], "prompt"),
+    "prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt does not exist"),
+    "weights": (["--weights", "nowhere"], "nowhere does not exist"),
+    "out": (["--out", "{file}/below"], "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(case, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    args, message = BAD[case]
+    args = [arg.format(file=tmp_path / "file") for arg in args]
+    before = state(tmp_path)
+    base = ["--prompt", PROMPT, "--weights", str(folder), "--out", str(tmp_path / "out")]
+    assert sample.main([*base, *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert state(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["incomplete", "other stage"])
+def test_weights_that_cannot_be_sampled_are_refused(case, folder, run, tmp_path, capsys):
+    weights = shutil.copytree(folder, tmp_path / "weights")
+    if case == "incomplete":
+        (weights / "unet" / "model.safetensors").unlink()
+    else:
+        config = json.loads((weights / "config.json").read_text())
+        (weights / "config.json").write_text(json.dumps({**config, "stage": "interpolation"}))
+    assert run("--prompt", PROMPT, weights=weights) == 2
+    error = capsys.readouterr().err
+    expected = "unet/model.safetensors is missing" if case == "incomplete" else "'base' is needed"
+    assert expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_no_prompt_at_all_is_refused(capsys):
+    assert sample.main([]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.txt", "\ufeffa cat\n\n  a dog \n", [Prompt(text="a cat"), Prompt(text="a dog")]),
+        ("p.csv", 'prompt,seed\n"a cat, red",3\na dog,\n', [Prompt(text="a cat, red", seed=3), Prompt(text="a dog")]),
+        ("p.jsonl", '{"prompt": "a", "negative_prompt": ""}\n\n{"prompt": "b", "seed": 0}',
+         [Prompt(text="a", negative=""), Prompt(text="b", seed=0)]),
+    ],
+)  # fmt: skip
+def test_prompt_files_are_read(name, text, expected, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"\n \n", "no prompts"),
+        ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("p.md", b"a cat", ".txt, .csv, .jsonl"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("p.jsonl", b'"a"', "line 1: an object"),
+        ("p.jsonl", b'{"prompt": "a", "sede": 1}', "line 1: unknown field 'sede'; did you mean 'seed'"),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}', "line 1, seed"),
+        ("p.jsonl", b'{"prompt": ""}', "line 1: the prompt is empty"),
+        ("p.csv", b"prompt,seed\na,1\nb,x\n", "line 3, seed"),
+        ("p.csv", b"prompt,seed\na, red,1\n", "line 2: 2 columns"),
+        ("p.csv", b"text\na\n", "header: unknown field 'text'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_prompt_files_are_refused_with_the_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_names_of_files_are_plain_and_short():
+    assert slug("A Café, on Mars!") == "a-cafe-on-mars"
+    assert slug("赤い円") == "prompt"
+    assert len(slug("very " * 100)) <= 48 and not slug("very " * 100).endswith("-")
+    request = {"prompt": "../../etc", "seed": 3, "frames": 2}
+    output = Output(folder=Path("out"), index=12, formats=("mp4",), request=request)
+    assert output.path("mp4") == Path("out/0012-etc-3.mp4")
+
+
+def command(*args: str, **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_wrong_arguments_fail_before_jax_is_imported():
+    program = """
+import sys, sample
+assert sample.main(["--prompt", "x", "--frames", "0"]) == 2
+assert "jax" not in sys.modules
+"""
+    done = command("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script_keeps_its_compiled_programs(folder, tmp_path):
+    args = ("sample.py", "--prompt", PROMPT, "--frames", "1", "--weights", str(folder), "--out", str(tmp_path / "out"))
+    done = command(*args, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "0000-a-red-circle-moving-left-0.png").exists()
+    assert any((tmp_path / "cache" / "lavie_jax" / "xla").iterdir())
