@@ -14,7 +14,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
-REASON = Path(sys.prefix) / "no-torch-for-tests"  # remembers the answer; goes with the environment
+CUDA_ONLY = Path(sys.prefix) / "torch-is-cuda-only"  # remembers that answer; goes with the environment
 
 
 def planned() -> list[str] | None:
@@ -28,12 +28,15 @@ def planned() -> list[str] | None:
 
 def why_not() -> str | None:
     """Installs torch and returns None, or returns the reason for not installing it."""
+    if CUDA_ONLY.exists():
+        return CUDA_ONLY.read_text()
     names = planned()
     if names is None:
         return f"pip finds no {TORCH} for Python {sys.version_info.major}.{sys.version_info.minor}"
     cuda = sum(name.startswith(("nvidia", "cuda")) for name in names)
     if cuda:
-        return f"{TORCH} would bring {cuda} CUDA packages (gigabytes)"
+        CUDA_ONLY.write_text(f"{TORCH} would bring {cuda} CUDA packages, gigabytes")
+        return CUDA_ONLY.read_text()
     if subprocess.run([*PIP, "install", TORCH]).returncode:
         return f"installing {TORCH} failed"
     return None
@@ -45,13 +48,12 @@ def main() -> None:
         return
     except metadata.PackageNotFoundError:
         pass
-    reason = REASON.read_text() if REASON.exists() else why_not()
+    reason = why_not()
     if reason is None:
-        print(f"{TORCH} was installed as a CPU build: the converter's tests run.")
-        return
-    REASON.write_text(reason)
-    print(f"no torch: {reason}. Tests that need it are skipped;")
-    print(f"install a CPU build of torch>=2.4 with {sys.executable} -m pip to run them.")
+        print(f"{TORCH} was installed, a CPU build: the converter's tests run.")
+    else:
+        print(f"No torch: {reason}. Tests that need it are skipped; to run them, install a CPU build")
+        print(f"of torch>=2.4 with {sys.executable} -m pip.")
 
 
 if __name__ == "__main__":
