@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -195,11 +196,27 @@ def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
     assert len(starts) > 2
 
 
+def test_a_file_damaged_after_the_start_is_skipped_and_a_lost_folder_is_an_error(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "copy")
+    source = sources.VideoFolder(tmp_path / "copy", frames=4, height=16, width=16, val_fraction=0.0)
+    damaged, *others = sorted((tmp_path / "copy").rglob("clip *.mp4"))
+    damaged.write_bytes(b"gone")
+    captions = {source.video(i, np.random.default_rng(i))[1] for i in range(8)}
+    assert captions == {path.stem for path in others} and str(damaged) in caplog.text
+    for path in others:
+        path.unlink()
+    with pytest.raises(UserError, match="files in a row cannot be read"):
+        source.video(0, np.random.default_rng(0))
+
+
 def test_splits_of_a_video_folder_share_no_clip(folder):
     train = sources.VideoFolder(folder, frames=4, val_fraction=0.5)
     val = sources.VideoFolder(folder, split="val", frames=4, val_fraction=0.5)
     captions = [{pair.caption for pair in source.clips} for source in (train, val)]
     assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 8
+    assert len(sources.VideoFolder(folder, split="val", frames=4, val_fraction=1e-9)) == 1
+    (held_out,) = take(1, config_of(folder, split="val"), batch_size=16)  # fewer clips than the batch
+    assert held_out["video"].shape[0] == 16
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own

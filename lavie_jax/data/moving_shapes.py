@@ -232,14 +232,11 @@ def _path(a: Attributes, start: tuple[float, float], seconds: np.ndarray, sides)
     return first + along[:, None] * travel
 
 
-def render(
-    a: Attributes, u: float, v: float, *, frames: int, fps: float, height: int, width: int
-) -> np.ndarray:
+def render(a: Attributes, u: float, v: float, *, frames: int, fps: float, height: int, width: int) -> np.ndarray:
     """uint8 (T, H, W, 3); (u, v) in [0, 1] is where the path starts among the places that allow it."""
     if min(frames, height, width) < 1 or not fps > 0:
         raise UserError(
-            f"frames, height, width are at least 1 and fps above 0; given "
-            f"{frames}, {height}, {width} and {fps}"
+            f"frames, height, width are at least 1 and fps above 0; given {frames}, {height}, {width} and {fps}"
         )
     shorter = min(height, width)
     seconds = np.arange(frames) / fps
@@ -263,7 +260,5 @@ def render(
     for frame, patch, top, start in zip(pixels, box, y0, x0, strict=True):
         rows = slice(max(-top, 0), min(height - top, ny))
         columns = slice(max(-start, 0), min(width - start, nx))
-        frame[top + rows.start : top + rows.stop, start + columns.start : start + columns.stop] = patch[
-            rows, columns
-        ]
+        frame[top + rows.start : top + rows.stop, start + columns.start : start + columns.stop] = patch[rows, columns]
     return pixels if moving else np.repeat(pixels, frames, axis=0)

@@ -51,9 +51,7 @@ def make_source(config: DataConfig) -> Source:
     if config.source not in SOURCES:
         raise UserError(f"unknown data source {config.source!r}{suggest(config.source, SOURCES)}")
     if config.frames < 0 or config.images < 0 or config.frames + config.images < 1:
-        raise UserError(
-            f"a batch needs frames or images; given {config.frames} frames, {config.images} images"
-        )
+        raise UserError(f"a batch needs frames or images; given {config.frames} frames, {config.images} images")
     if min(config.height, config.width) < 1:
         raise UserError(f"height and width must be at least 1; given {config.height}x{config.width}")
     if config.fps is not None and not config.fps > 0:
@@ -67,9 +65,7 @@ def make_source(config: DataConfig) -> Source:
             raise UserError("the data source video_folder needs a path")
         return VideoFolder(config.path, split=config.split, fps=config.fps, images=config.image_path, **shape)
     if config.images and config.split not in ("train", "val"):
-        raise UserError(
-            f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val"
-        )
+        raise UserError(f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val")
     if config.fps is None:
         raise UserError("Moving Shapes has no frame rate of its own: give fps")
     return MovingShapes(split=config.split, fps=config.fps, drop=config.detail_drop, **shape)
@@ -108,9 +104,7 @@ class Examples:
 def _collate(examples: Sequence[dict]) -> dict:
     """Pixels stacked; captions stay lists."""
     return {
-        key: np.stack([e[key] for e in examples])
-        if key in ("video", "images")
-        else [e[key] for e in examples]
+        key: np.stack([e[key] for e in examples]) if key in ("video", "images") else [e[key] for e in examples]
         for key in examples[0]
     }
 
@@ -124,9 +118,7 @@ def _plain(examples: Examples, local: int, start: int, process: int, processes: 
         step += 1
 
 
-def _grain(
-    examples: Examples, local: int, start: int, process: int, processes: int, workers: int
-) -> Iterator[dict]:
+def _grain(examples: Examples, local: int, start: int, process: int, processes: int, workers: int) -> Iterator[dict]:
     """Batches by grain's worker processes, in order."""
     try:
         import grain  # needed by those who ask for workers only
@@ -215,10 +207,9 @@ def batches(
             f"workers and start_step are at least 0 and prefetch 1; given {workers}, {start_step}, {prefetch}"
         )
     source = make_source(config)
-    if len(source) < batch_size:
+    if config.split == "train" and len(source) < batch_size:  # held-out clips may come again
         raise UserError(
-            f"a batch of {batch_size} needs as many clips; {config.path!r} has {len(source)} "
-            f"in split {config.split!r}"
+            f"a batch of {batch_size} needs as many clips; {config.path!r} has {len(source)} in split {config.split!r}"
         )
     stream = Examples(config, source), batch_size // process_count, start_step, process_index, process_count
     raw = _grain(*stream, workers) if workers else _plain(*stream)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from lavie_jax.errors import UserError
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _ENDLESS = 2**40
+_ATTEMPTS = 8
 
 
 @runtime_checkable
@@ -83,7 +85,7 @@ class MovingShapes:
 class _Pair:
     path: Path
     caption: str
-    seconds: float  # of a video; 0 for an image
+    room: float = 0.0  # seconds over which a video's window may start
 
 
 def _pairs(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[_Pair], int]:
@@ -94,17 +96,31 @@ def _pairs(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[_Pair], int]:
     pairs = []
     for path in files:
         text = path.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
         if caption:
-            pairs.append(_Pair(path, " ".join(caption.split()), 0.0))
+            pairs.append(_Pair(path, " ".join(caption.split())))
     return pairs, len(files) - len(pairs)
 
 
-def _in_split(folder: Path, path: Path, split: str, val_fraction: float) -> bool:
-    # By the name's hash: a clip stays in its split whatever is added beside it.
-    name = path.relative_to(folder).as_posix().encode()
-    held_out = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2**64 < val_fraction
-    return held_out == (split == "val")
+def _read_image(path: Path) -> np.ndarray:
+    """One picture as uint8 (1, H, W, 3)."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))[None]
+    except OSError as error:
+        raise UserError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
+
+
+def _of_split(folder: Path, pairs: list[_Pair], split: str, val_fraction: float) -> list[_Pair]:
+    """By the hash of the name: a clip stays in its split whatever is added. `val` has one at least."""
+
+    def place(pair: _Pair) -> float:
+        name = pair.path.relative_to(folder).as_posix().encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2**64
+
+    places = [place(pair) for pair in pairs]
+    limit = max(val_fraction, min(places, default=0.0)) if val_fraction else -1.0
+    return [pair for pair, p in zip(pairs, places) if (p <= limit) == (split == "val")]
 
 
 class VideoFolder:
@@ -112,7 +128,7 @@ class VideoFolder:
 
     `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled and cut to (height,
     width). `image` is one random frame with the clip's caption, or, with an `images` folder (`a.jpg` beside
-    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips. Videos without caption, too
+    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, one at least. Videos without caption, too
     short, or unreadable are left out, with a warning that counts them; UserError when none is left.
     """
 
@@ -135,7 +151,7 @@ class VideoFolder:
         self.random_place, self.seed = split == "train", seed
         folder = Path(folder)
         pairs, silent = _pairs(folder, VIDEO_SUFFIXES)
-        clips = self._usable([p for p in pairs if _in_split(folder, p.path, split, val_fraction)])
+        clips = self._usable(_of_split(folder, pairs, split, val_fraction))
         if not clips:
             raise UserError(
                 f"no usable pairs for split {split!r} in {os.fspath(folder)!r}: of {len(pairs) + silent} "
@@ -150,9 +166,7 @@ class VideoFolder:
         if images is not None:
             self.pictures = _pairs(Path(images), IMAGE_SUFFIXES)[0]
             if not self.pictures:
-                raise UserError(
-                    f"no image in {os.fspath(images)!r} has a caption (a.jpg needs a.txt beside it)"
-                )
+                raise UserError(f"no image in {os.fspath(images)!r} has a caption (a.jpg needs a.txt beside it)")
 
     def _window(self, info: video_files.VideoInfo) -> float:
         """Seconds from the first frame's time to the last one's."""
@@ -167,17 +181,13 @@ class VideoFolder:
                 return None
             # Where a window may start: up to the last source frame that leaves room for it.
             room = (info.frames - 1) / info.fps - self._window(info)
-            return dataclasses.replace(pair, seconds=room) if room > -1e-6 else None
+            return dataclasses.replace(pair, room=max(room, 0.0)) if room > -1e-6 else None
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = list(
-                tqdm(pool.map(probe, pairs), "videos", len(pairs), disable=len(pairs) < 500, leave=False)
-            )
+            found = list(tqdm(pool.map(probe, pairs), "videos", len(pairs), disable=len(pairs) < 500, leave=False))
         usable = [pair for pair in found if pair is not None]
         if len(usable) < len(pairs):
-            logging.warning(
-                "%d of %d videos are too short or unreadable", len(pairs) - len(usable), len(pairs)
-            )
+            logging.warning("%d of %d videos are too short or unreadable", len(pairs) - len(usable), len(pairs))
         return usable
 
     def __len__(self) -> int:
@@ -187,20 +197,33 @@ class VideoFolder:
         return rng if self.random_place else None
 
     def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
-        clip = _shuffled(self.clips, index, "video", self.seed)
-        start = max(clip.seconds, 0) * (rng.random() if self.random_place else 0.5)
-        frames = video_files.read_video(clip.path, frames=self.frames, fps=self.fps, start=start)
-        return self._fit(frames, rng), clip.caption
+        def window(clip: _Pair) -> np.ndarray:
+            start = clip.room * (rng.random() if self.random_place else 0.5)
+            return video_files.read_video(clip.path, frames=self.frames, fps=self.fps, start=start)
+
+        frames, caption = self._first_readable(self.clips, index, "video", window)
+        return self._fit(frames, rng), caption
 
     def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
-        pair = _shuffled(self.pictures or self.clips, index, "image", self.seed)
-        if self.pictures:
-            with Image.open(pair.path) as picture:
-                frames = np.asarray(picture.convert("RGB"))[None]
-        else:
-            start = max(pair.seconds, 0) * rng.random()
-            frames = video_files.read_video(pair.path, frames=1, start=start)
-        return self._fit(frames, rng)[0], pair.caption
+        def still(pair: _Pair) -> np.ndarray:
+            if self.pictures:
+                return _read_image(pair.path)
+            return video_files.read_video(pair.path, frames=1, start=pair.room * rng.random())
+
+        frames, caption = self._first_readable(self.pictures or self.clips, index, "image", still)
+        return self._fit(frames, rng)[0], caption
+
+    def _first_readable(
+        self, pairs: list[_Pair], index: int, kind: str, read: Callable[[_Pair], np.ndarray]
+    ) -> tuple[np.ndarray, str]:
+        """(frames, caption) of pair `index`, or of one after it: a damaged file must not end a long run."""
+        for attempt in range(_ATTEMPTS):
+            pair = _shuffled(pairs, index + attempt, kind, self.seed)
+            try:
+                return read(pair), pair.caption
+            except UserError as error:
+                logging.warning("skipped: %s", error)
+        raise UserError(f"{_ATTEMPTS} files in a row cannot be read, the last is {os.fspath(pair.path)!r}")
 
     def _fit(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return transforms.resize_crop(frames, height=self.height, width=self.width, rng=self._place(rng))

@@ -20,10 +20,7 @@ def resize_crop(
     left = int(place[1] * (size[1] - width + 1))
     if size != (rows, columns):
         frames = np.stack(
-            [
-                np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
-                for frame in frames
-            ]
+            [np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)) for frame in frames]
         )
     return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
 

@@ -46,9 +46,7 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
     if not (0 < fps < 65535):
         raise UserError(f"fps must be above 0; given {fps}")
     if frame_count < 1 or height % 2 or width % 2:
-        raise UserError(
-            f"an mp4 has frames with even sides; given {frame_count} of {height}x{width}: use gif or npz"
-        )
+        raise UserError(f"an mp4 has frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = Path(path)
     with _finished(path) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(65535)
