@@ -12,7 +12,7 @@ SIZES = dict(
     vocab_size=99,
     hidden_size=32,
     intermediate_size=64,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=20,
 )
@@ -36,10 +36,18 @@ def flax_params(state: dict) -> dict:
     return params
 
 
-def small_text(dtype=jnp.float32, **changes):
-    model = CLIPText(CLIPTextConfig(**SIZES | changes), dtype)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 11)), jnp.int32)
-    return model, model.init(jax.random.key(0), tokens), tokens
+def small_text(dtype=jnp.float32):
+    """The compiled forward pass of a small encoder, random parameters, and tokens."""
+    model = CLIPText(CLIPTextConfig(**SIZES), dtype)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 99, (2, 11)), jnp.int32)
+
+    def fill(leaf):
+        mean, scale = (0.5, 0.2) if len(leaf.shape) == 1 else (0, leaf.shape[0] ** -0.5)
+        return jnp.asarray(rng.normal(mean, scale, leaf.shape), jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return jax.jit(model.apply), jax.tree.map(fill, shapes), tokens
 
 
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
@@ -60,24 +68,24 @@ def test_matches_transformers(hidden_act):
     config = CLIPTextConfig.from_diffusers(theirs.config.to_dict())
     assert config == CLIPTextConfig(**SIZES, hidden_act=hidden_act)
     params = flax_params(theirs.state_dict())
-    ours = CLIPText(config).apply({"params": params}, jnp.asarray(tokens, jnp.int32))
+    ours = jax.jit(CLIPText(config).apply)({"params": params}, jnp.asarray(tokens, jnp.int32))
     assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
 def test_is_causal():
-    model, variables, tokens = small_text()
-    whole = model.apply(variables, tokens)
+    apply, variables, tokens = small_text()
+    whole = apply(variables, tokens)
     assert whole.shape == (2, 11, 32)
-    np.testing.assert_allclose(model.apply(variables, tokens[:, :6]), whole[:, :6], atol=1e-5)
-    other = model.apply(variables, tokens.at[:, 5].set(7 - tokens[:, 5] % 2))
+    np.testing.assert_allclose(apply(variables, tokens[:, :6]), whole[:, :6], atol=1e-5)
+    other = apply(variables, tokens.at[:, 5].set(7 - tokens[:, 5] % 2))
     np.testing.assert_allclose(other[:, :5], whole[:, :5], atol=1e-5)
     assert np.abs(other[:, 5:] - whole[:, 5:]).max() > 1e-2
 
 
 def test_bfloat16_computes_near_float32():
-    model, variables, tokens = small_text()
-    half = CLIPText(model.config, jnp.bfloat16).apply(variables, tokens)
-    whole = model.apply(variables, tokens)
+    apply, variables, tokens = small_text()
+    half = small_text(jnp.bfloat16)[0](variables, tokens)
+    whole = apply(variables, tokens)
     assert half.dtype == jnp.float32
     assert 1e-5 < np.linalg.norm(half - whole) / np.linalg.norm(whole) < 0.03
 
@@ -97,6 +105,6 @@ def test_config_roundtrip_and_errors():
 
 
 def test_too_many_tokens_are_refused():
-    model, variables, _ = small_text()
+    apply, variables, _ = small_text()
     with pytest.raises(UserError, match="20 positions"):
-        model.apply(variables, jnp.zeros((1, 21), jnp.int32))
+        apply(variables, jnp.zeros((1, 21), jnp.int32))
