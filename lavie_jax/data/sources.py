@@ -128,8 +128,8 @@ class VideoFolder:
 
     `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled and cut to (height,
     width). `image` is one random frame with the clip's caption, or, with an `images` folder (`a.jpg` beside
-    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, one at least. Videos without caption, too
-    short, or unreadable are left out, with a warning that counts them; UserError when none is left.
+    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, one at least. Videos without
+    caption, too short, or unreadable are left out, with a warning that counts them; UserError when none is left.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class VideoFolder:
         self.random_place, self.seed = split == "train", seed
         folder = Path(folder)
         pairs, silent = _pairs(folder, VIDEO_SUFFIXES)
-        clips = self._usable(_of_split(folder, pairs, split, val_fraction))
+        clips = _of_split(folder, self._usable(pairs), split, val_fraction)
         if not clips:
             raise UserError(
                 f"no usable pairs for split {split!r} in {os.fspath(folder)!r}: of {len(pairs) + silent} "
