@@ -1,0 +1,110 @@
+"""The base stage on Moving Shapes: joint image-video training (LaVie section 3.2, Eq. 3) of the shipped model.
+
+An image model is inflated and trained on clips of 16 frames with 4 still images beside each, as the paper
+does it with Stable Diffusion; the still images show shapes and colours that no clip does. In order:
+
+    python train.py --config configs/moving_shapes/vae.py --workdir runs/vae
+    python train.py --config configs/moving_shapes/image.py --workdir runs/image \\
+        --config.vae_from=runs/vae/weights
+    python train.py --config configs/moving_shapes/base.py --workdir runs/base \\
+        --config.init_from=runs/image/weights
+
+    python train.py --config configs/moving_shapes/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
+
+Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (the same mode in all three commands), "tiny".
+Hardware, time and result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.moving_shapes import vae
+
+PROMPTS = (
+    "a small red circle moving left over a blue background",
+    "a large yellow square moving right over a black background",
+    "a large green triangle moving up over a white background",
+    "a small purple star moving down over a gray background",
+    "a large blue cross moving up left over a yellow background",
+    "a small white ring moving down right over a green background",
+    "a large orange circle standing still over a purple background",
+    "a red circle moving left",
+)
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """Modes: "", "cpu" and "tiny"."""
+    common.check_mode(mode, ("cpu", "tiny"))
+    config = common.training()
+    config.stage = "base"
+    config.init_from = ""  # the image model's weights folder
+    config.inflate = True  # what init_from holds is an image model: temporal attention starts at zero
+    config.vae_from = ""  # the VAE's weights folder; not needed where init_from has it
+    config.train_text_encoder = True  # no released text encoder knows this world only
+    config.cpu_devices = 2
+
+    config.vae = vae.get_config(mode).vae
+    config.text_encoder = ConfigDict(
+        {
+            "vocab_size": 192,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "hidden_act": "quick_gelu",
+        }
+    )
+    config.unet = ConfigDict(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (96, 128, 192),
+            "layers_per_block": 1,
+            "attention_levels": (True, True, True),
+            "cross_attention_dim": 128,
+            "attention_heads": (4, 4, 6),
+            "only_cross_attention": (False, False, False),
+            "norm_num_groups": 16,
+            "temporal_attention": "before_ff",
+            "temporal_position": True,
+        }
+    )
+    # The betas of LaVie; v-prediction learns the small world better than noise prediction.
+    config.schedule = ConfigDict(
+        {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps": 1000, "prediction": "v_prediction"}
+    )
+    config.sampling = ConfigDict({"sampler": "ddim", "steps": 30, "guidance": 4.0})
+
+    config.data = common.moving_shapes()
+    config.batch = 32
+    config.loss = ConfigDict(
+        {"alpha": 1.0, "min_snr_gamma": 0.0, "high_noise": 0.0, "held_out_timesteps": (100, 300, 500, 700, 900)}
+    )
+    config.steps = 40_000
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup = 500
+    config.optimizer.decay = "cosine"
+    config.ema_decay = 0.999
+    config.held_out_batches = 2
+    config.checkpoint_every = config.sample_every = 2000
+    config.prompts = PROMPTS
+
+    if mode == "cpu":
+        config.unet.block_out_channels, config.unet.attention_heads = (48, 96), (4, 4)
+        config.unet.attention_levels, config.unet.only_cross_attention = (True, True), (False, False)
+        config.text_encoder.num_hidden_layers = 2
+        config.batch, config.steps = 8, 8000
+        config.checkpoint_every = config.sample_every = config.held_out_every = 1000
+    if mode == "tiny":
+        config.vae_from = "random"
+        config.unet.block_out_channels, config.unet.attention_heads = (16, 32), (2, 2)
+        config.unet.attention_levels, config.unet.only_cross_attention = (True, True), (False, False)
+        config.unet.cross_attention_dim = config.text_encoder.hidden_size = 32
+        config.text_encoder.intermediate_size, config.text_encoder.num_hidden_layers = 64, 1
+        config.data.height = config.data.width = 32
+        config.data.frames, config.data.images, config.batch = 4, 1, 2
+        config.steps, config.optimizer.warmup, config.held_out_batches = 20, 5, 1
+        config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
+        config.sampling.steps, config.prompts = 2, PROMPTS[:2]
+    return config

@@ -1,0 +1,80 @@
+"""Placement of parameters and batches on 8 virtual devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lavie_jax import parallel
+from lavie_jax.errors import UserError
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    mesh = parallel.make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"fsdp": 16}, {"data": -1, "fsdp": -1}, {"tensor": 0}, {"data": -1, "fsdp": 3}])
+def test_mesh_refuses_what_does_not_fit(axes):
+    with pytest.raises(UserError, match="mesh data="):
+        parallel.make_mesh(**axes)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("params/unet/mid_block/attentions_0/transformer_blocks_0/attn1/to_q/kernel", (8, 8), P("fsdp", "tensor")),
+        ("opt_state/1/0/mu/unet/mid_block/attn1/to_out_0/kernel", (8, 8), P("tensor", "fsdp")),
+        ("ema/unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 8, 16), P(None, None, None, "fsdp")),
+        ("params/unet/conv_out/kernel", (3, 3, 8, 3), P(None, None, None, None)),  # 3 channels cannot be split
+        ("params/unet/conv_in/bias", (16,), P(None)),
+        ("step", (), P()),
+    ],
+)
+def test_rules_place_by_path(path, shape, expected):
+    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    assert parallel.spec(path, shape, mesh) == expected
+
+
+def test_every_kind_of_large_kernel_is_split_by_fsdp():
+    """A rule that misses a kind of layer would silently replicate it on every device of a pod."""
+    from lavie_jax.models.unet import UNet, UNetConfig
+
+    config = UNetConfig(
+        block_out_channels=(32, 64), attention_levels=(True, True), attention_heads=(2, 2),
+        only_cross_attention=(False, False), cross_attention_dim=32, temporal_attention="before_ff", temporal_position=True,
+    )  # fmt: skip
+    inputs = jnp.zeros((1, 1, 4, 4, 4)), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 32))
+    params = jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)["params"]
+    mesh = parallel.make_mesh(data=1, fsdp=8)
+    placed = parallel.shardings({"params": params}, mesh)
+    total, local = 0, 0
+    for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):
+        total += np.prod(x.shape)
+        local += np.prod(s.shard_shape(x.shape))
+    assert local / total < 0.16  # an eighth, and the biases and norms
+
+
+def test_put_and_gather_are_inverse_under_any_sharding():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    tree = {"a": {"kernel": np.arange(64.0, dtype=np.float32).reshape(4, 16)}, "b": np.float32(3)}
+    placed = parallel.put(tree, parallel.shardings(tree, mesh))
+    assert not placed["a"]["kernel"].is_fully_replicated
+    back = parallel.gather(placed)
+    np.testing.assert_array_equal(back["a"]["kernel"], tree["a"]["kernel"])
+    assert back["b"] == 3
+
+
+def test_batch_is_split_over_data_and_fsdp():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    batch = parallel.put_batch({"video": np.zeros((8, 2, 4, 4, 3), np.float32)}, mesh)
+    assert batch["video"].addressable_shards[0].data.shape == (1, 2, 4, 4, 3)
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2), (0, 1), (8, 0)])
+def test_batch_that_the_devices_do_not_divide_is_refused(batch, accumulate):
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    with pytest.raises(UserError, match=f"batch={batch}"):
+        parallel.check_batch(batch, mesh, accumulate=accumulate)
