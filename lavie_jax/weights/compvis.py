@@ -1,7 +1,7 @@
 """The original Stable Diffusion layout (`sd-v1-4.ckpt`): names to diffusers' names, and configurations from shapes.
 
-Blocks are numbered through instead of by level and layer, so replacements are functions of the numbers. Such a file has no
-configuration beside it; all but the number of attention heads can be read off the shapes.
+Blocks are numbered through instead of by level and layer, so replacements are functions of the numbers. Such a file
+has no configuration beside it; all but the number of attention heads can be read off the shapes.
 """
 
 import re
@@ -119,13 +119,13 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             found[part][name.removeprefix(PREFIXES[part])] = tensor
     sizes = Sizes(_unet_layers(found["unet"]), _count(found["vae"], r"^encoder\.down\.(\d+)\."))
     renamed = {
-        part: {_rename(part, name, sizes): tensor for name, tensor in of_part.items()}
-        for part, of_part in found.items()
+        part: {rename(part, name, sizes): tensor for name, tensor in of_part.items()} for part, of_part in found.items()
     }
     return renamed, unknown
 
 
-def _rename(part: str, name: str, sizes: Sizes) -> str:
+def rename(part: str, name: str, sizes: Sizes) -> str:
+    """A part's name without its prefix, as diffusers has it."""
     for pattern, replacement in TABLES[part]:
         if callable(replacement):
             name = re.sub(pattern, lambda match, f=replacement: f(match, sizes), name)

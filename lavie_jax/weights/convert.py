@@ -63,8 +63,8 @@ def import_stage(
 ) -> None:
     """Writes the weights folder `out` of a LaVie checkpoint and the image model that it was made from.
 
-    `pretrained` is a diffusers folder, or a CompVis checkpoint with `tokenizer`. Raises UserError with every tensor that
-    is missing, unexpected or wrongly shaped, or for NaN; then nothing is written.
+    `pretrained` is a diffusers folder, or a CompVis checkpoint with `tokenizer`. Raises UserError with every tensor
+    that is missing, unexpected or wrongly shaped, or for NaN; then nothing is written.
     """
     check_output(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)

@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavie_jax.diffusion.schedule import Schedule
@@ -65,8 +64,8 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None) -> We
     """Everything in a weights folder.
 
     Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`.
-    Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or Inf, or
-    when a tensor is missing, unexpected or of another shape than the configuration's.
+    Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or
+    Inf, or when a tensor is missing, unexpected or of another shape than the configuration's.
     """
     path = Path(path)
     config = _read_config(path, stage)
@@ -98,7 +97,7 @@ def load_part(path: str | Path, part: str, *, dtype=None) -> Part:
     for name, tensor in tensors.items():
         if not is_buffer(name):
             array = tensor.read()
-            check_finite(f"{where}: {name}", array)
+            check_finite(f"{where}: {name.replace('/', '.')}", array)
             params[name] = array if dtype is None else array.astype(dtype)
     return Part(config, unflatten_dict(params, sep="/"))
 
@@ -144,7 +143,9 @@ def _read_config(path: Path, stage: str | None) -> dict:
         raise UserError(f"{path} is no weights folder: it has no config.json.{hint}")
     config = read_json(path / "config.json")
     if "format_version" not in config or "stage" not in config:
-        raise UserError(f"{path} is no weights folder: its config.json has no stage. For PyTorch files: convert_torch.py import")
+        raise UserError(
+            f"{path} is no weights folder: its config.json has no stage. For PyTorch files: convert_torch.py import"
+        )
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format version {config['format_version']}; this version reads {FORMAT_VERSION}.")
     if config["stage"] not in CONTENTS:
@@ -178,9 +179,10 @@ def save_folder(
     """Writes a weights folder; nothing is left at `path` unless all of it could be written.
 
     `unet`, `vae`, `text_encoder` are (config, parameters), parameters being nested dicts of arrays or `Tensor`s, in the
-    dtype that the file shall have; `tokenizer` a folder to copy, or a transformers tokenizer. Parts that are the same in the
-    weights folder `share` are named instead of repeated. `dialects` records how the PyTorch files named things.
-    Raises UserError when `path` exists (unless `overwrite`), a parameter does not fit its config, or holds NaN or Inf.
+    dtype that the file shall have; `tokenizer` a folder to copy, or a transformers tokenizer. Parts that are the same
+    in the weights folder `share` are named instead of repeated. `dialects` records how the PyTorch files named
+    things. Raises UserError when `path` exists (unless `overwrite`), a parameter does not fit its config, or holds
+    NaN or Inf.
     """
     given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
              "scheduler": schedule, "low_res_scheduler": low_res_schedule}  # fmt: skip
@@ -269,7 +271,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def folder_hash(path: str | Path) -> str:
-    """SHA-256, hex, of what a weights folder holds: its configuration and every file of its parts, wherever they lie."""
+    """SHA-256, hex, of what a weights folder holds: its configuration and every file of its parts, wherever they
+    lie."""
     path = Path(path)
     config = _read_config(path, None)
     said = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)

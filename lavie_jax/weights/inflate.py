@@ -1,8 +1,8 @@
 """A model to start training from: an image UNet, or the base UNet, inflated to a stage (LaVie sec. 3.1, 3.3, 3.4).
 
-All spatial parameters are taken over. Temporal ones are new, and those that write into the residual stream start at zero, so
-that at first the video model does to each frame what the image model does. The original zeroes only the weights of some of
-them; here the biases and `resblock_temporal.conv2` too.
+All spatial parameters are taken over. Temporal ones are new, and those that write into the residual stream start at
+zero, so that at first the video model does to each frame what the image model does. The original zeroes only the
+weights of some of them; here the biases and `resblock_temporal.conv2` too.
 """
 
 import re
@@ -62,8 +62,8 @@ def inflate_base(
 ) -> None:
     """Writes a weights folder of stage "interpolation" to train from, made of one of stage "base".
 
-    The base's temporal attention is not taken over: it stands at another place in the block. Raises UserError when `base` is
-    not a whole folder of that stage.
+    The base's temporal attention is not taken over: it stands at another place in the block. Raises UserError when
+    `base` is not a whole folder of that stage.
     """
     check_output(out, overwrite=overwrite)
     weights = load_folder(base, stage="base")
@@ -91,9 +91,9 @@ def inflate_base(
 def inflate(source: Mapping[str, Tensor], config: UNetConfig, *, seed: int) -> dict[str, Tensor]:
     """Every parameter of the UNet that `config` describes, {path: Tensor}, from those of one without temporal parts.
 
-    Taken-over tensors keep their dtype, new ones are float32, keyed by `seed` and their path. `conv_in` may have more input
-    channels than the source's: the new ones are zero. Raises UserError when the source lacks a spatial parameter, or has
-    one that the UNet does not.
+    Taken-over tensors keep their dtype, new ones are float32, keyed by `seed` and their path. `conv_in` may have more
+    input channels than the source's: the new ones are zero. Raises UserError when the source lacks a spatial
+    parameter, or has one that the UNet does not.
     """
     expected = expected_shapes(config)
     problems = [f"unexpected {p} {list(t.shape)}" for p, t in source.items() if p not in expected and not is_buffer(p)]
@@ -127,7 +127,8 @@ def _drawer(path: str, expected: Mapping[str, tuple[int, ...]], seed: int):
 def initial_value(path: str, expected: Mapping[str, tuple[int, ...]], seed: int) -> np.ndarray:
     """A new temporal parameter, float32: zero where it must change nothing at first, else as PyTorch initialises it.
 
-    Linear layers and convolutions, weight and bias: uniform within 1 / sqrt(fan in). Embeddings: standard normal. Norms: 1, 0.
+    Linear layers and convolutions, weight and bias: uniform within 1 / sqrt(fan in). Embeddings: standard normal.
+    Norms: 1, 0.
     """
     shape, (module, _, leaf) = expected[path], path.rpartition("/")
     kernel = expected.get(f"{module}/kernel")
@@ -140,5 +141,3 @@ def initial_value(path: str, expected: Mapping[str, tuple[int, ...]], seed: int)
         return rng.standard_normal(shape, np.float32)
     bound = 1 / np.sqrt(np.prod(kernel[:-1]))
     return rng.uniform(-bound, bound, shape).astype(np.float32)
-
-

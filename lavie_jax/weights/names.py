@@ -1,9 +1,9 @@
 """PyTorch parameter names <-> the paths of the Flax parameters, both ways.
 
 The rule is mechanical: a number joins the name before it (`attentions.1` -> `attentions_1`), the other dots separate
-modules, and the leaf `weight` becomes `kernel` (with the input and output axes last), `scale` or `embedding`. What does not
-follow the rule stands in the table `DIALECTS`: the names that some files use for what others call differently.
-Buffers (`rotary_emb.freqs`, `position_ids`) get a path too, but belong to no Flax model.
+modules, and the leaf `weight` becomes `kernel` (with the input and output axes last), `scale` or `embedding`. What
+does not follow the rule stands in the table `DIALECTS`: the names that some files use for what others call
+differently. Buffers (`rotary_emb.freqs`, `position_ids`) get a path too, but belong to no Flax model.
 """
 
 import re
@@ -75,8 +75,8 @@ def dialect_of(part: str, names: Iterable[str]) -> str:
 def from_torch(part: str, name: str, array):
     """(path, array) of a PyTorch tensor of the `unet`, `vae` or `text_encoder`, in any dialect.
 
-    `array` is a numpy array or a `Tensor`; it comes back transposed, a view. Raises UserError when its number of axes is
-    none that a layer of ours has.
+    `array` is a numpy array or a `Tensor`; it comes back transposed, a view. Raises UserError when its number of axes
+    is none that a layer of ours has.
     """
     for rows in DIALECTS[part].values():
         for row in rows:

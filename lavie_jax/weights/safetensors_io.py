@@ -127,7 +127,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, object], metadata: Mappi
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     quiet = end < SHOW_PROGRESS_FROM
-    with path.open("wb") as file, tqdm(total=end, unit="B", unit_scale=True, desc=path.parent.name, disable=quiet) as bar:
+    with (
+        path.open("wb") as file,
+        tqdm(total=end, unit="B", unit_scale=True, desc=path.parent.name, disable=quiet) as bar,
+    ):
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
             array = np.ascontiguousarray(tensor.read())  # a transposed view would be written in the wrong order

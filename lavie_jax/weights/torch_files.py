@@ -1,9 +1,10 @@
 """Reading and writing PyTorch's pickled files (.pt, .bin, .ckpt). The only module that imports torch.
 
-A pickle names functions to call, so nothing of it is trusted. `torch.load(weights_only=True)` builds tensors, dicts, lists and
-numbers only and refuses all else; but checkpoints drag along trainer callbacks, argparse.Namespace, OmegaConf or numpy scalars.
-Each such name is found by reading the pickle's opcodes, without running any, and is answered by an inert class that takes
-whatever arguments and keeps nothing. A file that names a function which runs programs or code is refused outright.
+A pickle names functions to call, so nothing of it is trusted. `torch.load(weights_only=True)` builds tensors, dicts,
+lists and numbers only and refuses all else; but checkpoints drag along trainer callbacks, argparse.Namespace,
+OmegaConf or numpy scalars. Each such name is found by reading the pickle's opcodes, without running any, and is
+answered by an inert class that takes whatever arguments and keeps nothing. A file that names a function which runs
+programs or code is refused outright.
 """
 
 import _compat_pickle
@@ -160,7 +161,8 @@ def _as_tensor(torch, path: Path, name: str, tensor) -> Tensor:
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file whose key `ema` holds `tensors`, as LaVie's official scripts read it. They should be views of a mapped file."""
+    """A file whose key `ema` holds `tensors`, as LaVie's official scripts read it. They should be views of a mapped
+    file."""
     torch = import_torch()
 
     def to_torch(array: np.ndarray):
