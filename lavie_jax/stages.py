@@ -4,8 +4,9 @@
     interpolation   text + key frames             -> 61 frames                   LaVie sec. 3.3
     vsr             text + low-resolution frames  -> frames of 4 times the size  LaVie sec. 3.4
 
-A stage's `condition` is written once and serves sampling (`denoiser`) and training (`training_pair`) alike. Latents are scaled,
-(B, T, h, w, C); noise is always handed in, never drawn inside a condition, so that a sample depends on its own seed alone.
+A stage's `condition` is written once and serves sampling (`denoiser`) and training (`training_pair`) alike.
+Latents are scaled, (B, T, h, w, C); noise is always handed in, never drawn inside a condition, so that a sample
+depends on its own seed alone.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class Condition(NamedTuple):
     """What goes into the UNet besides x_t, t and text."""
 
     concat: Float[Array, "b t h w c"] | None = None  # joined to x_t along the channels
-    noise_level: Int[Array, "b"] | None = None  # of the low-resolution frames (super-resolution)
+    noise_level: Int[Array, " b"] | None = None  # of the low-resolution frames (super-resolution)
 
 
 class Text(NamedTuple):
@@ -39,7 +40,7 @@ class TrainingPair(NamedTuple):
     """What one training step shows the UNet, and what it should answer."""
 
     x_t: Float[Array, "b frames h w c"]
-    t: Int[Array, "b"]
+    t: Int[Array, " b"]
     image_t: Int[Array, "b m"]
     target: Float[Array, "b frames h w c"]
     condition: Condition
@@ -63,8 +64,8 @@ def no_condition(inputs: dict) -> Condition:
 def key_frame_condition(inputs: dict) -> Condition:
     """Interpolation: the latents of the key frames, duplicated to the target frame rate. LaVie sec. 3.3.
 
-    inputs: `key_latents` (B, K, h, w, C). Frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4; every frame is synthesised anew,
-    the key frames too.
+    inputs: `key_latents` (B, K, h, w, C). Frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4; every frame is
+    synthesised anew, the key frames too.
     """
     key_latents = inputs["key_latents"]
     source = (np.arange(4 * (key_latents.shape[1] - 1) + 1) + 1) // 4
@@ -74,8 +75,8 @@ def key_frame_condition(inputs: dict) -> Condition:
 def low_res_condition(inputs: dict) -> Condition:
     """Super-resolution: the low-resolution frames, noised, and the level of that noise. LaVie sec. 3.4.
 
-    inputs: `low_res` (B, T, H, W, 3) in [-1, 1]; `low_res_noise` of the same shape, standard normal; `noise_level` (B,) int,
-    a timestep of the low-resolution schedule.
+    inputs: `low_res` (B, T, H, W, 3) in [-1, 1]; `low_res_noise` of the same shape, standard normal;
+    `noise_level` (B,) int, a timestep of the low-resolution schedule.
     """
     noised = LOW_RES_SCHEDULE.add_noise(inputs["low_res"], inputs["low_res_noise"], inputs["noise_level"])
     return Condition(concat=noised, noise_level=inputs["noise_level"])
@@ -106,20 +107,23 @@ class Stage:
         """Draw timesteps and noise, and make x_t and the target of LaVie's Eq. 1 to 3.
 
         `latents` holds T video frames, then M = `images` images; `inputs` is what `condition` wants. The video's frames share one
-        timestep, every image has its own. `schedule` overrides the stage's (a model with other betas or another prediction).
+        timestep, every image has its own. `schedule` overrides the stage's (a model with other betas or another
+        prediction).
         """
         schedule = schedule or self.schedule
         t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
         batch, frames = latents.shape[0], latents.shape[1] - images
         t = jax.random.randint(t_rng, (batch,), 0, schedule.steps)
         image_t = jax.random.randint(image_rng, (batch, images), 0, schedule.steps)
-        return self.training_pair_at(latents, inputs, t, image_t, jax.random.normal(noise_rng, latents.shape), schedule=schedule)
+        return self.training_pair_at(
+            latents, inputs, t, image_t, jax.random.normal(noise_rng, latents.shape), schedule=schedule
+        )
 
     def training_pair_at(
         self,
         latents: Float[Array, "b frames h w c"],
         inputs: dict,
-        t: Int[Array, "b"],
+        t: Int[Array, " b"],
         image_t: Int[Array, "b m"],
         eps: Float[Array, "b frames h w c"],
         *,

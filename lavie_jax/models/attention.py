@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in one place, with a choice of kernel.
 
-Every attention of the cascade (spatial, text, temporal, VAE, text encoder) calls `attention`. The kernels compute the same
-function and differ in memory and speed:
+Every attention of the cascade (spatial, text, temporal, VAE, text encoder) calls `attention`. The kernels
+compute the same function and differ in memory and speed:
 
 * `xla`          einsum, softmax, einsum; holds the scores (B, N, Sq, Sk) in float32.
 * `dot_product`  `jax.nn.dot_product_attention`, which may pick a fused kernel on a GPU.
@@ -37,7 +37,8 @@ def attention(
 ) -> Float[Array, "b sq n k"]:
     """softmax(q k^T / sqrt(K) + bias) v, with the softmax in float32 and the result in q's dtype.
 
-    `causal` lets query i see keys 0..i. Raises ValueError for an unknown kernel, or one that cannot take a bias or mask.
+    `causal` lets query i see keys 0..i. Raises ValueError for an unknown kernel, or one that cannot take a bias
+    or mask.
     """
     if kernel not in KERNELS:
         raise ValueError(f"Unknown attention kernel: {kernel!r}. Choose from {', '.join(KERNELS)}.")
@@ -118,7 +119,8 @@ def _flash(q, k, v):
 
 
 def rotary_embedding(x: Float[Array, "b t n k"], rotary_width: int) -> Float[Array, "b t n k"]:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) of the first `rotary_width` channels of every head.
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) of the first `rotary_width` channels of
+    every head.
 
     Pairs are interleaved, (0, 1), (2, 3), ...; the position is the frame index; theta is 10000.
     """
@@ -133,15 +135,17 @@ def rotary_embedding(x: Float[Array, "b t n k"], rotary_width: int) -> Float[Arr
 
 
 def rotary_frequencies(rotary_width: int) -> np.ndarray:
-    """1 / 10000^(2i / rotary_width), i = 0 .. rotary_width/2 - 1: what PyTorch checkpoints store as `rotary_emb.freqs`."""
+    """1 / 10000^(2i / rotary_width), i = 0 .. rotary_width/2 - 1: what PyTorch checkpoints store as
+    `rotary_emb.freqs`.
+    """
     return 1.0 / 10000.0 ** (np.arange(0, rotary_width, 2) / rotary_width)
 
 
 def relative_position_buckets(length: int, *, buckets: int = 32, max_distance: int = 32) -> np.ndarray:
     """(T, T) int32: which bias query frame i uses for key frame j; T5 (arXiv 1910.10683, sec. 2.1), bidirectional.
 
-    Half of the buckets are for keys that come later. In each half the first half of the buckets is exact, the rest grow
-    logarithmically up to `max_distance`.
+    Half of the buckets are for keys that come later. In each half the first half of the buckets is exact, the
+    rest grow logarithmically up to `max_distance`.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]  # j - i
     half = buckets // 2

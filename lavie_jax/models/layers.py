@@ -1,9 +1,9 @@
 """Layers that the UNet and the VAE share: norms, convolutions, residual blocks, resampling, the timestep embedding.
 
-Arrays are channels-last. A video and the images that are trained beside it (the joint batch of LaVie, sec. 3.2) lie side
-by side on the frame axis, `(B, T+M, H, W, C)`: T video frames, then M images. `Frames(T, M)` says which is which. What
-belongs to the whole video once and to every image once (time embedding, text) has an *items* axis: item 0 is the video,
-when there is one, then come the M images.
+Arrays are channels-last. A video and the images that are trained beside it (the joint batch of LaVie, sec. 3.2)
+lie side by side on the frame axis, `(B, T+M, H, W, C)`: T video frames, then M images. `Frames(T, M)` says
+which is which. What belongs to the whole video once and to every image once (time embedding, text) has an
+*items* axis: item 0 is the video, when there is one, then come the M images.
 """
 
 import math
@@ -43,9 +43,9 @@ def on_video(f, x: Float[Array, "b frames h w c"], frames: Frames) -> Float[Arra
 class GroupNorm(nn.Module):
     """Group normalisation of (..., H, W, C), in float32.
 
-    With `frames`, the input is (B, T+M, H, W, C), and the statistics are taken over all frames of the video together (as in
-    the original) and over each image alone (a deviation: in the original the images enter the video's statistics).
-    Without, every image has its own statistics.
+    With `frames`, the input is (B, T+M, H, W, C), and the statistics are taken over all frames of the video
+    together (as in the original) and over each image alone (a deviation: in the original the images enter the
+    video's statistics). Without, every image has its own statistics.
     """
 
     groups: int
@@ -59,27 +59,38 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        def pooled_mean(values):  # (..., H, W, G, C/G) -> (..., 1, 1, G, 1)
-            mean = reduce(values, "... h w g c -> ... 1 1 g 1", "mean")
+        def pooled_mean(values):  # (..., H, W, C) -> (..., 1, 1, C), every channel its group's mean
+            # H and W first, with the channels side by side: groups of a few channels make slow loops of large arrays
+            mean = reduce(values, "... h w c -> ... 1 1 c", "mean")
+            groups = reduce(mean, "... (g c) -> ... g", "mean", g=self.groups)
+            mean = repeat(groups, "... g -> ... (g c)", c=channels // self.groups)
             if self.frames is None or self.frames.video <= 1:
                 return mean
             video = reduce(mean[:, : self.frames.video], "b t ... -> b 1 ...", "mean")
             return items_to_frames(jnp.concatenate([video, mean[:, self.frames.video :]], axis=1), self.frames)
 
-        grouped = rearrange(x.astype(jnp.float32), "... h w (g c) -> ... h w g c", g=self.groups)
-        mean = pooled_mean(grouped)
-        inverse = jax.lax.rsqrt(pooled_mean(jnp.square(grouped - mean)) + self.eps)
+        wide = x.astype(jnp.float32)
+        mean = pooled_mean(wide)
+        inverse = jax.lax.rsqrt(pooled_mean(jnp.square(wide - mean)) + self.eps)
         # (x - mean) * inverse * scale + bias, as one multiply-add over the large array
-        scale, bias = (rearrange(p.astype(jnp.float32), "(g c) -> g c", g=self.groups) for p in (scale, bias))
         gain = inverse * scale
-        y = grouped * gain + (bias - mean * gain)
-        return rearrange(y, "... h w g c -> ... h w (g c)").astype(self.dtype)
+        return (wide * gain + (bias - mean * gain)).astype(self.dtype)
 
 
-def conv(features: int, kernel: tuple[int, ...], *, name: str, dtype: Any, stride: int = 1, padding: Any = None, zero: bool = False):
+def conv(
+    features: int,
+    kernel: tuple[int, ...],
+    *,
+    name: str,
+    dtype: Any,
+    stride: int = 1,
+    padding: Any = None,
+    zero: bool = False,
+):
     """A convolution over the last axes before the channels, padded by k // 2 on both sides as in PyTorch.
 
-    A kernel of two axes acts on every frame; one of three axes, (k, 1, 1), along the frames. `zero` starts it at zero.
+    A kernel of two axes acts on every frame; one of three axes, (k, 1, 1), along the frames. `zero` starts it
+    at zero.
     """
     return nn.Conv(
         features,
@@ -95,8 +106,9 @@ def conv(features: int, kernel: tuple[int, ...], *, name: str, dtype: Any, strid
 class ResnetBlock(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), the residual block of UNet and VAE.
 
-    `kernels` are those of conv1 and conv2: (3, 3) acts per frame, (3, 1, 1) along the frames of a video. `temb` is the time
-    embedding of every item, (B, items, E), or None. `zero` starts conv2 at zero, so that the block changes nothing at first.
+    `kernels` are those of conv1 and conv2: (3, 3) acts per frame, (3, 1, 1) along the frames of a video. `temb`
+    is the time embedding of every item, (B, items, E), or None. `zero` starts conv2 at zero, so that the block
+    changes nothing at first.
     """
 
     features: int
@@ -137,7 +149,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by repeating each pixel, cut to `size` (a skip connection's, when a side is odd), then a 3x3 convolution."""
+    """Double H and W by repeating each pixel, cut to `size` (a skip connection's, when a side is odd), then a
+    3x3 convolution.
+    """
 
     features: int
     dtype: Any = jnp.float32

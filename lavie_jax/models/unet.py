@@ -1,10 +1,11 @@
 """The UNet of the cascade: Stable Diffusion's, inflated over time (LaVie, sec. 3.1 to 3.3).
 
-One network for the image models (Stable Diffusion 1.x, the x4-upscaler) and for the three video stages; they differ by the
-fields of `UNetConfig` alone. Parameter paths mirror the PyTorch names, `down_blocks_0/attentions_1/...`.
+One network for the image models (Stable Diffusion 1.x, the x4-upscaler) and for the three video stages; they
+differ by the fields of `UNetConfig` alone. Parameter paths mirror the PyTorch names,
+`down_blocks_0/attentions_1/...`.
 
-From top to bottom: `UNetConfig`, then from the inside out the attention of one block, the transformer, the temporal module of
-the super-resolution stage, the down, mid and up blocks, and last the `UNet` itself.
+From top to bottom: `UNetConfig`, then from the inside out the attention of one block, the transformer, the
+temporal module of the super-resolution stage, the down, mid and up blocks, and last the `UNet` itself.
 """
 
 import dataclasses
@@ -18,7 +19,16 @@ from jaxtyping import Array, Float, Num
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import layers
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
-from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, items_to_frames, on_video
+from lavie_jax.models.config import config_from_dict, only_supported
+from lavie_jax.models.layers import (
+    Downsample,
+    Frames,
+    GroupNorm,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    on_video,
+)
 
 ROTARY_WIDTH = 32  # channels of every head that the rotary embedding turns, or the whole head where it is narrower
 TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer and in the temporal modules; elsewhere it is `norm_eps`
@@ -52,10 +62,15 @@ class UNetConfig:
         for field in ("attention_levels", "attention_heads", "only_cross_attention"):
             if len(getattr(self, field)) != levels:
                 raise UserError(f"UNet config: {field} has {len(getattr(self, field))} entries for {levels} levels.")
-        choices = {"temporal_attention": ("none", "before_ff", "after_ff"), "spatial_attention": ("self", "sparse_causal")}
+        choices = {
+            "temporal_attention": ("none", "before_ff", "after_ff"),
+            "spatial_attention": ("self", "sparse_causal"),
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise UserError(f"UNet config: unknown {field} {getattr(self, field)!r}{suggest(getattr(self, field), allowed)}")
+                raise UserError(
+                    f"UNet config: unknown {field} {getattr(self, field)!r}{suggest(getattr(self, field), allowed)}"
+                )
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise UserError(
@@ -64,12 +79,8 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "UNetConfig":
-        """From what `to_dict` gave (and JSON made lists of). Raises UserError for an unknown field."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in names:
-                raise UserError(f"UNet config: unknown field {name!r}{suggest(name, names)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        """From what `to_dict` gave; UserError for unknown names and wrong types."""
+        return config_from_dict(cls, fields)
 
     def to_dict(self) -> dict:
         """A dict that JSON can hold."""
@@ -83,16 +94,16 @@ class UNetConfig:
         """
         if kind not in VIDEO_FIELDS:
             raise UserError(f"Unknown kind of UNet {kind!r}{suggest(kind, VIDEO_FIELDS)}")
-        for field, default in FIXED_DIFFUSERS_FIELDS.items():
-            if json.get(field, default) != default:
-                raise UserError(f"UNet config: {field} = {json[field]!r} is not supported; it must be {default!r}.")
+        only_supported("the UNet's config.json", json, FIXED_DIFFUSERS_FIELDS)
         widths = tuple(json.get("block_out_channels", cls.block_out_channels))
         levels = len(widths)
         down = json.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
         up = json.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1))
         attends = tuple(_has_attention(name, "Down") for name in down)
         if attends[::-1] != tuple(_has_attention(name, "Up") for name in up) or len(down) != levels:
-            raise UserError(f"UNet config: down_block_types {down} and up_block_types {up} must mirror each other, one a level.")
+            raise UserError(
+                f"UNet config: down_block_types {down} and up_block_types {up} must mirror each other, one a level."
+            )
 
         def per_level(value):
             return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
@@ -100,7 +111,9 @@ class UNetConfig:
         temporal_levels = list(range(levels)) if VIDEO_FIELDS[kind].get("temporal_modules") else []
         for field in ("down_temporal_idx", "up_temporal_idx"):
             if kind == "vsr" and sorted(json.get(field, temporal_levels)) != temporal_levels:
-                raise UserError(f"UNet config: {field} = {json[field]!r} is not supported; every level has a temporal module.")
+                raise UserError(
+                    f"UNet config: {field} = {json[field]!r} is not supported; every level has a temporal module."
+                )
         return cls(
             in_channels=json.get("in_channels", 4),
             out_channels=json.get("out_channels", 4),
@@ -119,15 +132,28 @@ class UNetConfig:
 
     def image_config(self) -> "UNetConfig":
         """The image model inside: the same network without anything temporal."""
-        return dataclasses.replace(self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in TEMPORAL_FIELDS})
+        return dataclasses.replace(
+            self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in TEMPORAL_FIELDS}
+        )
 
 
-TEMPORAL_FIELDS = ("temporal_attention", "temporal_position", "spatial_attention", "temporal_resblocks", "temporal_modules")
+TEMPORAL_FIELDS = (
+    "temporal_attention",
+    "temporal_position",
+    "spatial_attention",
+    "temporal_resblocks",
+    "temporal_modules",
+)
 VIDEO_FIELDS = {  # what a kind of model implies beyond its JSON
     "image": {},
     "base": {"temporal_attention": "before_ff", "temporal_position": True},
     "interpolation": {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"},
-    "vsr": {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True, "temporal_modules": True},
+    "vsr": {
+        "temporal_attention": "before_ff",
+        "temporal_position": True,
+        "temporal_resblocks": True,
+        "temporal_modules": True,
+    },
 }
 FIXED_DIFFUSERS_FIELDS = {
     "act_fn": "silu",
@@ -148,7 +174,9 @@ FIXED_DIFFUSERS_FIELDS = {
 def _has_attention(block_type: str, way: str) -> bool:
     name = block_type.removesuffix("2D").removesuffix("3D")
     if name not in (f"{way}Block", f"CrossAttn{way}Block"):
-        raise UserError(f"UNet config: unknown block type {block_type!r}{suggest(block_type, [f'{way}Block2D', f'CrossAttn{way}Block2D'])}")
+        raise UserError(
+            f"UNet config: unknown block type {block_type!r}{suggest(block_type, [f'{way}Block2D', f'CrossAttn{way}Block2D'])}"
+        )
     return name.startswith("CrossAttn")
 
 
@@ -162,7 +190,9 @@ class Setting:
     kernel: str
 
     def resnet(self, features: int, name: str) -> ResnetBlock:
-        return ResnetBlock(features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name)
+        return ResnetBlock(
+            features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name
+        )
 
 
 class Attention(nn.Module):
@@ -177,7 +207,9 @@ class Attention(nn.Module):
         context = x if context is None else context
         channels, dtype = x.shape[-1], self.s.dtype
         q, k, v = (
-            rearrange(nn.Dense(channels, use_bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads)
+            rearrange(
+                nn.Dense(channels, use_bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads
+            )
             for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
         )
         bias = None
@@ -186,7 +218,8 @@ class Attention(nn.Module):
             q, k = rotary_embedding(q, width), rotary_embedding(k, width)
             bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(x.shape[1])
         out = attention(q, k, v, bias=bias, kernel=self.s.kernel)
-        # video == image model at step 0: the output projection of temporal attention starts at zero, weight and bias
+        # video == image model at step 0: the output projection of temporal attention starts at zero, weight and
+        # bias
         init = nn.initializers.zeros if self.temporal else nn.linear.default_kernel_init
         out = rearrange(out, "b s n k -> b s (n k)")
         return nn.Dense(channels, dtype=dtype, kernel_init=init, name="to_out_0")(out)
@@ -225,9 +258,11 @@ class GEGLUProjection(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Spatial self-attention, text cross-attention, temporal self-attention, feed-forward; each pre-norm and residual.
+    """Spatial self-attention, text cross-attention, temporal self-attention, feed-forward; each pre-norm and
+    residual.
 
-    x (B, T+M, H, W, C); text (B, items, L, D), item 0 the video's. In the interpolation stage the temporal attention comes last.
+    x (B, T+M, H, W, C); text (B, items, L, D), item 0 the video's. In the interpolation stage the temporal
+    attention comes last.
     """
 
     s: Setting
@@ -239,7 +274,8 @@ class TransformerBlock(nn.Module):
         heads = config.attention_heads[self.level]
 
         def norm(name):
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.s.dtype, name=name)
+            # in two passes: the fast variance loses digits where the mean is large
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.s.dtype, use_fast_variance=False, name=name)
 
         attn1 = Attention(self.s, heads, name="attn1")
         y = norm("norm1")(x)
@@ -321,7 +357,9 @@ class Transformer(nn.Module):
 
 
 class TemporalModule(nn.Module):
-    """x + shift_conv(spatial(temporal(x))): the residual module over time after each block of the super-resolution UNet."""
+    """x + shift_conv(spatial(temporal(x))): the residual module over time after each block of the super-
+    resolution UNet.
+    """
 
     s: Setting
 
@@ -329,14 +367,18 @@ class TemporalModule(nn.Module):
     def __call__(self, x, temb):
         groups, dtype, frames = self.s.config.norm_num_groups, self.s.dtype, Frames(self.s.frames.video, 0)
         channels, video_temb = x.shape[-1], temb[:, :1]
-        temporal = ResnetBlock(channels, groups, TRANSFORMER_EPS, frames, ((5, 1, 1), (3, 1, 1)), dtype=dtype, name="resblocks_3d_t")
+        temporal = ResnetBlock(
+            channels, groups, TRANSFORMER_EPS, frames, ((5, 1, 1), (3, 1, 1)), dtype=dtype, name="resblocks_3d_t"
+        )
         spatial = ResnetBlock(channels, groups, TRANSFORMER_EPS, frames, dtype=dtype, name="resblocks_3d_s")
         shift = layers.conv(channels, (1, 1), name="shift_conv", dtype=dtype, zero=True)
         return on_video(lambda video: video + shift(spatial(temporal(video, video_temb), video_temb)), x, self.s.frames)
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, with transformers at the levels that attend, then a strided convolution except at the deepest level."""
+    """Residual blocks, with transformers at the levels that attend, then a strided convolution except at the
+    deepest level.
+    """
 
     s: Setting
     level: int
@@ -371,7 +413,9 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """As many residual blocks as there are skips of this level, each fed one of them; then upsampling except at the last."""
+    """As many residual blocks as there are skips of this level, each fed one of them; then upsampling except at
+    the last.
+    """
 
     s: Setting
     level: int  # counted from the outermost, as on the way down
@@ -404,17 +448,19 @@ class UNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b frames h w c_in"],
-        t: Num[Array, "b"],
+        t: Num[Array, " b"],
         text: Float[Array, "b l d"] | None,
         image_text: Float[Array, "b m l d"] | None = None,
         image_t: Num[Array, "b m"] | None = None,
-        noise_level: Num[Array, "b"] | None = None,
+        noise_level: Num[Array, " b"] | None = None,
     ) -> Float[Array, "b frames h w c_out"]:
-        """Of x (B, T+M, H, W, C), the first T frames are the video's and the last M are images (M = 0 without `image_text`).
+        """Of x (B, T+M, H, W, C), the first T frames are the video's and the last M are images (M = 0 without
+        `image_text`).
 
         `text` is the video's caption, None when T = 0; `image_text` the images' own. `t` is the timestep of each row, and of its
-        images unless `image_t` gives them their own. `noise_level`: of the super-resolution stage's low-resolution input.
-        The result is float32. The video comes out as if the images were absent, each image as if it were alone.
+        images unless `image_t` gives them their own. `noise_level`: of the super-resolution stage's low-
+        resolution input. The result is float32. The video comes out as if the images were absent, each image as
+        if it were alone.
         """
         config, dtype = self.config, self.dtype
         if self.remat not in ("none", "block"):
@@ -423,7 +469,9 @@ class UNet(nn.Module):
         images = 0 if image_text is None else image_text.shape[1]
         frames = Frames(x.shape[1] - images, images)
         if frames.video < 0 or (frames.video > 0) != (text is not None):
-            raise ValueError(f"{x.shape[1]} frames with {images} images leave {frames.video} for the video; text goes with T > 0.")
+            raise ValueError(
+                f"{x.shape[1]} frames with {images} images leave {frames.video} for the video; text goes with T > 0."
+            )
         if (noise_level is None) != (config.num_class_embeds is None):
             raise ValueError("noise_level goes with a UNet that has num_class_embeds, and only with it.")
         s = Setting(config, frames, dtype, self.attention_kernel)
@@ -433,7 +481,9 @@ class UNet(nn.Module):
             image_t = jnp.broadcast_to(t[:, None], (t.shape[0], images))
         t_items = jnp.concatenate([t[:, None], image_t], axis=1) if frames.video else image_t
         texts = [] if text is None else [text[:, None]]
-        texts = jnp.concatenate(texts if image_text is None else [*texts, image_text], axis=1).astype(dtype)  # (B, items, L, D)
+        texts = jnp.concatenate(texts if image_text is None else [*texts, image_text], axis=1).astype(
+            dtype
+        )  # (B, items, L, D)
         temb = TimestepEmbedding(config.block_out_channels[0], dtype, name="time_embedding")(t_items)  # (B, items, E)
         if config.num_class_embeds is not None:
             embed = nn.Embed(config.num_class_embeds, temb.shape[-1], dtype=dtype, name="class_embedding")
@@ -461,4 +511,6 @@ class UNet(nn.Module):
             h = temporal_module(f"up_temporal_blocks_{i}", h)
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
-        return layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h)).astype(jnp.float32)
+        return layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h)).astype(
+            jnp.float32
+        )

@@ -6,6 +6,7 @@ atomic; a directory that is not complete (a killed run, a half-finished copy) is
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,7 @@ class Checkpoints:
           UserError: the checkpoint belongs to another model or run; names the field that differs.
         """
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        config = json.loads(json.dumps(config))  # as it went into the checkpoint: tuples are lists there
         for field in IDENTITY:
             saved, now = meta["config"].get(field), config.get(field)
             if saved != now:
