@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "lavie_jax.cascade",
-    "save_video": "lavie_jax.data.video_files",
+    "save_video": "lavie_jax.samples.outputs",
     "UserError": "lavie_jax.errors",
 }
 __all__ = ["__version__", *_HOMES]

@@ -166,6 +166,16 @@ def test_a_cascades_folder_stands_for_its_base(folder):
     assert cascade.base_folder(folder) == folder
 
 
+def test_what_a_call_returned_can_be_saved(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 24, 3), np.uint8)
+    with np.load(lavie_jax.save_video(video, tmp_path / "out.npz", fps=8)) as arrays:
+        np.testing.assert_array_equal(arrays["video"], video[0])
+    assert lavie_jax.save_video(video[0], str(tmp_path / "out.mp4"), fps=8) == tmp_path / "out.mp4"
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+    with pytest.raises(UserError, match="unknown ending '.mpeg'"):
+        lavie_jax.save_video(video, tmp_path / "out.mpeg", fps=8)
+
+
 def test_the_package_offers_its_names_lazily():
     assert {"load", "save_video", "__version__"} <= set(dir(lavie_jax))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):

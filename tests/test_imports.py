@@ -21,7 +21,7 @@ KNOWS = {
     "cascade": GROUND | MIDDLE | {"samples"},
     "training": GROUND | MIDDLE | {"cascade"},  # its sample grids show what a user would see
     **dict.fromkeys(["evaluation", "curation", "planner", "parity"], GROUND | MIDDLE | UPPER),
-    "__init__": GROUND | MIDDLE | UPPER,
+    "__init__": GROUND | MIDDLE | UPPER | {"samples"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 # Installed for some configurations only, or slow to import; whoever needs one imports it where it is used.

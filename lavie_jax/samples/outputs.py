@@ -25,6 +25,20 @@ from lavie_jax.errors import UserError, suggest
 SIDECAR_VERSION = 1
 
 
+def save_video(
+    video: UInt8[np.ndarray, "1 t h w 3"] | UInt8[np.ndarray, "t h w 3"], path: str | os.PathLike, *, fps: float
+) -> Path:
+    """Write one video, as a pipeline returned it or (T, H, W, 3), in the format of the path's ending.
+
+    `.mp4`, `.gif`, `.npz` (exact) or `.png` (exact: a file for one frame, else a folder of that name without
+    the ending). Returns what was written. UserError for another ending, and for odd sides in an mp4.
+    """
+    path = Path(path)
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"{path}: unknown ending {path.suffix!r}{suggest(path.suffix[1:], FORMATS)}")
+    return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps)
+
+
 def parse_formats(names: str) -> tuple[str, ...]:
     """`"mp4,png"` as a tuple; UserError for an unknown name, and for none."""
     formats = tuple(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
