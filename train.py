@@ -15,10 +15,11 @@ Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-
 
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,30 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Task: models, loss, parameters to start from                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    task, tokenizer_dir = build.make_task(config, dtype, workdir)
+    scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+    task, tokenizer_dir = build.make_task(config, dtype, scratch)
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
     learning_rate = optimizer.learning_rate(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Data: its position is the step, that of the newest checkpoint                    │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    sharing = {
+        "batch_size": config.batch,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    data = pipeline.DataConfig(**config.data)
+    with closing(pipeline.batches(build.held_out_data(data), tokenizer, **sharing)) as rows:
+        held_out_batches = [
+            parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)
+        ]
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    cleanup.callback(checkpoints.close)
+    step = checkpoints.latest() or 0
+    batches = pipeline.batches(data, tokenizer, start_step=step, workers=config.workers, **sharing)
+    cleanup.callback(batches.close)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ State: shapes, then shardings, then arrays; never whole on one device            │
@@ -82,9 +104,6 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     frozen = jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
 
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    cleanup.callback(checkpoints.close)
-    step = checkpoints.latest() or 0
     if step:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -97,22 +116,6 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{count / 1e6:.2f} M parameters; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
-
-    # ┌──────────────────────────────────────────────────────────────────────────────────┐
-    # │ Data: its position is the step                                                   │
-    # └──────────────────────────────────────────────────────────────────────────────────┘
-    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
-    sharing = {
-        "batch_size": config.batch,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    data = pipeline.DataConfig(**config.data)
-    batches = pipeline.batches(data, tokenizer, start_step=step, workers=config.workers, **sharing)
-    cleanup.callback(batches.close)
-    held_out_data = pipeline.batches(build.held_out_data(data), tokenizer, **sharing)
-    held_out_batches = [parallel.put_batch(next(held_out_data), mesh) for _ in range(config.held_out_batches)]
-    held_out_data.close()
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Compiled functions                                                               │

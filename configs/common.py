@@ -48,7 +48,9 @@ def moving_shapes() -> ConfigDict:
     """The embedded world: 64x64 pixels, 16 frames at 8 fps. See `lavie_jax.data.pipeline.DataConfig`."""
     return ConfigDict(
         {
-            "source": "moving_shapes",
+            "source": "moving_shapes",  # or "video_folder": clips and captions in `path`, stills in `image_path`
+            "path": None,
+            "image_path": None,
             "frames": 16,
             "images": 4,
             "height": 64,

@@ -79,7 +79,7 @@ def test_parameter_hash_sees_one_bit_and_not_the_sharding():
 def test_metrics_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     writer = metrics.Metrics(tmp_path, step=0, tensorboard=False)
     for step in (5, 10, 15):
-        writer.write(step, {"loss": np.float32(step)})
+        writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')  # killed while writing

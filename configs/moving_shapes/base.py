@@ -97,9 +97,9 @@ def get_config(mode: str = "") -> ConfigDict:
         config.batch, config.steps = 8, 8000
         config.checkpoint_every = config.sample_every = config.held_out_every = 1000
     if mode == "tiny":
-        config.vae_from = "random"
+        config.vae_from, config.cpu_devices = "random", 0
         config.unet.block_out_channels, config.unet.attention_heads = (16, 32), (2, 2)
-        config.unet.attention_levels, config.unet.only_cross_attention = (True, True), (False, False)
+        config.unet.attention_levels, config.unet.only_cross_attention = (False, True), (False, False)
         config.unet.cross_attention_dim = config.text_encoder.hidden_size = 32
         config.text_encoder.intermediate_size, config.text_encoder.num_hidden_layers = 64, 1
         config.data.height = config.data.width = 32

@@ -47,7 +47,8 @@ def get_config(mode: str = "") -> ConfigDict:
         config.vae.block_out_channels = (48, 64)  # 8x8x4 latents: a quarter of the UNet's work
         config.steps = 3000
     if mode == "tiny":
-        config.vae.block_out_channels, config.vae.layers_per_block = (16,), 1
+        config.vae.block_out_channels = (16,)
+        config.cpu_devices = 0
         config.data.height = config.data.width = 32
         config.data.images = 2
         config.steps, config.held_out_batches = 30, 1

@@ -44,8 +44,8 @@ class Origin:
     tokenizer: Path
 
 
-def make_task(config: Any, dtype: DTypeLike, workdir: Path) -> tuple[Task, Path | None]:
-    """The task of a config, and the folder of its tokenizer (None for a VAE).
+def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path | None]:
+    """The task of a config, and the folder of its tokenizer (None for a VAE), which may be made in `scratch`.
 
     Raises:
       UserError: fields that do not go together; folders that are missing or hold another model.
@@ -63,8 +63,23 @@ def make_task(config: Any, dtype: DTypeLike, workdir: Path) -> tuple[Task, Path 
         )
     if config.stage not in stages.STAGES:
         raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *stages.STAGES))}")
-    origin = load_origin(config, workdir)
+    check_stage(config)
+    origin = load_origin(config, scratch)
     return stage_task(config, dtype, origin), origin.tokenizer
+
+
+def check_stage(config: Any) -> None:
+    """Refuses, before any file is read, fields of a stage's config that do not go together."""
+    data, models = config.data, make_models(config, jnp.float32, 1.0)
+    if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
+        raise UserError(f"data.frames = {data.frames} and data.images = {data.images} leave nothing to train on.")
+    if config.regime != "joint" and not data.frames:
+        raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
+    if config.regime == "video_only" and data.images:
+        raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
+    factor = models.vae.config.factor
+    if data.height % factor or data.width % factor:
+        raise UserError(f"frames of {data.height}x{data.width} are not multiples of the VAE's factor {factor}.")
 
 
 def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
@@ -117,7 +132,7 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
     )
 
 
-def load_origin(config: Any, workdir: Path) -> Origin:
+def load_origin(config: Any, scratch: Path) -> Origin:
     """Reads the folders that `init_from` and `vae_from` name; makes the small tokenizer where there is none."""
     models = make_models(config, jnp.float32, 1.0)
     start, frozen = None, {}
@@ -135,10 +150,7 @@ def load_origin(config: Any, workdir: Path) -> Origin:
 
     if config.vae_from == RANDOM:
         logging.warning("vae_from = 'random': an untrained VAE, for trying out the code only")
-        vae = models.vae
-        side = vae.config.factor
-        params = jax.device_get(jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"])
-        part = weights.Part(dataclasses.replace(vae.config, scaling_factor=1.0), params)
+        part = weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae))
     elif config.vae_from or config.init_from:
         part = found.vae if not config.vae_from else weights.load_part(config.vae_from, "vae")
         check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore="scaling_factor")
@@ -146,7 +158,7 @@ def load_origin(config: Any, workdir: Path) -> Origin:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")
     frozen["vae"] = part.params
 
-    tokenizer = Path(workdir) / "tokenizer"
+    tokenizer = scratch / "tokenizer"
     if config.init_from:
         tokenizer = found.tokenizer_dir
     else:
@@ -158,6 +170,20 @@ def load_origin(config: Any, workdir: Path) -> Origin:
         if known > text.vocab_size:
             raise UserError(f"text_encoder.vocab_size = {text.vocab_size} is too small: the tokenizer has {known} tokens.")
     return Origin(start=start, frozen=frozen, scaling_factor=part.config.scaling_factor, tokenizer=tokenizer)
+
+
+def _random(vae: VAE) -> dict[str, Any]:
+    """Parameters of an untrained VAE, by numpy: compiling `vae.init` would take longer than a tiny run."""
+    rng = np.random.default_rng(0)
+    images = jnp.zeros((1, vae.config.factor, vae.config.factor, vae.config.in_channels))
+
+    def fill(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(size=x.shape, scale=np.prod(x.shape[:-1]) ** -0.5).astype(np.float32)
+        return np.full(x.shape, name == "scale", np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(vae.init, jax.random.key(0), images)["params"])
 
 
 def _plain(group: Any) -> dict[str, Any]:

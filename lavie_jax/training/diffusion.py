@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from lavie_jax import stages, weights
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, sample_posterior
@@ -79,15 +78,7 @@ def make_diffusion_task(
       tokenizer: what `weights.save_folder` takes, for the same folder.
     """
     definition = stages.STAGES[stage]
-    if frames + images < 1:
-        raise UserError("data.frames and data.images are both 0: there is nothing to train on.")
-    if regime != "joint" and not frames:
-        raise UserError(f"regime {regime!r} needs videos: data.frames is 0.")
-    if regime == "video_only" and images:
-        raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {images}).")
     vae, schedule = models.vae, models.schedule
-    if size[0] % vae.config.factor or size[1] % vae.config.factor:
-        raise UserError(f"frames of {size[0]}x{size[1]} are not multiples of the VAE's factor {vae.config.factor}.")
 
     def init(rng: jax.Array) -> Any:
         """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""

@@ -6,12 +6,12 @@ Formats: tensorflow/core/util/event.proto, framework/summary.proto, lib/io/recor
 """
 
 import json
+import math
 import os
 import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 
 class Metrics:
@@ -34,7 +34,6 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line `{"step": ..., name: value, ...}`."""
-        values = {k: float(v) for k, v in values.items()}
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         self._jsonl.flush()
         if self._events:
@@ -133,6 +132,6 @@ def _masked_crc(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def finite(values: Mapping[str, Any]) -> bool:
+def finite(values: Mapping[str, float]) -> bool:
     """Whether no value is NaN or infinite."""
-    return all(abs(float(v)) < float("inf") for v in values.values())
+    return all(math.isfinite(v) for v in values.values())

@@ -106,12 +106,14 @@ def override(config: Any, field: str, text: str) -> None:
     """Sets the dotted `field` to `text`, read as the type that the field has now."""
     *groups, leaf = field.split(".")
     node = config
-    for group in groups:
-        node = node[group] if _is_group(node) and group in node else None
-        if node is None:
-            break
-    if node is None or not _is_group(node) or leaf not in node:
-        raise UserError(f"unknown config field {field!r}{_nearest(field, fields(config))}")
+    for i, name in enumerate(groups):
+        if name not in node or not _is_group(node[name]):
+            raise UserError(f"unknown config group {'.'.join(groups[: i + 1])!r}{_nearest(field, config)}")
+        node = node[name]
+    if leaf not in node:
+        # In a group, its own fields are few enough to list; at the top, only the nearest name helps.
+        hint = suggest(leaf, node) if groups else _nearest(field, config)
+        raise UserError(f"unknown config field {field!r}{hint}")
     if _is_group(node[leaf]):
         inner = fields(node[leaf])
         raise UserError(f"config field {field!r} is a group; set one of {', '.join(f'{field}.{k}' for k in inner)}")
@@ -132,22 +134,16 @@ def _is_group(value: Any) -> bool:
     return hasattr(value, "keys")
 
 
-def _nearest(field: str, names: list[str]) -> str:
-    """The nearest field by whole name, else by its last part: `lr_rate` finds `optimizer.lr`."""
-    hint = suggest(field, names).partition(" Allowed:")[0]
-    if hint == ".":
-        last = {n.rpartition(".")[2]: n for n in names}
-        near = suggest(field.rpartition(".")[2], last).partition(" Allowed:")[0]
-        for short, full in last.items():
-            near = near.replace(f"'{short}'", f"'{full}'")
-        hint = near
-    return hint if hint != "." else f". Fields: {', '.join(names)}"
+def _nearest(field: str, config: Any) -> str:
+    """"; did you mean 'optimizer.clip'?", or the names at the top where nothing is near."""
+    hint = suggest(field, fields(config)).partition(" Allowed:")[0]
+    return hint if hint != "." else f". Fields: {', '.join(config)}"
 
 
 def _convert(text: str, old: Any, field: str) -> Any:
     """`text` as a value of the type of `old`."""
     wrong = UserError(f"config field {field!r} takes a {type(old).__name__} such as {old!r}, not {text!r}.")
-    if isinstance(old, str):
+    if old is None or isinstance(old, str):
         return text
     if isinstance(old, bool):
         if text.lower() not in ("true", "false", "1", "0"):

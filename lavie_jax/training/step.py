@@ -127,6 +127,7 @@ def make_update(
             "ema": ema.update(state["ema"], params, state["step"], decay=ema_decay),
             "step": state["step"] + 1,
         }
-        return new, {**losses, "gradient_norm": optax.global_norm(grads)}
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
+        return new, {**losses, "gradient_norm": norm}
 
     return update

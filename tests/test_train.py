@@ -1,0 +1,286 @@
+"""Training: the parts with small made-up tasks, and whole runs of train.py as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lavie_jax import weights
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
+from lavie_jax.training import autoencoder, diffusion, ema, options, optimizer
+from lavie_jax.training.step import Task, make_state, make_update
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- parts ----
+
+
+def toy_task(regime: str = "joint", images_only: bool = False) -> Task:
+    """Linear regression with a "temporal" and a spatial parameter, and noise from the step's rng."""
+
+    def loss(params, frozen, batch, rng):
+        x = batch["x"] @ params["unet"]["conv"]["kernel"] + params["unet"]["attn_temporal"]["bias"]
+        value = jnp.square(x - frozen["target"]).mean()
+        return value, {"draw": jax.random.normal(rng)}
+
+    params = {"unet": {"conv": {"kernel": jnp.ones((3, 2))}, "attn_temporal": {"bias": jnp.ones(2)}}}
+    return Task(
+        init=lambda rng: params, start=None, frozen={"target": jnp.arange(2.0)}, loss=loss, held_out=loss,
+        export=lambda *_: None, regime=regime, images_only=images_only,
+    )  # fmt: skip
+
+
+def one_update(task: Task, *, accumulate: int = 1, tx=None):
+    tx = tx or optax.sgd(0.1)
+    state = make_state(task.init(None), task, tx)
+    update = make_update(task, tx, seed=0, ema_decay=0.5, accumulate=accumulate)
+    return update(state, task.frozen, {"x": jnp.arange(24.0).reshape(8, 3) / 24})
+
+
+def test_accumulated_parts_give_the_update_of_the_whole_batch():
+    (whole, losses), (parts, part_losses) = one_update(toy_task()), one_update(toy_task(), accumulate=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
+    np.testing.assert_allclose(losses["loss"], part_losses["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("regime", "images_only", "trained"),
+    [
+        ("joint", False, {"conv", "attn_temporal"}),
+        ("video_only", False, {"conv", "attn_temporal"}),
+        ("temporal_only", False, {"attn_temporal"}),
+        ("joint", True, {"conv"}),  # weight decay would wear down layers that see no video
+    ],
+)
+def test_regimes_train_what_they_say(regime, images_only, trained):
+    task = toy_task(regime, images_only)
+    before = task.init(None)["unet"]
+    state, _ = one_update(task, tx=optax.adamw(0.1, weight_decay=0.1))
+    changed = {
+        name for name, group in state["params"]["unet"].items()
+        if any(bool((new != old).any()) for new, old in zip(group.values(), before[name].values(), strict=True))
+    }  # fmt: skip
+    assert changed == trained
+    moments = [path for path, _ in jax.tree_util.tree_leaves_with_path(state["opt_state"])]
+    assert not [p for p in moments for name in {"conv", "attn_temporal"} - trained if name in jax.tree_util.keystr(p)]
+
+
+def test_regimes_refuse_what_trains_nothing():
+    with pytest.raises(UserError, match="did you mean 'temporal_only'"):
+        optimizer.split({"a": jnp.ones(2)}, regime="temporal", images_only=False)
+    with pytest.raises(UserError, match="trains no parameter"):
+        optimizer.split({"a": jnp.ones(2)}, regime="temporal_only", images_only=False)
+
+
+def test_every_step_draws_its_own_randomness():
+    task, tx = toy_task(), optax.sgd(0.1)
+    update = make_update(task, tx, seed=0, ema_decay=0.5)
+    batch = {"x": jnp.ones((8, 3))}
+    state = make_state(task.init(None), task, tx)
+    middle, first = update(state, task.frozen, batch)
+    _, second = update(middle, task.frozen, batch)
+    _, again = update(state, task.frozen, batch)
+    assert first["draw"] == again["draw"] != second["draw"]
+
+
+def test_ema_follows_early_and_averages_late():
+    zeros, ones = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
+    np.testing.assert_allclose(ema.update(zeros, ones, jnp.int32(0), decay=0.999)["a"], 0.9)
+    np.testing.assert_allclose(ema.update(zeros, ones, jnp.int32(10**6), decay=0.999)["a"], 0.001, rtol=1e-4)
+    np.testing.assert_array_equal(ema.update(zeros, ones, jnp.int32(10**6), decay=0.0)["a"], ones["a"])
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = optimizer.learning_rate(optimizer.OptimizerConfig(learning_rate=1.0, warmup=10, decay="cosine"), 110)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+    constant = optimizer.learning_rate(optimizer.OptimizerConfig(learning_rate=1.0, warmup=0), 5)
+    assert constant(0) == constant(1000) == 1.0
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        optimizer.learning_rate(optimizer.OptimizerConfig(decay="cosin"), 5)
+
+
+def test_gradients_are_clipped_and_weight_decay_spares_biases():
+    params = {"a/kernel": jnp.ones(4), "a/bias": jnp.ones(4)}
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1.0, warmup=0, clip=1.0, weight_decay=0.5), 10)
+    state = tx.init(params)
+    still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_allclose(still["a/kernel"], -0.5)
+    np.testing.assert_array_equal(still["a/bias"], 0.0)
+    # Adam hides the scale of one gradient; of two, the clipped one must not outweigh the other.
+    state = tx.update(jax.tree.map(lambda p: 1e6 * p, params), state, params)[1]
+    assert max(float(abs(m).max()) for m in jax.tree.leaves(state)) <= 10
+
+
+def test_detail_weights_and_crops_find_the_shape():
+    image = np.full((2, 32, 32, 3), -0.5, np.float32)
+    image[0, 4:8, 20:24] = 0.9
+    weight = autoencoder.detail_weight(jnp.asarray(image), 10.0)
+    np.testing.assert_allclose(weight.mean(axis=(1, 2, 3)), 1.0, rtol=1e-4)
+    np.testing.assert_allclose(weight[0, 6, 22] / weight[0, 30, 2], 11.0, rtol=1e-5)
+    np.testing.assert_allclose(weight[1], 1.0, rtol=1e-4)  # all flat: nothing to prefer
+    crops = jnp.stack([autoencoder.crop_detail(jnp.asarray(image), 16, jax.random.key(i)) for i in range(40)])
+    assert crops.shape == (40, 2, 16, 16, 3)
+    seen = (crops[:, 0] > 0).any(axis=(1, 2, 3))
+    assert 0.3 < seen.mean() < 0.95  # near the shape, not always on it: the flat parts must be learnt too
+
+
+def test_timestep_weights():
+    schedule, t = Schedule.make(), jnp.arange(1000)[None]
+    weight = diffusion.timestep_weight(schedule, t, diffusion.DiffusionLoss(high_noise=1.0))
+    np.testing.assert_allclose(weight.mean(), 1.0, rtol=1e-4)
+    assert bool((jnp.diff(weight[0]) > 0).all())
+    np.testing.assert_array_equal(diffusion.timestep_weight(schedule, t, diffusion.DiffusionLoss()), 1.0)
+
+
+def test_inflation_zeroes_the_temporal_output_and_nothing_else():
+    block = {"attn_temporal": {"to_out_0": {"kernel": np.ones(2), "bias": np.ones(2)}, "to_q": {"kernel": np.ones(2)}},
+             "attn1": {"to_out_0": {"kernel": np.ones(2)}}}  # fmt: skip
+    out = diffusion.image_as_video({"mid_block": block})["mid_block"]
+    assert not out["attn_temporal"]["to_out_0"]["kernel"].any() and not out["attn_temporal"]["to_out_0"]["bias"].any()
+    assert out["attn_temporal"]["to_q"]["kernel"].all() and out["attn1"]["to_out_0"]["kernel"].all()
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Starts train.py; what one run compiled serves the next."""
+    cache = tmp_path_factory.mktemp("compiled")
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "default",
+        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }  # fmt: skip
+
+    def start(config: str, workdir: Path, **fields) -> subprocess.Popen:
+        flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+        words = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir), *flags]
+        return subprocess.Popen(words, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+def finished(process: subprocess.Popen) -> str:
+    """The last line of a run that went well: the hash of its parameters."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    digest = out.splitlines()[-1]
+    assert len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+    return digest
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_and_resumed_vae_run_equals_an_uninterrupted_one(train, tmp_path):
+    config = "configs/moving_shapes/vae.py:tiny"
+    settings = {"steps": 60, "log_every": 1, "checkpoint_every": 25, "data__images": 1}
+    whole = finished(train(config, tmp_path / "whole", **settings))
+
+    process = train(config, tmp_path / "parts", **settings)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "parts/metrics.jsonl").exists() or not (tmp_path / "parts/metrics.jsonl").stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stopped = finished(process)
+    at = max(int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir())
+    assert 0 < at < 60 and stopped != whole
+    assert weights.load_folder(tmp_path / "parts/weights", stage="vae")
+
+    assert finished(train(config, tmp_path / "parts", **settings)) == whole
+    assert finished(train(config, tmp_path / "parts", **settings)) == whole  # nothing is left to do
+    a, b = ({r["step"]: r["loss"] for r in lines(tmp_path / name) if "loss" in r} for name in ("whole", "parts"))
+    assert a == b and len(a) == 60
+
+    assert lines(tmp_path / "whole")[-1]["held_out/reconstruction"] < 0.8 * a[1]  # it learns
+    vae = weights.load_part(tmp_path / "whole/weights", "vae")
+    np.testing.assert_allclose(1 / vae.config.scaling_factor, lines(tmp_path / "whole")[-1]["held_out/latent_std"], rtol=1e-6)
+
+    refused = train(config, tmp_path / "parts", **settings, seed=1)
+    _, err = refused.communicate(timeout=600)
+    assert refused.returncode == 2 and "seed = 0, not 1" in err and err.count("error:") == 1
+
+
+def test_one_device_and_eight_train_alike_and_leave_a_model_to_sample_from(train, tmp_path):
+    config = "configs/moving_shapes/base.py:tiny"
+    settings = {"steps": 10, "batch": 8, "log_every": 1, "checkpoint_every": 10, "prompts": "()",
+                "data__frames": 2, "accumulate": 1, "sampling__steps": 2}  # fmt: skip
+    finished(train(config, tmp_path / "one", **settings))
+    finished(train(config, tmp_path / "eight", **settings, cpu_devices=8, mesh__data=2, mesh__fsdp=4))
+    one, eight = ([r for r in lines(tmp_path / name) if "loss" in r] for name in ("one", "eight"))
+    assert len(one) == len(eight) == 10
+    for name in ("loss", "video_loss", "image_loss"):
+        np.testing.assert_allclose([r[name] for r in eight], [r[name] for r in one], rtol=1e-5)
+    found = weights.load_folder(tmp_path / "eight/weights", stage="base")
+    assert (found.sampling["height"], found.sampling["frames"], found.sampling["steps"]) == (32, 2, 2)
+
+
+BAD = [
+    (["--config.stepz=3"], "did you mean 'steps'"),
+    (["--config.optimizer.lr=3"], "Allowed: .*learning_rate"),
+    (["--config.optimiser.clip=3"], "unknown config group 'optimiser'; did you mean 'optimizer.clip'"),
+    (["--config.steps=many"], "takes a int"),
+    (["--config.optimizer=3"], "is a group"),
+    (["--config.steps=0"], "at least 1"),
+    (["--config.batch=7", "--config.accumulate=2"], "batch=7 cannot be split"),
+    (["--config.init_from=nowhere"], "nowhere does not exist"),
+    (["--config.vae_from="], "a VAE is needed"),
+    (["--config.regime=temporal"], "did you mean 'temporal_only'"),
+    (["--config.regime=video_only"], "data.images=0"),
+    (["--config.data.height=30"], "not multiples of the VAE's factor"),
+    (["--config.data.source=video_folder", "--config.data.path=nowhere"], "no folder 'nowhere'"),
+    (["--config.sample_every=15"], "multiple of checkpoint_every"),
+    (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
+    (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
+    (["--steps=3"], "unknown flag --steps"),
+    (["steps"], "unexpected argument 'steps'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[words[-1] for words, _ in BAD])
+def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_path, monkeypatch):
+    import contextlib
+
+    import train
+
+    monkeypatch.chdir(ROOT)
+    # The suite has 8 devices; a run that goes well would start training.
+    argv = ["--config", "configs/moving_shapes/base.py:tiny", "--workdir", str(tmp_path / "run"), "--config.batch=8", *words]
+    with pytest.raises(UserError, match=message), contextlib.ExitStack() as cleanup:
+        train.main(argv, cleanup)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    process = train("configs/moving_shapes/vae.py:tiny", tmp_path / "file" / "run")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and out == ""
+    assert err.strip().count("\n") == 0 and err.startswith("error: --workdir") and "is a file" in err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [("steps", "1e3", 1000), ("optimizer.clip", "2", 2.0), ("init_from", "a/b", "a/b"), ("inflate", "false", False),
+     ("prompts", "('a, b', 'c')", ("a, b", "c")), ("data.frames", "4", 4), ("unet.block_out_channels", "32,64", (32, 64))],
+)  # fmt: skip
+def test_fields_are_read_as_the_type_they_have(field, text, value, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, _ = options.parse(["--config=configs/moving_shapes/base.py:tiny", "--workdir=w", f"--config.{field}={text}"])
+    for name in field.split("."):
+        config = config[name]
+    assert config == value and type(config) is type(value)
