@@ -1,12 +1,13 @@
-"""Between PyTorch files and weights folders.
+r"""Between PyTorch files and weights folders.
 
-    python convert_torch.py import --stage base --unet lavie_base.pt --pretrained stable-diffusion-v1-4/ --out weights/base
+    python convert_torch.py import --stage base --unet lavie_base.pt \
+        --pretrained stable-diffusion-v1-4/ --out weights/base
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ --out weights/base-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
 
-`import` converts a released LaVie checkpoint and the image model that it was made from. `inflate` makes the model to start
-training from. `export` goes back to PyTorch's names; `--check` compares with an original, byte for byte.
-Exit code: 0; 1 when `--check` finds a difference; 2 for wrong input, after one message and with nothing written.
+`import` converts a released LaVie checkpoint and the image model that it was made from. `inflate` makes the model to
+start training from. `export` goes back to PyTorch's names; `--check` compares with an original, byte for byte. Exit
+code: 0; 1 when `--check` finds a difference; 2 for wrong input, after one message and with nothing written.
 """
 
 import argparse

@@ -1,0 +1,104 @@
+"""Peak anonymous memory of converting a full-size base UNet, 3.6 GB of float32, and of exporting it again.
+
+    python benchmarks/convert_memory.py [--dir FOLDER]
+
+Makes a random `lavie_base.pt` of the full size (with a tiny VAE and text encoder beside it) in a temporary folder,
+which needs 15 GB of disk, and watches RssAnon of the converter's own process: pages of mapped files are the kernel's to
+drop, so they do not count. Exit code 1 when the import takes more than the limit of 2 GB. Linux only; needs torch.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lavie_jax.models.clip_text import CLIPTextConfig
+from lavie_jax.models.unet import UNetConfig
+from lavie_jax.models.vae import VAEConfig
+from lavie_jax.weights.expected import expected_shapes
+from lavie_jax.weights.names import to_torch
+from lavie_jax.weights.safetensors_io import Tensor, read_safetensors, write_safetensors
+from lavie_jax.weights.torch_files import write_torch
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 2e9  # bytes
+UNET = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8}
+VAE = {"block_out_channels": [32, 32], "layers_per_block": 1}
+TEXT = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+}  # fmt: skip
+
+
+def random_tensors(part: str, config, dialect: str) -> dict[str, Tensor]:
+    """Float32 tensors under PyTorch's names, drawn when they are read."""
+    tile = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    tensors = {}
+    for path, shape in expected_shapes(config).items():
+        name, view = to_torch(part, path, np.broadcast_to(np.float32(0), shape), dialect)
+        tensors[name] = Tensor(
+            view.shape,
+            np.dtype(np.float32),
+            lambda shape=view.shape: np.resize(tile, int(np.prod(shape))).reshape(shape),
+        )
+    return tensors
+
+
+def make_files(folder: Path) -> None:
+    """`lavie_base.pt` and the diffusers folder `sd`."""
+    flat = folder / "flat.safetensors"
+    write_safetensors(flat, random_tensors("unet", UNetConfig.from_diffusers(UNET, "base"), "lavie"), {})
+    write_torch(folder / "lavie_base.pt", read_safetensors(flat)[0])
+    flat.unlink()
+    vae, text = VAEConfig.from_diffusers(VAE), CLIPTextConfig(**TEXT)
+    for part, config, said, file in (
+        ("vae", vae, VAE, "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", text, TEXT, "model.safetensors"),
+    ):
+        (folder / "sd" / part).mkdir(parents=True)
+        write_safetensors(folder / "sd" / part / file, random_tensors(part, config, "diffusers"), {})
+        (folder / "sd" / part / "config.json").write_text(json.dumps(said))
+    for part, file, said in (("unet", "config.json", UNET), ("tokenizer", "vocab.json", {})):
+        (folder / "sd" / part).mkdir()
+        (folder / "sd" / part / file).write_text(json.dumps(said))
+
+
+def peak_memory(*args: str | Path) -> tuple[int, float]:
+    """(highest RssAnon in bytes, seconds) of one run of convert_torch.py."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, ROOT / "convert_torch.py", *args], cwd=ROOT)
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(0.01)
+    if process.returncode:
+        raise SystemExit(f"convert_torch.py ended with {process.returncode}")
+    return peak, time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, help="where to make the temporary folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
+        folder = Path(temporary)
+        make_files(folder)
+        original, weights = folder / "lavie_base.pt", folder / "weights"
+        print(f"lavie_base.pt: {original.stat().st_size / 1e9:.2f} GB", flush=True)
+        common = ("--stage", "base", "--unet", original, "--pretrained", folder / "sd", "--out", weights)
+        imported, seconds = peak_memory("import", *common)
+        said = f"at most {imported / 1e9:.2f} GB anonymous (limit {LIMIT / 1e9:.0f} GB)"
+        print(f"import: {said}, {seconds:.0f} s", flush=True)
+        back = ("--weights", weights, "--out", folder / "back.pt", "--check", original)
+        exported, seconds = peak_memory("export", *back)
+        print(f"export and check: at most {exported / 1e9:.2f} GB anonymous, {seconds:.0f} s")
+    return int(imported > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
