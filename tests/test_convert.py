@@ -265,3 +265,8 @@ def test_nothing_is_overwritten_unasked(base, sd, tmp_path, capsys):
     assert (tmp_path / "out/notes.txt").exists()
     assert import_base(original, sd, tmp_path / "out", "--overwrite") == 0
     assert not (tmp_path / "out/notes.txt").exists() and load_folder(tmp_path / "out")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("mine")
+    for taken in ("home", "back.pt"):  # even when told to: these are no weights folders
+        assert import_base(original, sd, tmp_path / taken, "--overwrite") == 2
+    assert (tmp_path / "home/thesis.txt").exists() and (tmp_path / "back.pt").is_file()

@@ -18,7 +18,7 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import ROTARY_WIDTH, VIDEO_FIELDS, UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.expected import compare, refuse
-from lavie_jax.weights.folder import check_output, read_part, save_folder
+from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
 from lavie_jax.weights.names import dialect_of, from_torch, to_torch
 from lavie_jax.weights.pretrained import Pretrained, Source, read_pretrained, read_weights_file
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
@@ -66,7 +66,7 @@ def import_stage(
     `pretrained` is a diffusers folder, or a CompVis checkpoint with `tokenizer`. Raises UserError with every tensor
     that is missing, unexpected or wrongly shaped, or for NaN; then nothing is written.
     """
-    check_output(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)
     parts = import_image_parts(source, target.stage)
     config = video_config(image_config(source), target.stage, parts["vae"].config.latent_channels)
@@ -193,7 +193,9 @@ def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool
     """Writes a part as a PyTorch file with the key `ema`, or as .safetensors by its ending; the number of tensors."""
     if out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{out} must end in .pt or .safetensors.")
-    check_output(out, overwrite=overwrite)
+    check_new_file(out, overwrite=overwrite)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file.")
     if out.suffix == ".pt":
         import_torch()
     tensors = exported(weights, part)

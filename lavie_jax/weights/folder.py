@@ -190,7 +190,7 @@ def save_folder(
         raise UserError(f"unknown stage {stage!r}{suggest(stage, CONTENTS)}")
     if (present := {name for name, value in given.items() if value is not None}) != set(CONTENTS[stage]):
         raise ValueError(f"a folder of stage {stage!r} holds {CONTENTS[stage]}, given {sorted(present)}")
-    check_output(path, overwrite=overwrite)
+    check_new_folder(path, overwrite=overwrite)
     with new_folder(Path(path)) as folder:
         for name, value in given.items():
             if value is not None:
@@ -236,7 +236,24 @@ def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
     return found
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> None:
+def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raises UserError when a weights folder cannot or must not be written at `path`.
+
+    `overwrite` lets it take the place of another weights folder, or of an empty folder; of nothing else.
+    """
+    path = Path(path)
+    check_new_file(path, overwrite=overwrite)
+    if os.path.lexists(path) and not (
+        path.is_dir() and (not any(path.iterdir()) or "format_version" in _read_if_json(path / "config.json"))
+    ):
+        raise UserError(f"{path} is not overwritten: it is no weights folder. Remove it, or choose another name.")
+
+
+def _read_if_json(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises UserError when an output cannot or must not be written at `path`."""
     path = Path(path)
     if os.path.lexists(path) and not overwrite:

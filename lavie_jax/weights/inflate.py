@@ -24,7 +24,7 @@ from lavie_jax.weights.convert import (
     video_config,
 )
 from lavie_jax.weights.expected import expected_shapes, refuse
-from lavie_jax.weights.folder import check_output, load_folder, part_dir, read_part, save_folder
+from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, read_part, save_folder
 from lavie_jax.weights.names import PARTS, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
@@ -47,7 +47,7 @@ def inflate_pretrained(
 
     Raises UserError as `import_stage` does.
     """
-    check_output(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True)
     parts = import_image_parts(source, target.stage)
     image = import_part("unet", source.unet, image_config(source))
@@ -65,7 +65,7 @@ def inflate_base(
     The base's temporal attention is not taken over: it stands at another place in the block. Raises UserError when
     `base` is not a whole folder of that stage.
     """
-    check_output(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite)
     weights = load_folder(base, stage="base")
     parts, dialects = {}, {}
     for name in PARTS:

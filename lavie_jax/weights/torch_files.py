@@ -14,7 +14,8 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -78,7 +79,7 @@ def _load(torch, path: Path, is_zip: bool):
     while True:
         stand_ins = [_stand_in(name, containers.get(name)) for name in foreign]
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with _allowed(torch, stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
         except Exception as error:  # a damaged pickle can raise anything
             name = next((n for n in foreign if f"<class '{n}'>" in str(error) and n not in containers), None)
@@ -87,8 +88,20 @@ def _load(torch, path: Path, is_zip: bool):
             containers[name] = list if re.search("Can only (append to|extend) lists", str(error)) else OrderedDict
 
 
+@contextmanager
+def _allowed(torch, classes: list[type]) -> Iterator[None]:
+    """Lets torch.load build `classes` (PyTorch 2.4 has no `safe_globals` yet)."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
-    """Every name outside torch that the file's pickles mention; UserError for a hostile one."""
+    """Every name that the file's pickles mention; UserError for a hostile one."""
     names = set()
     try:
         if is_zip:
@@ -111,12 +124,13 @@ def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
 def _globals_of(data) -> set[str]:
     """The dotted names of a pickle's GLOBAL opcodes. Nothing is run; torch refuses all other ways to name things.
 
-    Names of Python 2, in which PyTorch's pickles speak, are given as Python 3's.
+    Names of Python 2, in which PyTorch's pickles speak, are given as Python 3's too.
     """
     names = set()
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
             module, name = argument.split(" ", 1)
+            names.add(f"{module}.{name}")
             module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
             names.add(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
     return names
