@@ -238,6 +238,7 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         ((*start, sd, "--out", out, "--tokenizer", tmp_path / "empty"), "tokenizer"),
         ((*start, original, "--out", out), "neither a diffusers folder nor a CompVis"),
         ((*start, sd, "--out", tmp_path / "file/out"), "is a file"),
+        ((*start, sd, "--out", out, "--share", tmp_path / "empty"), "no weights folder"),
         ((*start, sd, "--out", tmp_path / "file"), "exists already"),
         (("import", "--stage", "bass", "--unet", original, "--pretrained", sd, "--out", out), "invalid choice"),
         ((*unet, tmp_path / "no.pt"), "does not exist"),

@@ -184,7 +184,7 @@ def missing_frequencies(config: UNetConfig, tensors: Mapping[str, Tensor]) -> di
 
 
 def _frequencies(width: int) -> np.ndarray:
-    """Float32 throughout: the originals' values, bit for bit."""
+    """In float32 throughout, so that the released width, 32, gives the originals' values bit for bit."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     return np.float32(1) / np.power(np.float32(10000), exponents)
 

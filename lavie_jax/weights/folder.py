@@ -191,6 +191,8 @@ def save_folder(
     if (present := {name for name, value in given.items() if value is not None}) != set(CONTENTS[stage]):
         raise ValueError(f"a folder of stage {stage!r} holds {CONTENTS[stage]}, given {sorted(present)}")
     check_new_folder(path, overwrite=overwrite)
+    if share is not None:
+        _read_config(Path(share), None)
     with new_folder(Path(path)) as folder:
         for name, value in given.items():
             if value is not None:

@@ -129,7 +129,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, object], metadata: Mappi
     quiet = end < SHOW_PROGRESS_FROM
     with (
         path.open("wb") as file,
-        tqdm(total=end, unit="B", unit_scale=True, desc=path.parent.name, disable=quiet) as bar,
+        tqdm(total=end, unit="B", unit_scale=True, desc="writing", disable=quiet) as bar,
     ):
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
