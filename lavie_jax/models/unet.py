@@ -267,6 +267,7 @@ class TransformerBlock(nn.Module):
 
     s: Setting
     level: int
+    only_text: bool  # attn1 attends to the text too, not to the frame
 
     @nn.compact
     def __call__(self, x, text):
@@ -279,7 +280,7 @@ class TransformerBlock(nn.Module):
 
         attn1 = Attention(self.s, heads, name="attn1")
         y = norm("norm1")(x)
-        x = x + (self._to_text(attn1, y, text) if config.only_cross_attention[self.level] else self._spatial(attn1, y))
+        x = x + (self._to_text(attn1, y, text) if self.only_text else self._spatial(attn1, y))
         x = x + self._to_text(Attention(self.s, heads, name="attn2"), norm("norm2")(x), text)
         if config.temporal_attention == "before_ff":
             x = self._temporal(heads, norm, x)
@@ -333,6 +334,7 @@ class Transformer(nn.Module):
 
     s: Setting
     level: int
+    only_text: bool
 
     @nn.compact
     def __call__(self, x, text):
@@ -352,7 +354,8 @@ class Transformer(nn.Module):
             x = on_video(block, x, self.s.frames)
         # this norm alone has per-frame statistics
         y = GroupNorm(config.norm_num_groups, TRANSFORMER_EPS, dtype=dtype, name="norm")(x)
-        y = TransformerBlock(self.s, self.level, name="transformer_blocks_0")(projection("proj_in")(y), text)
+        block = TransformerBlock(self.s, self.level, self.only_text, name="transformer_blocks_0")
+        y = block(projection("proj_in")(y), text)
         return x + projection("proj_out")(y)
 
 
@@ -391,7 +394,8 @@ class DownBlock(nn.Module):
         for i in range(config.layers_per_block):
             x = self.s.resnet(width, f"resnets_{i}")(x, temb)
             if config.attention_levels[self.level]:
-                x = Transformer(self.s, self.level, name=f"attentions_{i}")(x, text)
+                only_text = config.only_cross_attention[self.level]
+                x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
             skips.append(x)
         if self.level < len(config.block_out_channels) - 1:
             x = Downsample(width, dtype=self.s.dtype, name="downsamplers_0")(x)
@@ -408,7 +412,8 @@ class MidBlock(nn.Module):
     def __call__(self, x, temb, text):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
         x = self.s.resnet(width, "resnets_0")(x, temb)
-        x = Transformer(self.s, deepest, name="attentions_0")(x, text)
+        # whatever `only_cross_attention` says of the deepest level, the mid block keeps its self-attention
+        x = Transformer(self.s, deepest, only_text=False, name="attentions_0")(x, text)
         return self.s.resnet(width, "resnets_1")(x, temb)
 
 
@@ -427,7 +432,8 @@ class UpBlock(nn.Module):
         for i, skip in enumerate(reversed(skips)):
             x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb)
             if config.attention_levels[self.level]:
-                x = Transformer(self.s, self.level, name=f"attentions_{i}")(x, text)
+                only_text = config.only_cross_attention[self.level]
+                x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
         if self.level > 0:
             x = Upsample(width, dtype=self.s.dtype, name="upsamplers_0")(x, size)
         return x
