@@ -19,7 +19,7 @@ from lavie_jax.models.unet import ROTARY_WIDTH, VIDEO_FIELDS, UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
-from lavie_jax.weights.names import dialect_of, from_torch, to_torch
+from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.pretrained import Pretrained, Source, read_pretrained, read_weights_file
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
 from lavie_jax.weights.torch_files import import_torch, write_torch
@@ -216,9 +216,12 @@ def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool
 
 
 def differences(ours: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor in which two files differ, a line each: by name, shape, dtype, or any byte."""
+    """Every tensor in which two files differ, a line each: by name, shape, dtype, or any byte.
+
+    Buffers that only our file has (computed frequencies) are no difference.
+    """
     lines = [f"missing {name}" for name in original if name not in ours]
-    lines += [f"added {name}" for name in ours if name not in original]
+    lines += [f"added {name}" for name in ours if name not in original and not is_buffer(name)]
     total = sum(t.nbytes for t in original.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="comparing", disable=None) as bar:
         for name, theirs in original.items():
