@@ -99,7 +99,8 @@ def get_config(mode: str = "") -> ConfigDict:
     if mode == "tiny":
         config.vae_from, config.cpu_devices = "random", 0
         config.unet.block_out_channels, config.unet.attention_heads = (16, 32), (2, 2)
-        config.unet.attention_levels, config.unet.only_cross_attention = (False, True), (False, False)
+        # The middle block's attention is enough to show that it works, and half as much to compile.
+        config.unet.attention_levels, config.unet.only_cross_attention = (False, False), (False, False)
         config.unet.cross_attention_dim = config.text_encoder.hidden_size = 32
         config.text_encoder.intermediate_size, config.text_encoder.num_hidden_layers = 64, 1
         config.data.height = config.data.width = 32
