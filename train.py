@@ -83,9 +83,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     }
     data = pipeline.DataConfig(**config.data)
     with closing(pipeline.batches(build.held_out_data(data), tokenizer, **sharing)) as rows:
-        held_out_batches = [
-            parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)
-        ]
+        held_out_batches = [parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)]
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     cleanup.callback(checkpoints.close)
     step = checkpoints.latest() or 0
@@ -107,9 +105,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
 
     if step:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         state = checkpoints.restore(step, abstract, config.to_dict())
         say(f"resumed at step {step} of {config.steps}")
     else:
@@ -147,7 +143,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     window: list[Mapping[str, jax.Array]] = []
     in_flight: deque = deque()
     started, done = time.monotonic(), step
-    while step < config.steps and not stop.requested:
+    last = step >= config.steps
+    while not last:
         state, losses = update(state, frozen, parallel.put_batch(next(batches), mesh))
         step += 1
         bar.update()
@@ -155,16 +152,18 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         in_flight.append(losses["loss"])
         if len(in_flight) > 2:  # never more than two steps of batches wait on the devices
             in_flight.popleft().block_until_ready()
-        last = step == config.steps
-        stop.check(checkpoints, step)
+        # Asked once a step: a signal may come at any line.
+        last = step == config.steps or stop.requested(checkpoints, step)
 
-        save = step % config.checkpoint_every == 0 or last or stop.requested
+        save = step % config.checkpoint_every == 0 or last
         if step % config.log_every == 0 or save:
             values = mean(window)
             window.clear()
             if not metrics.finite(values):
-                raise Diverged(f"the loss is not finite at step {step}: {values}. Nothing after the last checkpoint was "
-                               "kept; try a lower optimizer.learning_rate or a longer optimizer.warmup.")
+                raise Diverged(
+                    f"the loss is not finite at step {step}: {values}. Nothing after the last checkpoint was "
+                    "kept; try a lower optimizer.learning_rate or a longer optimizer.warmup."
+                )
             rate = (step - done) / (time.monotonic() - started)
             values |= {"learning_rate": float(learning_rate(step - 1)), "clips_per_second": rate * config.batch}
             started, done = time.monotonic(), step
@@ -172,18 +171,20 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
+        if save:
+            checkpoints.save(step, state, config.to_dict())
         if save or step % config.held_out_every == 0:
             measured = held_out()
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
-            checkpoints.save(step, state, config.to_dict())
             ema = parallel.gather(state["ema"])
             if first:
                 task.export(workdir / "weights", ema, measured)
-            if first and config.prompts and (step % config.sample_every == 0 or last):
-                grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
-                writer.picture(step, "samples", grid)
+        if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
+            grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
+            writer.picture(step, "samples", grid)
+        if save or step % config.held_out_every == 0:
             started, done = time.monotonic(), step  # what is logged next is the speed of training alone
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
@@ -191,7 +192,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     digest = checkpoint.parameter_hash(state["params"])
     cleanup.close()
-    say(f"{'stopped' if step < config.steps else 'finished'} at step {step} of {config.steps}; SHA-256 of the parameters:")
+    say(
+        f"{'stopped' if step < config.steps else 'finished'} at step {step} of {config.steps}; SHA-256 of the parameters:"
+    )
     if first:
         print(digest, flush=True)
 
@@ -215,21 +218,20 @@ class StopRequest:
     """
 
     def __init__(self, *, multi_host: bool):
-        self.requested = False
+        self._signalled = False
         self._multi_host = multi_host
         if not multi_host:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self._signalled = True
         signal.signal(number, signal.SIG_DFL)
         logging.warning("%s: saving a checkpoint and stopping", signal.Signals(number).name)
 
-    def check(self, checkpoints: checkpoint.Checkpoints, step: int) -> None:
-        """To be called after every step, on every host."""
-        if self._multi_host:
-            self.requested = checkpoints.reached_preemption(step)
+    def requested(self, checkpoints: checkpoint.Checkpoints, step: int) -> bool:
+        """To be asked after every step, on every host."""
+        return checkpoints.reached_preemption(step) if self._multi_host else self._signalled
 
 
 class Diverged(RuntimeError):

@@ -57,7 +57,10 @@ def test_half_a_checkpoint_is_not_taken_for_the_latest_and_not_deleted(tmp_path)
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 1}, "seed = 0, not 1"), ({"unet": {"block_out_channels": [32]}}, r"unet.block_out_channels = \[32, 64\]")],
+    [
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"unet": {"block_out_channels": [32]}}, r"unet.block_out_channels = \[32, 64\]"),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     saved(tmp_path, [1])

@@ -16,7 +16,7 @@ from lavie_jax import weights
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE
 from lavie_jax.samples.settings import Settings
-from lavie_jax.training import build, options, optimizer
+from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state, make_update
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,13 @@ def test_files_say_what_they_are(name):
 def test_sampling_settings_can_be_used(name, mode):
     config = options.load(name + mode)
     models = build.make_models(config, jnp.float32, 1.0)
-    given = {**config.sampling, "height": config.data.height, "width": config.data.width, "frames": 1, "fps": config.data.fps}
+    given = {
+        **config.sampling,
+        "height": config.data.height,
+        "width": config.data.width,
+        "frames": 1,
+        "fps": config.data.fps,
+    }
     Settings.make({}, given).check_sides(models.vae.config.factor)
 
 
@@ -100,7 +106,9 @@ def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
             assert config.vae == vae.vae
     images = jnp.zeros((1, 64, 64, 3))
     models = build.make_models(options.load("configs/moving_shapes/base.py"), jnp.float32, 1.0)
-    mean, _ = jax.eval_shape(lambda rng: VAE(models.vae.config).init_with_output(rng, images, method="encode")[0], jax.random.key(0))
+    mean, _ = jax.eval_shape(
+        lambda rng: VAE(models.vae.config).init_with_output(rng, images, method="encode")[0], jax.random.key(0)
+    )
     assert mean.shape == (1, 16, 16, 4)
 
 

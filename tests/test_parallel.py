@@ -16,7 +16,9 @@ def test_mesh_takes_the_devices_that_are_left():
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
-@pytest.mark.parametrize("axes", [{"data": 3}, {"fsdp": 16}, {"data": -1, "fsdp": -1}, {"tensor": 0}, {"data": -1, "fsdp": 3}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 3}, {"fsdp": 16}, {"data": -1, "fsdp": -1}, {"tensor": 0}, {"data": -1, "fsdp": 3}]
+)
 def test_mesh_refuses_what_does_not_fit(axes):
     with pytest.raises(UserError, match="mesh data="):
         parallel.make_mesh(**axes)
@@ -44,7 +46,8 @@ def test_every_kind_of_large_kernel_is_split_by_fsdp():
 
     config = UNetConfig(
         block_out_channels=(32, 64), attention_levels=(True, True), attention_heads=(2, 2),
-        only_cross_attention=(False, False), cross_attention_dim=32, temporal_attention="before_ff", temporal_position=True,
+        only_cross_attention=(False, False), cross_attention_dim=32, temporal_attention="before_ff",
+        temporal_position=True,
     )  # fmt: skip
     inputs = jnp.zeros((1, 1, 4, 4, 4)), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 32))
     params = jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)["params"]

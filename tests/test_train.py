@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -20,7 +22,7 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.training import autoencoder, build, diffusion, ema, options, optimizer
+from lavie_jax.training import autoencoder, build, diffusion, ema, optimizer, options
 from lavie_jax.training.step import Task, make_state, make_update
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,9 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_gradients_are_clipped_and_weight_decay_spares_biases():
     params = {"a/kernel": jnp.ones(4), "a/bias": jnp.ones(4)}
-    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1.0, warmup=0, clip=1.0, weight_decay=0.5), 10)
+    tx = optimizer.make_optimizer(
+        optimizer.OptimizerConfig(learning_rate=1.0, warmup=0, clip=1.0, weight_decay=0.5), 10
+    )
     state = tx.init(params)
     still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     np.testing.assert_allclose(still["a/kernel"], -0.5)
@@ -166,10 +170,12 @@ def train(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }  # fmt: skip
 
-    def start(config: str, workdir: Path, **fields) -> subprocess.Popen:
+    def start(config: str, workdir: Path, extra: Mapping[str, str] | None = None, /, **fields) -> subprocess.Popen:
         flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
         words = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir), *flags]
-        return subprocess.Popen(words, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            words, cwd=ROOT, env=env | (extra or {}), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     return start
 
@@ -210,11 +216,31 @@ def test_a_stopped_and_resumed_vae_run_equals_an_uninterrupted_one(train, tmp_pa
 
     assert lines(tmp_path / "whole")[-1]["held_out/reconstruction"] < 0.8 * a[1]  # it learns
     vae = weights.load_part(tmp_path / "whole/weights", "vae")
-    np.testing.assert_allclose(1 / vae.config.scaling_factor, lines(tmp_path / "whole")[-1]["held_out/latent_std"], rtol=1e-6)
+    np.testing.assert_allclose(
+        1 / vae.config.scaling_factor, lines(tmp_path / "whole")[-1]["held_out/latent_std"], rtol=1e-6
+    )
 
     refused = train(config, tmp_path / "parts", **settings, seed=1)
     _, err = refused.communicate(timeout=600)
     assert refused.returncode == 2 and "seed = 0, not 1" in err and err.count("error:") == 1
+
+
+def test_two_hosts_train_together(train, tmp_path):
+    """Two processes with a device each, parameters split between them: both come to the same end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    fields = {"distributed": True, "steps": 2, "checkpoint_every": 2, "mesh__fsdp": 2}
+    hosts = [
+        train("configs/moving_shapes/vae.py:tiny", tmp_path, {**shared, "JAX_PROCESS_ID": str(i)}, **fields)
+        for i in range(2)
+    ]
+    (out, err), (second_out, second_err) = (host.communicate(timeout=600) for host in hosts)
+    assert [host.returncode for host in hosts] == [0, 0], err + second_err
+    found = weights.load_part(tmp_path / "weights", "vae")
+    assert len(out.splitlines()[-1]) == 64 and found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
@@ -230,7 +256,9 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
         lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), jax.eval_shape(task.init, jax.random.key(0))
     )
     state = jax.device_get(make_state(params, task, tx))
-    with contextlib.closing(pipeline.batches(pipeline.DataConfig(**config.data), load_tokenizer(tokenizer), batch_size=8)) as data:
+    with contextlib.closing(
+        pipeline.batches(pipeline.DataConfig(**config.data), load_tokenizer(tokenizer), batch_size=8)
+    ) as data:
         batches = [next(data) for _ in range(10)]
 
     def losses(mesh):
@@ -278,7 +306,14 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
 
     monkeypatch.chdir(ROOT)
     # The suite has 8 devices; a run that goes well would start training.
-    argv = ["--config", "configs/moving_shapes/base.py:tiny", "--workdir", str(tmp_path / "run"), "--config.batch=8", *words]
+    argv = [
+        "--config",
+        "configs/moving_shapes/base.py:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--config.batch=8",
+        *words,
+    ]
     with pytest.raises(UserError, match=message), contextlib.ExitStack() as cleanup:
         train.main(argv, cleanup)
     assert not (tmp_path / "run").exists()
@@ -296,11 +331,14 @@ def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path):
 @pytest.mark.parametrize(
     ("field", "text", "value"),
     [("steps", "1e3", 1000), ("optimizer.clip", "2", 2.0), ("init_from", "a/b", "a/b"), ("inflate", "false", False),
-     ("prompts", "('a, b', 'c')", ("a, b", "c")), ("data.frames", "4", 4), ("unet.block_out_channels", "32,64", (32, 64))],
+     ("prompts", "('a, b', 'c')", ("a, b", "c")), ("data.frames", "4", 4),
+     ("unet.block_out_channels", "32,64", (32, 64))],
 )  # fmt: skip
 def test_fields_are_read_as_the_type_they_have(field, text, value, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, _ = options.parse(["--config=configs/moving_shapes/base.py:tiny", "--workdir=w", f"--config.{field}={text}"])
+    config, _ = options.parse(
+        ["--config=configs/moving_shapes/base.py:tiny", "--workdir=w", f"--config.{field}={text}"]
+    )
     for name in field.split("."):
         config = config[name]
     assert config == value and type(config) is type(value)

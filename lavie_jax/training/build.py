@@ -117,13 +117,12 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
     text = CLIPTextConfig.from_dict(_plain(config.text_encoder))
     if unet.cross_attention_dim != text.hidden_size:
         raise UserError(
-            f"unet.cross_attention_dim = {unet.cross_attention_dim} must be text_encoder.hidden_size = {text.hidden_size}."
+            f"unet.cross_attention_dim = {unet.cross_attention_dim} must be "
+            f"text_encoder.hidden_size = {text.hidden_size}."
         )
     vae = dataclasses.replace(VAEConfig.from_dict(_plain(config.vae)), scaling_factor=scaling_factor)
     if unet.out_channels != vae.latent_channels:
-        raise UserError(
-            f"unet.out_channels = {unet.out_channels} must be vae.latent_channels = {vae.latent_channels}."
-        )
+        raise UserError(f"unet.out_channels = {unet.out_channels} must be vae.latent_channels = {vae.latent_channels}.")
     return Models(
         unet=UNet(unet, dtype=dtype, attention_kernel=config.attention_kernel, remat=config.remat),
         text_encoder=CLIPText(text, dtype=dtype),
@@ -163,12 +162,12 @@ def load_origin(config: Any, scratch: Path) -> Origin:
         tokenizer = found.tokenizer_dir
     else:
         text = models.text_encoder.config
-        tokens.save_small_tokenizer(
-            tokenizer, moving_shapes.vocabulary(), length=text.max_position_embeddings
-        )
+        tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=text.max_position_embeddings)
         known = len(tokens.load_tokenizer(tokenizer))
         if known > text.vocab_size:
-            raise UserError(f"text_encoder.vocab_size = {text.vocab_size} is too small: the tokenizer has {known} tokens.")
+            raise UserError(
+                f"text_encoder.vocab_size = {text.vocab_size} is too small: the tokenizer has {known} tokens."
+            )
     return Origin(start=start, frozen=frozen, scaling_factor=part.config.scaling_factor, tokenizer=tokenizer)
 
 

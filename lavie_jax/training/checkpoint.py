@@ -64,9 +64,7 @@ class Checkpoints:
                     f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "
                     "give the same value to resume it, or another --workdir to start a new run."
                 )
-        return self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        ).state
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
 
     def reached_preemption(self, step: int) -> bool:
         """Multi-host: whether the cluster is about to stop this job. Must run on every host each step."""

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lavie_jax import stages, weights
@@ -83,7 +82,9 @@ def make_diffusion_task(
     def init(rng: jax.Array) -> Any:
         """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""
         rngs = jax.random.split(rng)
-        latents = jnp.zeros((1, 1, size[0] // vae.config.factor, size[1] // vae.config.factor, vae.config.latent_channels))
+        latents = jnp.zeros(
+            (1, 1, size[0] // vae.config.factor, size[1] // vae.config.factor, vae.config.latent_channels)
+        )
         text = jnp.zeros((1, 2, models.unet.config.cross_attention_dim))
         params = {"unet": models.unet.init(rngs[0], latents, jnp.zeros((1,), jnp.int32), text)["params"]}
         if train_text_encoder:
@@ -175,9 +176,7 @@ def encode_text(
     return stages.Text(video, None if image_tokens is None else text[:, len(parts) :])
 
 
-def timestep_weight(
-    schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLoss
-) -> Float[Array, "b f"]:
+def timestep_weight(schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLoss) -> Float[Array, "b f"]:
     """The loss weight of each frame's timestep."""
     weight = jnp.ones(t.shape)
     if loss.min_snr_gamma:

@@ -37,8 +37,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
             0.0, config.learning_rate, config.warmup, max(steps, config.warmup + 1)
         )
     # A warm-up of 0 would divide by zero inside optax's linear schedule.
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else (
-        optax.constant_schedule(config.learning_rate)
+    return (
+        optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+        if config.warmup
+        else (optax.constant_schedule(config.learning_rate))
     )
 
 

@@ -135,7 +135,7 @@ def _is_group(value: Any) -> bool:
 
 
 def _nearest(field: str, config: Any) -> str:
-    """"; did you mean 'optimizer.clip'?", or the names at the top where nothing is near."""
+    """ "; did you mean 'optimizer.clip'?", or the names at the top where nothing is near."""
     hint = suggest(field, fields(config)).partition(" Allowed:")[0]
     return hint if hint != "." else f". Fields: {', '.join(config)}"
 
