@@ -192,9 +192,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     digest = checkpoint.parameter_hash(state["params"])
     cleanup.close()
-    say(
-        f"{'stopped' if step < config.steps else 'finished'} at step {step} of {config.steps}; SHA-256 of the parameters:"
-    )
+    ended = "stopped" if step < config.steps else "finished"
+    say(f"{ended} at step {step} of {config.steps}; SHA-256 of the parameters:")
     if first:
         print(digest, flush=True)
 
