@@ -34,7 +34,7 @@ parity-full: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) -m lavie_jax.parity tests/golden
 
 train-demo: $(VENV)/requirements.stamp
-	$(PY) train.py --config configs/moving_shapes/vae.py:cpu --workdir $(RUNS)/vae
+	$(PY) train.py --config configs/moving_shapes/vae.py --workdir $(RUNS)/vae
 	$(PY) train.py --config configs/moving_shapes/image.py:cpu --workdir $(RUNS)/image \
 		--config.vae_from=$(RUNS)/vae/weights
 	$(PY) train.py --config configs/moving_shapes/base.py:cpu --workdir $(RUNS)/base \

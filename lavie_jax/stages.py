@@ -106,13 +106,13 @@ class Stage:
     ) -> TrainingPair:
         """Draw timesteps and noise, and make x_t and the target of LaVie's Eq. 1 to 3.
 
-        `latents` holds T video frames, then M = `images` images; `inputs` is what `condition` wants. The video's frames share one
-        timestep, every image has its own. `schedule` overrides the stage's (a model with other betas or another
-        prediction).
+        `latents` holds T video frames, then M = `images` images; `inputs` is what `condition` wants. The video's
+        frames share one timestep, every image has its own. `schedule` overrides the stage's (a model with other
+        betas or another prediction).
         """
         schedule = schedule or self.schedule
         t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
-        batch, frames = latents.shape[0], latents.shape[1] - images
+        batch = latents.shape[0]
         t = jax.random.randint(t_rng, (batch,), 0, schedule.steps)
         image_t = jax.random.randint(image_rng, (batch, images), 0, schedule.steps)
         return self.training_pair_at(
@@ -156,8 +156,8 @@ def denoiser(
 ) -> Callable[[Array, Array], Array]:
     """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598), both halves in one call.
 
-    x_t (B, T, h, w, C), t a scalar or (B,). With `guidance` 1 the unconditional half is left out. `image` takes T = 1 down the joint
-    model's image path, without temporal layers.
+    x_t (B, T, h, w, C), t a scalar or (B,). With `guidance` 1 the unconditional half is left out. `image` takes T = 1
+    down the joint model's image path, without temporal layers.
     """
     guided = guidance != 1.0
     if guided:
@@ -193,8 +193,8 @@ STAGES = {
     "interpolation": Stage(
         name="interpolation",
         sampling={
-            "height": 320, "width": 512, "frames": 61, "fps": 24, "sampler": "respaced_ddim", "steps": 50, "guidance": 4.0,
-            "prompt_suffix": ", 4k.", "negative_prompt": "None",
+            "height": 320, "width": 512, "frames": 61, "fps": 24, "sampler": "respaced_ddim", "steps": 50,
+            "guidance": 4.0, "prompt_suffix": ", 4k.", "negative_prompt": "None",
         },
         null_caption="None",
         schedule=Schedule.make(**_LINEAR_BETAS),

@@ -13,4 +13,5 @@ import jax
 import jaxtyping
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # most of a test's time is compiling
 jaxtyping.install_import_hook("lavie_jax", "typecheck.checked")

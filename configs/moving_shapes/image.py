@@ -19,7 +19,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config = base.get_config(mode)
     config.inflate = False
     config.data.frames, config.data.images = 0, 8
-    config.steps = {"": 20_000, "cpu": 6000, "tiny": 20}[mode]
+    config.steps = {"": 20_000, "cpu": 4000, "tiny": 20}[mode]
     config.prompts = (
         "a small red circle over a blue background",
         "a large yellow square over a black background",

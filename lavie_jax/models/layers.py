@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from jaxtyping import Array, Float
 
 

@@ -55,7 +55,10 @@ class UNetConfig:
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
     spatial_attention: str = "self"  # "self", or "sparse_causal": the first and the previous frame (interpolation)
     temporal_resblocks: bool = False  # each transformer begins with convolutions over time (super-resolution)
-    temporal_modules: bool = False  # a TemporalModule after each down, mid and up block (super-resolution)
+    down_temporal_idx: tuple[int, ...] = ()  # down blocks that a TemporalModule follows (super-resolution)
+    mid_temporal: bool = False  # whether one follows the mid block
+    up_temporal_idx: tuple[int, ...] = ()  # up blocks that one follows, counted from the deepest
+    temporal_norm_groups: int = 32  # in those modules and convolutions; the original has 32 whatever norm_num_groups is
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -73,9 +76,8 @@ class UNetConfig:
                 )
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
             if width % self.norm_num_groups or width % heads:
-                raise UserError(
-                    f"UNet config: width {width} must be a multiple of norm_num_groups {self.norm_num_groups} and of {heads} heads."
-                )
+                wanted = f"norm_num_groups {self.norm_num_groups} and of {heads} heads"
+                raise UserError(f"UNet config: width {width} must be a multiple of {wanted}.")
 
     @classmethod
     def from_dict(cls, fields: dict) -> "UNetConfig":
@@ -108,12 +110,12 @@ class UNetConfig:
         def per_level(value):
             return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
-        temporal_levels = list(range(levels)) if VIDEO_FIELDS[kind].get("temporal_modules") else []
-        for field in ("down_temporal_idx", "up_temporal_idx"):
-            if kind == "vsr" and sorted(json.get(field, temporal_levels)) != temporal_levels:
-                raise UserError(
-                    f"UNet config: {field} = {json[field]!r} is not supported; every level has a temporal module."
-                )
+        temporal = dict(VIDEO_FIELDS[kind])
+        if kind == "vsr":  # the original's defaults
+            only_supported("the UNet's config.json", json, {"use_first_frame": False, "video_condition": False})
+            temporal["down_temporal_idx"] = tuple(json.get("down_temporal_idx", (0, 1, 2)))
+            temporal["mid_temporal"] = json.get("mid_temporal", False)
+            temporal["up_temporal_idx"] = tuple(json.get("up_temporal_idx", (0, 1, 2)))
         return cls(
             in_channels=json.get("in_channels", 4),
             out_channels=json.get("out_channels", 4),
@@ -127,8 +129,16 @@ class UNetConfig:
             num_class_embeds=json.get("num_class_embeds"),
             norm_num_groups=json.get("norm_num_groups", 32),
             norm_eps=json.get("norm_eps", 1e-5),
-            **VIDEO_FIELDS[kind],
+            **temporal,
         )
+
+    def inflated(self, kind: str) -> "UNetConfig":
+        """The video network of a kind around this image model, with temporal modules at every level for "vsr"."""
+        config = dataclasses.replace(self, **VIDEO_FIELDS[kind])
+        if kind != "vsr":
+            return config
+        every = tuple(range(len(self.block_out_channels)))
+        return dataclasses.replace(config, down_temporal_idx=every, mid_temporal=True, up_temporal_idx=every)
 
     def image_config(self) -> "UNetConfig":
         """The image model inside: the same network without anything temporal."""
@@ -142,7 +152,9 @@ TEMPORAL_FIELDS = (
     "temporal_position",
     "spatial_attention",
     "temporal_resblocks",
-    "temporal_modules",
+    "down_temporal_idx",
+    "mid_temporal",
+    "up_temporal_idx",
 )
 VIDEO_FIELDS = {  # what a kind of model implies beyond its JSON
     "image": {},
@@ -152,7 +164,6 @@ VIDEO_FIELDS = {  # what a kind of model implies beyond its JSON
         "temporal_attention": "before_ff",
         "temporal_position": True,
         "temporal_resblocks": True,
-        "temporal_modules": True,
     },
 }
 FIXED_DIFFUSERS_FIELDS = {
@@ -174,9 +185,8 @@ FIXED_DIFFUSERS_FIELDS = {
 def _has_attention(block_type: str, way: str) -> bool:
     name = block_type.removesuffix("2D").removesuffix("3D")
     if name not in (f"{way}Block", f"CrossAttn{way}Block"):
-        raise UserError(
-            f"UNet config: unknown block type {block_type!r}{suggest(block_type, [f'{way}Block2D', f'CrossAttn{way}Block2D'])}"
-        )
+        allowed = [f"{way}Block2D", f"CrossAttn{way}Block2D"]
+        raise UserError(f"UNet config: unknown block type {block_type!r}{suggest(block_type, allowed)}")
     return name.startswith("CrossAttn")
 
 
@@ -368,7 +378,7 @@ class TemporalModule(nn.Module):
 
     @nn.compact
     def __call__(self, x, temb):
-        groups, dtype, frames = self.s.config.norm_num_groups, self.s.dtype, Frames(self.s.frames.video, 0)
+        groups, dtype, frames = self.s.config.temporal_norm_groups, self.s.dtype, Frames(self.s.frames.video, 0)
         channels, video_temb = x.shape[-1], temb[:, :1]
         temporal = ResnetBlock(
             channels, groups, TRANSFORMER_EPS, frames, ((5, 1, 1), (3, 1, 1)), dtype=dtype, name="resblocks_3d_t"
@@ -460,12 +470,11 @@ class UNet(nn.Module):
         image_t: Num[Array, "b m"] | None = None,
         noise_level: Num[Array, " b"] | None = None,
     ) -> Float[Array, "b frames h w c_out"]:
-        """Of x (B, T+M, H, W, C), the first T frames are the video's and the last M are images (M = 0 without
-        `image_text`).
+        """Of x (B, T+M, H, W, C), the first T frames are the video's, the last M images (M = 0 without `image_text`).
 
-        `text` is the video's caption, None when T = 0; `image_text` the images' own. `t` is the timestep of each row, and of its
-        images unless `image_t` gives them their own. `noise_level`: of the super-resolution stage's low-
-        resolution input. The result is float32. The video comes out as if the images were absent, each image as
+        `text` is the video's caption, None when T = 0; `image_text` the images' own. `t` is the timestep of each row,
+        and of its images unless `image_t` gives them their own. `noise_level` is that of the super-resolution stage's
+        low-resolution input. The result is float32. The video comes out as if the images were absent, each image as
         if it were alone.
         """
         config, dtype = self.config, self.dtype
@@ -495,8 +504,8 @@ class UNet(nn.Module):
             embed = nn.Embed(config.num_class_embeds, temb.shape[-1], dtype=dtype, name="class_embedding")
             temb = temb + embed(noise_level)[:, None]
 
-        def temporal_module(name, h):
-            return wrap(TemporalModule)(s, name=name)(h, temb) if config.temporal_modules else h
+        def temporal_module(there, name, h):
+            return wrap(TemporalModule)(s, name=name)(h, temb) if there else h
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
         levels = range(len(config.block_out_channels))
@@ -504,9 +513,9 @@ class UNet(nn.Module):
         for level in levels:
             h, level_skips = wrap(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts)
             skips.append(level_skips)
-            h = temporal_module(f"down_temporal_blocks_{level}", h)
+            h = temporal_module(level in config.down_temporal_idx, f"down_temporal_blocks_{level}", h)
         h = wrap(MidBlock)(s, name="mid_block")(h, temb, texts)
-        h = temporal_module("mid_temporal_block", h)
+        h = temporal_module(config.mid_temporal, "mid_temporal_block", h)
 
         stack = [skip for level_skips in skips for skip in level_skips]
         for i, level in enumerate(reversed(levels)):
@@ -514,7 +523,7 @@ class UNet(nn.Module):
             stack, level_skips = stack[:-count], stack[-count:]
             size = stack[-1].shape[2:4] if level else None  # the next skip's, which is odd where a side was
             h = wrap(UpBlock, static_argnums=(5,))(s, level, name=f"up_blocks_{i}")(h, level_skips, temb, texts, size)
-            h = temporal_module(f"up_temporal_blocks_{i}", h)
+            h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
         return layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h)).astype(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import ROTARY_WIDTH, VIDEO_FIELDS, UNetConfig
+from lavie_jax.models.unet import ROTARY_WIDTH, UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
@@ -96,7 +96,7 @@ def image_config(source: Pretrained) -> UNetConfig:
 def video_config(image: UNetConfig, stage: str, latent_channels: int) -> UNetConfig:
     """A stage's UNet, made from the image UNet: what is temporal, and the interpolation's copied key frames."""
     more = latent_channels if stage == "interpolation" else 0
-    return dataclasses.replace(image, in_channels=image.in_channels + more, **VIDEO_FIELDS[stage])
+    return dataclasses.replace(image, in_channels=image.in_channels + more).inflated(stage)
 
 
 def import_part(part: str, source: Source, config) -> Imported:
@@ -163,7 +163,7 @@ def exported(weights: Path, part: str = "unet") -> dict[str, Tensor]:
     refuse(compare(f"{weights}: {part}", config, {path: t.shape for path, t in tensors.items()}))
     dialect = metadata.get("dialect", "diffusers")
     if part == "unet":
-        dialect = "lavie" if config.temporal_attention != "none" and not config.temporal_modules else "diffusers"
+        dialect = "lavie" if config.temporal_attention != "none" and not config.temporal_resblocks else "diffusers"
         tensors = tensors | missing_frequencies(config, tensors)
     return dict(to_torch(part, path, tensor, dialect) for path, tensor in tensors.items())
 
@@ -178,7 +178,7 @@ def missing_frequencies(config: UNetConfig, tensors: Mapping[str, Tensor]) -> di
             block = path.removesuffix("/time_rel_pos_bias/relative_attention_bias/embedding")
             heads, channels = tensor.shape[1], tensors[f"{block}/to_q/kernel"].shape[1]
             widths[f"{block}/rotary_emb/freqs"] = min(ROTARY_WIDTH, channels // heads)
-    if config.temporal_modules:  # the super-resolution UNet keeps one more at its top
+    if config.temporal_resblocks:  # the super-resolution UNet keeps one more at its top
         widths["temporal_rotary_emb/freqs"] = max(widths.values())
     return {path: as_tensor(_frequencies(width)) for path, width in widths.items() if path not in tensors}
 

@@ -1,0 +1,81 @@
+"""The attention kernels agree, and the position encodings do what their papers say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
+
+
+def qkv(sq, sk, heads=2, width=8):
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(size=(2, s, heads, width)), jnp.float32)  # noqa: E731
+    return draw(sq), draw(sk), draw(sk)
+
+
+def plain(q, k, v, bias=0.0):
+    """Attention in float64 numpy, the definition."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bqnk,bsnk->bnqs", q, k) / np.sqrt(q.shape[-1]) + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnqs,bsnk->bqnk", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "dot_product", "blockwise", "auto"])
+@pytest.mark.parametrize(("sq", "sk"), [(5, 5), (16, 77), (1500, 1030), (1024, 2048)])
+def test_kernels_agree_with_the_definition(kernel, sq, sk):
+    q, k, v = qkv(sq, sk)
+    np.testing.assert_allclose(attention(q, k, v, kernel=kernel), plain(q, k, v), atol=2e-6)
+
+
+def test_blockwise_gradients():
+    q, k, v = qkv(1100, 1300, heads=1)
+    grads = lambda kernel: jax.grad(lambda args: jnp.square(attention(*args, kernel=kernel)).sum())((q, k, v))  # noqa: E731
+    for ours, theirs in zip(grads("blockwise"), grads("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_flash_runs_on_the_interpreter():
+    q, k, v = qkv(128, 256, heads=1, width=16)
+    with pltpu.force_tpu_interpret_mode():
+        np.testing.assert_allclose(attention(q, k, v, kernel="flash"), plain(q, k, v), atol=1e-5)
+
+
+def test_bias_and_causal_mask():
+    q, k, v = qkv(6, 6)
+    bias = np.random.default_rng(1).normal(size=(1, 2, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(attention(q, k, v, bias=jnp.asarray(bias)), plain(q, k, v, bias), atol=1e-5)
+    mask = np.where(np.tril(np.ones((6, 6))), 0.0, -1e30)
+    np.testing.assert_allclose(attention(q, k, v, causal=True), plain(q, k, v, mask), atol=1e-5)
+
+
+def test_unknown_or_unfit_kernels_are_refused():
+    q, k, v = qkv(4, 4)
+    with pytest.raises(ValueError, match="Choose from auto"):
+        attention(q, k, v, kernel="fast")
+    with pytest.raises(ValueError, match="no bias"):
+        attention(q, k, v, causal=True, kernel="blockwise")
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.broadcast_to(jnp.asarray(rng.normal(size=40), jnp.float32), (1, 9, 1, 40)) for _ in range(2))
+    q, k = rotary_embedding(q, 32), rotary_embedding(k, 32)
+    scores = jnp.einsum("bqnk,bsnk->qs", q, k)
+    for distance in range(-4, 5):
+        diagonal = jnp.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, np.full(len(diagonal), diagonal[0]), rtol=1e-4, atol=1e-4)
+    assert np.ptp(scores[0]) > 0.1
+    np.testing.assert_array_equal(q[..., 32:], jnp.broadcast_to(q[:, :1, :, 32:], (1, 9, 1, 8)))
+
+
+def test_relative_position_buckets():
+    buckets = relative_position_buckets(64)
+    assert buckets.min() == 0 and buckets.max() == 31
+    assert (np.diag(buckets) == 0).all()
+    later = buckets[0]  # keys after frame 0: exact up to 7, then ever wider, and never back
+    assert later[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
+    assert (np.diff(later[1:]) >= 0).all() and later[33:].tolist() == [31] * 31
+    assert (buckets[:, 0] == np.where(later > 0, later - 16, 0)).all()

@@ -1,0 +1,238 @@
+"""The UNet: the joint batch of video and images, what inflation must not change, options that must not matter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange, repeat
+
+from lavie_jax.errors import UserError
+from lavie_jax.models.unet import VIDEO_FIELDS, UNet, UNetConfig
+
+TINY = {
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "norm_num_groups": 4,
+}
+VSR = {
+    "in_channels": 7,
+    "num_class_embeds": 20,
+    "use_linear_projection": True,
+    "only_cross_attention": [True, False],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "down_temporal_idx": [0, 1],
+    "mid_temporal": True,
+    "up_temporal_idx": [1],
+}
+ONE_LEVEL = {
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+}
+KINDS = {"base": TINY | ONE_LEVEL, "interpolation": TINY | ONE_LEVEL | {"in_channels": 8}, "vsr": TINY | VSR}
+
+
+def random_params(unet, *inputs):
+    """Parameters of the right shapes, none of them zero, so that no part of the network is switched off."""
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(s):
+        fan_in = int(np.prod(s.shape[:-1])) if len(s.shape) > 1 else 25
+        return jnp.asarray(rng.normal(size=s.shape) / fan_in**0.5, jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def make(kind):
+    """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
+    config = dataclasses.replace(UNetConfig.from_diffusers(KINDS[kind], kind), temporal_norm_groups=4)
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    t, image_t = jnp.array([500, 3]), jnp.array([[10, 900], [7, 999]])
+    noise_level = jnp.array([3, 11]) if config.num_class_embeds else None
+    return UNet(config), (
+        normal(2, 6, 6, 10, config.in_channels),
+        t,
+        normal(2, 5, 12),
+        normal(2, 2, 5, 12),
+        image_t,
+        noise_level,
+    )
+
+
+def relative_error(a, b):
+    a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joint_batch_equals_separate_calls(kind):
+    """The video comes out as if the images were absent, each image as if it were alone; gradients add up."""
+    unet, (x, t, text, image_text, image_t, level) = make(kind)
+    params = random_params(unet, x, t, text, image_text, image_t, level)
+
+    def joint(p):
+        return unet.apply({"params": p}, x, t, text, image_text, image_t, level)
+
+    def separate(p):
+        video = unet.apply({"params": p}, x[:, :4], t, text, None, None, level)
+        alone = "b m ... -> (b m) 1 ..."  # every image a row of its own
+        levels = None if level is None else repeat(level, "b -> (b m)", m=2)
+        times = rearrange(image_t, "b m -> (b m) 1")
+        images = unet.apply(
+            {"params": p}, rearrange(x[:, 4:], alone), times[:, 0], None, rearrange(image_text, alone), times, levels
+        )
+        return jnp.concatenate([video, rearrange(images, "(b m) 1 ... -> b m ...", b=2)], axis=1)
+
+    if kind != "base":  # the gradients take long to compile; one kind shows that they add up
+        assert relative_error(jax.jit(joint)(params), jax.jit(separate)(params)) < 1e-6
+        return
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=jax.eval_shape(joint, params).shape), jnp.float32)
+
+    def output_and_gradients(f):
+        def weighted(p):
+            y = f(p)
+            return (y * weights).sum(), y
+
+        gradients, y = jax.jit(jax.grad(weighted, has_aux=True))(params)
+        return y, gradients
+
+    (y, gradients), (y_alone, gradients_alone) = output_and_gradients(joint), output_and_gradients(separate)
+    assert relative_error(y, y_alone) < 1e-6
+    assert relative_error(gradients, gradients_alone) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_video_ignores_which_images_are_beside_it(frames):
+    unet, (x, t, text, image_text, image_t, _) = make("base")
+    params = random_params(unet, x, t, text, image_text, image_t)
+    video = repeat(x[:, 0], "b ... -> b t ...", t=frames) + jnp.arange(float(frames))[None, :, None, None, None]
+    apply = jax.jit(functools.partial(unet.apply, {"params": params}))
+
+    def beside(images):
+        return apply(jnp.concatenate([video, images], 1), t, text, image_text, image_t)[:, :frames]
+
+    alone = apply(video, t, text)
+    assert relative_error(beside(x[:, 4:]), alone) < 1e-6
+    assert relative_error(beside(100 * x[:, 4:] + 1), alone) < 1e-6
+
+
+def test_an_image_is_not_a_one_frame_video():
+    """With trained temporal layers a one-frame video goes through them; an image never does."""
+    unet, (x, t, text, *_) = make("base")
+    params = random_params(unet, x[:, :1], t, text)
+    apply = jax.jit(functools.partial(unet.apply, {"params": params}))
+    assert relative_error(apply(x[:, :1], t, None, text[:, None]), apply(x[:, :1], t, text)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_temporal_layers_change_nothing_when_new(kind):
+    """T copies of one image come out of a fresh model as that image does of the image model inside, for several T."""
+    unet, (x, t, text, _, _, level) = make(kind)
+    fresh = jax.jit(unet.init)(jax.random.key(0), x[:, :2], t, text, None, None, level)["params"]
+    fresh["conv_out"]["kernel"] += 1.0  # zero in a fresh model, which would hide everything
+
+    def without_temporal(tree):
+        if not isinstance(tree, dict):
+            return tree
+        return {name: without_temporal(child) for name, child in tree.items() if "temporal" not in name}
+
+    def run(network, params, frames):
+        copies = repeat(x[:, 0], "b ... -> b t ...", t=frames)
+        return jax.jit(network.apply)({"params": params}, copies, t, text, noise_level=level)
+
+    image = run(UNet(unet.config.image_config()), without_temporal(fresh), 1)
+    for frames in (1, 3) if kind == "base" else (3,):
+        assert relative_error(run(unet, fresh, frames), repeat(image, "b 1 ... -> b t ...", t=frames)) < 1e-5
+
+
+def test_kernels_and_remat_change_nothing():
+    unet, inputs = make("interpolation")  # no position bias, so that every kernel can serve every attention
+    params = random_params(unet, *inputs)
+
+    def value_and_gradients(network):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.square(network.apply({"params": p}, *inputs)).sum()))(params)
+
+    expected = value_and_gradients(unet)
+    assert relative_error(value_and_gradients(unet.clone(attention_kernel="blockwise", remat="block")), expected) < 1e-5
+    assert relative_error(value_and_gradients(unet.clone(attention_kernel="dot_product")), expected) < 1e-5
+
+
+def test_bfloat16_is_near_float32():
+    unet, inputs = make("vsr")
+    params = random_params(unet, *inputs)
+    half, full = (jax.jit(u.apply)({"params": params}, *inputs) for u in (unet.clone(dtype=jnp.bfloat16), unet))
+    assert half.dtype == jnp.float32
+    assert relative_error(half, full) < 0.05
+
+
+def test_odd_sides_come_back_whole():
+    unet, (x, t, text, *_) = make("base")
+    unet = UNet(UNetConfig.from_diffusers(TINY, "base"))
+    x = x[:, :2, :5, :7]
+    out = jax.eval_shape(lambda: unet.init_with_output(jax.random.key(0), x, t, text)[0])
+    assert out.shape == (2, 2, 5, 7, 4)
+
+
+def test_config_survives_json():
+    for kind, json in KINDS.items():
+        config = UNetConfig.from_diffusers(json, kind)
+        assert UNetConfig.from_dict(config.to_dict()) == config
+        assert config.image_config() == UNetConfig.from_diffusers(json, "image")
+    assert set(VIDEO_FIELDS) == {*KINDS, "image"}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"act_fn": "relu"}, "act_fn"),
+        ({"block_out_channels": [30, 64]}, "30"),
+        ({"down_block_types": ["CrossAttnDownBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
+        ({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, "mirror"),
+        ({"dual_cross_attention": True}, "dual_cross_attention"),
+    ],
+)
+def test_what_the_unet_cannot_express_is_refused(change, names):
+    with pytest.raises(UserError, match=names):
+        UNetConfig.from_diffusers(TINY | change, "base")
+
+
+def test_mixed_up_inputs_are_refused():
+    unet, (x, t, text, image_text, *_) = make("base")
+    for wrong in ((x[:, :1], t, None), (x[:, :2], t, text, image_text), (x, t, text, None, None, t)):
+        with pytest.raises(ValueError, match="frames|noise_level"):
+            jax.eval_shape(unet.init, jax.random.key(0), *wrong)
+
+
+def test_inflated_is_the_inverse_of_image_config():
+    for kind in VIDEO_FIELDS:
+        image = UNetConfig.from_diffusers(TINY, "image")
+        assert image.inflated(kind).image_config() == image
+
+
+def test_the_mid_block_always_attends_to_itself():
+    """As in the original, whatever only_cross_attention says of the deepest level: to_k takes the width, not the text's."""
+    unet, inputs = make("vsr")
+    unet = UNet(dataclasses.replace(unet.config, only_cross_attention=(True, True)))
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+    attn1 = [shapes[block]["attentions_0"]["transformer_blocks_0"]["attn1"] for block in ("mid_block", "down_blocks_1")]
+    assert [attn["to_k"]["kernel"].shape for attn in attn1] == [(32, 32), (12, 32)]
+
+
+def test_vsr_modules_stand_where_the_config_says():
+    unet, inputs = make("vsr")
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+    found = {name for name in shapes if "temporal" in name}
+    assert found == {"down_temporal_blocks_0", "down_temporal_blocks_1", "mid_temporal_block", "up_temporal_blocks_1"}
