@@ -82,7 +82,7 @@ def low_res_condition(inputs: dict) -> Condition:
     return Condition(concat=noised, noise_level=inputs["noise_level"])
 
 
-LOW_RES_SCHEDULE = Schedule.make(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
+LOW_RES_SCHEDULE = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ STAGES = {
             "prompt_suffix": "", "negative_prompt": "",
         },
         null_caption="",
-        schedule=Schedule.make(**_LINEAR_BETAS),
+        schedule=Schedule(**_LINEAR_BETAS),
         condition=no_condition,
     ),
     "interpolation": Stage(
@@ -197,7 +197,7 @@ STAGES = {
             "guidance": 4.0, "prompt_suffix": ", 4k.", "negative_prompt": "None",
         },
         null_caption="None",
-        schedule=Schedule.make(**_LINEAR_BETAS),
+        schedule=Schedule(**_LINEAR_BETAS),
         condition=key_frame_condition,
     ),
     "vsr": Stage(
@@ -207,7 +207,7 @@ STAGES = {
             "prompt_suffix": "", "negative_prompt": "blur, worst quality", "noise_level": 50,
         },
         null_caption="None",
-        schedule=Schedule.make(**_LINEAR_BETAS, prediction="v_prediction"),
+        schedule=Schedule(**_LINEAR_BETAS, prediction="v_prediction"),
         condition=low_res_condition,
     ),
 }  # fmt: skip

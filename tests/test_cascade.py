@@ -72,7 +72,7 @@ def test_one_device_and_eight_agree_whatever_else_is_in_the_batch(pipe, single):
 
 def test_a_sample_is_the_plain_loop_with_both_halves_of_guidance_apart(single):
     """The pipeline's jitted, sharded and batched chain against a few lines that do the same by themselves."""
-    model, sampler = single.base, make_sampler("ddim", 3, Schedule.make())
+    model, sampler = single.base, make_sampler("ddim", 3, Schedule())
     cond, uncond = (jnp.asarray(model.encode_text([text])) for text in (PROMPT, "a blue square"))
     unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text))
 

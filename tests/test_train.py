@@ -143,7 +143,7 @@ def test_detail_weights_and_crops_find_the_shape():
 
 
 def test_timestep_weights():
-    schedule, t = Schedule.make(), jnp.arange(1000)[None]
+    schedule, t = Schedule(), jnp.arange(1000)[None]
     weight = diffusion.timestep_weight(schedule, t, diffusion.DiffusionLoss(high_noise=1.0))
     np.testing.assert_allclose(weight.mean(), 1.0, rtol=1e-4)
     assert bool((jnp.diff(weight[0]) > 0).all())

@@ -223,7 +223,7 @@ def test_inflated_is_the_inverse_of_image_config():
 
 
 def test_the_mid_block_always_attends_to_itself():
-    """As in the original, whatever only_cross_attention says of the deepest level: to_k takes the width, not the text's."""
+    """As in the original, whatever only_cross_attention says of the deepest level: to_k takes the width."""
     unet, inputs = make("vsr")
     unet = UNet(dataclasses.replace(unet.config, only_cross_attention=(True, True)))
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]

@@ -70,6 +70,6 @@ def make_base(path: Path, **sampling) -> Path:
         vae=(VAE_CONFIG, random_params(VAE(VAE_CONFIG), jnp.zeros((1, 8, 8, 3)))),
         text_encoder=(TEXT, random_params(CLIPText(TEXT), jnp.zeros((1, CONTEXT), jnp.int32))),
         tokenizer=tokenizer,
-        schedule=Schedule.make(),
+        schedule=Schedule(),
     )
     return path

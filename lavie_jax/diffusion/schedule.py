@@ -70,18 +70,6 @@ class Schedule:
             raise UserError(f"a schedule needs at least 1 timestep, not {self.steps}")
 
     @classmethod
-    def make(
-        cls,
-        kind: str = "linear",
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        steps: int = 1000,
-        prediction: str = "epsilon",
-    ) -> "Schedule":
-        """The same as calling the class."""
-        return cls(kind, beta_start, beta_end, steps, prediction)
-
-    @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Schedule":
         """Reads the contents of a diffusers `scheduler_config.json`.
 

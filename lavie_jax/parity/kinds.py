@@ -173,7 +173,7 @@ def run_sampling_loops(case: Case) -> Arrays:
 def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """The end state of one sampler, and the timesteps that it asked its model about."""
     sampler_name, prediction = LOOP_SAMPLERS[name]
-    schedule = Schedule.make("linear", 1e-4, 0.02, prediction=prediction)
+    schedule = Schedule("linear", 1e-4, 0.02, prediction=prediction)
     asked = []
 
     def denoise(x, t):
