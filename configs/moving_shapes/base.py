@@ -11,7 +11,7 @@ does it with Stable Diffusion; the still images show shapes and colours that no 
 
     python train.py --config configs/moving_shapes/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
 
-Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (the same mode in all three commands), "tiny".
+Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (`image.py:cpu`, then `base.py:cpu`), "tiny".
 Hardware, time and result: not yet measured.
 """
 
