@@ -82,7 +82,8 @@ class Ours:
     def __init__(self):
         import jax
 
-        from lavie_jax.models.unet import UNet, UNetConfig
+        from lavie_jax.models.unet import UNet
+        from lavie_jax.models.unet_config import UNetConfig
         from lavie_jax.parity.cases import read_case
         from lavie_jax.parity.kinds import load_params, take
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import UNetConfig
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.expected import expected_shapes
 from lavie_jax.weights.names import to_torch

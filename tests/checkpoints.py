@@ -9,7 +9,7 @@ import pytest
 
 import convert_torch
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import UNetConfig
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.convert import missing_frequencies, video_config
 from lavie_jax.weights.expected import expected_shapes

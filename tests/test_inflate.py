@@ -27,7 +27,8 @@ from checkpoints import (
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.compvis import Sizes, rename

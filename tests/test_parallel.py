@@ -42,7 +42,8 @@ def test_rules_place_by_path(path, shape, expected):
 
 def test_every_kind_of_large_kernel_is_split_by_fsdp():
     """A rule that misses a kind of layer would silently replicate it on every device of a pod."""
-    from lavie_jax.models.unet import UNet, UNetConfig
+    from lavie_jax.models.unet import UNet
+    from lavie_jax.models.unet_config import UNetConfig
 
     config = UNetConfig(
         block_out_channels=(32, 64), attention_levels=(True, True), attention_heads=(2, 2),

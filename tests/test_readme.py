@@ -1,5 +1,6 @@
-"""The README stays true: files that it names exist, options that it shows are real."""
+"""The README stays true: files that it names exist, options and configs that it shows are real."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PATHS = sorted({*re.findall(r"\]\(([\w/.-]+)\)", README), *re.findall(r"^\| `([\w/.]+)` \|", README, re.MULTILINE)})
 COMMANDS = re.findall(r"^python (sample\.py|convert_torch\.py) (.*)$", README, re.MULTILINE)
+CONFIGS = sorted(set(re.findall(r"configs/[\w/]+\.py(?::\w+)?", README + (ROOT / "Makefile").read_text())))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -23,6 +25,8 @@ def test_shown_options_exist(script, arguments):
         assert f'"{option}"' in source
 
 
-@pytest.mark.parametrize("config", sorted(set(re.findall(r"configs/[\w/]+\.py", README))))
-def test_shown_configs_exist(config):
-    assert (ROOT / config).exists()
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shown_configs_exist_in_that_mode(config):
+    path, _, mode = config.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    assert module.get_config(mode).steps > 0

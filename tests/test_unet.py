@@ -10,7 +10,8 @@ import pytest
 from einops import rearrange, repeat
 
 from lavie_jax.errors import UserError
-from lavie_jax.models.unet import VIDEO_FIELDS, UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
 
 TINY = {
     "block_out_channels": [16, 32],

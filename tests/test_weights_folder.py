@@ -16,7 +16,7 @@ from tiny import make_base
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import UNetConfig
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights import folder_hash, load_folder, load_part, save_folder
 from lavie_jax.weights.expected import compare, expected_shapes

@@ -10,7 +10,8 @@ import numpy as np
 from lavie_jax.data.tokens import save_small_tokenizer
 from lavie_jax.diffusion import Schedule
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
-from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.weights import save_folder
 

@@ -17,7 +17,8 @@ from lavie_jax.diffusion import Schedule, make_sampler
 from lavie_jax.diffusion.samplers import Denoise, Sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
-from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.parity.cases import Arrays, Case
 from lavie_jax.stages import STAGES, Condition, denoiser

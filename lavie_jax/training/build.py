@@ -17,7 +17,8 @@ from lavie_jax.data.pipeline import DataConfig
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
-from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task

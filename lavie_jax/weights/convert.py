@@ -15,7 +15,8 @@ from tqdm import tqdm
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import ROTARY_WIDTH, UNetConfig
+from lavie_jax.models.unet import ROTARY_WIDTH
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder

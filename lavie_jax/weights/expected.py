@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
-from lavie_jax.models.unet import UNet, UNetConfig
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.weights.names import is_buffer
 

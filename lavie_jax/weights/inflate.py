@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lavie_jax.errors import UserError
-from lavie_jax.models.unet import UNetConfig
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.weights.convert import (
     Imported,
     Target,
