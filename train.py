@@ -123,7 +123,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         donate_argnums=0,
         out_shardings=(shardings, parallel.replicated(mesh)),
     )
-    held_out_losses = jax.jit(task.held_out, out_shardings=parallel.replicated(mesh))
+    update = parallel.on_mesh(update, mesh)
+    held_out_losses = parallel.on_mesh(jax.jit(task.held_out, out_shardings=parallel.replicated(mesh)), mesh)
 
     def held_out() -> dict[str, float]:
         """Losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""

@@ -10,9 +10,10 @@ paths end in the parameter's path.
 Not here: which parameters are trained (`training/optimizer.py`).
 """
 
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +83,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
         return NamedSharding(mesh, spec(name, x.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def on_mesh(f: Callable, mesh: Mesh) -> Callable:
+    """`f`, called with the mesh as the context, where Pallas kernels find it: the compiler cannot split those."""
+
+    @functools.wraps(f)
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return f(*args)
+
+    return call
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from lavie_jax import parallel
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
 
 
@@ -41,6 +42,34 @@ def test_flash_runs_on_the_interpreter():
     q, k, v = qkv(128, 256, heads=1, width=16)
     with pltpu.force_tpu_interpret_mode():
         np.testing.assert_allclose(attention(q, k, v, kernel="flash"), plain(q, k, v), atol=1e-5)
+
+
+def lowered_for_tpu(f, *args) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(8, 2), (8, 3), (3, 2)])
+def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
+    """A Pallas kernel that the compiler would have to split is an error of the lowering; so is its gradient's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # what `auto` asks
+    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    x = jax.ShapeDtypeStruct((batch, 128, heads, 64), jnp.bfloat16, sharding=parallel.replicated(mesh))
+    grad = jax.grad(lambda x: attention(x, x, x).astype(jnp.float32).sum())
+    with jax.set_mesh(mesh):
+        text = lowered_for_tpu(grad, x)
+    fits = batch % 4 == 0
+    assert ("tpu_custom_call" in text) == fits
+    # A device's share, heads first.
+    assert (f"tensor<{batch // 4}x{1 if heads == 2 else heads}x128x64xbf16>" in text) == fits
+    assert "tpu_custom_call" not in lowered_for_tpu(grad, x)  # nobody says where the rows are
+
+
+def test_flash_on_a_mesh_is_right():
+    q, k, v = (jnp.concatenate([x, 2 * x]) for x in qkv(128, 128))
+    mesh = parallel.make_mesh(data=4, tensor=2)
+    with pltpu.force_tpu_interpret_mode(), jax.set_mesh(mesh):
+        out = jax.jit(lambda *x: attention(*x, kernel="flash"))(q, k, v)
+    np.testing.assert_allclose(out, plain(q, k, v), atol=1e-5)
 
 
 def test_bias_and_causal_mask():

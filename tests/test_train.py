@@ -267,6 +267,7 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
             make_update(task, tx, seed=0, ema_decay=0.9), out_shardings=(shardings, parallel.replicated(mesh)),
             compiler_options={"xla_backend_optimization_level": 0},
         )  # fmt: skip
+        update = parallel.on_mesh(update, mesh)
         now, frozen, out = parallel.put(state, shardings), parallel.put(task.frozen, parallel.replicated(mesh)), []
         for batch in batches:
             now, values = update(now, frozen, parallel.put_batch(batch, mesh))

@@ -6,7 +6,8 @@ compute the same function and differ in memory and speed:
 * `xla`          einsum, softmax, einsum; holds the scores (B, N, Sq, Sk) in float32.
 * `dot_product`  `jax.nn.dot_product_attention`, which may pick a fused kernel on a GPU.
 * `blockwise`    online softmax over blocks of keys (arXiv 2112.05682); never holds more than one block of scores.
-* `flash`        the Pallas TPU kernel; wants sequence lengths that are multiples of 128, no bias.
+* `flash`        the Pallas TPU kernel; wants sequence lengths that are multiples of 128, no bias. On several
+                 devices it must be called with their mesh as the context (`jax.set_mesh`) or in a `shard_map`.
 * `auto`         `flash` on a TPU where it fits, `blockwise` where the scores would be large, else `xla`.
 
 Rotary position embedding and the T5-style relative position bias of the temporal attention are here too.
@@ -18,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
 FLASH_BLOCK = 128  # the Pallas kernel's smallest block; other lengths are refused by it
 LARGE_SCORES = 2**30  # bytes of float32 scores above which `auto` no longer holds them all
 BLOCK = 1024  # queries and keys per block in the blockwise kernel
+HEADS_AXIS = "tensor"  # the mesh axis that splits heads; every other one splits the batch
 
 
 def attention(
@@ -58,9 +61,22 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
     sk = k_shape[1]
     if not plain:
         return "xla"
-    if jax.default_backend() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0:
+    if jax.default_backend() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and _can_place(batch):
         return "flash"
     return "blockwise" if 4 * batch * heads * sq * sk > LARGE_SCORES else "xla"
+
+
+def _can_place(batch: int) -> bool:
+    """Whether it is known which rows of the batch are on which device: what a Pallas kernel needs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return batch % math.prod(mesh.shape[axis] for axis in _batch_axes(mesh)) == 0
+
+
+def _batch_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The axes that split a batch and that the compiler still has in its hands: none inside a `shard_map`."""
+    return tuple(axis for axis in mesh.auto_axes if axis != HEADS_AXIS)
 
 
 def _xla(q, k, v, bias, causal):
@@ -113,9 +129,18 @@ def _blockwise(q, k, v):
 def _flash(q, k, v):
     from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention  # importable on a TPU build alone
 
-    heads_first = "b s n k -> b n s k"
-    out = flash_attention(*(rearrange(x, heads_first) for x in (q, k, v)), sm_scale=1 / math.sqrt(q.shape[-1]))
-    return rearrange(out, "b n s k -> b s n k")
+    def on_one_device(q, k, v):
+        heads_first = "b s n k -> b n s k"
+        out = flash_attention(*(rearrange(x, heads_first) for x in (q, k, v)), sm_scale=1 / math.sqrt(q.shape[-1]))
+        return rearrange(out, "b n s k -> b s n k")
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return on_one_device(q, k, v)
+    # The compiler cannot split a Pallas kernel: every device is handed its own rows and heads.
+    split_heads = HEADS_AXIS in mesh.auto_axes and q.shape[2] % mesh.shape[HEADS_AXIS] == 0
+    spec = PartitionSpec(_batch_axes(mesh), None, HEADS_AXIS if split_heads else None)
+    return jax.shard_map(on_one_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
 def rotary_embedding(x: Float[Array, "b t n k"], rotary_width: int) -> Float[Array, "b t n k"]:
