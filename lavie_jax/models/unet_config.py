@@ -83,11 +83,11 @@ class UNetConfig:
             return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
         temporal = dict(VIDEO_FIELDS[kind])
-        if kind == "vsr":  # the original's defaults
+        if kind == "vsr":  # the released model has a temporal module at every level
             only_supported("the UNet's config.json", json, {"use_first_frame": False, "video_condition": False})
-            temporal["down_temporal_idx"] = tuple(json.get("down_temporal_idx", (0, 1, 2)))
-            temporal["mid_temporal"] = json.get("mid_temporal", False)
-            temporal["up_temporal_idx"] = tuple(json.get("up_temporal_idx", (0, 1, 2)))
+            temporal["down_temporal_idx"] = tuple(json.get("down_temporal_idx", range(levels)))
+            temporal["mid_temporal"] = json.get("mid_temporal", True)
+            temporal["up_temporal_idx"] = tuple(json.get("up_temporal_idx", range(levels)))
         return cls(
             in_channels=json.get("in_channels", 4),
             out_channels=json.get("out_channels", 4),
