@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lavie_jax.errors import UserError
 from lavie_jax.samples.outputs import ContactSheets, Output, check_folder, check_formats, parse_formats
-from lavie_jax.samples.prompts import Prompt, check_seed, read_prompts
+from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
 from lavie_jax.samples.settings import Settings, check_values
 
 SETTINGS = ("sampler", "steps", "guidance", "frames", "height", "width", "fps", "negative_prompt")
@@ -67,6 +67,8 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     args.seed = check_seed(args.seed, "seed")
     if any(not text.strip() for text in args.prompt):
         raise UserError("prompt: an empty one was given")
+    for text in (*args.prompt, args.negative_prompt or ""):
+        check_unicode(text, "prompt")
     prompts = [Prompt(text=text.strip()) for text in args.prompt]
     prompts += read_prompts(args.prompt_file) if args.prompt_file else []
     if not prompts:
@@ -110,14 +112,14 @@ def plan(args: argparse.Namespace, prompts: list[Prompt], settings: Settings, we
 def run(args: argparse.Namespace) -> None:
     prompts = read_requests(args)
 
-    # Only a request that may be right pays for importing jax and reading weights.
+    # Only a request that may be right pays for importing jax, and only one that is right for reading weights.
     keep_compiled_programs()
     from lavie_jax import cascade
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.weights import folder_hash, load_folder
 
     folder = cascade.base_folder(args.weights or cascade.SHIPPED)
-    weights = load_folder(folder, stage="base")
+    weights = load_folder(folder, stage="base", params=False)
     settings = Settings.make(weights.sampling, {name: getattr(args, name) for name in SETTINGS})
     cascade.sampler_for(weights, settings)
     outputs = plan(args, prompts, settings, folder_hash(folder))
@@ -131,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     for line in cascade.text_warnings(load_tokenizer(weights.tokenizer_dir), texts):
         print(f"warning: {line}", file=sys.stderr)
 
-    pipe = cascade.Cascade.of(weights)
+    pipe = cascade.load(folder)
     requests = [
         cascade.Request(prompt=r["prompt"], seed=r["seed"], negative_prompt=r["negative_prompt"]) for r in todo
     ]
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

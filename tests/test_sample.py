@@ -17,6 +17,7 @@ import sample
 from lavie_jax.cascade import Cascade
 from lavie_jax.data.video_files import read_video, video_info
 from lavie_jax.errors import UserError
+from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
 
@@ -103,6 +104,29 @@ def test_a_file_that_no_run_made_is_never_overwritten(run, tmp_path, capsys):
     assert "without a JSON" in capsys.readouterr().err and mine.read_bytes() == b"mine"
 
 
+def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
+    """Else an old video, beside the new JSON, would be skipped as if it were the new one."""
+    video = np.zeros((2, 16, 16, 3), np.uint8)
+
+    def output(steps, *formats):
+        request = {"prompt": "a", "seed": 0, "frames": 2, "fps": 8, "steps": steps}
+        return Output(folder=tmp_path, index=0, formats=formats, request=request)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    output(3, "npz", "gif", "png").write(video, ("npz", "gif", "png"), {})
+    assert output(2, "npz").to_make(overwrite=True) == ("npz",)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(outputs, "save_as", killed)
+        output(2, "npz").write(video, ("npz",), {})
+    assert names(tmp_path) == {"0000-a-0.json"}
+    assert output(2, "npz").to_make(overwrite=False) == ("npz",)
+    output(2, "npz").write(video, ("npz",), {})
+    output(2, "gif").write(video, ("gif",), {})  # of the same request: both stay
+    assert names(tmp_path) == {f"0000-a-0.{ending}" for ending in ("json", "npz", "gif")}
+
+
 def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--prompt", PROMPT, "--num-videos", "2", "--seed", "4", "--format", "npz,gif,png") == 0
@@ -150,6 +174,8 @@ BAD = {
     "num-videos": (["--num-videos", "0"], "num-videos: at least 1"),
     "guidance": (["--guidance", "nan"], "guidance: a finite number"),
     "fps": (["--fps", "0"], "fps"),
+    "fps that no encoder takes": (["--fps", "1e-5"], "fps: a number from 0.01 to 1000"),
+    "bytes that are no text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),
     "seed": (["--seed", "1.5"], "seed: a whole number"),
     "last seed": (["--seed", "4294967295", "--num-videos", "2"], "last seed"),
     "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
@@ -191,6 +217,26 @@ def test_weights_that_cannot_be_sampled_are_refused(case, folder, run, tmp_path,
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_what_needs_no_weights_is_refused_before_they_are_read(folder, run, tmp_path, capsys):
+    weights = shutil.copytree(folder, tmp_path / "weights")
+    file = weights / "unet" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    assert run("--prompt", PROMPT, "--sampler", "eulr", weights=weights) == 2
+    assert "did you mean 'euler'" in capsys.readouterr().err
+    assert run("--prompt", PROMPT, weights=weights) == 2
+    error = capsys.readouterr().err
+    assert "holds NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    def run(args):
+        raise OSError(28, "No space left on device", "samples/contact-sheet.png")
+
+    monkeypatch.setattr(sample, "run", run)
+    assert sample.main(["--prompt", PROMPT]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'samples/contact-sheet.png'\n"
+
+
 def test_no_prompt_at_all_is_refused(capsys):
     assert sample.main([]) == 2
     assert "--prompt" in capsys.readouterr().err
@@ -221,6 +267,8 @@ def test_prompt_files_are_read(name, text, expected, tmp_path):
         ("p.jsonl", b'{"prompt": "a", "sede": 1}', "line 1: unknown field 'sede'; did you mean 'seed'"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', "line 1, seed"),
         ("p.jsonl", b'{"prompt": ""}', "line 1: the prompt is empty"),
+        ("p.jsonl", rb'{"prompt": "a \ud800"}', "line 1: not valid Unicode"),
+        ("p.csv", b'"prompt\na\n', "line 2: unexpected end"),
         ("p.csv", b"prompt,seed\na,1\nb,x\n", "line 3, seed"),
         ("p.csv", b"prompt,seed\na, red,1\n", "line 2: 2 columns"),
         ("p.csv", b"text\na\n", "header: unknown field 'text'"),

@@ -35,7 +35,7 @@ TEXT = {"vocab_size": 49408, "max_position_embeddings": 77}
 RELEASED = {
     "lavie_base": UNetConfig.from_diffusers(SD, "base"),
     "lavie_interpolation": UNetConfig.from_diffusers(SD | {"in_channels": 8}, "interpolation"),
-    "lavie_vsr": UNetConfig.from_diffusers(X4, "vsr"),
+    "lavie_vsr": UNetConfig.from_diffusers(X4, "image").inflated("vsr"),
     "sd14_unet": UNetConfig.from_diffusers(SD, "image"),
     "x4_unet": UNetConfig.from_diffusers(X4, "image"),
     "sd14_vae": VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2),
@@ -215,6 +215,21 @@ def test_the_hash_follows_the_content(base, copy, tmp_path):
     assert folder_hash(tmp_path / "other") != folder_hash(base)
 
 
+def test_a_folder_does_not_name_parts_that_it_replaces(base, tmp_path):
+    save_folder(tmp_path / "w", **as_given(base))
+    save_folder(tmp_path / "w", **as_given(tmp_path / "w"), share=tmp_path / "w", overwrite=True)
+    assert folder_hash(tmp_path / "w") == folder_hash(base)
+
+
+def test_a_folder_without_its_parameters(base, copy):
+    edit_unet(copy, lambda t: t["conv_in.bias"].fill(np.nan))
+    one, two = load_folder(base), load_folder(copy, params=False)
+    assert two.unet.config == one.unet.config and two.schedule == one.schedule and two.unet.params == {}
+    edit_unet(copy, lambda t: t.pop("conv_in.bias"))
+    with pytest.raises(UserError, match="missing conv_in.bias"):
+        load_folder(copy, params=False)
+
+
 def test_overwriting_is_asked_for_and_whole(base, tmp_path):
     given = as_given(base)
     save_folder(tmp_path / "w", **given)
@@ -271,6 +286,8 @@ BROKEN = {
     "convert_torch.py import": lambda f: edit_json(f / "config.json", stage=None),
     "format version 99": lambda f: edit_json(f / "config.json", format_version=99),
     "unknown stage 'bass'; did you mean 'base'": lambda f: edit_json(f / "config.json", stage="bass"),
+    "unknown stage ['base']": lambda f: edit_json(f / "config.json", stage=["base"]),
+    "parts in its config.json": lambda f: edit_json(f / "config.json", parts=["vae"]),
     "no sampling defaults": lambda f: edit_json(f / "config.json", sampling=None),
     "'interpolation', but 'base' is needed": lambda f: edit_json(f / "config.json", stage="interpolation"),
     "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),

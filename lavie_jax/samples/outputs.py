@@ -110,11 +110,18 @@ class Output:
                                 "choose another --out, or --overwrite")
             return self.formats
         found = _read_request(sidecar)
-        for name in sorted({*found, *self.request}):
-            if found.get(name) != self.request.get(name):
-                raise UserError(f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
-                                f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite")
+        if found is None:
+            raise UserError(f"{sidecar} is there but does not say how a sample was made; "
+                            "choose another --out, or --overwrite")
+        if (name := self._difference(found)) is not None:
+            raise UserError(f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
+                            f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite")
         return tuple(name for name in self.formats if name not in there)
+
+    def _difference(self, found: Mapping[str, Any]) -> str | None:
+        """The first field in which the request `found` is not this one."""
+        names = sorted({*found, *self.request})
+        return next((name for name in names if found.get(name) != self.request.get(name)), None)
 
     def write(
         self, video: UInt8[np.ndarray, "t h w 3"], formats: tuple[str, ...], made_with: Mapping[str, Any]
@@ -130,6 +137,7 @@ class Output:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if formats == self.formats or not self.path("json").exists():
+                self._remove_outdated()
                 part.write_text(text, encoding="utf-8")
                 _replace(part, self.path("json"))
             for name in formats:
@@ -139,6 +147,19 @@ class Output:
         finally:
             _remove(part)
         return [self.path(name) for name in formats]
+
+    def _remove_outdated(self) -> None:
+        """Remove what `--overwrite` replaces, all formats of another request: beside the new JSON, and be it only
+        after a crash, they would pass for this one's."""
+        found = _read_request(self.path("json")) if self.path("json").exists() else None
+        if found is None:  # of unknown origin: what was not asked for stays
+            paths = [self.path(name) for name in self.formats]
+        elif self._difference(found) is None:
+            paths = []
+        else:
+            paths = [self.folder / self.stem, *(self.folder / f"{self.stem}.{name}" for name in FORMATS)]
+        for path in paths:
+            _remove(path)
 
     def read(self) -> UInt8[np.ndarray, "t h w 3"]:
         """The sample, from the most exact of its files."""
@@ -175,14 +196,13 @@ class ContactSheets:
             self.rows = []
 
 
-def _read_request(path: Path) -> dict[str, Any]:
+def _read_request(path: Path) -> dict[str, Any] | None:
+    """What a sample's JSON says was asked for; None when it does not."""
     try:
         request = json.loads(path.read_text(encoding="utf-8"))["request"]
-        if isinstance(request, dict):
-            return request
     except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} is there but does not say how a sample was made; choose another --out, or --overwrite")
+        return None
+    return request if isinstance(request, dict) else None
 
 
 def _replace(part: Path, path: Path) -> None:

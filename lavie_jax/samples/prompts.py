@@ -34,6 +34,14 @@ def check_seed(seed: Any, where: str = "seed") -> int:
     return value
 
 
+def check_unicode(text: str, where: str) -> None:
+    """UserError for text that UTF-8 cannot hold: a command line's bytes that were none, or half a pair in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: not valid Unicode text: {text!r}") from None
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, at least one.
 
@@ -70,8 +78,8 @@ def _from_txt(path: Path, text: str) -> Iterator[Prompt]:
 
 def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
     rows = csv.DictReader(text.splitlines(), strict=True)
-    _check_fields(f"{path}, header", rows.fieldnames or ())
     try:
+        _check_fields(f"{path}, header", rows.fieldnames or ())
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
@@ -80,7 +88,7 @@ def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
             # An empty cell means: not given.
             yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+        raise UserError(f"{path}, line {rows.reader.line_num}: {error}") from None
 
 
 def _from_jsonl(path: Path, text: str) -> Iterator[Prompt]:
@@ -112,5 +120,7 @@ def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
         raise UserError(f"{where}: the prompt is empty or not a text: {text!r}")
     if negative is not None and not isinstance(negative, str):
         raise UserError(f"{where}: the negative prompt is not a text: {negative!r}")
+    for part in (text, negative or ""):
+        check_unicode(part, where)
     seed = check_seed(values["seed"], f"{where}, seed") if "seed" in values else None
     return Prompt(text=text.strip(), seed=seed, negative=negative)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lavie_jax.errors import UserError, suggest
 
+MIN_FPS, MAX_FPS = 0.01, 1000  # a GIF frame lasts at most 655 seconds, and encoders fail far above
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -69,7 +70,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         elif name in ("fps", "guidance"):
             if not number or not math.isfinite(value):
                 raise UserError(f"{name}: a finite number is needed, given {value!r}")
-            if name == "fps" and value <= 0:
-                raise UserError(f"fps: more than 0 frames a second are needed, given {value}")
+            if name == "fps" and not MIN_FPS <= value <= MAX_FPS:
+                raise UserError(f"fps: a number from {MIN_FPS} to {MAX_FPS} is needed, given {value}")
         elif not isinstance(value, str):
             raise UserError(f"{name}: a text is needed, given {value!r}")

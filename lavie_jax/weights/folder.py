@@ -20,12 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.weights.expected import CONFIGS, compare, refuse
 from lavie_jax.weights.names import PARTS, is_buffer
-from lavie_jax.weights.safetensors_io import Tensor, check_finite, read_safetensors, write_safetensors
+from lavie_jax.weights.safetensors_io import (
+    SHOW_PROGRESS_FROM,
+    Tensor,
+    check_finite,
+    read_safetensors,
+    write_safetensors,
+)
 
 FORMAT_VERSION = 1
 CONTENTS = {  # what the folder of a stage must hold
@@ -60,10 +67,11 @@ class Weights:
     low_res_schedule: Schedule | None
 
 
-def load_folder(path: str | Path, *, stage: str | None = None, dtype=None) -> Weights:
+def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, params: bool = True) -> Weights:
     """Everything in a weights folder.
 
-    Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`.
+    Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`;
+    without `params` they are left out, and so not searched for NaN, which is all that takes time.
     Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or
     Inf, or when a tensor is missing, unexpected or of another shape than the configuration's.
     """
@@ -73,7 +81,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None) -> We
     for name in contents:
         if not _part_dir(path, config, name).is_dir():
             raise UserError(f"{path} is incomplete: {_part_dir(path, config, name)} is missing.")
-    parts = {name: load_part(path, name, dtype=dtype) if name in contents else None for name in PARTS}
+    parts = {name: load_part(path, name, dtype=dtype, params=params) if name in contents else None for name in PARTS}
     return Weights(
         path=path,
         stage=config["stage"],
@@ -85,7 +93,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None) -> We
     )
 
 
-def load_part(path: str | Path, part: str, *, dtype=None) -> Part:
+def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -> Part:
     """One of "unet", "vae", "text_encoder" of a weights folder; see `load_folder`."""
     config, tensors, _ = read_part(path, part)
     where = part_dir(path, part) / MODEL_FILE
@@ -93,13 +101,15 @@ def load_part(path: str | Path, part: str, *, dtype=None) -> Part:
     if lines:
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
-    params = {}
-    for name, tensor in tensors.items():
+    if not params:
+        return Part(config, {})
+    found, quiet = {}, sum(t.nbytes for t in tensors.values()) < SHOW_PROGRESS_FROM
+    for name, tensor in tqdm(tensors.items(), desc=f"reading {part}", unit="tensor", disable=quiet):
         if not is_buffer(name):
             array = tensor.read()
             check_finite(f"{where}: {name.replace('/', '.')}", array)
-            params[name] = array if dtype is None else array.astype(dtype)
-    return Part(config, unflatten_dict(params, sep="/"))
+            found[name] = array if dtype is None else array.astype(dtype)
+    return Part(config, unflatten_dict(found, sep="/"))
 
 
 def read_part(path: str | Path, part: str) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
@@ -148,12 +158,15 @@ def _read_config(path: Path, stage: str | None) -> dict:
         )
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format version {config['format_version']}; this version reads {FORMAT_VERSION}.")
-    if config["stage"] not in CONTENTS:
+    if config["stage"] not in tuple(CONTENTS):  # of a damaged file it may be what cannot be hashed
         raise UserError(f"{path}: unknown stage {config['stage']!r}{suggest(str(config['stage']), CONTENTS)}")
     if stage is not None and config["stage"] != stage:
         raise UserError(f"{path} holds the stage {config['stage']!r}, but {stage!r} is needed.")
     if config["stage"] != "vae" and not isinstance(config.get("sampling"), dict):
         raise UserError(f"{path} is incomplete: its config.json has no sampling defaults.")
+    parts = config.get("parts", {})
+    if not isinstance(parts, dict) or not all(isinstance(where, str) for where in parts.values()):
+        raise UserError(f'{path}: parts in its config.json must be like {{"vae": "../base/vae"}}, not {parts!r}.')
     return {"sampling": {}, **config}
 
 
@@ -228,10 +241,15 @@ def write_json(path: Path, value: Mapping) -> None:
 
 
 def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
-    """Removes the parts of `folder` that the weights folder `share` has too, and says where they are from `final`."""
+    """Removes the parts of `folder` that the weights folder `share` has too, and says where they are from `final`.
+
+    What lies in `final` itself does not count: `folder` is about to take its place.
+    """
     found = {}
     for name in ("vae", "text_encoder", "tokenizer"):
         other = part_dir(share, name)
+        if final.resolve() in other.resolve().parents:
+            continue
         if other.is_dir() and (folder / name).is_dir() and _hash_dir(other) == _hash_dir(folder / name):
             shutil.rmtree(folder / name)
             found[name] = os.path.relpath(other.resolve(), final.resolve())
