@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from lavie_jax.errors import UserError
+from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
 from lavie_jax.weights.convert import Target, differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_base, inflate_pretrained
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     grow = commands.add_parser("inflate", help="an image model -> a weights folder to start training from")
     grow.add_argument("--stage", required=True, choices=sorted(STAGES))
     grow.add_argument("--from", dest="base", type=Path, help="stage interpolation: the weights folder of the base")
-    grow.add_argument("--seed", type=int, default=0, help="of the new parameters that do not start at zero")
+    grow.add_argument("--seed", default="0", help="of the new parameters that do not start at zero")
 
     for command in (into, grow):
         command.add_argument(
@@ -83,11 +84,10 @@ def convert(args: argparse.Namespace) -> None:
             target, args.out, unet_file=args.unet, pretrained=args.pretrained, tokenizer=args.tokenizer, **common
         )
     elif args.base is not None:
-        inflate_base(target, args.out, base=args.base, seed=args.seed, **common)
+        inflate_base(target, args.out, base=args.base, seed=check_seed(args.seed), **common)
     else:
-        inflate_pretrained(
-            target, args.out, pretrained=args.pretrained, tokenizer=args.tokenizer, seed=args.seed, **common
-        )
+        seed = check_seed(args.seed)
+        inflate_pretrained(target, args.out, pretrained=args.pretrained, tokenizer=args.tokenizer, seed=seed, **common)
     print(f"wrote {args.out}")
 
 
@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

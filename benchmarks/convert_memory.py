@@ -62,7 +62,7 @@ def make_files(folder: Path) -> None:
         (folder / "sd" / part).mkdir(parents=True)
         write_safetensors(folder / "sd" / part / file, random_tensors(part, config, "diffusers"), {})
         (folder / "sd" / part / "config.json").write_text(json.dumps(said))
-    for part, file, said in (("unet", "config.json", UNET), ("tokenizer", "vocab.json", {})):
+    for part, file, said in (("unet", "config.json", UNET), ("tokenizer", "tokenizer.json", {})):
         (folder / "sd" / part).mkdir()
         (folder / "sd" / part / file).write_text(json.dumps(said))
 

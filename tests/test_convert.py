@@ -232,6 +232,11 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/vocab.json").write_text("{}")
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167536\n")
+    odd = write_sd(tmp_path / "odd")
+    (odd / "scheduler/scheduler_config.json").write_text('{"num_train_timesteps": "many"}')
     torch.save({"epoch": 3}, tmp_path / "none.pt")
     unet = ("import", "--stage", "base", "--pretrained", sd, "--out", out, "--unet")
     start = ("import", "--stage", "base", "--unet", original, "--pretrained")
@@ -239,6 +244,7 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         ((*start, tmp_path / "nowhere", "--out", out), "does not exist"),
         ((*start, tmp_path / "empty", "--out", out), "tokenizer"),
         ((*start, sd, "--out", out, "--tokenizer", tmp_path / "empty"), "tokenizer"),
+        ((*start, sd, "--out", out, "--tokenizer", tmp_path / "half"), "merges.txt"),
         ((*start, original, "--out", out), "neither a diffusers folder nor a CompVis"),
         ((*start, sd, "--out", tmp_path / "file/out"), "is a file"),
         ((*start, sd, "--out", out, "--share", tmp_path / "empty"), "no weights folder"),
@@ -246,7 +252,10 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         (("import", "--stage", "bass", "--unet", original, "--pretrained", sd, "--out", out), "invalid choice"),
         ((*unet, tmp_path / "no.pt"), "does not exist"),
         ((*unet, tmp_path / "none.pt"), "no tensors"),
+        ((*unet, tmp_path / "pointer.bin"), "git lfs pull"),
+        ((*start, odd, "--out", out), "num_train_timesteps must be a whole number"),
         (("inflate", "--stage", "base", "--out", out), "--pretrained"),
+        (("inflate", "--stage", "base", "--pretrained", sd, "--out", out, "--seed", "-1"), "seed: a whole number"),
         (("inflate", "--stage", "interpolation", "--pretrained", sd, "--out", out), "--from"),
         (("inflate", "--stage", "interpolation", "--from", sd, "--out", out), "no weights folder"),
         (("export", "--weights", folder), "--check"),

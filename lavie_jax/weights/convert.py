@@ -25,6 +25,7 @@ from lavie_jax.weights.pretrained import Pretrained, Source, read_pretrained, re
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
 from lavie_jax.weights.torch_files import import_torch, write_torch
 
+KEPT_OF_SCHEDULER = ("num_train_timesteps", "prediction_type")  # the betas are the stage's own
 X4_SCALING_FACTOR = 0.08333  # older x4-upscaler folders leave it out of vae/config.json
 
 
@@ -132,12 +133,8 @@ def save(
     overwrite: bool,
 ) -> None:
     """Writes checked parts, with the schedules of the published model where it names one."""
-    said = source.scheduler
-    schedule = dataclasses.replace(
-        target.schedule,
-        steps=said.get("num_train_timesteps", target.schedule.steps),
-        prediction=said.get("prediction_type", target.schedule.prediction),
-    )
+    said = {key: source.scheduler[key] for key in KEPT_OF_SCHEDULER if key in source.scheduler}
+    schedule = Schedule.from_json(target.schedule.to_json() | said)
     low_res = target.low_res_schedule
     if low_res is not None and source.low_res_scheduler:
         low_res = Schedule.from_json(source.low_res_scheduler)

@@ -19,7 +19,8 @@ MODEL_FILES = {
     "text_encoder": ("model.safetensors", "pytorch_model.bin",
                      "model.fp16.safetensors", "pytorch_model.fp16.bin"),
 }  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of them makes a folder a tokenizer's
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a whole tokenizer
+LFS_POINTER = b"version https://git-lfs"  # how the small file begins that Git leaves in place of a large one
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, by name."""
     if not path.is_file():
         raise UserError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} only points to the weights, which were not cloned: run git lfs pull there.")
     tensors = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
     if not tensors:
         raise UserError(f"{path} holds no tensors.")
@@ -98,8 +102,9 @@ def _read_scheduler(path: Path, name: str) -> dict:
 
 
 def _check_tokenizer(path: Path) -> None:
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{path} is no tokenizer folder: it has neither {' nor '.join(TOKENIZER_FILES)}.")
+    if not any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        needed = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
+        raise UserError(f"{path} is no tokenizer folder: it needs {needed}.")
 
 
 def _read_compvis(path: Path, tokenizer: Path | None, with_unet: bool) -> Pretrained:
