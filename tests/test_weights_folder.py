@@ -215,6 +215,18 @@ def test_the_hash_follows_the_content(base, copy, tmp_path):
     assert folder_hash(tmp_path / "other") != folder_hash(base)
 
 
+@pytest.mark.parametrize("part, message", [("text_encoder", "width is 8, its UNet's 16"), ("vae", "channels is 3")])
+def test_parts_of_different_models_are_refused(part, message, base, tmp_path):
+    config = {
+        "text_encoder": CLIPTextConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1),
+        "vae": VAEConfig(latent_channels=3, block_out_channels=(8,), norm_num_groups=8),
+    }[part]
+    zeros = {path: np.zeros(shape, np.float32) for path, shape in expected_shapes(config).items()}
+    save_folder(tmp_path / "w", **as_given(base, **{part: (config, unflatten_dict(zeros, sep="/"))}))
+    with pytest.raises(UserError, match=message):
+        load_folder(tmp_path / "w")
+
+
 def test_a_folder_does_not_name_parts_that_it_replaces(base, tmp_path):
     save_folder(tmp_path / "w", **as_given(base))
     save_folder(tmp_path / "w", **as_given(tmp_path / "w"), share=tmp_path / "w", overwrite=True)

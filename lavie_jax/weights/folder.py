@@ -73,7 +73,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
     Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`;
     without `params` they are left out, and so not searched for NaN, which is all that takes time.
     Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or
-    Inf, or when a tensor is missing, unexpected or of another shape than the configuration's.
+    Inf, or when a tensor is missing, unexpected or of another shape than the configuration's, or parts do not fit.
     """
     path = Path(path)
     config = _read_config(path, stage)
@@ -82,6 +82,8 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         if not _part_dir(path, config, name).is_dir():
             raise UserError(f"{path} is incomplete: {_part_dir(path, config, name)} is missing.")
     parts = {name: load_part(path, name, dtype=dtype, params=params) if name in contents else None for name in PARTS}
+    if parts["unet"]:
+        _check_widths(path, **{name: part.config for name, part in parts.items()})
     return Weights(
         path=path,
         stage=config["stage"],
@@ -91,6 +93,16 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         schedule=_read_schedule(path, config, "scheduler") if "scheduler" in contents else None,
         low_res_schedule=_read_schedule(path, config, "low_res_scheduler") if "low_res_scheduler" in contents else None,
     )
+
+
+def _check_widths(path: Path, *, unet, vae, text_encoder) -> None:
+    """UserError when the parts of a folder, each whole, do not belong together."""
+    for what, given, needed in (
+        ("text encoder's width", text_encoder.hidden_size, unet.cross_attention_dim),
+        ("VAE's number of latent channels", vae.latent_channels, unet.out_channels),
+    ):
+        if given != needed:
+            raise UserError(f"{path} holds parts of different models: its {what} is {given}, its UNet's {needed}.")
 
 
 def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -> Part:

@@ -113,7 +113,7 @@ def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
             with path.open("rb") as file:
                 for _ in range(LEGACY_PICKLES):
                     names |= _globals_of(file)
-    except (ValueError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no PyTorch file, or is damaged: {error}") from error
     for name in sorted(names):
         if name.split(".")[0] in HOSTILE_MODULES or name in HOSTILE_FUNCTIONS:
@@ -186,4 +186,7 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        torch.save({"ema": OrderedDict((n, to_torch(t.read())) for n, t in tensors.items())}, path)
+        try:
+            torch.save({"ema": OrderedDict((n, to_torch(t.read())) for n, t in tensors.items())}, path)
+        except RuntimeError as error:  # PyTorch's own writer does not raise OSError, e.g. on a full disk
+            raise UserError(f"{path} cannot be written: {_reason(error)}") from error
