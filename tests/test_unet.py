@@ -10,7 +10,8 @@ import pytest
 from einops import rearrange, repeat
 
 from lavie_jax.errors import UserError
-from lavie_jax.models.unet import UNet
+from lavie_jax.models.layers import Frames
+from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
 
 TINY = {
@@ -160,15 +161,34 @@ def test_temporal_layers_change_nothing_when_new(kind):
 
 
 def test_kernels_and_remat_change_nothing():
-    unet, inputs = make("interpolation")  # no position bias, so that every kernel can serve every attention
+    unet, (x, t, text, *_) = make("base")
+    inputs = x[:, :2], t, text
     params = random_params(unet, *inputs)
 
+    def value(network):
+        return lambda p: jnp.square(network.apply({"params": p}, *inputs)).sum()
+
     def value_and_gradients(network):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.square(network.apply({"params": p}, *inputs)).sum()))(params)
+        return jax.jit(jax.value_and_grad(value(network)))(params)
 
     expected = value_and_gradients(unet)
-    assert relative_error(value_and_gradients(unet.clone(attention_kernel="blockwise", remat="block")), expected) < 1e-5
-    assert relative_error(value_and_gradients(unet.clone(attention_kernel="dot_product")), expected) < 1e-5
+    assert relative_error(value_and_gradients(unet.clone(remat="block")), expected) < 1e-5
+    for kernel in ("blockwise", "dot_product"):  # their gradients: test_attention.py
+        assert relative_error(jax.jit(value(unet.clone(attention_kernel=kernel)))(params), expected[0]) < 1e-5
+
+
+def test_norms_of_temporal_convolutions_have_groups_of_their_own():
+    """The original has 32 there whatever `norm_num_groups` is."""
+    config = make("vsr")[0].config
+    x, text = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 2, 16)), jnp.float32), jnp.ones((1, 1, 2, 12))
+
+    def run(**groups):
+        setting = Setting(dataclasses.replace(config, **groups), Frames(3, 0), jnp.float32, "xla")
+        block = Transformer(setting, level=0, only_text=True)
+        return jax.jit(block.apply)({"params": random_params(block, x, text)}, x, text)
+
+    plain = run(norm_num_groups=4, temporal_norm_groups=4)
+    assert relative_error(run(norm_num_groups=4, temporal_norm_groups=8), plain) > 1e-3
 
 
 def test_bfloat16_is_near_float32():

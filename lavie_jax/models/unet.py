@@ -70,7 +70,9 @@ class Attention(nn.Module):
             width = min(ROTARY_WIDTH, channels // self.heads)
             q, k = rotary_embedding(q, width), rotary_embedding(k, width)
             bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(x.shape[1])
-        out = attention(q, k, v, bias=bias, kernel=self.s.kernel)
+        # T is short: where the chosen kernel takes no bias, the scores may be held
+        kernel = "auto" if bias is not None and self.s.kernel in ("blockwise", "flash") else self.s.kernel
+        out = attention(q, k, v, bias=bias, kernel=kernel)
         # video == image model at step 0: the output projection of temporal attention starts at zero, weight and
         # bias
         init = nn.initializers.zeros if self.temporal else nn.linear.default_kernel_init
@@ -201,7 +203,7 @@ class Transformer(nn.Module):
         if config.temporal_resblocks:
             # conv2 starts at zero (not so in the original), so that the image model is unchanged at step 0
             block = ResnetBlock(
-                channels, config.norm_num_groups, TRANSFORMER_EPS, Frames(self.s.frames.video, 0),
+                channels, config.temporal_norm_groups, TRANSFORMER_EPS, Frames(self.s.frames.video, 0),
                 kernels=((3, 1, 1), (3, 1, 1)), zero=True, dtype=dtype, name="resblock_temporal",
             )  # fmt: skip
             x = on_video(block, x, self.s.frames)
