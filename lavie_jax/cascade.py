@@ -8,6 +8,7 @@ A sample depends on its prompt, its seed and the settings alone: its noise is ke
 device works on samples of its own, so neither the batch nor the number of devices shows in it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -178,8 +179,9 @@ class Cascade:
 
             for batch in batches:
                 filled = [*batch, *[batch[-1]] * (size - len(batch))]
-                latents = model.denoise(filled, settings, sampler, on_step)
-                yield from model.decode(latents)[: len(batch)]
+                with _memory_in_words():
+                    videos = model.decode(model.denoise(filled, settings, sampler, on_step))
+                yield from videos[: len(batch)]
 
 
 class StageModel:
@@ -208,6 +210,12 @@ class StageModel:
         Each different text goes through it alone: they are few, and one program serves any number of them.
         """
         ids = dict(zip(texts, tokens.tokenize(self.tokenizer, texts)))
+        known, largest = self.text_encoder.config.vocab_size, max(row.max() for row in ids.values())
+        if largest >= known:
+            raise UserError(
+                f"{self.weights.path}: its tokenizer gives token {largest}, its text encoder has {known} tokens: they do "
+                "not belong together"
+            )
         encoded = {t: _encode(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
         return np.concatenate([np.asarray(encoded[text]) for text in texts])
 
@@ -267,6 +275,20 @@ class StageModel:
             for i in range(0, frames, size)
         ]
         return np.concatenate(parts, axis=1)[:, :frames]
+
+
+@contextlib.contextmanager
+def _memory_in_words():
+    """A device that is out of memory is for the user to know, not a fault of the program."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has too little memory for this: take a smaller batch size, fewer frames, or a smaller height "
+            "and width"
+        ) from error
 
 
 def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:

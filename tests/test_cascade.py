@@ -180,3 +180,18 @@ def test_the_package_offers_its_names_lazily():
     assert {"load", "save_video", "__version__"} <= set(dir(lavie_jax))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = lavie_jax.lode
+
+
+def test_a_full_device_is_said_in_one_line(single, monkeypatch):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 20.00GiB.")
+
+    monkeypatch.setattr(single.base, "denoise", full)
+    with pytest.raises(UserError, match="smaller batch size"):
+        single(PROMPT)
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(single, monkeypatch):
+    monkeypatch.setattr(cascade.tokens, "tokenize", lambda tokenizer, texts: np.full((len(texts), 3), 10**6, np.int32))
+    with pytest.raises(UserError, match="do not belong together"):
+        single.base.encode_text([PROMPT])
