@@ -213,8 +213,8 @@ class StageModel:
         known, largest = self.text_encoder.config.vocab_size, max(row.max() for row in ids.values())
         if largest >= known:
             raise UserError(
-                f"{self.weights.path}: its tokenizer gives token {largest}, its text encoder has {known} tokens: they do "
-                "not belong together"
+                f"{self.weights.path}: its tokenizer gives token {largest}, its text encoder has {known} tokens: they "
+                "do not belong together"
             )
         encoded = {t: _encode(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
         return np.concatenate([np.asarray(encoded[text]) for text in texts])
