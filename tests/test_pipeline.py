@@ -226,10 +226,15 @@ def test_batches_of_a_video_folder_are_the_same_with_workers(folder, tokenizer):
 
 
 def test_an_images_folder_gives_the_images(folder, tmp_path):
-    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("red all over")
+    """Those of its split: a picture that is held out is not trained on."""
+    for name in "ab":
+        Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("red all over")
     (batch,) = take(1, config_of(folder, image_path=str(tmp_path)))
     np.testing.assert_allclose(batch["images"], np.broadcast_to([1.0, -1.0, -1.0], batch["images"].shape))
+    splits = [sources.VideoFolder(folder, split=split, frames=4, images=tmp_path) for split in ("train", "val")]
+    assert sorted(pair.path.name for source in splits for pair in source.pictures) == ["a.png", "b.png"]
+    assert [len(source.pictures) for source in splits] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_a_folder_without_captions_is_refused_and_says_so(tmp_path):
 
 def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="no image .* has a caption"):
+    with pytest.raises(UserError, match="no image .* 0 have a caption"):
         pipeline.batches(config_of(folder, image_path=str(tmp_path)), None, batch_size=1)
 
 

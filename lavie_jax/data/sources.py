@@ -128,8 +128,9 @@ class VideoFolder:
 
     `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled and cut to (height,
     width). `image` is one random frame with the clip's caption, or, with an `images` folder (`a.jpg` beside
-    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, one at least. Videos without
-    caption, too short, or unreadable are left out, with a warning that counts them; UserError when none is left.
+    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, and of the pictures, one at
+    least. Videos without caption, too short, or unreadable are left out, with a warning that counts them;
+    UserError when none is left.
     """
 
     def __init__(
@@ -164,9 +165,13 @@ class VideoFolder:
         self.clips = clips
         self.pictures: list[_Pair] = []
         if images is not None:
-            self.pictures = _pairs(Path(images), IMAGE_SUFFIXES)[0]
+            found = _pairs(Path(images), IMAGE_SUFFIXES)[0]
+            self.pictures = _of_split(Path(images), found, split, val_fraction)
             if not self.pictures:
-                raise UserError(f"no image in {os.fspath(images)!r} has a caption (a.jpg needs a.txt beside it)")
+                raise UserError(
+                    f"no image for split {split!r} in {os.fspath(images)!r}: {len(found)} have a caption (a.jpg needs "
+                    "a.txt beside it), and each split takes one at least"
+                )
 
     def _window(self, info: video_files.VideoInfo) -> float:
         """Seconds from the first frame's time to the last one's."""

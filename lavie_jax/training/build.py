@@ -108,8 +108,7 @@ def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
 
 def held_out_data(data: DataConfig) -> DataConfig:
     """What the held-out loss is measured on: whole captions of clips that training does not see."""
-    split = "val" if data.source == "moving_shapes" else data.split
-    return dataclasses.replace(data, split=split, caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1)
+    return dataclasses.replace(data, split="val", caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1)
 
 
 def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
