@@ -25,7 +25,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config = common.training()
     config.stage = "base"
     config.init_from = "weights/base-init"  # Stable Diffusion 1.4, inflated
-    config.inflate = True
+    config.inflate = False  # `convert_torch.py inflate` did it; so a trained model can be given too
     config.vae_from = ""  # the one of init_from
     config.train_text_encoder = False
 

@@ -14,8 +14,11 @@ import pytest
 
 from lavie_jax import weights
 from lavie_jax.errors import UserError
-from lavie_jax.models.vae import VAE
+from lavie_jax.models.clip_text import CLIPTextConfig
+from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.samples.settings import Settings
+from lavie_jax.stages import STAGES as STAGE
 from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state, make_update
 
@@ -69,6 +72,20 @@ def test_a_stage_builds_at_full_size(name):
         count = sum(np.prod(x.shape) for x in jax.tree.leaves(new["params"]["unet"]))
         assert round(count / 1e6, 1) == 909.1
         assert (config.data.frames, config.data.images, config.data.height, config.data.width) == (16, 4, 320, 512)
+
+
+def test_full_size_is_the_released_models_size():
+    """What `convert_torch.py inflate` makes of Stable Diffusion 1.4 can be trained."""
+
+    def released(name):
+        return json.loads((ROOT / "tests/golden" / f"{name}.json").read_text())["model"]
+
+    config = options.load("configs/base.py")
+    models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
+    assert models.unet.config == UNetConfig.from_diffusers(released("base_unet_full"), "base")
+    assert models.vae.config == VAEConfig.from_diffusers(released("sd_vae_full"))
+    assert models.text_encoder.config == CLIPTextConfig.from_diffusers(released("sd_text_full"))
+    assert models.schedule == STAGE["base"].schedule and config.data.null_caption == STAGE["base"].null_caption
 
 
 @pytest.mark.parametrize("name", CONFIGS)
