@@ -15,6 +15,7 @@ resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, w
 any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
+import dataclasses
 import signal
 import sys
 import tempfile
@@ -99,8 +100,6 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     origin = jax.random.key(config.seed) if task.start is None else task.start
     shapes = jax.eval_shape(create, origin)
     shardings = parallel.shardings(shapes, mesh)
-    if task.start is not None:
-        origin = parallel.put(origin, parallel.shardings(origin, mesh))
     frozen = jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
 
@@ -109,8 +108,10 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         state = checkpoints.restore(step, abstract, config.to_dict())
         say(f"resumed at step {step} of {config.steps}")
     else:
+        if task.start is not None:
+            origin = parallel.put(origin, parallel.shardings(origin, mesh))
         state = jax.jit(create, out_shardings=shardings)(origin)
-    del origin
+    task, origin = dataclasses.replace(task, start=None), None  # gigabytes of the host's memory at full size
     count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{count / 1e6:.2f} M parameters; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
@@ -182,6 +183,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             ema = parallel.gather(state["ema"])
             if first:
                 task.export(workdir / "weights", ema, measured)
+            del ema
         if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
             writer.picture(step, "samples", grid)

@@ -107,12 +107,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
-    """Refuses a global batch that the devices (and the accumulation steps) do not divide."""
+    """Refuses a global batch that the devices, the accumulation steps or the hosts do not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if accumulate < 1 or batch < 1 or batch % (ways * accumulate):
         raise UserError(
             f"batch={batch} cannot be split over {ways} batch devices x accumulate={accumulate}: "
             f"choose a multiple of {ways * max(accumulate, 1)}."
+        )
+    if ways % jax.process_count():
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: data x fsdp = {ways} must be a multiple of the {jax.process_count()} hosts, each "
+            "of which brings its own rows; give tensor at most the devices of one host."
         )
 
 

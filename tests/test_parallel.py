@@ -82,3 +82,10 @@ def test_batch_that_the_devices_do_not_divide_is_refused(batch, accumulate):
     mesh = parallel.make_mesh(data=2, fsdp=4)
     with pytest.raises(UserError, match=f"batch={batch}"):
         parallel.check_batch(batch, mesh, accumulate=accumulate)
+
+
+def test_hosts_must_not_share_rows(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    parallel.check_batch(8, parallel.make_mesh(data=2, fsdp=2, tensor=2))
+    with pytest.raises(UserError, match="multiple of the 4 hosts"):
+        parallel.check_batch(8, parallel.make_mesh(data=2, tensor=4))

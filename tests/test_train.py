@@ -294,6 +294,11 @@ BAD = [
     (["--config.data.height=30"], "not multiples of the VAE's factor"),
     (["--config.data.source=video_folder", "--config.data.path=nowhere"], "no folder 'nowhere'"),
     (["--config.sample_every=15"], "multiple of checkpoint_every"),
+    (["--config.attention_kernel=block"], "did you mean 'blockwise'"),
+    (["--config.loss.alpha=-1"], "'loss.alpha' must be finite, at least 0; given -1"),
+    (["--config.loss.held_out_timesteps=100,1000"], "must be from 0 to 999"),
+    (["--config.optimizer.learning_rate=1e999"], "'optimizer.learning_rate' must be finite"),
+    (["--config.optimizer.b2=1"], "at least 0 and below 1"),
     (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
     (["--steps=3"], "unknown flag --steps"),
@@ -318,6 +323,23 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
     with pytest.raises(UserError, match=message), contextlib.ExitStack() as cleanup:
         train.main(argv, cleanup)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_no_run_wrote_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "weights").mkdir()
+    config = options.load("configs/moving_shapes/base.py:tiny")
+    with pytest.raises(UserError, match="no checkpoints/"):
+        options.check(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    options.check(config, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["moving_shapes", "video_folder"])
+def test_the_held_out_loss_is_of_clips_that_are_not_trained_on(source):
+    data = pipeline.DataConfig(source=source, caption_drop=0.1)
+    held_out = build.held_out_data(data)
+    assert (data.split, held_out.split, held_out.caption_drop) == ("train", "val", 0.0)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path):

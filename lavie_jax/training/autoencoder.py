@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from lavie_jax import weights
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE, VAEConfig, sample_posterior
+from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task, check_same
 
 
@@ -30,6 +31,10 @@ class AutoencoderLoss:
     kl: float = 1e-4  # of the KL divergence per latent number
     detail: float = 10.0  # how much more a pixel that differs from the border counts
     crop: int = 0  # train on squares of this side around what differs from the border; 0 = whole frames
+
+    def __post_init__(self):
+        for name in ("kl", "detail", "crop"):
+            check_number(f"loss.{name}", getattr(self, name), low=0)
 
 
 def make_autoencoder_task(

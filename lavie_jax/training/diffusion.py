@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int
 from lavie_jax import stages, weights
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, sample_posterior
+from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
 
 
@@ -34,6 +36,12 @@ class DiffusionLoss:
     min_snr_gamma: float = 0.0  # min-SNR weighting (arXiv 2303.09556); 0 = none
     high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: what a clip shows is decided at high noise; 0 = none
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+
+    def __post_init__(self):
+        for name in ("alpha", "min_snr_gamma", "high_noise"):
+            check_number(f"loss.{name}", getattr(self, name), low=0)
+        if not self.held_out_timesteps:
+            raise UserError("loss.held_out_timesteps: at least one timestep is needed.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,8 @@ def make_diffusion_task(
     """
     definition = stages.STAGES[stage]
     vae, schedule = models.vae, models.schedule
+    if not all(0 <= t < schedule.steps for t in loss.held_out_timesteps):
+        raise UserError(f"loss.held_out_timesteps {loss.held_out_timesteps} must be from 0 to {schedule.steps - 1}.")
 
     def init(rng: jax.Array) -> Any:
         """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""

@@ -1,6 +1,7 @@
 """AdamW with warm-up and clipping, and the choice of parameters that are trained (paper, appendix D)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,19 @@ class OptimizerConfig:
     b2: float = 0.999
     weight_decay: float = 0.01  # on kernels only
     clip: float = 1.0  # global norm of the gradient; 0 = no clipping
+
+    def __post_init__(self):
+        for name in ("learning_rate", "warmup", "weight_decay", "clip"):
+            check_number(f"optimizer.{name}", getattr(self, name), low=0)
+        for name in ("b1", "b2"):
+            check_number(f"optimizer.{name}", getattr(self, name), low=0, below=1)
+
+
+def check_number(name: str, value: float, *, low: float, below: float = math.inf) -> None:
+    """UserError for a number of a config that is below `low`, not below `below`, or not finite."""
+    if not low <= value < below:
+        limit = "" if below == math.inf else f" and below {below}"
+        raise UserError(f"config field {name!r} must be finite, at least {low}{limit}; given {value}.")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.models.attention import KERNELS
 from lavie_jax.training.optimizer import REGIMES
 
 USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...]"
@@ -61,12 +62,22 @@ def check(config: Any, workdir: Path) -> None:
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
             "samples are made from the weights that a checkpoint writes."
         )
-    choices = {"dtype": ("auto", "float32", "bfloat16"), "remat": ("none", "block"), "regime": REGIMES}
+    choices = {
+        "dtype": ("auto", "float32", "bfloat16"),
+        "remat": ("none", "block"),
+        "regime": REGIMES,
+        "attention_kernel": [name for name in KERNELS if name != "flash"],  # no kernel for 77 words: "auto" knows
+    }
     for field, allowed in choices.items():
         if config[field] not in allowed:
             raise UserError(f"unknown {field} {config[field]!r}{suggest(config[field], allowed)}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"config field 'ema_decay' must be from 0 to below 1, not {config.ema_decay}.")
+    if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"--workdir {workdir} has weights/ and no checkpoints/: training would overwrite what it did not write. "
+            "Name another --workdir."
+        )
     for place in (workdir.absolute(), *workdir.absolute().parents):
         if place.is_dir():
             if not os.access(place, os.W_OK):
