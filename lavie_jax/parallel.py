@@ -116,8 +116,8 @@ def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
         )
     if ways % jax.process_count():
         raise UserError(
-            f"mesh {dict(mesh.shape)}: data x fsdp = {ways} must be a multiple of the {jax.process_count()} hosts, each "
-            "of which brings its own rows; give tensor at most the devices of one host."
+            f"mesh {dict(mesh.shape)}: data x fsdp = {ways} must be a multiple of the {jax.process_count()} hosts, "
+            "each of which brings its own rows; give tensor at most the devices of one host."
         )
 
 

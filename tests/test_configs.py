@@ -132,23 +132,33 @@ def test_the_full_size_config_is_tiny_on_moving_shapes():
     assert a == b  # so the run below is its run too
 
 
-@pytest.mark.parametrize("name", ["image", "base"])
-def test_tiny_trains_and_leaves_a_model_and_samples(name, tmp_path):
+def test_tiny_trains_and_leaves_a_model_and_samples(tmp_path):
+    """The image model, then the base stage from its weights folder, as the small world is trained."""
+    tiny_run("image", tmp_path / "image", "--config.prompts=()")
+    tiny_run("base", tmp_path / "base", "--config.vae_from=", f"--config.init_from={tmp_path}/image/weights")
+    image, base = (weights.load_folder(tmp_path / name / "weights") for name in ("image", "base"))
+    jax.tree.map(np.testing.assert_array_equal, image.vae.params, base.vae.params)
+    start, end = (w.unet.params["conv_in"]["kernel"] for w in (image, base))
+    assert 0 < np.abs(end - start).max() < 0.01  # from there, and on
+
+
+def tiny_run(name, workdir, *extra):
+    """Trains two steps of a config's tiny mode, and looks at all that it leaves."""
     command = [
-        sys.executable, "train.py", "--config", f"configs/moving_shapes/{name}.py:tiny", "--workdir", str(tmp_path),
+        sys.executable, "train.py", "--config", f"configs/moving_shapes/{name}.py:tiny", "--workdir", str(workdir),
         "--config.steps=2", "--config.log_every=1", "--config.checkpoint_every=2", "--config.sample_every=2",
-        "--config.tensorboard=true", *(["--config.prompts=()"] if name == "image" else []),
+        "--config.tensorboard=true", *extra,
     ]  # fmt: skip
     flags = "--xla_backend_optimization_level=0"  # compile fast, run slowly
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()[-1]) == 64
-    found = weights.load_folder(tmp_path / "weights", stage="base")
+    found = weights.load_folder(workdir / "weights", stage="base")
     assert found.sampling["frames"] == (1 if name == "image" else 4)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "image_loss", "learning_rate", "clips_per_second"} <= set(lines[0])
     assert ("video_loss" in lines[0]) == (name == "base")
     assert {f"held_out/image_loss_t{t}" for t in (100, 300, 500, 700, 900)} <= set(lines[-1])
-    assert [p.name for p in tmp_path.glob("samples/*")] == (["00000002.png"] if name == "base" else [])
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert [p.name for p in workdir.glob("samples/*")] == (["00000002.png"] if name == "base" else [])
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
