@@ -139,6 +139,7 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"height": 0}, "at least 1"),
         ({"fps": 0.0}, "fps must be above 0"),
         ({"fps": None}, "give fps"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"caption_drop": 1.5}, "caption_drop is a probability"),
         ({"source": "video_folder"}, "needs a path"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),

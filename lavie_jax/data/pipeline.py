@@ -56,6 +56,8 @@ def make_source(config: DataConfig) -> Source:
         raise UserError(f"height and width must be at least 1; given {config.height}x{config.width}")
     if config.fps is not None and not config.fps > 0:
         raise UserError(f"fps must be above 0; given {config.fps}")
+    if config.seed < 0:
+        raise UserError(f"the data's seed must be at least 0; given {config.seed}")
     for name in ("caption_drop", "detail_drop"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} is a probability, 0 to 1; given {getattr(config, name)}")

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from lavie_jax import stages, weights
 from lavie_jax.data import moving_shapes, tokens
 from lavie_jax.data.pipeline import DataConfig
+from lavie_jax.diffusion.samplers import make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -23,6 +24,7 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.diffusion import DiffusionLoss, Models
+from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Task, check_same
 
 RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only show that the code works
@@ -78,6 +80,9 @@ def check_stage(config: Any) -> None:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
     if config.regime == "video_only" and data.images:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
+    sampling = {**stages.STAGES[config.stage].sampling, **config.sampling}
+    make_sampler(sampling["sampler"], sampling["steps"], models.schedule)  # raises for what cannot be sampled with
+    check_number("sampling.guidance", sampling["guidance"], low=0)
     factor = models.vae.config.factor
     if data.height % factor or data.width % factor:
         raise UserError(f"frames of {data.height}x{data.width} are not multiples of the VAE's factor {factor}.")

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
@@ -31,6 +32,8 @@ class Checkpoints:
 
     def __init__(self, path: Path, *, keep: int):
         set_incomplete_aside(path)
+        if jax.process_count() > 1:  # no host may still find what the first one sets aside
+            multihost_utils.sync_global_devices("checkpoints")
         managers = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             path.absolute(),

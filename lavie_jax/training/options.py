@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Path]:
 def check(config: Any, workdir: Path) -> None:
     """Refuses, before anything heavy, numbers that no run can have and a workdir that cannot be made."""
     for field in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "held_out_every",
-                  "held_out_batches", "sample_every"):  # fmt: skip
+                  "held_out_batches", "sample_every", "keep_checkpoints"):  # fmt: skip
         if config[field] < 1:
             raise UserError(f"config field {field!r} must be at least 1, not {config[field]}.")
     if config.prompts and config.sample_every % config.checkpoint_every:
@@ -171,7 +171,7 @@ def _convert(text: str, old: Any, field: str) -> Any:
             raise wrong
         return value
     if isinstance(old, int):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
             raise wrong
         return int(value)
     if isinstance(old, float):
