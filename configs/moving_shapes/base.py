@@ -74,7 +74,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.schedule = ConfigDict(
         {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps": 1000, "prediction": "v_prediction"}
     )
-    config.sampling = ConfigDict({"sampler": "ddim", "steps": 30, "guidance": 4.0})
+    config.sampling = ConfigDict({"sampler": "ddim", "steps": 20, "guidance": 4.0})
 
     config.data = common.moving_shapes()
     config.batch = 32
