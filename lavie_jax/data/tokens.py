@@ -80,7 +80,7 @@ def load_tokenizer(folder: str | Path):
         if missing:
             raise UserError(f"no CLIP tokenizer in {os.fspath(folder)!r}: no {' and no '.join(missing)}")
     # Not AutoTokenizer, which imports torch; here, so that the data pipeline's workers load neither.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is missing, as it should be
     from transformers import CLIPTokenizer
 
     try:
