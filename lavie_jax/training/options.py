@@ -73,6 +73,8 @@ def check(config: Any, workdir: Path) -> None:
             raise UserError(f"unknown {field} {config[field]!r}{suggest(config[field], allowed)}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"config field 'ema_decay' must be from 0 to below 1, not {config.ema_decay}.")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard=True needs the package tensorboard: install it, or set tensorboard=False.")
     if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ and no checkpoints/: training would overwrite what it did not write. "
