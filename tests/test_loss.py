@@ -88,14 +88,6 @@ def test_weights_of_samples_and_of_frames(pair):
     assert parts["image"] == 0
 
 
-@pytest.mark.parametrize("shape", [(H, W, 1), (B, 1, H, W, 1), (B, T + M, H, W, C)])
-def test_a_weight_map_decides_which_places_count(pair, shape):
-    half = jnp.broadcast_to((jnp.arange(W) < W // 2).astype(jnp.float32)[:, None], shape)
-    _, parts = joint_loss(*pair, None, T, 1.0, weight_map=half)
-    kept = np.square(np.subtract(*pair))[:, :T, :, : W // 2].mean()
-    np.testing.assert_allclose(parts["video"], kept / 2, rtol=1e-6)
-
-
 def test_half_precision_predictions_are_compared_in_float32(pair):
     loss, _ = joint_loss(pair[0].astype(jnp.bfloat16), pair[1], None, T, 1.0)
     assert loss.dtype == jnp.float32

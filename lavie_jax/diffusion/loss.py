@@ -41,8 +41,6 @@ def joint_loss(
     weight: Float[Array, " b *frames"] | None,
     T: int,
     alpha: float,
-    *,
-    weight_map: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Joint image-video loss: L = L_video + alpha * L_image (eq. 3, arXiv 2309.15103).
 
@@ -56,7 +54,6 @@ def joint_loss(
             multiplied by it; the mean is not divided by its sum.
         T: number of video frames, 0 to T + M.
         alpha: weight of the images.
-        weight_map: weight of each place, broadcastable to `prediction`; multiplied in as `weight` is.
 
     Returns:
         The loss, and its parts {"video": ..., "image": ...} before alpha; float32 scalars.
@@ -69,8 +66,6 @@ def joint_loss(
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     if weight is not None:
         error *= weight.reshape(weight.shape + (1,) * (error.ndim - weight.ndim))
-    if weight_map is not None:
-        error *= weight_map
     video = error[:, :T].mean() if T > 0 else jnp.zeros(())
     image = error[:, T:].mean() if T < frames else jnp.zeros(())
     return video + alpha * image, {"video": video, "image": image}
