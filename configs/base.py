@@ -91,7 +91,13 @@ def get_config(mode: str = "") -> ConfigDict:
     config.remat = "block"
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.loss = ConfigDict(
-        {"alpha": 1.0, "min_snr_gamma": 0.0, "high_noise": 0.0, "held_out_timesteps": (100, 300, 500, 700, 900)}
+        {
+            "alpha": 1.0,
+            "min_snr_gamma": 0.0,
+            "high_noise": 0.0,
+            "logit_normal": (),  # timesteps are uniform
+            "held_out_timesteps": (100, 300, 500, 700, 900),
+        }
     )
     config.steps = 300_000
     config.prompts = ("a teddy bear walking on the street", "a panda playing the guitar, 2k, high quality")

@@ -85,6 +85,14 @@ def low_res_condition(inputs: dict) -> Condition:
 LOW_RES_SCHEDULE = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
 
 
+DrawTimesteps = Callable[[Array, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
+
+
+def uniform_timesteps(schedule: Schedule) -> DrawTimesteps:
+    """Every timestep as often as any other (Eq. 2)."""
+    return lambda rng, shape: jax.random.randint(rng, shape, 0, schedule.steps)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage: its official sampling settings, its schedule, its condition."""
@@ -103,18 +111,19 @@ class Stage:
         *,
         images: int = 0,
         schedule: Schedule | None = None,
+        draw: DrawTimesteps | None = None,
     ) -> TrainingPair:
         """Draw timesteps and noise, and make x_t and the target of LaVie's Eq. 1 to 3.
 
         `latents` holds T video frames, then M = `images` images; `inputs` is what `condition` wants. The video's
         frames share one timestep, every image has its own. `schedule` overrides the stage's (a model with other
-        betas or another prediction).
+        betas or another prediction), `draw` the uniform distribution of the timesteps.
         """
         schedule = schedule or self.schedule
+        draw = draw or uniform_timesteps(schedule)
         t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
         batch = latents.shape[0]
-        t = jax.random.randint(t_rng, (batch,), 0, schedule.steps)
-        image_t = jax.random.randint(image_rng, (batch, images), 0, schedule.steps)
+        t, image_t = draw(t_rng, (batch,)), draw(image_rng, (batch, images))
         return self.training_pair_at(
             latents, inputs, t, image_t, jax.random.normal(noise_rng, latents.shape), schedule=schedule
         )

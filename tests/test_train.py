@@ -150,6 +150,18 @@ def test_timestep_weights():
     np.testing.assert_array_equal(diffusion.timestep_weight(schedule, t, diffusion.DiffusionLoss()), 1.0)
 
 
+def test_logit_normal_timesteps_gather_where_they_are_asked_to():
+    schedule, loss = Schedule(), diffusion.DiffusionLoss(logit_normal=(1.0, 0.5))
+    t = np.asarray(diffusion.timestep_distribution(schedule, loss)(jax.random.key(0), (4000,)))
+    assert t.min() >= 0 and t.max() < 1000
+    np.testing.assert_allclose(np.median(t) / 1000, 1 / (1 + np.exp(-1.0)), atol=0.01)
+    even = diffusion.timestep_distribution(schedule, diffusion.DiffusionLoss())(jax.random.key(0), (4000,))
+    np.testing.assert_allclose(np.quantile(even, [0.1, 0.5, 0.9]) / 1000, [0.1, 0.5, 0.9], atol=0.02)
+    for wrong in ((0.5,), (0.5, 0.0), (1.0, 1.0, 1.0)):
+        with pytest.raises(UserError, match="logit_normal"):
+            diffusion.DiffusionLoss(logit_normal=wrong)
+
+
 def test_inflation_zeroes_the_temporal_output_and_nothing_else():
     block = {"attn_temporal": {"to_out_0": {"kernel": np.ones(2), "bias": np.ones(2)}, "to_q": {"kernel": np.ones(2)}},
              "attn1": {"to_out_0": {"kernel": np.ones(2)}}}  # fmt: skip

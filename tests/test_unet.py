@@ -56,7 +56,8 @@ def random_params(unet, *inputs):
 
 def make(kind):
     """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
-    config = dataclasses.replace(UNetConfig.from_diffusers(KINDS[kind], kind), temporal_norm_groups=4)
+    config = UNetConfig.from_diffusers(KINDS[kind], kind)
+    config = dataclasses.replace(config, temporal_norm_groups=4, frame_embedding=kind == "base")
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -158,6 +159,20 @@ def test_temporal_layers_change_nothing_when_new(kind):
     image = run(UNet(unet.config.image_config()), without_temporal(fresh), 1)
     for frames in (1, 3) if kind == "base" else (3,):
         assert relative_error(run(unet, fresh, frames), repeat(image, "b 1 ... -> b t ...", t=frames)) < 1e-5
+
+
+def test_only_numbered_frames_that_look_alike_can_differ():
+    """Positions that are relative give like frames like outputs, whatever the weights: motion has no sign there."""
+    unet, (x, t, text, *_) = make("base")
+    copies = repeat(x[:, 0], "b ... -> b t ...", t=4)
+    params = random_params(unet, copies, t, text)
+
+    def spread(network):
+        y = jax.jit(network.apply)({"params": params}, copies, t, text)
+        return relative_error(y, repeat(y[:, 0], "b ... -> b t ...", t=4))
+
+    assert spread(UNet(dataclasses.replace(unet.config, frame_embedding=False))) < 1e-5
+    assert spread(unet) > 1e-2
 
 
 def test_kernels_and_remat_change_nothing():

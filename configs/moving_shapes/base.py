@@ -68,6 +68,7 @@ def get_config(mode: str = "") -> ConfigDict:
             "norm_num_groups": 16,
             "temporal_attention": "before_ff",
             "temporal_position": True,
+            "frame_embedding": True,
         }
     )
     # The betas of LaVie; v-prediction learns the small world better than noise prediction.
@@ -79,7 +80,14 @@ def get_config(mode: str = "") -> ConfigDict:
     config.data = common.moving_shapes()
     config.batch = 32
     config.loss = ConfigDict(
-        {"alpha": 1.0, "min_snr_gamma": 0.0, "high_noise": 0.0, "held_out_timesteps": (100, 300, 500, 700, 900)}
+        {
+            "alpha": 1.0,
+            "min_snr_gamma": 0.0,
+            "high_noise": 0.0,
+            # What a sample shows is decided at t = 400 to 900; the rest is soon learnt.
+            "logit_normal": (0.5, 1.0),
+            "held_out_timesteps": (100, 300, 500, 700, 900),
+        }
     )
     config.steps = 40_000
     config.optimizer.learning_rate = 5e-4

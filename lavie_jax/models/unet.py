@@ -91,6 +91,23 @@ class RelativePositionBias(nn.Module):
         return rearrange(table(relative_position_buckets(length)), "q k n -> 1 n q k")
 
 
+class FrameEmbedding(nn.Module):
+    """What tells each frame its number: (T, 1, 1, C), zero at first.
+
+    Attention whose positions are relative cannot tell frames apart that look alike, and under much noise, where the
+    motion of a clip is decided, all do. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127)
+    have such an embedding; LaVie has none.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, length: int, channels: int):
+        features = layers.timestep_features(jnp.arange(length), channels).astype(self.dtype)
+        shift = nn.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")(features)
+        return rearrange(shift, "t c -> t 1 1 c")
+
+
 class FeedForward(nn.Module):
     """GEGLU (arXiv 2002.05202): (value * gelu(gate)) projected back, four times as wide inside; exact erf GELU."""
 
@@ -177,7 +194,9 @@ class TransformerBlock(nn.Module):
         attn, norm = Attention(self.s, heads, temporal=True, name="attn_temporal"), norm("norm_temporal")
 
         def over_time(video):  # the frames at each place attend to each other
-            batch, _, height = video.shape[:3]
+            batch, length, height = video.shape[:3]
+            if self.s.config.frame_embedding:
+                video = video + FrameEmbedding(self.s.dtype, name="frame_embedding_temporal")(length, video.shape[-1])
             y = attn(rearrange(norm(video), "b t h w c -> (b h w) t c"))
             return video + rearrange(y, "(b h w) t c -> b t h w c", b=batch, h=height)
 

@@ -26,6 +26,7 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, sample_posterior
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
+from lavie_jax.weights.names import ZERO_AT_FIRST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,17 @@ class DiffusionLoss:
     alpha: float = 1.0  # of the images in L = L_video + alpha L_image (Eq. 3)
     min_snr_gamma: float = 0.0  # min-SNR weighting (arXiv 2303.09556); 0 = none
     high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: what a clip shows is decided at high noise; 0 = none
+    # (m, s): t / steps = sigmoid(normal(m, s)), "logit-normal" (arXiv 2403.03206, sec. 3.1); () = uniform
+    logit_normal: tuple[float, ...] = ()
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
     def __post_init__(self):
         for name in ("alpha", "min_snr_gamma", "high_noise"):
             check_number(f"loss.{name}", getattr(self, name), low=0)
+        if self.logit_normal and not (len(self.logit_normal) == 2 and self.logit_normal[1] > 0):
+            raise UserError(
+                f"loss.logit_normal is (mean, scale) with a scale above 0, or () for none; given {self.logit_normal}."
+            )
         if not self.held_out_timesteps:
             raise UserError("loss.held_out_timesteps: at least one timestep is needed.")
 
@@ -123,7 +130,9 @@ def make_diffusion_task(
     def train_loss(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
         vae_rng, pair_rng = jax.random.split(rng)
         latents, text = encode(params, frozen, batch, vae_rng)
-        pair = definition.training_pair(latents, {}, pair_rng, images=images, schedule=schedule)
+        pair = definition.training_pair(
+            latents, {}, pair_rng, images=images, schedule=schedule, draw=timestep_distribution(schedule, loss)
+        )
         value, parts = losses(params, pair, text)
         return value, named(parts)
 
@@ -186,6 +195,19 @@ def encode_text(
     return stages.Text(video, None if image_tokens is None else text[:, len(parts) :])
 
 
+def timestep_distribution(schedule: Schedule, loss: DiffusionLoss) -> stages.DrawTimesteps:
+    """(rng, shape) -> the timesteps that a step trains, int32: uniform, or more of some than of others."""
+    if not loss.logit_normal:
+        return stages.uniform_timesteps(schedule)
+    mean, scale = loss.logit_normal
+
+    def draw(rng: jax.Array, shape: tuple[int, ...]) -> Array:
+        part = jax.nn.sigmoid(mean + scale * jax.random.normal(rng, shape))
+        return jnp.clip((part * schedule.steps).astype(jnp.int32), 0, schedule.steps - 1)
+
+    return draw
+
+
 def timestep_weight(schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLoss) -> Float[Array, "b f"]:
     """The loss weight of each frame's timestep."""
     weight = jnp.ones(t.shape)
@@ -199,9 +221,9 @@ def timestep_weight(schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLos
 def image_as_video(params: Mapping[str, Any]) -> dict[str, Any]:
     """The UNet of an image model, inflated (LaVie section 3.1): temporal attention adds nothing at first.
 
-    The weights and biases of its output projections are set to zero, so that a clip of T copies of one
-    image comes out as that image does in the image model.
+    What writes into the residual stream is set to zero, weights and biases, so that a clip of T copies of
+    one image comes out as that image does in the image model.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    zeroed = {k: np.zeros_like(v) if "/attn_temporal/to_out_0/" in k else v for k, v in flat.items()}
+    zeroed = {k: np.zeros_like(v) if ZERO_AT_FIRST.search(k) else v for k, v in flat.items()}
     return traverse_util.unflatten_dict(zeroed, sep="/")

@@ -25,12 +25,11 @@ from lavie_jax.weights.convert import (
 )
 from lavie_jax.weights.expected import expected_shapes, refuse
 from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, read_part, save_folder
-from lavie_jax.weights.names import PARTS, is_buffer
+from lavie_jax.weights.names import PARTS, ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
 
 TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that an image model does not have
-ZERO = re.compile(r"attn_temporal/to_out_0/|/shift_conv/|/resblock_temporal/conv2/")
 
 
 def inflate_pretrained(
@@ -132,7 +131,7 @@ def initial_value(path: str, expected: Mapping[str, tuple[int, ...]], seed: int)
     """
     shape, (module, _, leaf) = expected[path], path.rpartition("/")
     kernel = expected.get(f"{module}/kernel")
-    if ZERO.search(path) or (leaf == "bias" and kernel is None):
+    if ZERO_AT_FIRST.search(path) or (leaf == "bias" and kernel is None):
         return np.zeros(shape, np.float32)
     if leaf == "scale":
         return np.ones(shape, np.float32)
