@@ -76,13 +76,15 @@ def low_res_condition(inputs: dict) -> Condition:
     """Super-resolution: the low-resolution frames, noised, and the level of that noise. LaVie sec. 3.4.
 
     inputs: `low_res` (B, T, H, W, 3) in [-1, 1]; `low_res_noise` of the same shape, standard normal;
-    `noise_level` (B,) int, a timestep of the low-resolution schedule.
+    `noise_level` (B,) int, a timestep of `low_res_schedule` (default: the released model's).
     """
-    noised = LOW_RES_SCHEDULE.add_noise(inputs["low_res"], inputs["low_res_noise"], inputs["noise_level"])
+    schedule = inputs.get("low_res_schedule", LOW_RES_SCHEDULE)
+    noised = schedule.add_noise(inputs["low_res"], inputs["low_res_noise"], inputs["noise_level"])
     return Condition(concat=noised, noise_level=inputs["noise_level"])
 
 
 LOW_RES_SCHEDULE = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
+MAX_NOISE_LEVEL = 350  # of the low-resolution frames, as the x4-upscaler was trained
 
 
 DrawTimesteps = Callable[[Array, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
@@ -162,26 +164,30 @@ def denoiser(
     guidance: float,
     rescale: float = 0.0,
     image: bool = False,
+    in_turn: bool = False,
 ) -> Callable[[Array, Array], Array]:
-    """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598), both halves in one call.
+    """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598).
 
     x_t (B, T, h, w, C), t a scalar or (B,). With `guidance` 1 the unconditional half is left out. `image` takes T = 1
-    down the joint model's image path, without temporal layers.
+    down the joint model's image path, without temporal layers. Both halves go through the UNet in one call, or with
+    `in_turn` one after the other: the same result in half the memory.
     """
-    guided = guidance != 1.0
-    if guided:
-        text = jnp.concatenate([text, null_text])
-        condition = jax.tree.map(lambda x: jnp.concatenate([x, x]), condition)
+
+    def predict(x_t, t, text, condition):
+        x = x_t if condition.concat is None else jnp.concatenate([x_t, condition.concat], axis=-1)
+        texts = (None, text[:, None]) if image else (text, None)
+        return unet.apply({"params": params}, x, t, *texts, noise_level=condition.noise_level)
 
     def denoise(x_t, t):
-        x = jnp.concatenate([x_t, x_t]) if guided else x_t
-        if condition.concat is not None:
-            x = jnp.concatenate([x, condition.concat], axis=-1)
         t = jnp.broadcast_to(t, x_t.shape[:1])
-        t = jnp.concatenate([t, t]) if guided else t
-        texts = (None, text[:, None]) if image else (text, None)
-        prediction = unet.apply({"params": params}, x, t, *texts, noise_level=condition.noise_level)
-        return guide(*jnp.split(prediction, 2), guidance, rescale) if guided else prediction
+        if guidance == 1.0:
+            return predict(x_t, t, text, condition)
+        if in_turn:  # a loop, because the compiler would be free to run two calls side by side
+            halves = jax.lax.map(lambda half: predict(x_t, t, half, condition), jnp.stack([text, null_text]))
+        else:
+            twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (x_t, t, condition))
+            halves = jnp.split(predict(twice[0], twice[1], jnp.concatenate([text, null_text]), twice[2]), 2)
+        return guide(*halves, guidance, rescale)
 
     return denoise
 

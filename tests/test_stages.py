@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lavie_jax.diffusion import Schedule
 from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES, Condition, Text, denoiser, predict
 
 
@@ -39,6 +40,10 @@ def test_low_res_frames_are_noised_at_their_level():
     signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[[0, 350]])[:, None, None, None, None]
     np.testing.assert_allclose(condition.concat, signal * low_res + np.sqrt(1 - signal**2) * noise, atol=1e-6)
     np.testing.assert_array_equal(condition.noise_level, level)
+    linear = Schedule()
+    given = {"low_res": low_res, "low_res_noise": noise, "noise_level": level, "low_res_schedule": linear}
+    other = STAGES["vsr"].condition(given)
+    np.testing.assert_allclose(other.concat, linear.add_noise(low_res, noise, level), atol=1e-6)
 
 
 def test_guidance_moves_away_from_the_null_text():
@@ -52,6 +57,17 @@ def test_guidance_moves_away_from_the_null_text():
     assert unet.calls["noise_level"].tolist() == [1, 2, 3, 1, 2, 3]
     denoiser(unet, {}, text, null, Condition(), guidance=1.0)(x, 10)
     assert unet.calls["x"].shape[0] == 3  # the unconditional half is not computed for nothing
+
+
+def test_guided_halves_in_turn_are_the_same():
+    unet, rng = Recorder(), np.random.default_rng(0)
+    text, null = (jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32) for _ in range(2))
+    x, condition = jnp.ones((3, 2, 4, 4, 4)), Condition(jnp.ones((3, 2, 4, 4, 3)), jnp.array([1, 2, 3]))
+    together, in_turn = (
+        denoiser(unet, {}, text, null, condition, guidance=7.5, in_turn=in_turn)(x, 10) for in_turn in (False, True)
+    )
+    np.testing.assert_allclose(in_turn, together, rtol=1e-5)
+    assert unet.calls["x"].shape == (3, 2, 4, 4, 7)
 
 
 def test_an_image_takes_the_image_path():
