@@ -27,6 +27,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.init_from = "weights/base-init"  # Stable Diffusion 1.4, inflated
     config.inflate = False  # `convert_torch.py inflate` did it; so a trained model can be given too
     config.vae_from = ""  # the one of init_from
+    config.text_from = ""  # likewise
     config.train_text_encoder = False
 
     config.unet = ConfigDict(
@@ -82,7 +83,6 @@ def get_config(mode: str = "") -> ConfigDict:
             "width": 512,
             "fps": 8.0,
             "caption_drop": 0.1,
-            "null_caption": "",
             "seed": 0,
         }
     )

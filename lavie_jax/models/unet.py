@@ -9,7 +9,7 @@ stage, the down, mid and up blocks, and last the `UNet` itself.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -92,18 +92,21 @@ class RelativePositionBias(nn.Module):
 
 
 class FrameEmbedding(nn.Module):
-    """What tells each frame its number: (T, 1, 1, C), zero at first.
+    """What tells each frame its place in the clip: (T, 1, 1, C), zero at first.
 
     Attention whose positions are relative cannot tell frames apart that look alike, and under much noise, where the
     motion of a clip is decided, all do. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127)
-    have such an embedding; LaVie has none.
+    number the frames; LaVie does not. Here the first frame is 0 and the last `SPAN`, however many lie between them, so
+    that what a few frames taught holds for many.
     """
+
+    SPAN: ClassVar[float] = 16.0
 
     dtype: Any
 
     @nn.compact
     def __call__(self, length: int, channels: int):
-        features = layers.timestep_features(jnp.arange(length), channels).astype(self.dtype)
+        features = layers.timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
         shift = nn.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")(features)
         return rearrange(shift, "t c -> t 1 1 c")
 
