@@ -82,7 +82,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    data = pipeline.DataConfig(**config.data)
+    data = build.data_config(config)
     with closing(pipeline.batches(build.held_out_data(data), tokenizer, **sharing)) as rows:
         held_out_batches = [parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)]
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)

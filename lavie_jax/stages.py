@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from lavie_jax.diffusion.guidance import guide
@@ -84,7 +85,6 @@ def low_res_condition(inputs: dict) -> Condition:
 
 
 LOW_RES_SCHEDULE = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
-MAX_NOISE_LEVEL = 350  # of the low-resolution frames, as the x4-upscaler was trained
 
 
 DrawTimesteps = Callable[[Array, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
@@ -108,17 +108,19 @@ class Stage:
     def training_pair(
         self,
         latents: Float[Array, "b frames h w c"],
-        inputs: dict,
+        inputs: dict | None,
         rng: Array,
         *,
         images: int = 0,
+        image_inputs: dict | None = None,
         schedule: Schedule | None = None,
         draw: DrawTimesteps | None = None,
     ) -> TrainingPair:
         """Draw timesteps and noise, and make x_t and the target of LaVie's Eq. 1 to 3.
 
-        `latents` holds T video frames, then M = `images` images; `inputs` is what `condition` wants. The video's
-        frames share one timestep, every image has its own. `schedule` overrides the stage's (a model with other
+        `latents` holds T video frames, then M = `images` images. `inputs` is what `condition` wants of the video,
+        None when T = 0; `image_inputs` of each image, as of a clip of one frame: (B, M, 1, ...), levels (B, M). The
+        video's frames share one timestep, every image has its own. `schedule` overrides the stage's (a model with other
         betas or another prediction), `draw` the uniform distribution of the timesteps.
         """
         schedule = schedule or self.schedule
@@ -126,25 +128,40 @@ class Stage:
         t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
         batch = latents.shape[0]
         t, image_t = draw(t_rng, (batch,)), draw(image_rng, (batch, images))
-        return self.training_pair_at(
-            latents, inputs, t, image_t, jax.random.normal(noise_rng, latents.shape), schedule=schedule
-        )
+        eps = jax.random.normal(noise_rng, latents.shape)
+        return self.training_pair_at(latents, inputs, t, image_t, eps, image_inputs=image_inputs, schedule=schedule)
 
     def training_pair_at(
         self,
         latents: Float[Array, "b frames h w c"],
-        inputs: dict,
+        inputs: dict | None,
         t: Int[Array, " b"],
         image_t: Int[Array, "b m"],
         eps: Float[Array, "b frames h w c"],
         *,
+        image_inputs: dict | None = None,
         schedule: Schedule | None = None,
     ) -> TrainingPair:
         """`training_pair` at given timesteps and noise: what a held-out loss wants."""
         schedule = schedule or self.schedule
         frame_t = _frame_timesteps(t, image_t, latents.shape[1] - image_t.shape[1])
         x_t = schedule.add_noise(latents, eps, frame_t)
-        return TrainingPair(x_t, t, image_t, schedule.target(latents, eps, frame_t), self.condition(inputs))
+        target = schedule.target(latents, eps, frame_t)
+        return TrainingPair(x_t, t, image_t, target, self._joint_condition(inputs, image_inputs))
+
+    def _joint_condition(self, inputs: dict | None, image_inputs: dict | None) -> Condition:
+        """The clip's condition, and behind it that of every image. A row has one noise level, that of its clip."""
+        parts = [] if inputs is None else [self.condition(inputs)]
+        if image_inputs:
+            rows = next(iter(image_inputs.values())).shape[0]
+            flat = jax.tree.map(lambda x: rearrange(x, "b m ... -> (b m) ..."), image_inputs)
+            each = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> b m ...", b=rows), self.condition(flat))
+            concat = rearrange(each.concat, "b m 1 h w c -> b m h w c")
+            parts.append(Condition(concat, None if each.noise_level is None else each.noise_level[:, 0]))
+        if len(parts) < 2:
+            return parts[0] if parts else Condition()
+        clip, images = parts
+        return Condition(jnp.concatenate([clip.concat, images.concat], axis=1), clip.noise_level)
 
 
 def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, "b frames h w c"]:

@@ -40,6 +40,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.init_from = ""  # the image model's weights folder
     config.inflate = True  # what init_from holds is an image model: temporal attention starts at zero
     config.vae_from = ""  # the VAE's weights folder; not needed where init_from has it
+    config.text_from = ""  # the weights folder of a text encoder that is not to be trained
     config.train_text_encoder = True  # no released text encoder knows this world only
     config.cpu_devices = 2
 

@@ -26,9 +26,12 @@ _EXAMPLES = 2**50  # endless, and still far from overflow after slicing and batc
 class DataConfig:
     """What a batch holds: T `frames` at `fps` and M `images` of (height, width), with captions.
 
-    `frames` = 0 is a batch of images alone. `caption_drop` is the probability with which a caption is
-    replaced by `null_caption`, for classifier-free guidance; `detail_drop` that with which a caption of
-    Moving Shapes leaves out the size, or the background. `path` and `image_path` are for video folders.
+    `frames` = 0 is a batch of images alone. With `full_height` and `full_width`, frames are scaled to that size,
+    and `height` x `width` is a patch of them. `handheld` is the share of clips that are a still under a moving
+    camera: how images join the training of networks that want clips (LaVie sec. 3.4). `caption_drop` is the
+    probability with which a caption is replaced by `null_caption`, for classifier-free guidance; `detail_drop`
+    that with which a caption of Moving Shapes leaves out the size, or the background. `path` and `image_path` are
+    for video folders.
     """
 
     source: str = "moving_shapes"
@@ -39,11 +42,19 @@ class DataConfig:
     fps: float | None = 8.0
     height: int = 64
     width: int = 64
+    full_height: int = 0
+    full_width: int = 0
     images: int = 0
+    handheld: float = 0.0
     caption_drop: float = 0.1
     null_caption: str = ""
     detail_drop: float = 0.1
     seed: int = 0
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """(H, W) of whole frames."""
+        return self.full_height or self.height, self.full_width or self.width
 
 
 def make_source(config: DataConfig) -> Source:
@@ -54,14 +65,20 @@ def make_source(config: DataConfig) -> Source:
         raise UserError(f"a batch needs frames or images; given {config.frames} frames, {config.images} images")
     if min(config.height, config.width) < 1:
         raise UserError(f"height and width must be at least 1; given {config.height}x{config.width}")
+    if config.whole[0] < config.height or config.whole[1] < config.width:
+        raise UserError(
+            f"patches of {config.height}x{config.width} do not fit into frames of {config.whole[0]}x{config.whole[1]} "
+            "(full_height, full_width)"
+        )
     if config.fps is not None and not config.fps > 0:
         raise UserError(f"fps must be above 0; given {config.fps}")
     if config.seed < 0:
         raise UserError(f"the data's seed must be at least 0; given {config.seed}")
-    for name in ("caption_drop", "detail_drop"):
+    for name in ("caption_drop", "detail_drop", "handheld"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} is a probability, 0 to 1; given {getattr(config, name)}")
-    shape = {"frames": config.frames, "height": config.height, "width": config.width, "seed": config.seed}
+    shape = {"frames": config.frames, "height": config.height, "width": config.width, "whole": config.whole}
+    shape["seed"] = config.seed
     if config.source == "video_folder":
         if config.path is None:
             raise UserError("the data source video_folder needs a path")
@@ -88,7 +105,12 @@ class Examples:
         c, index = self.config, int(index)
         rng = np.random.default_rng([c.seed, index])
         video = np.zeros((0, c.height, c.width, 3), np.uint8), c.null_caption
-        if c.frames:
+        if c.frames and c.handheld and rng.random() < c.handheld:
+            reach = transforms.camera_reach(c.height, c.width)
+            picture, caption = self.source.image(index, rng, margin=reach)
+            shape = {"frames": c.frames, "height": c.height, "width": c.width}
+            video = transforms.handheld(picture, **shape, fps=c.fps or transforms.USUAL_FPS, rng=rng), caption
+        elif c.frames:
             video = self.source.video(index, rng)
         stills = [self.source.image(index * c.images + j, rng) for j in range(c.images)]
         kept = rng.random(1 + c.images) >= c.caption_drop

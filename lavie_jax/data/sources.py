@@ -1,6 +1,7 @@
 """Where clips and stills come from: Moving Shapes, or a folder of videos with captions.
 
-A source answers two questions, `video(index, rng)` and `image(index, rng)`, with uint8 pixels and a caption.
+A source answers two questions, `video(index, rng)` and `image(index, rng)`, with uint8 pixels and a caption; with a
+`margin`, the image is that much larger than what a batch holds, both ways.
 The answer depends on its arguments alone, so that any process can make any example. `len` is how many
 different videos there are; the index of `video` and `image` may go beyond it.
 """
@@ -37,18 +38,24 @@ class Source(Protocol):
 
     def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]: ...
 
-    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]: ...
+    def image(
+        self, index: int, rng: np.random.Generator, *, margin: int = 0
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], str]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovingShapes:
-    """The small world. `drop`: how often a caption leaves out the size, and how often the background."""
+    """The small world. `drop`: how often a caption leaves out the size, and how often the background.
+
+    Frames are (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
+    """
 
     split: str = "train"
     frames: int = 16
     fps: float = 8.0
     height: int = 64
     width: int = 64
+    whole: tuple[int, int] = (0, 0)
     drop: float = 0.1
     seed: int = 0
 
@@ -64,21 +71,24 @@ class MovingShapes:
             index + self.seed * _ENDLESS,
             frames=self.frames,
             fps=self.fps,
-            height=self.height,
-            width=self.width,
             drop=self.drop,
+            **self._whole(0),
         )
-        return sample.pixels, sample.caption
+        return self._patch(sample.pixels, 0, rng), sample.caption
 
-    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
-        sample = moving_shapes.image(
-            self.split,
-            index + self.seed * _ENDLESS,
-            height=self.height,
-            width=self.width,
-            drop=self.drop,
-        )
-        return sample.pixels, sample.caption
+    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+        sample = moving_shapes.image(self.split, index + self.seed * _ENDLESS, drop=self.drop, **self._whole(margin))
+        return self._patch(sample.pixels[None], margin, rng)[0], sample.caption
+
+    def _whole(self, margin: int) -> dict[str, int]:
+        """The size to draw."""
+        return {"height": max(self.whole[0], self.height + margin), "width": max(self.whole[1], self.width + margin)}
+
+    def _patch(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
+        height, width = self.height + margin, self.width + margin
+        if frames.shape[1:3] == (height, width):
+            return frames
+        return transforms.resize_crop(frames, height=height, width=width, rng=rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +136,11 @@ def _of_split(folder: Path, pairs: list[_Pair], split: str, val_fraction: float)
 class VideoFolder:
     """A folder, searched to its depths, of videos with captions: `clip.mp4` beside `clip.txt`.
 
-    `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled and cut to (height,
-    width). `image` is one random frame with the clip's caption, or, with an `images` folder (`a.jpg` beside
-    `a.txt`), one of its pictures. `val` holds about `val_fraction` of the clips, and of the pictures, one at
-    least. Videos without caption, too short, or unreadable are left out, with a warning that counts them;
-    UserError when none is left.
+    `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled until (height, width), and
+    `whole`, just fits inside, and cut to (height, width). `image` is one random frame with the clip's caption, or,
+    with an `images` folder (`a.jpg` beside `a.txt`), one of its pictures. `val` holds about `val_fraction` of the
+    clips, and of the pictures, one at least. Videos without caption, too short, or unreadable are left out, with a
+    warning that counts them; UserError when none is left.
     """
 
     def __init__(
@@ -142,13 +152,14 @@ class VideoFolder:
         fps: float | None = 8.0,
         height: int = 320,
         width: int = 512,
+        whole: tuple[int, int] = (0, 0),
         images: str | Path | None = None,
         val_fraction: float = 0.05,
         seed: int = 0,
     ):
         if split not in ("train", "val"):
             raise UserError(f"a video folder has the splits train and val; given {split!r}")
-        self.frames, self.fps, self.height, self.width = frames, fps, height, width
+        self.frames, self.fps, self.height, self.width, self.whole = frames, fps, height, width, whole
         self.random_place, self.seed = split == "train", seed
         folder = Path(folder)
         pairs, silent = _pairs(folder, VIDEO_SUFFIXES)
@@ -207,16 +218,16 @@ class VideoFolder:
             return video_files.read_video(clip.path, frames=self.frames, fps=self.fps, start=start)
 
         frames, caption = self._first_readable(self.clips, index, "video", window)
-        return self._fit(frames, rng), caption
+        return self._fit(frames, 0, rng), caption
 
-    def image(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
         def still(pair: _Pair) -> np.ndarray:
             if self.pictures:
                 return _read_image(pair.path)
             return video_files.read_video(pair.path, frames=1, start=pair.room * rng.random())
 
         frames, caption = self._first_readable(self.pictures or self.clips, index, "image", still)
-        return self._fit(frames, rng)[0], caption
+        return self._fit(frames, margin, rng)[0], caption
 
     def _first_readable(
         self, pairs: list[_Pair], index: int, kind: str, read: Callable[[_Pair], np.ndarray]
@@ -230,8 +241,9 @@ class VideoFolder:
                 logging.warning("skipped: %s", error)
         raise UserError(f"{_ATTEMPTS} files in a row cannot be read, the last is {os.fspath(pair.path)!r}")
 
-    def _fit(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return transforms.resize_crop(frames, height=self.height, width=self.width, rng=self._place(rng))
+    def _fit(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
+        size = {"height": self.height + margin, "width": self.width + margin}
+        return transforms.resize_crop(frames, **size, rng=self._place(rng), whole=self.whole)
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from lavie_jax import stages, weights
@@ -24,8 +25,12 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.diffusion import DiffusionLoss, Models
+from lavie_jax.training.inputs import check_frames
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Task, check_same
+from lavie_jax.weights.folder import part_dir
+from lavie_jax.weights.inflate import TEMPORAL, inflate
+from lavie_jax.weights.safetensors_io import as_tensor
 
 RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only show that the code works
 
@@ -73,7 +78,8 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
 
 def check_stage(config: Any) -> None:
     """Refuses, before any file is read, fields of a stage's config that do not go together."""
-    data, models = config.data, make_models(config, jnp.float32, 1.0)
+    data, models = data_config(config), make_models(config, jnp.float32, 1.0)
+    check_frames(config.stage, data.frames)
     if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
         raise UserError(f"data.frames = {data.frames} and data.images = {data.images} leave nothing to train on.")
     if config.regime != "joint" and not data.frames:
@@ -90,25 +96,33 @@ def check_stage(config: Any) -> None:
 
 def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
     """The task of a stage whose parameters come from `origin`; they may be ShapeDtypeStructs."""
-    data, models = config.data, make_models(config, dtype, origin.scaling_factor)
-    sampling = {
-        **stages.STAGES[config.stage].sampling, **config.sampling,
-        "height": data.height, "width": data.width, "frames": max(data.frames, 1), "fps": data.fps,
-    }  # fmt: skip
-    return diffusion.make_diffusion_task(
-        config.stage,
-        models,
-        DiffusionLoss(**_plain(config.loss)),
+    data, models = data_config(config), make_models(config, dtype, origin.scaling_factor)
+    height, width = data.whole
+    as_trained = {"height": height, "width": width, "frames": max(data.frames, 1), "fps": data.fps}
+    sampling = {**stages.STAGES[config.stage].sampling, **as_trained, **config.sampling}
+    losses = diffusion.StageLoss(
+        stage=stages.STAGES[config.stage],
+        models=models,
+        loss=DiffusionLoss(**_plain(config.loss)),
         frames=data.frames,
         images=data.images,
+        train_text_encoder=config.train_text_encoder,
+    )
+    return diffusion.make_diffusion_task(
+        losses,
         size=(data.height, data.width),
         regime=config.regime,
-        train_text_encoder=config.train_text_encoder,
         start=origin.start,
         frozen=origin.frozen,
         sampling=sampling,
         tokenizer=origin.tokenizer,
     )
+
+
+def data_config(config: Any) -> DataConfig:
+    """What the batches of a config hold; dropped captions become its stage's own null caption."""
+    stage = stages.STAGES.get(config.stage)  # none is the VAE's, which reads no captions
+    return DataConfig(**_plain(config.data), null_caption=stage.null_caption if stage else "")
 
 
 def held_out_data(data: DataConfig) -> DataConfig:
@@ -137,43 +151,72 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
 
 
 def load_origin(config: Any, scratch: Path) -> Origin:
-    """Reads the folders that `init_from` and `vae_from` name; makes the small tokenizer where there is none."""
+    """Reads the folders that `init_from`, `vae_from` and `text_from` name; makes the small tokenizer where none is."""
     models = make_models(config, jnp.float32, 1.0)
-    start, frozen = None, {}
-    if config.init_from:
-        found = weights.load_folder(config.init_from, stage=config.stage, dtype=np.float32)
-        check_same(found.unet.config, models.unet.config, config.init_from)
-        check_same(found.text_encoder.config, models.text_encoder.config, config.init_from)
-        unet = diffusion.image_as_video(found.unet.params) if config.inflate else found.unet.params
-        start = {"unet": unet}
-        (start if config.train_text_encoder else frozen)["text_encoder"] = found.text_encoder.params
-        if found.schedule != models.schedule:
-            logging.warning("%s was trained with %s; now %s", config.init_from, found.schedule, models.schedule)
-    elif not config.train_text_encoder:
-        raise UserError("train_text_encoder=False needs init_from: a weights folder with a trained text encoder.")
+    found = _load_start(config, models) if config.init_from else None
+    text, tokenizer = _load_text(config, models, found)
+    vae = _load_vae(config, models, found)
+    start, frozen = None if found is None else {"unet": found.unet.params}, {"vae": vae.params}
+    if not config.train_text_encoder:
+        frozen["text_encoder"] = text
+    elif start is not None:
+        start["text_encoder"] = text
+    if tokenizer is None:
+        tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
+        tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
+        known = len(tokens.load_tokenizer(tokenizer))
+        if known > settings.vocab_size:
+            raise UserError(
+                f"text_encoder.vocab_size = {settings.vocab_size} is too small: the tokenizer has {known} tokens."
+            )
+    return Origin(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
 
+
+def _load_start(config: Any, models: Models) -> weights.Weights:
+    """What `init_from` holds; with `inflate`, its UNet made into this stage's (LaVie sections 3.1, 3.3)."""
+    where, wanted = config.init_from, models.unet.config
+    from_base = config.inflate and config.stage == "interpolation"
+    found = weights.load_folder(where, stage="base" if from_base else config.stage, dtype=np.float32)
+    unet, params = found.unet.config, found.unet.params
+    if from_base:
+        check_same(unet.image_config(), wanted.image_config(), where, ignore="in_channels")  # inflating adds some
+        spatial = {k: as_tensor(v) for k, v in flatten_dict(params, sep="/").items() if not TEMPORAL.search(k)}
+        inflated = inflate(spatial, wanted, seed=config.seed)
+        params = unflatten_dict({k: v.read() for k, v in inflated.items()}, sep="/")
+    else:
+        check_same(unet, wanted, where)
+        params = diffusion.image_as_video(params) if config.inflate else params
+    if found.schedule != models.schedule:
+        logging.warning("%s was trained with %s; now %s", where, found.schedule, models.schedule)
+    return dataclasses.replace(found, unet=weights.Part(wanted, params))
+
+
+def _load_text(config: Any, models: Models, found: weights.Weights | None) -> tuple[Any, Path | None]:
+    """(parameters of the text encoder, its tokenizer's folder) of `text_from` or `init_from`; without either, None."""
+    if config.text_from:
+        if found is not None or config.train_text_encoder:
+            raise UserError("text_from is for a text encoder that is not trained, and only without init_from.")
+        part, tokenizer = weights.load_part(config.text_from, "text_encoder"), part_dir(config.text_from, "tokenizer")
+    elif found is not None:
+        part, tokenizer = found.text_encoder, found.tokenizer_dir
+    elif config.train_text_encoder:
+        return None, None
+    else:
+        raise UserError("train_text_encoder=False needs init_from or text_from: a folder with a trained text encoder.")
+    check_same(part.config, models.text_encoder.config, config.text_from or config.init_from)
+    return part.params, tokenizer
+
+
+def _load_vae(config: Any, models: Models, found: weights.Weights | None) -> weights.Part:
+    """The VAE of `vae_from`, or else of `init_from`."""
     if config.vae_from == RANDOM:
         logging.warning("vae_from = 'random': an untrained VAE, for trying out the code only")
-        part = weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae))
-    elif config.vae_from or config.init_from:
-        part = found.vae if not config.vae_from else weights.load_part(config.vae_from, "vae")
-        check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore="scaling_factor")
-    else:
+        return weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae))
+    if not config.vae_from and found is None:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")
-    frozen["vae"] = part.params
-
-    tokenizer = scratch / "tokenizer"
-    if config.init_from:
-        tokenizer = found.tokenizer_dir
-    else:
-        text = models.text_encoder.config
-        tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=text.max_position_embeddings)
-        known = len(tokens.load_tokenizer(tokenizer))
-        if known > text.vocab_size:
-            raise UserError(
-                f"text_encoder.vocab_size = {text.vocab_size} is too small: the tokenizer has {known} tokens."
-            )
-    return Origin(start=start, frozen=frozen, scaling_factor=part.config.scaling_factor, tokenizer=tokenizer)
+    part = weights.load_part(config.vae_from, "vae") if config.vae_from else found.vae
+    check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore="scaling_factor")
+    return part
 
 
 def _random(vae: VAE) -> dict[str, Any]:

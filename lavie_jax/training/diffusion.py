@@ -2,7 +2,8 @@
 
 The VAE is frozen and encodes within the step, one draw from its posterior an image. The text encoder is
 frozen too, or, in a small world whose words no released encoder knows as a world of their own, trained
-along. What a stage feeds its UNet is in `stages.py`, the loss in `diffusion/loss.py`.
+along. What a stage feeds its UNet is in `stages.py`, how that is made from a batch in `training/inputs.py`,
+the loss in `diffusion/loss.py`.
 """
 
 import dataclasses
@@ -23,10 +24,13 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
-from lavie_jax.models.vae import VAE, sample_posterior
+from lavie_jax.models.vae import VAE
+from lavie_jax.training.inputs import INPUTS, Clips
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
+
+ENCODED_PIXELS = 4 * 320 * 512  # that a device's VAE encodes at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,123 +65,155 @@ class Models:
     schedule: Schedule
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageLoss:
+    """The loss of one stage on batches of T `frames` and M `images`; either may be 0.
+
+    Parameters are {"unet": ..., "text_encoder": ... if trained}, frozen ones {"vae": ..., "text_encoder": ... if not}.
+    """
+
+    stage: stages.Stage
+    models: Models
+    loss: DiffusionLoss
+    frames: int
+    images: int
+    train_text_encoder: bool
+
+    def init(self, rng: jax.Array, size: tuple[int, int]) -> Any:
+        """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""
+        rngs = jax.random.split(rng)
+        unet, factor = self.models.unet, self.models.vae.config.factor
+        x = jnp.zeros((1, 1, size[0] // factor, size[1] // factor, unet.config.in_channels))
+        t, text = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, unet.config.cross_attention_dim))
+        level = None if unet.config.num_class_embeds is None else t
+        params = {"unet": unet.init(rngs[0], x, t, text, noise_level=level)["params"]}
+        if self.train_text_encoder:
+            params["text_encoder"] = self.models.text_encoder.init(rngs[1], jnp.zeros((1, 2), jnp.int32))["params"]
+        return params
+
+    def train(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
+        """The loss at random timesteps, and its parts."""
+        input_rng, pair_rng = jax.random.split(rng)
+        latents, inputs, image_inputs = self._encode(frozen["vae"], batch, input_rng)
+        schedule = self.models.schedule
+        pair = self.stage.training_pair(
+            latents, inputs, pair_rng, images=self.images, image_inputs=image_inputs, schedule=schedule,
+            draw=timestep_distribution(schedule, self.loss),
+        )  # fmt: skip
+        return self._losses(params, pair, self._text(params, frozen, batch))
+
+    def held_out(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
+        """The losses at each of the fixed timesteps, with the same noise every time; and their mean."""
+        input_rng, noise_rng = jax.random.split(rng)
+        latents, inputs, image_inputs = self._encode(frozen["vae"], batch, input_rng)
+        text = self._text(params, frozen, batch)
+        eps = jax.random.normal(noise_rng, latents.shape)
+
+        def at(step: Array) -> Losses:
+            t = jnp.full((latents.shape[0],), step)
+            image_t = jnp.full((latents.shape[0], self.images), step)
+            pair = self.stage.training_pair_at(
+                latents, inputs, t, image_t, eps, image_inputs=image_inputs, schedule=self.models.schedule
+            )
+            return self._losses(params, pair, text)[1]
+
+        by_t = jax.lax.map(at, jnp.asarray(self.loss.held_out_timesteps))
+        each = {f"{k}_t{t}": v[i] for k, v in by_t.items() for i, t in enumerate(self.loss.held_out_timesteps)}
+        return {**{k: v.mean() for k, v in by_t.items()}, **each}
+
+    def _encode(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
+        """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
+        vae, make_inputs = self.models.vae, INPUTS[self.stage.name]
+        kinds = {"video": self.frames, "images": self.images}
+        pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
+        every = Clips(pixels, *encode_frames(vae, params, pixels))
+        latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
+        latents = every.draw(latent_rng, vae.config)
+        video, images = every.cut(slice(None, self.frames)), every.cut(slice(self.frames, None), None)
+        inputs = make_inputs(video, vae.config, video_rng, level_rng) if self.frames else None
+        image_inputs = make_inputs(images, vae.config, image_rng, level_rng) if self.images else None
+        return jax.lax.stop_gradient((latents, inputs, image_inputs))
+
+    def _text(self, params: Any, frozen: Any, batch: Batch) -> stages.Text:
+        return encode_text(
+            self.models.text_encoder,
+            (params if self.train_text_encoder else frozen)["text_encoder"],
+            batch["tokens"] if self.frames else None,
+            batch["image_tokens"] if self.images else None,
+        )
+
+    def _losses(self, params: Any, pair: stages.TrainingPair, text: stages.Text) -> tuple[jax.Array, Losses]:
+        prediction = stages.predict(self.models.unet, params["unet"], pair, text)
+        weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
+        value, parts = joint_loss(prediction, pair.target, weight, self.frames, self.loss.alpha)
+        present = {"video": self.frames, "image": self.images}
+        return value, {f"{k}_loss": v for k, v in parts.items() if present[k]}
+
+
 def make_diffusion_task(
-    stage: str,
-    models: Models,
-    loss: DiffusionLoss,
+    losses: StageLoss,
     *,
-    frames: int,
-    images: int,
     size: tuple[int, int],
     regime: str,
-    train_text_encoder: bool,
     start: Any,
     frozen: Mapping[str, Any],
     sampling: Mapping[str, Any],
     tokenizer: Any,
 ) -> Task:
-    """The task of every config but the VAE's. Parameters: {"unet": ..., "text_encoder": ... if trained}.
+    """The task of every config but the VAE's.
 
     Args:
-      stage: "base" (the others bring conditions of their own).
-      models: the networks.
-      loss: weights of the loss.
-      frames, images: T and M of the batches; either may be 0.
+      losses: the stage, its networks, and what a batch holds.
       size: (H, W) of the frames, in pixels.
       regime: see `optimizer.REGIMES`.
-      train_text_encoder: along with the UNet; otherwise it comes with `frozen`.
       start: parameters to start from, or None.
       frozen: parameters of "vae", and of "text_encoder" if that is not trained.
       sampling: the sampling settings to write into the exported weights folder.
       tokenizer: what `weights.save_folder` takes, for the same folder.
     """
-    definition = stages.STAGES[stage]
-    vae, schedule = models.vae, models.schedule
-    if not all(0 <= t < schedule.steps for t in loss.held_out_timesteps):
-        raise UserError(f"loss.held_out_timesteps {loss.held_out_timesteps} must be from 0 to {schedule.steps - 1}.")
-
-    def init(rng: jax.Array) -> Any:
-        """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""
-        rngs = jax.random.split(rng)
-        latents = jnp.zeros(
-            (1, 1, size[0] // vae.config.factor, size[1] // vae.config.factor, vae.config.latent_channels)
-        )
-        text = jnp.zeros((1, 2, models.unet.config.cross_attention_dim))
-        params = {"unet": models.unet.init(rngs[0], latents, jnp.zeros((1,), jnp.int32), text)["params"]}
-        if train_text_encoder:
-            params["text_encoder"] = models.text_encoder.init(rngs[1], jnp.zeros((1, 2), jnp.int32))["params"]
-        return params
-
-    def encode(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, stages.Text]:
-        parts = [batch[k] for k, n in (("video", frames), ("images", images)) if n]
-        latents = encode_frames(vae, frozen["vae"], jnp.concatenate(parts, axis=1), rng)
-        text_params = params["text_encoder"] if train_text_encoder else frozen["text_encoder"]
-        return latents, encode_text(
-            models.text_encoder,
-            text_params,
-            batch["tokens"] if frames else None,
-            batch["image_tokens"] if images else None,
-        )
-
-    def losses(params: Any, pair: stages.TrainingPair, text: stages.Text) -> tuple[jax.Array, Losses]:
-        prediction = stages.predict(models.unet, params["unet"], pair, text)
-        weight = timestep_weight(schedule, pair.frame_t, loss)
-        return joint_loss(prediction, pair.target, weight, frames, loss.alpha)
-
-    def named(parts: Losses) -> Losses:
-        return {f"{k}_loss": v for k, v in parts.items() if {"video": frames, "image": images}[k]}
-
-    def train_loss(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
-        vae_rng, pair_rng = jax.random.split(rng)
-        latents, text = encode(params, frozen, batch, vae_rng)
-        pair = definition.training_pair(
-            latents, {}, pair_rng, images=images, schedule=schedule, draw=timestep_distribution(schedule, loss)
-        )
-        value, parts = losses(params, pair, text)
-        return value, named(parts)
-
-    def held_out(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
-        """The losses at each of the fixed timesteps, with the same noise every time; and their mean."""
-        vae_rng, noise_rng = jax.random.split(rng)
-        latents, text = encode(params, frozen, batch, vae_rng)
-        eps = jax.random.normal(noise_rng, latents.shape)
-
-        def at(step: Array) -> Losses:
-            t = jnp.full((latents.shape[0],), step)
-            image_t = jnp.full((latents.shape[0], images), step)
-            pair = definition.training_pair_at(latents, {}, t, image_t, eps, schedule=schedule)
-            return named(losses(params, pair, text)[1])
-
-        by_t = jax.lax.map(at, jnp.asarray(loss.held_out_timesteps))
-        each = {f"{k}_t{t}": v[i] for k, v in by_t.items() for i, t in enumerate(loss.held_out_timesteps)}
-        return {**{k: v.mean() for k, v in by_t.items()}, **each}
+    models, timesteps = losses.models, losses.loss.held_out_timesteps
+    if not all(0 <= t < models.schedule.steps for t in timesteps):
+        raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {models.schedule.steps - 1}.")
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
-        text_params = params["text_encoder"] if train_text_encoder else frozen["text_encoder"]
+        text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,
-            stage=stage,
+            stage=losses.stage.name,
             sampling=dict(sampling),
             unet=(models.unet.config, params["unet"]),
-            vae=(vae.config, frozen["vae"]),
+            vae=(models.vae.config, frozen["vae"]),
             text_encoder=(models.text_encoder.config, text_params),
             tokenizer=tokenizer,
-            schedule=schedule,
+            schedule=models.schedule,
+            low_res_schedule=stages.LOW_RES_SCHEDULE if losses.stage.name == "vsr" else None,
             overwrite=True,
         )
 
     return Task(
-        init=init, start=start, frozen=frozen, loss=train_loss, held_out=held_out, export=export,
-        regime=regime, images_only=frames == 0,
+        init=lambda rng: losses.init(rng, size), start=start, frozen=frozen, loss=losses.train,
+        held_out=losses.held_out, export=export, regime=regime, images_only=losses.frames == 0,
     )  # fmt: skip
 
 
 def encode_frames(
-    vae: VAE, params: Any, frames: Float[Array, "b f H W 3"], rng: jax.Array
-) -> Float[Array, "b f h w c"]:
-    """Scaled latents: one draw from the posterior of every frame. No gradient."""
-    draw = sample_posterior(*vae.apply({"params": params}, frames, method="encode"), rng)
-    return jax.lax.stop_gradient(draw * vae.config.scaling_factor)
+    vae: VAE, params: Any, frames: Float[Array, "b f H W 3"]
+) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
+    """Mean and log-variance of every frame's posterior, unscaled.
+
+    Large batches go through the encoder a few frames at a time: what it keeps of one frame of 320x512 is hundreds of
+    megabytes.
+    """
+
+    def encode(images):
+        return vae.apply({"params": params}, images, method="encode")
+
+    batch, count, height, width, _ = frames.shape
+    at_once = max(1, ENCODED_PIXELS * jax.device_count() // (batch * height * width))  # the rows are split over devices
+    if at_once >= count:
+        return encode(frames)
+    moments = jax.lax.map(encode, einops.rearrange(frames, "b f ... -> f b ..."), batch_size=at_once)
+    return jax.tree.map(lambda x: einops.rearrange(x, "f b ... -> b f ..."), moments)
 
 
 def encode_text(

@@ -1,0 +1,50 @@
+"""Temporal interpolation on Moving Shapes (LaVie section 3.3): 61 frames at 32 fps from the base's 16 at 8.
+
+    python train.py --config configs/moving_shapes/interpolation.py --workdir runs/interpolation \\
+        --config.init_from=runs/base/weights
+    python train.py --config configs/moving_shapes/interpolation.py:tiny --workdir runs/interpolation-tiny
+
+From a base model of the same world: VAE, text encoder (no longer trained) and spatial weights are its own, temporal
+attention is new. Clips are 33 of the 61 frames: all that the relative positions can tell apart. Unlike the
+released model, temporal attention knows positions (`temporal_position`): the four frames that share a key frame
+differ by nothing else, and with positions the small network tells them apart at once.
+
+Modes: "" for one GPU, "cpu" for 2 CPU cores (from `base.py:cpu`), "tiny" (a minute on a CPU, from random weights).
+Hardware, time and result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.moving_shapes import base
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """Modes: "", "cpu" and "tiny"."""
+    common.check_mode(mode, ("cpu", "tiny"))
+    config = base.get_config(mode)
+    config.stage = "interpolation"
+    config.init_from = "" if mode == "tiny" else "lavie_jax/assets/base"
+    config.inflate = True  # what init_from holds is a base model: its spatial weights are taken over
+    config.train_text_encoder = mode == "tiny"  # from random weights, there is none to start from
+    config.unet.in_channels = 8
+    config.unet.spatial_attention = "sparse_causal"
+    config.unet.temporal_attention = "after_ff"
+    config.unet.frame_embedding = False
+    # The key frames say all: no guidance, which would take twice the time.
+    config.sampling = ConfigDict(
+        {"sampler": "respaced_ddim", "steps": 8, "guidance": 1.0, "frames": 61, "fps": 32.0,
+         "prompt_suffix": "", "negative_prompt": ""}
+    )  # fmt: skip
+    config.data.frames, config.data.fps, config.data.images = 33, 32.0, 0
+    config.batch, config.steps = 16, 10_000
+    config.loss.logit_normal = ()
+    config.optimizer.learning_rate = 3e-4
+    config.prompts = ()
+    if mode == "cpu":
+        config.batch, config.steps = 2, 3000
+        config.optimizer.learning_rate = 1e-3
+    if mode == "tiny":
+        config.data.frames, config.batch, config.steps = 5, 2, 20
+        config.sampling.steps, config.sampling.frames = 2, 5
+    return config

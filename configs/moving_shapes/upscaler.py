@@ -1,0 +1,25 @@
+"""The image upscaler that super-resolution on Moving Shapes starts from, as LaVie's starts from the x4-upscaler.
+
+    python train.py --config configs/moving_shapes/upscaler.py --workdir runs/upscaler \\
+        --config.vae_from=runs/vsr_vae/weights
+    python train.py --config configs/moving_shapes/upscaler.py:tiny --workdir runs/upscaler-tiny  # a minute on a CPU
+
+The UNet of `vsr.py` on stills alone; its temporal layers exist and are not trained. Modes as in `vsr.py`.
+Hardware, time and result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.moving_shapes import vsr
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """Modes: "", "cpu" and "tiny"."""
+    config = vsr.get_config(mode)
+    config.regime = "joint"
+    config.inflate = False
+    if mode != "tiny":
+        config.text_from = "lavie_jax/assets/base"
+    config.data.frames, config.data.images, config.data.handheld = 0, 4, 0.0
+    config.steps = {"": 20_000, "cpu": 3000, "tiny": 20}[mode]
+    return config
