@@ -9,7 +9,6 @@ Captions are full (size and background named), those of clips 0, 1, ... of a spl
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from lavie_jax import cascade
 from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.moving_shapes import Attributes, Sample
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.evaluation import results
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
 from lavie_jax.weights import folder_hash, load_part
@@ -150,22 +150,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{name}: at least 1 is needed, given {getattr(args, name)}")
     if args.seed < 0:
         raise UserError(f"seed: at least 0 is needed, given {args.seed}")
-    if args.json and args.json.exists():
-        ours = args.json.is_file() and _kind(args.json) == KIND
-        if not ours:
-            raise UserError(f"{os.fspath(args.json)!r} exists and is no result of this command: name another")
-    for folder in (args.json and args.json.parent, args.sheets):
-        above = folder and next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        if above and not above.is_dir():
-            raise UserError(f"cannot write below {os.fspath(above)!r}: it is a file")
-
-
-def _kind(path: Path) -> str | None:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        return None
-    return content.get("kind") if isinstance(content, dict) else None
+    results.check_place(args.json, KIND)
+    results.check_folder(args.sheets)
 
 
 def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], Videos]]:
@@ -207,14 +193,14 @@ def _measure(args: argparse.Namespace) -> dict:
 def _markdown(tables: Mapping[str, Table]) -> str:
     """A table with a line a split, in per cent with standard errors."""
     rows = [*ROWS, "all"]
-    lines = ["| split | n | " + " | ".join(rows) + " |", "| --- " * (len(rows) + 2) + "|"]
+    lines = []
     for split, table in tables.items():
         cells = [
             f"{100 * table[row]['accuracy']:.1f} ± {100 * table[row]['stderr']:.1f}" if row in table else ""
             for row in rows
         ]
-        lines.append(f"| {split} | {table['all']['n']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([split, str(table["all"]["n"]), *cells])
+    return results.markdown(["split", "n", *rows], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -226,8 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        results.write(args.json, result)
     print(_markdown(result["splits"]))
 
 

@@ -1,0 +1,256 @@
+"""How near interpolation and super-resolution come to the truth, on clips of Moving Shapes, which is known.
+
+    python -m lavie_jax.evaluation.cascade --interpolation-weights DIR --vsr-weights DIR [--clips 16] [--json FILE]
+
+Interpolation makes 61 frames at 32 fps from every 4th of them; what is compared are the frames in between, all
+through the stage's VAE: the model's, key frames repeated, key frames blended linearly, and the true frames, which are
+the ceiling. Super-resolution makes 256x256 frames from the means of their 4x4 squares: the model's, the same without
+its temporal layers, in LaVie's chunks of 8 frames, bicubic enlargement, and the true frames through the VAE.
+Clips 0, 1, ... of a split (`--split`, held_out by default) that do not stand still; clip i has seed `--seed` + i.
+Without `--...-weights` the shipped models are measured.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lavie_jax import cascade
+from lavie_jax.data import moving_shapes
+from lavie_jax.data.moving_shapes import Sample
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.evaluation import results
+from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
+from lavie_jax.training.diffusion import image_as_video
+from lavie_jax.weights import folder_hash
+
+KIND = "cascade"  # what marks our own JSON, which may be written anew
+SPLITS = ("val", "held_out", "image_only")
+RATE = 4  # frames for each key frame, and pixels of a side for each low-resolution pixel
+
+Clip = UInt8[np.ndarray, "t h w 3"]
+Make = Callable[[Clip, str, int], Clip]  # (low-rate or low-resolution clip, caption, seed) -> the clip
+Table = dict[str, dict[str, float]]
+
+
+def moving_samples(split: str, count: int, **shape: float) -> list[Sample]:
+    """The first `count` clips of a split in which the object moves; `shape` as `moving_shapes.clip` takes it."""
+    samples, index = [], 0
+    while len(samples) < count:
+        sample = moving_shapes.clip(split, index, **shape)
+        samples += [sample] if sample.attributes.motion != "still" else []
+        index += 1
+    return samples
+
+
+# ---- ways to make the frames ----
+
+
+def through_vae(pipe: cascade.Cascade, stage: str) -> Callable[[Clip], Clip]:
+    """Frames -> frames, by the stage's VAE and the posterior's mean."""
+
+    def through(frames: Clip) -> Clip:
+        model = pipe.model(stage)
+        factor, channels = model.vae.config.factor, model.vae.config.latent_channels
+        count, height, width = frames.shape[:3]
+        noise = np.zeros((count, height // factor, width // factor, channels), np.float32)
+        return np.concatenate(list(model.decode(model.encode(frames, noise))))
+
+    return through
+
+
+def by_model(pipe: cascade.Cascade, stage: str, **settings: str) -> Make:
+    """The stage as a user samples it, with the settings of its weights but for `settings`."""
+
+    def make(clip: Clip, caption: str, seed: int) -> Clip:
+        return pipe(caption, stages=(stage,), clip=clip, seed=seed, **{stage: settings})[0]
+
+    return make
+
+
+def without_temporal_layers(pipe: cascade.Cascade, stage: str) -> cascade.Cascade:
+    """The image model inside: everything temporal adds nothing."""
+    weights = pipe.weights[stage]
+    unet = dataclasses.replace(weights.unet, params=image_as_video(weights.unet.params))
+    return cascade.Cascade({stage: dataclasses.replace(weights, unet=unet)}, dtype=pipe.dtype, devices=pipe.devices)
+
+
+def repeated(keys: Clip) -> Clip:
+    """Each frame is the nearest key frame, the earlier of two."""
+    frames = np.arange(RATE * (len(keys) - 1) + 1)
+    return keys[(frames + RATE // 2 - 1) // RATE]
+
+
+def blended(keys: Clip) -> Clip:
+    """Each frame is the mean of the key frames around it, weighted by nearness."""
+    place = np.arange(RATE * (len(keys) - 1) + 1) / RATE
+    before = np.minimum(place.astype(int), len(keys) - 2)
+    share = (place - before).astype(np.float32)[:, None, None, None]
+    return ((1 - share) * keys[before] + share * keys[before + 1] + 0.5).astype(np.uint8)
+
+
+def smaller(clip: Clip) -> Clip:
+    """Each pixel is the mean of a square of RATE x RATE, as in training."""
+    count, height, width = clip.shape[:3]
+    squares = clip.reshape(count, height // RATE, RATE, width // RATE, RATE, 3).astype(np.float32)
+    return (squares.mean((2, 4)) + 0.5).astype(np.uint8)
+
+
+def bicubic(clip: Clip) -> Clip:
+    """RATE times the size, frame by frame."""
+    size = RATE * clip.shape[2], RATE * clip.shape[1]
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
+
+
+# ---- the measures ----
+
+
+def interpolation(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
+    """PSNR of the frames between key frames, of all pixels and inside the moving object's box: {row: {column}}."""
+    model, vae = by_model(pipe, "interpolation"), through_vae(pipe, "interpolation")
+    rows: dict[str, Make] = {
+        "model": model,
+        "blended key frames": lambda keys, *_: vae(blended(keys)),
+        "repeated key frames": lambda keys, *_: vae(repeated(keys)),
+    }
+
+    def measure(made: Clip, true: Clip) -> dict[str, float]:
+        between = np.arange(len(true)) % RATE != 0
+        made, true = made[between], true[between]
+        return {"psnr": psnr(made, true), "psnr_in_box": psnr(made, true, object_box(true))}
+
+    return _table(rows, vae, samples, seed, lambda clip: clip[::RATE], measure)
+
+
+def super_resolution(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
+    """PSNR, sharpness of edges (1: as the truth's) and flicker (of 255) of enlarged clips: {row: {column}}."""
+    rows: dict[str, Make] = {
+        "model": by_model(pipe, "vsr"),
+        "model, chunks of 8 frames": by_model(pipe, "vsr", windows="official"),
+        "model without temporal layers": by_model(without_temporal_layers(pipe, "vsr"), "vsr"),
+        "bicubic": lambda clip, *_: bicubic(clip),
+    }
+
+    def measure(made: Clip, true: Clip) -> dict[str, float]:
+        return {
+            "psnr": psnr(made, true),
+            "psnr_in_box": psnr(made, true, object_box(true)),
+            "sharpness": sharpness(made, true),
+            "flicker": flicker(made, true),
+        }
+
+    return _table(rows, through_vae(pipe, "vsr"), samples, seed, smaller, measure)
+
+
+def _table(
+    rows: Mapping[str, Make],
+    vae: Callable[[Clip], Clip],
+    samples: Sequence[Sample],
+    seed: int,
+    source: Callable[[Clip], Clip],
+    measure: Callable[[Clip, Clip], dict[str, float]],
+) -> Table:
+    """Each row's means over the samples, what it makes of each sample's `source`; last the true frames by the VAE."""
+    table = {}
+    for row in (*rows, "true frames through the VAE"):
+        cells = []
+        for i, sample in enumerate(tqdm(samples, desc=row, unit="clip")):
+            true = sample.pixels
+            made = rows[row](source(true), sample.caption, seed + i) if row in rows else vae(true)
+            cells.append(measure(made, true))
+        table[row] = {column: float(np.mean([cell[column] for cell in cells])) for column in cells[0]}
+    return table
+
+
+# ---- the command ----
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lavie_jax.evaluation.cascade",
+        description="Interpolation and super-resolution against the truth, on Moving Shapes.",
+    )
+    parser.add_argument("--interpolation-weights", type=Path, help="a weights folder; default: the shipped one")
+    parser.add_argument("--vsr-weights", type=Path, help="likewise")
+    parser.add_argument("--stages", default="interpolation,vsr", help="which to measure")
+    parser.add_argument("--split", default="held_out", help=f"one of {', '.join(SPLITS)}")
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--vsr-frames", type=int, default=61, help="of a clip in super-resolution")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the tables here")
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """The stages; UserError for what would fail, or destroy a file, only after the sampling."""
+    stages = args.stages.split(",")
+    for stage in stages:
+        if stage not in MEASURES:
+            raise UserError(f"stages: unknown {stage!r}{suggest(stage, MEASURES)}")
+    if args.split not in SPLITS:
+        raise UserError(f"unknown split {args.split!r}{suggest(args.split, SPLITS)}")
+    for name, low in (("clips", 1), ("vsr_frames", 2), ("seed", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"{name}: at least {low} is needed, given {getattr(args, name)}")
+    results.check_place(args.json, KIND)
+    return stages
+
+
+MEASURES = {"interpolation": interpolation, "vsr": super_resolution}
+
+
+def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
+    begin, tables, hashes = time.perf_counter(), {}, {}
+    given = {stage: getattr(args, f"{stage}_weights") for stage in stages}
+    folders = {**cascade.stage_folders(), **{stage: folder for stage, folder in given.items() if folder}}
+    for stage in stages:
+        if stage not in folders:
+            raise UserError(f"no {stage} model is shipped: give --{stage}-weights")
+    for stage in stages:
+        logging.info("stage %s", stage)
+        pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
+        sampling, factor = pipe.weights[stage].sampling, pipe.weights[stage].vae.config.factor
+        side = {name: sampling[name] - sampling[name] % (RATE * factor) for name in ("height", "width")}
+        frames = sampling["frames"] if stage == "interpolation" else args.vsr_frames
+        samples = moving_samples(args.split, args.clips, frames=frames, fps=sampling["fps"], **side)
+        tables[stage] = MEASURES[stage](pipe, samples, args.seed)
+        hashes[stage] = {"weights": os.fspath(folders[stage]), "hash": folder_hash(folders[stage])}
+    seconds = round(time.perf_counter() - begin, 1)
+    return {"kind": KIND, "split": args.split, "clips": args.clips, "seed": args.seed, "seconds": seconds,
+            "models": hashes, "tables": tables}  # fmt: skip
+
+
+def markdown(tables: Mapping[str, Table]) -> str:
+    """A table for each stage."""
+    parts = []
+    for stage, table in tables.items():
+        columns = list(next(iter(table.values())))
+        rows = [[row, *(f"{cells[c]:.2f}" for c in columns)] for row, cells in table.items()]
+        parts.append(results.markdown([stage, *columns], rows))
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        args = _parse(argv)
+        result = _measure(args, _check(args))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    if args.json:
+        results.write(args.json, result)
+    print(markdown(result["tables"]))
+
+
+if __name__ == "__main__":
+    main()
