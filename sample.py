@@ -1,15 +1,19 @@
-"""Videos from prompts.
+"""Videos from prompts, through one to three stages.
 
     python sample.py --prompt "a red circle moving left"
+    python sample.py --prompt "a red circle moving left" --stages base,interpolation,vsr --weights weights
+    python sample.py --prompt "a red circle moving left" --stages vsr --input clip.mp4 --weights weights/vsr
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
 Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
-says how to make it again; OUT/contact-sheet.png shows them all. What is there already is skipped: a run that
-was stopped goes on where it was. What is not given is as in the weights' config.json. Compiled programs are
-kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
+says how to make it again; OUT/contact-sheet.png shows them all. Of several stages, and of a clip of yours, every
+stage's frames are in OUT/stages, exact (.npy). What is there already is skipped: a run that was stopped goes on at
+the prompt, the stage and the denoising step where it was. What is not given is as in the weights' config.json.
+Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -17,11 +21,44 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lavie_jax.errors import UserError
-from lavie_jax.samples.outputs import ContactSheets, Output, check_folder, check_formats, parse_formats
+from lavie_jax.samples.outputs import (
+    ContactSheets,
+    Output,
+    check_folder,
+    check_formats,
+    make_request,
+    of_stage,
+    parse_formats,
+)
 from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
-from lavie_jax.samples.settings import Settings, check_values
+from lavie_jax.samples.settings import STAGES, Settings, Source, check_values, parse_stages
 
-SETTINGS = ("sampler", "steps", "guidance", "frames", "height", "width", "fps", "negative_prompt")
+# What may be set of each stage, in the words of its settings: (name, type, metavar, help).
+COMMON = (
+    ("sampler", str, "NAME", "ddpm, ddim, euler, respaced_ddim or dpm++2m"),
+    ("steps", int, "N", "denoising steps"),
+    ("guidance", float, "X", "classifier-free guidance; 1 is without"),
+    ("fps", float, "X", "frames a second, written into the files"),
+    ("negative_prompt", str, "TEXT", "what to stay away from"),
+    ("prompt_suffix", str, "TEXT", "added to every prompt"),
+)
+FLAGS = {
+    "base": (
+        *COMMON,
+        ("frames", int, "T", "1 makes images"),
+        ("height", int, "H", "pixels"),
+        ("width", int, "W", "pixels"),
+    ),
+    "interpolation": COMMON,
+    "vsr": (
+        *COMMON,
+        ("noise_level", int, "N", "noise on the low-resolution frames, 0 to 350"),
+        ("windows", str, "NAME", "blended (default), or official: LaVie's chunks, with a cut after each"),
+        ("window_frames", int, "T", "frames of a window (default 8)"),
+        ("overlap_frames", int, "T", "frames that blended windows share (default 2)"),
+        ("tile", int, "P", "side of spatial windows in low-resolution pixels; 0 is whole frames (default: by size)"),
+    ),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,24 +72,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
     add("--prompt-file", type=Path, metavar="FILE",
         help="txt (one prompt a line), csv or jsonl (prompt, and if wanted seed and negative_prompt)")
-    add("--negative-prompt", metavar="TEXT", help="what to stay away from")
+    add("--stages", default="base", metavar="LIST", help="base (default), base,interpolation, base,vsr, "
+        "base,interpolation,vsr; without base: of --input")
+    add("--input", type=Path, metavar="FILE", help="a clip of yours, instead of the base stage's: a video, or an npz")
     add("--seed", default="0", metavar="S", help="of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds S to S+N-1 (default 1)")
-    add("--sampler", metavar="NAME", help="ddpm, ddim, euler, respaced_ddim or dpm++2m")
-    add("--steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 is without")
-    add("--frames", type=int, metavar="T", help="1 makes images")
-    add("--height", type=int, metavar="H", help="pixels")
-    add("--width", type=int, metavar="W", help="pixels")
-    add("--fps", type=float, metavar="X", help="frames a second, written into the files")
-    add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images png); png, a folder "
-        "of frames, and npz, an array, are exact")
+    add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images and odd sides png); png, a "
+        "folder of frames, and npz, an array, are exact")
     add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
-    add("--batch-size", type=int, metavar="N", help="videos denoised together (default one a device)")
-    add("--weights", type=Path, metavar="DIR", help="weights folder, or one with base/ in it (default: shipped)")
+    add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default one a device)")
+    add("--weights", type=Path, metavar="DIR", help="one stage's weights folder, or one with base/, interpolation/, "
+        "vsr/ in it (default: shipped)")
+    for stage in STAGES:
+        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if elsewhere")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
     add("--overwrite", action="store_true", help="make again what is there, and replace it")
+    for stage, flags in FLAGS.items():
+        group = parser.add_argument_group(f"settings of {stage}")
+        for name, kind, metavar, text in flags:
+            prefix = "" if stage == "base" else f"{stage}-"
+            group.add_argument(f"--{prefix}{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+        if stage == "interpolation":
+            group.add_argument("--keep-key-frames", action="store_const", const=True,
+                               help="leave the key frames' pixels as they are")  # fmt: skip
     return parser.parse_args(argv)
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, dict]:
+    """{stage: what the command line says of its settings}, checked as far as they can be without the weights."""
+    given = {stage: {name: getattr(args, name if stage == "base" else f"{stage}_{name}") for name, *_ in flags}
+             for stage, flags in FLAGS.items()}  # fmt: skip
+    given["interpolation"]["keep_key_frames"] = args.keep_key_frames
+    for stage, values in given.items():
+        for name, value in values.items():
+            if value is not None and stage not in args.stages:
+                raise UserError(f"{name} is given for {stage}, which is not among the stages {','.join(args.stages)}"
+                                + ("; another stage's have its name before them: --vsr-steps" * (stage == "base")))
+            if isinstance(value, str):
+                check_unicode(value, name.replace("_", "-"))
+        try:
+            check_values(values)
+        except UserError as error:
+            raise error if stage == "base" else UserError(f"{stage} stage: {error}") from None
+    return given
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
@@ -61,13 +123,14 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name.replace('_', '-')}: at least 1 is needed, given {value}")
-    check_values({name: getattr(args, name) for name in SETTINGS})
+    args.stages = parse_stages(args.stages, own_clip=args.input is not None)
+    args.given = given_settings(args)
     check_folder(args.out)
     args.format = args.format and parse_formats(args.format)
     args.seed = check_seed(args.seed, "seed")
     if any(not text.strip() for text in args.prompt):
         raise UserError("prompt: an empty one was given")
-    for text in (*args.prompt, args.negative_prompt or ""):
+    for text in args.prompt:
         check_unicode(text, "prompt")
     prompts = [Prompt(text=text.strip()) for text in args.prompt]
     prompts += read_prompts(args.prompt_file) if args.prompt_file else []
@@ -75,6 +138,9 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
         raise UserError('give a --prompt, e.g. --prompt "a red circle moving left", or a --prompt-file')
     for prompt in prompts:
         check_seed((args.seed if prompt.seed is None else prompt.seed) + args.num_videos - 1, "last seed")
+        if prompt.negative is not None and "base" not in args.stages:
+            raise UserError(f"prompt file: negative_prompt is for base, which is not among the stages; "
+                            f"use --{args.stages[0]}-negative-prompt")
     return prompts
 
 
@@ -88,25 +154,43 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def plan(args: argparse.Namespace, prompts: list[Prompt], settings: Settings, weights_hash: str) -> list[Output]:
+def read_input(path: Path) -> tuple:
+    """(frames, what they are, the file's hash) of the user's clip."""
+    from lavie_jax.cascade.pixels import free_memory
+    from lavie_jax.data.video_files import read_clip
+
+    frames, fps = read_clip(path, max_bytes=free_memory() / 2)
+    source = Source(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
+    with path.open("rb") as file:
+        return frames, source, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plan(
+    args: argparse.Namespace,
+    prompts: list[Prompt],
+    settings: dict[str, Settings],
+    hashes: dict[str, str],
+    clip_hash: str | None,
+) -> list[Output]:
     """One output for each prompt and seed."""
-    formats = args.format or (("png",) if settings.frames == 1 else ("mp4",))
-    check_formats(formats, frames=settings.frames, height=settings.height, width=settings.width)
+    last = settings[args.stages[-1]]
+    odd = last.height % 2 or last.width % 2
+    formats = args.format or (("png",) if last.frames == 1 or odd else ("mp4",))
+    check_formats(formats, frames=last.frames, height=last.height, width=last.width)
     outputs = []
     for index, prompt in enumerate(prompts):
         first = args.seed if prompt.seed is None else prompt.seed
         for seed in range(first, first + args.num_videos):
-            request = {
-                "prompt": prompt.text,
-                "seed": seed,
-                "stages": ["base"],
-                **settings.to_dict(),
-                "weights_sha256": weights_hash,
-            }
-            if prompt.negative is not None:
-                request["negative_prompt"] = prompt.negative
+            request = make_request(
+                prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash
+            )
             outputs.append(Output(folder=args.out, index=index, formats=formats, request=request))
     return outputs
+
+
+def warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,36 +198,57 @@ def run(args: argparse.Namespace) -> None:
 
     # Only a request that may be right pays for importing jax, and only one that is right for reading weights.
     keep_compiled_programs()
+    import jax
+
     from lavie_jax import cascade
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.weights import folder_hash, load_folder
 
-    folder = cascade.base_folder(args.weights or cascade.SHIPPED)
-    weights = load_folder(folder, stage="base", params=False)
-    settings = Settings.make(weights.sampling, {name: getattr(args, name) for name in SETTINGS})
-    cascade.sampler_for(weights, settings)
-    outputs = plan(args, prompts, settings, folder_hash(folder))
+    named = {stage: folder for stage in STAGES if (folder := getattr(args, f"{stage}_weights")) is not None}
+    folders = cascade.stage_folders(args.weights, named, args.stages)
+    weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in args.stages
+               if stage in folders}  # fmt: skip
+    frames, source, clip_hash = read_input(args.input) if args.input else (None, None, None)
+    settings = cascade.plan(weights, args.stages, args.given, source)
+    outputs = plan(args, prompts, settings, {stage: folder_hash(folders[stage]) for stage in settings}, clip_hash)
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
-    todo = [output.request for output, missing in zip(outputs, formats) if missing]
+    todo = [output for output, missing in zip(outputs, formats) if missing]
     if len(todo) < len(outputs):
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples are in {args.out} already")
     if not todo:
         return
-    texts = [text for r in todo for text in (r["prompt"] + settings.prompt_suffix, r["negative_prompt"])]
-    for line in cascade.text_warnings(load_tokenizer(weights.tokenizer_dir), texts):
-        print(f"warning: {line}", file=sys.stderr)
+    dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
+    shelves = [output.shelf(dtype.name) for output in todo]
+    for shelf in shelves if not args.overwrite else ():
+        shelf.check()
+    warn(cascade.notes(weights, settings, source))
+    for stage in settings:
+        asked = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
+        texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]
+        warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
-    pipe = cascade.load(folder)
+    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype)
+    for shelf in shelves if args.overwrite else ():
+        shelf.remove()
     requests = [
-        cascade.Request(prompt=r["prompt"], seed=r["seed"], negative_prompt=r["negative_prompt"]) for r in todo
-    ]
-    made_with = {"weights": str(folder), **pipe.made_with()}
-    videos = pipe.samples(requests, settings, batch_size=args.batch_size, progress=True)
-    sheets = ContactSheets(args.out)
+        cascade.Request(
+            prompt=output.request["prompt"], seed=output.request["seed"],
+            negative_prompt=output.request.get("negative_prompt"),
+        )
+        for output in todo
+    ]  # fmt: skip
+    where = {"weights" if stage == "base" else f"{stage}_weights": str(folders[stage]) for stage in settings}
+    made_with = {**where, **({"input": str(args.input)} if args.input else {}), **pipe.made_with()}
+    videos = pipe.videos(
+        requests, settings, clip=frames, shelves=shelves, batch_size=args.batch_size, progress=True
+    )
+    sheets, shelves = ContactSheets(args.out), iter(shelves)
     for output, missing in zip(outputs, formats):
         video = next(videos) if missing else None
         for path in output.write(video, missing, made_with) if missing else ():
             tqdm.write(str(path))
+        if missing:
+            next(shelves).clear()
         if not args.no_contact_sheet:
             sheets.add(output.read() if video is None else video, output.request["prompt"])
     sheets.flush()

@@ -10,10 +10,13 @@ import tiny
 
 import lavie_jax
 from lavie_jax import cascade
-from lavie_jax.cascade import Cascade, Request
+from lavie_jax.cascade import Cascade, Request, running
+from lavie_jax.cascade import model as stage_model
+from lavie_jax.cascade.denoising import Plan, denoise
 from lavie_jax.diffusion import Schedule, make_sampler
 from lavie_jax.errors import UserError
 from lavie_jax.samples.settings import Settings
+from lavie_jax.samples.shelf import Memory
 from lavie_jax.weights import load_folder
 
 PROMPT = "a red circle moving left"
@@ -38,22 +41,34 @@ def single(folder):
 
 
 def latents_of(pipe, requests, settings) -> np.ndarray:
-    return np.asarray(pipe.base.denoise(requests, settings, cascade.sampler_for(pipe.base.weights, settings)))
+    """Of all requests, denoised together."""
+    model, shape = pipe.base, cascade.base.latent_shape(pipe.base.weights, settings)
+    sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
+    clips = running._prepared(model, settings, [running.Job(request, Memory(), None) for request in requests])
+    windows = cascade.base.windows(shape, settings)
+    denoise(model, clips, Plan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests)))
+    return np.stack([clip.state["x"] for clip in clips])
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 6, 4), (3, 5, 7, 3)], ids=str)
 def test_noise_depends_on_the_seed_alone_bit_for_bit(pipe, single, shape):
-    seeds = [7, 0, 2**32 - 1, 3, 4, 5, 6, 1]
-    together = np.asarray(pipe.base.noise(seeds, 2, shape))
-    three = np.asarray(single.base.noise(seeds[:3], 2, shape))
-    np.testing.assert_array_equal(together[:3], three)
-    for row, seed in zip(together, seeds):
-        np.testing.assert_array_equal(row, np.asarray(single.base.noise([seed], 2, shape))[0])
-    assert len({row.tobytes() for row in together}) == len(seeds)
+    seeds = [7, 0, 2**32 - 1]
+    noises = [np.asarray(pipe.base.noise(seed, 2, shape)) for seed in seeds]
+    for seed, noise in zip(seeds, noises):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0), 2)
+        np.testing.assert_array_equal(noise, jax.random.normal(key, shape))
+        np.testing.assert_array_equal(noise, single.base.noise(seed, 2, shape))
+    assert len({noise.tobytes() for noise in noises}) == len(seeds)
+
+
+def test_a_frames_noise_is_the_same_however_the_clip_is_cut(pipe, single):
+    together = np.asarray(pipe.base.frame_noise(5, 1, range(6), (4, 6, 4)))
+    np.testing.assert_array_equal(together[2:5], single.base.frame_noise(5, 1, range(2, 5), (4, 6, 4)))
+    assert len({frame.tobytes() for frame in together}) == 6
 
 
 def test_noise_is_standard_normal_and_new_at_every_step(single):
-    start, first, second = (np.asarray(single.base.noise([5], i, (16, 32, 32, 4))).ravel() for i in range(3))
+    start, first, second = (np.asarray(single.base.noise(5, i, (16, 32, 32, 4))).ravel() for i in range(3))
     for a, b in ((start, first), (first, second), (start, second)):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
     assert abs(start.mean()) < 0.02 and abs(start.std() - 1) < 0.02
@@ -80,7 +95,7 @@ def test_a_sample_is_the_plain_loop_with_both_halves_of_guidance_apart(single):
         with_prompt, without = unet(x, t, cond), unet(x, t, uncond)
         return without + 4.0 * (with_prompt - without)
 
-    state = sampler.init(model.noise([3], 0, (4, 4, 6, 4)))
+    state = sampler.init(model.noise(3, 0, (4, 4, 6, 4))[None])
     for i in range(3):
         state = sampler.step(state, i, denoise)
     images = model.vae.apply({"params": model.vae_params}, state["x"] / 0.18215, method="decode")
@@ -115,23 +130,27 @@ def test_one_frame_takes_the_image_path_without_temporal_attention(folder):
 
     still = jax.tree_util.tree_map_with_path(without_temporal, weights.unet.params)
     other = dataclasses.replace(weights, unet=dataclasses.replace(weights.unet, params=still))
-    one, two = (Cascade.of(w, devices=jax.devices()[:1]) for w in (weights, other))
+    one, two = (Cascade({"base": w}, devices=jax.devices()[:1]) for w in (weights, other))
     image = one(PROMPT, frames=1)
     assert image.shape == (1, 1, 16, 24, 3)
     np.testing.assert_array_equal(image, two(PROMPT, frames=1))
     assert not np.array_equal(one(PROMPT), two(PROMPT)), "a video must go through temporal attention"
 
 
-def test_decoding_a_few_frames_at_a_time_changes_nothing(single, monkeypatch):
-    latents = single.base.noise([0], 0, (4, 4, 6, 4))
-    whole = single.base.decode(latents)
-    monkeypatch.setattr(cascade, "DECODED_PIXELS", 3 * 16 * 24)  # 3 frames, then one and two copies of it
-    assert np.abs(single.base.decode(latents).astype(int) - whole).max() <= 1
+def test_decoding_a_few_frames_at_a_time_changes_nothing(single, pipe, monkeypatch):
+    latents = np.asarray(single.base.noise(0, 0, (4, 4, 6, 4)))
+    (whole,) = single.base.decode(latents)
+    spread = np.concatenate(list(pipe.base.decode(latents)))  # a frame a device, and 4 devices repeat the last
+    monkeypatch.setattr(stage_model, "VAE_PIXELS", 3 * 16 * 24)  # 3 frames, then one and two copies of it
+    pieces = list(single.base.decode(latents))
+    assert [len(piece) for piece in pieces] == [3, 1]
+    for frames in (np.concatenate(pieces), spread):
+        assert np.abs(frames.astype(int) - whole).max() <= 1
 
 
 def test_latents_that_are_not_finite_are_no_video(single):
     with pytest.raises(UserError, match="guidance"):
-        single.base.decode(jnp.full((1, 2, 4, 6, 4), jnp.nan))
+        list(single.base.decode(np.full((2, 4, 6, 4), np.nan, np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -186,12 +205,12 @@ def test_a_full_device_is_said_in_one_line(single, monkeypatch):
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 20.00GiB.")
 
-    monkeypatch.setattr(single.base, "denoise", full)
+    monkeypatch.setattr(running, "denoise", full)
     with pytest.raises(UserError, match="smaller batch size"):
         single(PROMPT)
 
 
 def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(single, monkeypatch):
-    monkeypatch.setattr(cascade.tokens, "tokenize", lambda tokenizer, texts: np.full((len(texts), 3), 10**6, np.int32))
+    monkeypatch.setattr(stage_model.tokens, "tokenize", lambda _, texts: np.full((len(texts), 3), 10**6, np.int32))
     with pytest.raises(UserError, match="do not belong together"):
         single.base.encode_text([PROMPT])

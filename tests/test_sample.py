@@ -64,7 +64,7 @@ def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tm
     assert "3/3" in shown.err and "step" in shown.err
 
     before = state(out)
-    monkeypatch.setattr(Cascade, "of", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
+    monkeypatch.setattr(Cascade, "__init__", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
     assert run("--prompt", PROMPT, "--fps", "5") == 0
     assert state(out) == before
     assert "1 of 1 samples are in" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
     video = np.zeros((2, 16, 16, 3), np.uint8)
 
     def output(steps, *formats):
-        request = {"prompt": "a", "seed": 0, "frames": 2, "fps": 8, "steps": steps}
+        request = {"prompt": "a", "seed": 0, "stages": ["base"], "frames": 2, "fps": 8, "steps": steps}
         return Output(folder=tmp_path, index=0, formats=formats, request=request)
 
     def killed(*args, **kwargs):
@@ -285,7 +285,7 @@ def test_names_of_files_are_plain_and_short():
     assert slug("A Café, on Mars!") == "a-cafe-on-mars"
     assert slug("赤い円") == "prompt"
     assert len(slug("very " * 100)) <= 48 and not slug("very " * 100).endswith("-")
-    request = {"prompt": "../../etc", "seed": 3, "frames": 2}
+    request = {"prompt": "../../etc", "seed": 3, "stages": ["base"], "frames": 2}
     output = Output(folder=Path("out"), index=12, formats=("mp4",), request=request)
     assert output.path("mp4") == Path("out/0012-etc-3.mp4")
 

@@ -1,5 +1,6 @@
-"""A weights folder of stage "base" with tiny random models and the tokenizer of a few words, made in a second."""
+"""Weights folders with tiny random models and the tokenizer of a few words, each made in a second."""
 
+import dataclasses
 import zlib
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavie_jax.data.tokens import save_small_tokenizer
-from lavie_jax.diffusion import Schedule
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
 from lavie_jax.weights import save_folder
 
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "left", "right")
@@ -33,6 +34,20 @@ UNET = UNetConfig(
     temporal_attention="before_ff",
     temporal_position=True,
 )
+UNETS = {
+    "base": UNET,
+    "interpolation": dataclasses.replace(
+        UNET, in_channels=8, temporal_attention="after_ff", temporal_position=False, spatial_attention="sparse_causal"
+    ),
+    "vsr": dataclasses.replace(
+        UNET, in_channels=7, num_class_embeds=300, temporal_resblocks=True, down_temporal_idx=(0,), mid_temporal=True,
+        temporal_norm_groups=8,
+    ),
+}  # fmt: skip
+LATER_SAMPLING = {
+    "interpolation": {"sampler": "respaced_ddim", "fps": 24, "prompt_suffix": " right", "negative_prompt": "square"},
+    "vsr": {"negative_prompt": "blue", "noise_level": 50},
+}
 VAE_CONFIG = VAEConfig(block_out_channels=(16, 16), norm_num_groups=8, patch_size=2)
 TEXT = CLIPTextConfig(
     vocab_size=256,
@@ -60,17 +75,32 @@ def random_params(model, *inputs) -> dict:
 
 def make_base(path: Path, **sampling) -> Path:
     """Write the folder; `sampling` are defaults other than SAMPLING's."""
-    x, text = jnp.zeros((1, 2, 4, 4, 4)), jnp.zeros((1, CONTEXT, 16))
-    unet = random_params(UNet(UNET), x, jnp.zeros((1,), jnp.int32), text)
+    return make_stage(path, "base", **sampling)
+
+
+def make_stage(path: Path, stage: str, **sampling) -> Path:
+    """Write the folder of a stage; `sampling` are defaults other than SAMPLING's and LATER_SAMPLING's."""
+    config = UNETS[stage]
+    x, text = jnp.zeros((1, 2, 4, 4, config.in_channels)), jnp.zeros((1, CONTEXT, 16))
+    level = () if config.num_class_embeds is None else (None, None, jnp.zeros((1,), jnp.int32))
+    unet = random_params(UNet(config), x, jnp.zeros((1,), jnp.int32), text, *level)
     tokenizer = save_small_tokenizer(path.with_name(f"{path.name}-tokenizer"), WORDS, length=CONTEXT)
     save_folder(
         path,
-        stage="base",
-        sampling={**SAMPLING, **sampling},
-        unet=(UNET, unet),
+        stage=stage,
+        sampling={**SAMPLING, **LATER_SAMPLING.get(stage, {}), **sampling},
+        unet=(config, unet),
         vae=(VAE_CONFIG, random_params(VAE(VAE_CONFIG), jnp.zeros((1, 8, 8, 3)))),
         text_encoder=(TEXT, random_params(CLIPText(TEXT), jnp.zeros((1, CONTEXT), jnp.int32))),
         tokenizer=tokenizer,
-        schedule=Schedule(),
+        schedule=STAGES[stage].schedule,
+        low_res_schedule=LOW_RES_SCHEDULE if stage == "vsr" else None,
     )
+    return path
+
+
+def make_cascade(path: Path) -> Path:
+    """Write a folder with all three stages."""
+    for stage in UNETS:
+        make_stage(path / stage, stage)
     return path

@@ -5,8 +5,10 @@ Whatever is written gets a temporary name first and its own at the end: no half 
 
 import contextlib
 import dataclasses
+import math
 import os
 import textwrap
+import zipfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +23,7 @@ FORMATS = ("mp4", "gif", "png", "npz")
 
 
 @contextlib.contextmanager
-def _finished(path: Path) -> Iterator[Path]:
+def finished(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which becomes `path` when the block ends well."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,7 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 has frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = Path(path)
-    with _finished(path) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
+    with finished(path) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(65535)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -64,13 +66,12 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
 def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
     # A gif counts in hundredths of a second: rounding the times, not the durations, keeps the length.
     times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int) * 10
-    images = [Image.fromarray(frame) for frame in frames]
-    with _finished(path) as temporary:
-        images[0].save(
+    with finished(path) as temporary:
+        Image.fromarray(frames[0]).save(
             temporary,
             format="gif",
             save_all=True,
-            append_images=images[1:],
+            append_images=(Image.fromarray(frame) for frame in frames[1:]),
             duration=np.maximum(np.diff(times), 20).tolist(),
             loop=0,
             disposal=1,
@@ -79,7 +80,7 @@ def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
 
 def _save_png(image: np.ndarray | Image.Image, path: Path) -> None:
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    with _finished(path) as temporary:
+    with finished(path) as temporary:
         image.save(temporary, format="png")
 
 
@@ -95,7 +96,7 @@ def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str,
     elif format == "gif":
         _save_gif(frames, path, fps)
     elif format == "npz":
-        with _finished(path) as temporary, open(temporary, "wb") as file:
+        with finished(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, video=frames, fps=np.float64(fps))
     elif format == "png" and len(frames) == 1:
         _save_png(frames[0], path)
@@ -188,6 +189,48 @@ def read_video(
     shown = np.array(sorted(found))
     places = np.maximum(np.searchsorted(shown, wanted, side="right") - 1, 0)
     return np.stack([found[int(number)] for number in shown[places]])
+
+
+def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
+    """(every frame, frames per second) of a video file, or of an .npz with `video` and `fps` as `save_as` writes.
+
+    All frames are decoded, whatever the header says of their number. Raises UserError for what is no video, has no
+    frames or no rate, and when the frames take more than `max_bytes`.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise UserError(f"the video {name!r} does not exist")
+    if Path(path).suffix == ".npz":
+        return _read_npz(path)
+    frames = []
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        for frame in container.decode(stream):
+            height, width = frames[0].shape[:2] if frames else (frame.height, frame.width)
+            frames.append(frame.to_ndarray(format="rgb24", height=height, width=width))
+            if len(frames) * frames[0].nbytes > max_bytes:
+                seconds = max(1, int(len(frames) / 2 / (rate or 24)))
+                raise UserError(
+                    f"the video {name!r} has more frames of {height}x{width} than the {len(frames)} that memory holds. "
+                    f"Split it: ffmpeg -i {name} -f segment -segment_time {seconds} -reset_timestamps 1 part-%03d.mp4"
+                )
+    if not frames:
+        raise UserError(f"the video {name!r} has no frames")
+    if not rate > 0:
+        raise UserError(f"the video {name!r} does not say its frames per second")
+    return np.stack(frames), rate
+
+
+def _read_npz(path: str | Path) -> tuple[np.ndarray, float]:
+    try:
+        with np.load(path) as arrays:
+            frames, rate = arrays["video"], float(arrays["fps"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or not rate > 0:
+        what = f"{frames.dtype} {frames.shape} at {rate:g} fps"
+        raise UserError(f"{os.fspath(path)!r} is no video: uint8 (T, H, W, 3) is needed, given {what}")
+    return frames, rate
 
 
 # ---- the contact sheet ----

@@ -21,8 +21,11 @@ from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, contact_sheet, read_video, save_as
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.samples.settings import Settings
+from lavie_jax.samples.shelf import Shelf
 
 SIDECAR_VERSION = 1
+STAGES_FOLDER = "stages"
 
 
 def save_video(
@@ -76,9 +79,46 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:48].rstrip("-") or "prompt"
 
 
+def make_request(
+    prompt: str,
+    seed: int,
+    settings: Mapping[str, Settings],
+    hashes: Mapping[str, str],
+    *,
+    negative_prompt: str | None = None,
+    clip_hash: str | None = None,
+) -> dict[str, Any]:
+    """All that decides what a sample shows, as JSON values.
+
+    `settings` and `hashes` (of the weights) are those of its stages. The base stage's stand by themselves, as they
+    are given to a call and on the command line, those of another stage under its name.
+    """
+    request = {"prompt": prompt, "seed": seed, "stages": list(settings)}
+    if clip_hash is not None:
+        request["input_sha256"] = clip_hash
+    for stage, made in settings.items():
+        values = {**made.to_dict(), "weights_sha256": hashes[stage]}
+        request |= values if stage == "base" else {stage: values}
+    if negative_prompt is not None:
+        request["negative_prompt"] = negative_prompt
+    return request
+
+
+def of_stage(request: Mapping[str, Any], stage: str) -> Mapping[str, Any]:
+    """One stage's settings in a request."""
+    return request if stage == "base" else request[stage]
+
+
+def up_to(request: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """The part of a request that decides what a stage of it makes."""
+    stages = request["stages"]
+    later = stages[stages.index(stage) + 1 :]
+    return {**{n: v for n, v in request.items() if n not in later}, "stages": stages[: stages.index(stage) + 1]}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """The files of one sample. `request` holds JSON values: all that decides what the sample shows."""
+    """The files of one sample. `request` is all that decides what the sample shows (`make_request`)."""
 
     folder: Path
     index: int
@@ -89,9 +129,20 @@ class Output:
     def stem(self) -> str:
         return f"{self.index:04d}-{slug(self.request['prompt'])}-{self.request['seed']}"
 
+    @property
+    def made(self) -> Mapping[str, Any]:
+        """The settings of the last stage: how many frames there are, how large and how fast."""
+        return of_stage(self.request, self.request["stages"][-1])
+
+    def shelf(self, dtype: str) -> Shelf:
+        """Where the stages' frames and states are kept. Of the base stage alone only the state is, until it is done."""
+        stages = self.request["stages"]
+        records = {stage: {**up_to(self.request, stage), "dtype": dtype} for stage in stages}
+        return Shelf(self.folder / STAGES_FOLDER / self.stem, records, keep=stages != ["base"])
+
     def path(self, ending: str) -> Path:
         """The file of a format, or of the JSON; frames of a video as PNGs are a folder."""
-        if ending == "png" and self.request["frames"] > 1:
+        if ending == "png" and self.made["frames"] > 1:
             return self.folder / self.stem
         return self.folder / f"{self.stem}.{ending}"
 
@@ -141,7 +192,7 @@ class Output:
                 part.write_text(text, encoding="utf-8")
                 _replace(part, self.path("json"))
             for name in formats:
-                _replace(save_as(video, part, name, fps=self.request["fps"]), self.path(name))
+                _replace(save_as(video, part, name, fps=self.made["fps"]), self.path(name))
         except OSError as error:
             raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
         finally:

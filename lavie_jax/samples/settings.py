@@ -1,17 +1,33 @@
-"""What a stage is sampled with. Standard library only: errors come before jax is imported."""
+"""What the stages are sampled with. Standard library only: errors come before jax is imported."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
 
+STAGES = ("base", "interpolation", "vsr")
 MIN_FPS, MAX_FPS = 0.01, 1000  # a GIF frame lasts at most 655 seconds, and encoders fail far above
+MAX_NOISE_LEVEL = 350  # that the super-resolution stage is trained with
+VSR_WINDOWS = ("blended", "official")
+MIN_TILE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """The clip that a stage starts from: the stage's before it, or with `own` the user's."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    own: bool = False
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One stage's sampling settings; UserError for values that no stage can take.
+    """One stage's sampling settings, and the size of what it makes; UserError for values that no stage can take.
 
     What depends on the model is checked where the model is known: sides by `check_sides`, the sampler's name
     and the number of steps by `make_sampler`.
@@ -58,19 +74,85 @@ class Settings:
                 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterpolationSettings(Settings):
+    """`keep_key_frames` puts the key frames' own pixels where the model made them anew."""
+
+    keep_key_frames: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VSRSettings(Settings):
+    """How much noise the low-resolution frames get, and the windows that the clip is denoised in.
+
+    `windows`: "blended", which overlap by `overlap_frames`, or "official", LaVie's chunks that know nothing of each
+    other. `tile` is the side of spatial windows in low-resolution pixels; 0 is whole frames, None chooses by size.
+    """
+
+    noise_level: int = 50
+    windows: str = "blended"
+    window_frames: int = 8
+    overlap_frames: int = 2
+    tile: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.windows == "blended" and self.overlap_frames >= self.window_frames:
+            raise UserError(
+                f"overlap_frames: fewer than window_frames = {self.window_frames} are needed, given "
+                f"{self.overlap_frames}"
+            )
+
+
+SETTINGS = {"base": Settings, "interpolation": InterpolationSettings, "vsr": VSRSettings}
+
+
+def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ...]:
+    """`"base,vsr"`, or a sequence of names, as a tuple.
+
+    Raises UserError for unknown stages, for an order in which they cannot follow each other, and when the first one
+    has nothing to start from: base makes a clip, with `own_clip` there is one, and the others need one.
+    """
+    given = names.split(",") if isinstance(names, str) else names
+    stages = tuple(name.strip() for name in given if name.strip())
+    for name in stages:
+        if name not in STAGES:
+            raise UserError(f"stages: unknown {name!r}{suggest(name, STAGES)}")
+    if not stages or [STAGES.index(name) for name in stages] != sorted({STAGES.index(name) for name in stages}):
+        raise UserError(
+            f"stages: {','.join(stages) or 'none'} cannot be run in this order. Allowed, each once: {', '.join(STAGES)}"
+        )
+    if stages[0] == "base" and own_clip:
+        raise UserError("stages: base makes its clip from the prompt alone; for a clip of yours: interpolation, vsr")
+    if stages[0] != "base" and not own_clip:
+        raise UserError(f"stages: {stages[0]} needs a clip to start from: put base before it, or give one as the input")
+    return stages
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """UserError for the first of some settings, by name, that no stage can take; None is not given."""
+    least = {"tile": 0, "overlap_frames": 0, "noise_level": 0}
     for name, value in values.items():
         if value is None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name in ("height", "width", "frames", "steps"):
-            if not number or isinstance(value, float) or value < 1:
-                raise UserError(f"{name}: a whole number of at least 1 is needed, given {value!r}")
+        if name in ("height", "width", "frames", "steps", "window_frames", *least):
+            if not number or isinstance(value, float) or value < least.get(name, 1):
+                raise UserError(f"{name}: a whole number of at least {least.get(name, 1)} is needed, given {value!r}")
+            if name == "noise_level" and value > MAX_NOISE_LEVEL:
+                raise UserError(f"noise_level: a whole number from 0 to {MAX_NOISE_LEVEL} is needed, given {value}")
+            if name == "tile" and 0 < value < MIN_TILE:
+                raise UserError(f"tile: at least {MIN_TILE} pixels, or 0 for whole frames, are needed, given {value}")
         elif name in ("fps", "guidance"):
             if not number or not math.isfinite(value):
                 raise UserError(f"{name}: a finite number is needed, given {value!r}")
             if name == "fps" and not MIN_FPS <= value <= MAX_FPS:
                 raise UserError(f"fps: a number from {MIN_FPS} to {MAX_FPS} is needed, given {value}")
+        elif name == "keep_key_frames":
+            if not isinstance(value, bool):
+                raise UserError(f"keep_key_frames: true or false is needed, given {value!r}")
+        elif name == "windows":
+            if value not in VSR_WINDOWS:
+                raise UserError(f"windows: unknown {value!r}{suggest(str(value), VSR_WINDOWS)}")
         elif not isinstance(value, str):
             raise UserError(f"{name}: a text is needed, given {value!r}")

@@ -1,0 +1,182 @@
+"""One stage's weights on the devices: text encoder, VAE and noise. The UNet's turn is in `denoising.py`.
+
+Everything goes through in pieces of a fixed size, spread over the devices, while clips stay on the host: how long a
+clip is does not show in a device's memory.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8, UInt32
+
+from lavie_jax import parallel
+from lavie_jax.data import tokens
+from lavie_jax.errors import UserError
+from lavie_jax.models.clip_text import CLIPText
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.vae import VAE
+from lavie_jax.stages import STAGES
+from lavie_jax.weights import Part, Weights
+
+VAE_PIXELS = 4 * 320 * 512  # that a device's VAE takes at a time: 4 frames of the base stage
+CONDITION_STREAM = 2**32 - 1  # of the noise in a stage's condition; stream 0 starts denoising, i + 1 is for step i
+
+BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
+
+
+class StageModel:
+    """One stage's weights, replicated on the devices, and what is compiled from them."""
+
+    def __init__(self, weights: Weights, *, dtype: DTypeLike, devices: Sequence[jax.Device]):
+        self.weights, self.dtype = weights, dtype
+        self.mesh = parallel.make_mesh(devices=devices)
+        self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
+        vae_dtype = jnp.float32 if weights.stage == "vsr" else dtype  # the x4 VAE overflows in half precision
+        self.unet = UNet(weights.unet.config, dtype)
+        self.text_encoder = CLIPText(weights.text_encoder.config, dtype)
+        self.vae = VAE(weights.vae.config, vae_dtype)
+        self.unet_params = self._place(weights.unet, dtype)
+        self.text_params = self._place(weights.text_encoder, dtype)
+        self.vae_params = self._place(weights.vae, vae_dtype)
+
+    def _place(self, part: Part, dtype: DTypeLike) -> dict:
+        everywhere = parallel.replicated(self.mesh)
+        # Leaf by leaf: a copy of the whole model in another dtype would not fit a small host.
+        return jax.tree.map(lambda p: parallel.put(np.asarray(p).astype(dtype), everywhere), part.params)
+
+    @property
+    def device(self) -> jax.Device:
+        """Where what needs one device alone is computed."""
+        return self.mesh.devices.flat[0]
+
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
+        """Last hidden states of the text encoder.
+
+        Each different text goes through it alone: they are few, and one program serves any number of them.
+        """
+        ids = dict(zip(texts, tokens.tokenize(self.tokenizer, texts)))
+        known, largest = self.text_encoder.config.vocab_size, max(row.max() for row in ids.values())
+        if largest >= known:
+            raise UserError(
+                f"{self.weights.path}: its tokenizer gives token {largest}, its text encoder has {known} tokens: they "
+                "do not belong together"
+            )
+        encoded = {t: _encode_text(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
+        return np.concatenate([np.asarray(encoded[text]) for text in texts])
+
+    def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Standard normal noise of a clip, keyed by its seed."""
+        return _normal(self._words(seed, stream), shape=shape)[0]
+
+    def frame_noise(
+        self, seed: int, stream: int, frames: Sequence[int], shape: tuple[int, ...]
+    ) -> Float[Array, "t ..."]:
+        """Standard normal noise of frames with these numbers, each keyed by seed and number: however a clip is cut,
+        they have the same."""
+        rows = self._words(seed, stream).repeat(len(frames), axis=0)
+        return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape=shape)
+
+    def _words(self, seed: int, stream: int) -> UInt32[np.ndarray, "1 3"]:
+        return np.array([[seed, list(STAGES).index(self.weights.stage), stream]], np.uint32)
+
+    def encode(
+        self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"]
+    ) -> Float[np.ndarray, "t h w c"]:
+        """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`."""
+        parts = [
+            _encode(self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
+                    mesh=self.mesh)
+            for part, size in self._pieces(*frames.shape[:3])
+        ]  # fmt: skip
+        return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]
+
+    def decode(self, latents: Float[np.ndarray, "t h w c"]) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """The frames of scaled latents, a few at a time and in order. UserError when the latents are not finite."""
+        if not np.isfinite(latents).all():
+            raise UserError("a sample became infinite or NaN while it was denoised: use a smaller guidance")
+        factor, (count, height, width) = self.vae.config.factor, latents.shape[:3]
+
+        def started():
+            for part, size in self._pieces(count, height * factor, width * factor):
+                frames = _decode(self.vae_params, self._spread(latents[part], size), vae=self.vae, mesh=self.mesh)
+                yield frames, len(latents[part])
+
+        for frames, wanted in one_ahead(started()):
+            yield np.asarray(frames)[:wanted]
+
+    def _pieces(self, count: int, height: int, width: int) -> list[tuple[slice, int]]:
+        """(frames, how many) that the devices' VAEs take together, piece by piece."""
+        each = max(1, min(math.ceil(count / self.mesh.size), VAE_PIXELS // (height * width)))
+        size = each * self.mesh.size
+        return [(slice(i, i + size), size) for i in range(0, count, size)]
+
+    def _spread(self, rows: np.ndarray, size: int) -> Array:
+        """Rows over the devices; the last is repeated up to `size`, so that one program serves every piece."""
+        filled = np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)]) if len(rows) < size else rows
+        return parallel.put(filled, parallel.batch_sharding(self.mesh))
+
+
+def one_ahead(results: Iterator) -> Iterator:
+    """Each of `results` after the next was asked for: devices work on that one while the host fetches this."""
+    before = next(results, None)
+    for result in results:
+        yield before
+        before = result
+    if before is not None:
+        yield before
+
+
+def per_device(f, mesh: Mesh, *specs: PartitionSpec):
+    """`f` on every device, each with its own rows of what is `BATCH`."""
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+
+
+# ---- compiled ----
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode_text(params: dict, ids: Int[Array, "b l"], *, model: CLIPText) -> Float[Array, "b l d"]:
+    return model.apply({"params": params}, ids)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    def one(words):
+        # The generator is named, because a user's jax configuration must not change a seed's sample.
+        key = jax.random.key(words[0], impl="threefry2x32")
+        for word in words[1:]:
+            key = jax.random.fold_in(key, word)
+        return jax.random.normal(key, shape, jnp.float32)
+
+    return jax.vmap(one)(words)
+
+
+@functools.partial(jax.jit, static_argnames=("vae", "mesh"))
+def _encode(
+    params: dict, frames: UInt8[Array, "n H W 3"], noise: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh
+) -> Float[Array, "n h w c"]:
+    def encode(params, frames, noise):
+        mean, logvar = vae.apply({"params": params}, to_float(frames), method="encode")
+        return (mean + jnp.exp(0.5 * logvar) * noise) * vae.config.scaling_factor
+
+    return per_device(encode, mesh, ALL, BATCH, BATCH)(params, frames, noise)
+
+
+@functools.partial(jax.jit, static_argnames=("vae", "mesh"))
+def _decode(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
+    def decode(params, latents):
+        images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
+        return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+    return per_device(decode, mesh, ALL, BATCH)(params, latents)
+
+
+def to_float(frames: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """0..255 to [-1, 1]."""
+    return frames.astype(jnp.float32) / 127.5 - 1
