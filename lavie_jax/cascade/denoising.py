@@ -20,7 +20,6 @@ from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.cascade.windows import Window
 from lavie_jax.diffusion import Sampler
-from lavie_jax.models.unet import UNet
 from lavie_jax.stages import Condition, denoiser
 
 TOGETHER_PLACES = 16 * 40 * 64  # latent places of a device's rows up to which both guided halves share one UNet call
@@ -42,7 +41,7 @@ class Clip:
     null_text: Float[np.ndarray, "l d"]
     shape: tuple[int, int, int, int]  # of its latents (T, h, w, C)
     noise: Callable[[int, range], Array]
-    concat: Float[np.ndarray, "t h w d"] | None = None
+    concat: Float[np.ndarray, "t h w k"] | None = None
     noise_level: int | None = None
     state: State | None = None
     step: int = 0
@@ -129,9 +128,7 @@ def _predict_windows(
     )  # fmt: skip
 
 
-def _stepped(
-    model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler
-) -> State:
+def _stepped(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
     """The clip's state after its next step, given the prediction at this one."""
 
     def step(frames):
@@ -169,7 +166,7 @@ def _predict(
     null_text: Float[Array, "b l d"],
     condition: Condition,
     *,
-    unet: UNet,
+    unet,
     sampler: Sampler,
     guidance: float,
     image: bool,
@@ -179,9 +176,7 @@ def _predict(
     """Every device runs the same program on its own windows."""
 
     def predict(params, state, i, text, null_text, condition):
-        denoise = denoiser(
-            unet, params, text, null_text, condition, guidance=guidance, image=image, in_turn=in_turn
-        )
+        denoise = denoiser(unet, params, text, null_text, condition, guidance=guidance, image=image, in_turn=in_turn)
         answers = []
 
         def asked(x_t, t):

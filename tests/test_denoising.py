@@ -1,0 +1,172 @@
+"""Clips through a sampler's steps, window by window: with a network of one line, whose answers are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavie_jax import parallel
+from lavie_jax.cascade import denoising
+from lavie_jax.cascade.denoising import Clip, Plan, denoise
+from lavie_jax.cascade.model import StageModel
+from lavie_jax.cascade.windows import cut, grid, overlapping, whole
+from lavie_jax.diffusion import Schedule, make_sampler
+
+SHAPE = (11, 6, 10, 4)
+
+
+class Pointwise:
+    """Stands in for a UNet: what it answers at a place depends on what it is given there, and on t and the text."""
+
+    def apply(self, variables, x, t, text, image_text=None, noise_level=None):
+        level = 0 if noise_level is None else noise_level[:, None, None, None, None] / 1000
+        given = x[..., :4] * 0.3 + x[..., 4:].sum(-1, keepdims=True) * 0.1
+        t, text = t[:, None, None, None, None], text.mean((1, 2))[:, None, None, None, None]
+        return jnp.tanh(given + t / 1000 + level) * text
+
+
+class Neighbours(Pointwise):
+    """Whose answer depends on the frames beside it, too."""
+
+    def apply(self, variables, x, t, text, image_text=None, noise_level=None):
+        x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) * 0.5 + x
+        return super().apply(variables, x, t, text, image_text, noise_level)
+
+
+UNET = Pointwise()
+
+
+class Model(StageModel):
+    def __init__(self, devices=1, unet=UNET):
+        self.mesh, self.unet, self.unet_params = parallel.make_mesh(devices=jax.devices()[:devices]), unet, {}
+
+
+def clip(seed=0, **fields) -> Clip:
+    rng = np.random.default_rng(seed)
+    noises = rng.normal(size=(9, *SHAPE)).astype(np.float32)
+    return Clip(
+        text=rng.normal(size=(3, 5)).astype(np.float32), null_text=rng.normal(size=(3, 5)).astype(np.float32),
+        shape=SHAPE, noise=lambda stream, frames: jnp.asarray(noises[stream, frames.start : frames.stop]),
+        concat=rng.normal(size=(*SHAPE[:3], 3)).astype(np.float32), noise_level=20, **fields,
+    )  # fmt: skip
+
+
+WHOLE = grid(*map(whole, SHAPE[:3]))
+OVERLAPPING = grid(overlapping(11, 4, 2), overlapping(6, 4, 1), overlapping(10, 4, 2))
+
+
+def plan(windows, sampler="ddim", rows=1, steps=3) -> Plan:
+    schedule = Schedule(prediction="v_prediction")
+    return Plan(sampler=make_sampler(sampler, steps, schedule), guidance=3.0, windows=windows, rows=rows)
+
+
+def denoised(*clips, model=None, **how):
+    denoise(model or MODEL, clips, plan(**how))
+    return [c.state["x"] for c in clips]
+
+
+MODEL = Model()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "dpm++2m"])
+def test_a_clip_goes_the_way_of_the_plain_loop(sampler):
+    made, this = clip(), plan(WHOLE, sampler).sampler
+    state = this.init(made.noise(0, range(11))[None])
+
+    def answer(x_t, t):
+        def half(text):
+            x = jnp.concatenate([x_t, jnp.asarray(made.concat)[None]], axis=-1)
+            return UNET.apply({}, x, jnp.broadcast_to(t, (1,)), jnp.asarray(text)[None], noise_level=jnp.array([20]))
+
+        with_prompt, without = half(made.text), half(made.null_text)
+        return without + 3.0 * (with_prompt - without)
+
+    for i in range(3):
+        state = this.step(state, i, answer, made.noise(i + 1, range(11))[None])
+    (found,) = denoised(made, windows=WHOLE, sampler=sampler)
+    np.testing.assert_allclose(found, state["x"][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("windows", [OVERLAPPING, grid(cut(11, 4), whole(6), whole(10))], ids=["blended", "official"])
+def test_windows_of_a_network_without_context_change_nothing(windows):
+    (one,), (many,) = denoised(clip(), windows=WHOLE), denoised(clip(), windows=windows, rows=4)
+    np.testing.assert_allclose(many, one, atol=1e-5)
+
+
+def test_blending_leaves_no_cut_where_chunks_do():
+    """Frames all alike, through a network that looks at the frame before: chunks start anew at their first frames."""
+    rng = np.random.default_rng(0)
+    frame = rng.normal(size=(1, *SHAPE[1:])).astype(np.float32)
+    base = clip()
+
+    def alike():
+        made = clip(seed=0)
+        made.noise = lambda stream, frames: jnp.asarray(frame).repeat(len(frames), axis=0)
+        made.concat = base.concat * np.arange(11, dtype=np.float32)[:, None, None, None] / 11
+        return made
+
+    neighbours = Model(unet=Neighbours())
+    jumps = {}
+    for name, frames in (("blended", overlapping(11, 5, 3)), ("official", cut(11, 5))):
+        (x,) = denoised(alike(), model=neighbours, windows=grid(frames, whole(6), whole(10)))
+        (reference,) = denoised(alike(), model=neighbours, windows=WHOLE)
+        error = x - reference
+        jumps[name] = np.abs(np.diff(error, axis=0)).max()
+    assert jumps["blended"] < 0.5 * jumps["official"]
+
+
+def test_one_device_and_eight_agree():
+    (one,) = denoised(clip(), windows=OVERLAPPING)
+    (eight,) = denoised(clip(), model=Model(8), windows=OVERLAPPING, rows=8)
+    assert np.linalg.norm(eight - one) <= 1e-4 * np.linalg.norm(one)
+
+
+def test_clips_share_calls_and_do_not_mix(monkeypatch):
+    calls = []
+    predict = denoising._predict
+
+    def counted(*args, **kwargs):
+        calls.append(args[1]["x"].shape[0])
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(denoising, "_predict", counted)
+    together = denoised(clip(0), clip(1), clip(2), windows=WHOLE, rows=4)
+    assert calls == [4] * 3
+    for seed, found in enumerate(together):
+        np.testing.assert_allclose(found, denoised(clip(seed), windows=WHOLE)[0], atol=1e-5)
+
+
+def test_guided_halves_go_in_turn_where_they_are_large(monkeypatch):
+    (together,) = denoised(clip(), windows=OVERLAPPING)
+    turns = []
+    real = denoising.denoiser
+    monkeypatch.setattr(
+        denoising, "denoiser", lambda *a, in_turn, **k: turns.append(in_turn) or real(*a, in_turn=in_turn, **k)
+    )
+    monkeypatch.setattr(denoising, "TOGETHER_PLACES", 4 * 4 * 4 - 1)
+    (in_turn,) = denoised(clip(), windows=OVERLAPPING)
+    assert turns == [True]
+    np.testing.assert_allclose(in_turn, together, atol=1e-5)
+
+
+def test_steps_of_a_few_frames_at_a_time_change_nothing(monkeypatch):
+    (whole_clip,) = denoised(clip(), windows=WHOLE, sampler="ddpm")
+    monkeypatch.setattr(denoising, "STEP_PLACES", 3 * 6 * 10)
+    (pieces,) = denoised(clip(), windows=WHOLE, sampler="ddpm")
+    np.testing.assert_allclose(pieces, whole_clip, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+def test_a_saved_state_goes_on_to_the_same_end(sampler, monkeypatch):
+    monkeypatch.setattr(denoising, "SAVE_EVERY", 2)
+    saved = []
+    first = clip(save=lambda step, state: saved.append((step, state)))
+    (expected,) = denoised(first, windows=OVERLAPPING, sampler=sampler, steps=5)
+    assert [step for step, _ in saved] == [2, 4, 5]
+    other = clip(1)
+    denoised(clip(state=saved[1][1], step=4), windows=OVERLAPPING, sampler=sampler, steps=5)
+    # one that is behind and one that is ahead, in one batch
+    ahead = clip(state=saved[1][1], step=4)
+    behind, ahead = denoised(other, ahead, windows=OVERLAPPING, sampler=sampler, steps=5)
+    np.testing.assert_array_equal(ahead, expected)
+    np.testing.assert_array_equal(behind, denoised(clip(1), windows=OVERLAPPING, sampler=sampler, steps=5)[0])
