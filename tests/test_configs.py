@@ -1,5 +1,6 @@
 """Every config builds at full size without being run, and its tiny mode trains a step and leaves its files."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,7 +18,8 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
-from lavie_jax.samples.settings import Settings
+from lavie_jax.samples.settings import SETTINGS
+from lavie_jax.stages import LOW_RES_SCHEDULE
 from lavie_jax.stages import STAGES as STAGE
 from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state, make_update
@@ -67,25 +69,46 @@ def test_a_stage_builds_at_full_size(name):
     new, losses = jax.eval_shape(update, state, task.frozen, abstract_batch(config))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {x.dtype for x in jax.tree.leaves(new["params"])} == {jnp.dtype("float32")}
-    assert ("video_loss" in losses) == bool(config.data.frames) and "image_loss" in losses
-    if name == "configs/base.py":  # LaVie's base UNet, 909.1 M parameters (paper, and its checkpoint)
-        count = sum(np.prod(x.shape) for x in jax.tree.leaves(new["params"]["unet"]))
-        assert round(count / 1e6, 1) == 909.1
-        assert (config.data.frames, config.data.images, config.data.height, config.data.width) == (16, 4, 320, 512)
+    assert ("video_loss" in losses, "image_loss" in losses) == (bool(config.data.frames), bool(config.data.images))
+    if name in RELEASED:
+        data, (shape, total, trained) = config.data, RELEASED[name]
+        assert (data.frames, data.images, data.height, data.width) == shape
+        ours = task.split(new["params"])[0]
+        assert (millions(new["params"]["unet"]), millions(ours)) == (total, trained)
+        moments = [x for x in jax.tree.leaves(new["opt_state"]) if x.ndim]
+        assert sum(x.size for x in moments) == 2 * sum(x.size for x in ours.values())  # none for what is frozen
 
 
-def test_full_size_is_the_released_models_size():
-    """What `convert_torch.py inflate` makes of Stable Diffusion 1.4 can be trained."""
+RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the released checkpoints)
+    "configs/base.py": ((16, 4, 320, 512), 909.1, 909.1),
+    "configs/interpolation.py": ((61, 0, 256, 256), 909.1, 909.1),
+    "configs/vsr.py": ((8, 0, 320, 320), 691.0, 217.6),
+}
+
+
+def millions(tree) -> float:
+    return round(sum(np.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e6, 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "vae", "text"), [("base", "sd", "sd"), ("interpolation", "sd", "sd"), ("vsr", "x4", "x4")]
+)
+def test_full_size_is_the_released_models_size(stage, vae, text):
+    """What `convert_torch.py inflate` makes of Stable Diffusion 1.4 and of the x4-upscaler can be trained."""
 
     def released(name):
         return json.loads((ROOT / "tests/golden" / f"{name}.json").read_text())["model"]
 
-    config = options.load("configs/base.py")
+    config = options.load(f"configs/{stage}.py")
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    assert models.unet.config == UNetConfig.from_diffusers(released("base_unet_full"), "base")
-    assert models.vae.config == VAEConfig.from_diffusers(released("sd_vae_full"))
-    assert models.text_encoder.config == CLIPTextConfig.from_diffusers(released("sd_text_full"))
-    assert models.schedule == STAGE["base"].schedule
+    assert models.unet.config == UNetConfig.from_diffusers(released(f"{stage}_unet_full"), stage)
+    assert models.vae.config == dataclasses.replace(
+        VAEConfig.from_diffusers(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
+    )
+    assert models.text_encoder.config == CLIPTextConfig.from_diffusers(released(f"{text}_text_full"))
+    assert models.schedule == STAGE[stage].schedule
+    for name, value in config.sampling.items():
+        assert STAGE[stage].sampling[name] == value
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,19 +129,23 @@ def test_sampling_settings_can_be_used(name, mode):
     config = options.load(name + mode)
     models = build.make_models(config, jnp.float32, 1.0)
     given = {
-        **config.sampling,
         "height": config.data.height,
         "width": config.data.width,
         "frames": 1,
         "fps": config.data.fps,
+        **config.sampling,
     }
-    Settings.make({}, given).check_sides(models.vae.config.factor)
+    SETTINGS[config.stage].make({}, given).check_sides(models.vae.config.factor)
 
 
 def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
     vae = options.load("configs/moving_shapes/vae.py").vae
-    for name in ("image.py", "image.py:cpu", "base.py", "base.py:cpu"):
-        assert options.load(f"configs/moving_shapes/{name}").vae == vae
+    for name in ("image", "base", "interpolation"):
+        for mode in ("", ":cpu"):
+            assert options.load(f"configs/moving_shapes/{name}.py{mode}").vae == vae
+    large = options.load("configs/moving_shapes/vsr_vae.py").vae
+    for name in ("upscaler", "vsr"):
+        assert options.load(f"configs/moving_shapes/{name}.py").vae == large
     images = jnp.zeros((1, 64, 64, 3))
     models = build.make_models(options.load("configs/moving_shapes/base.py"), jnp.float32, 1.0)
     mean, _ = jax.eval_shape(
@@ -127,19 +154,54 @@ def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
     assert mean.shape == (1, 16, 16, 4)
 
 
-def test_the_full_size_config_is_tiny_on_moving_shapes():
-    a, b = options.load("configs/base.py:tiny"), options.load("configs/moving_shapes/base.py:tiny")
+@pytest.mark.parametrize("stage", STAGE)
+def test_the_full_size_config_is_tiny_on_moving_shapes(stage):
+    a, b = options.load(f"configs/{stage}.py:tiny"), options.load(f"configs/moving_shapes/{stage}.py:tiny")
     assert a == b  # so the run below is its run too
 
 
+def test_the_small_interpolation_and_upscaler_fit_what_they_start_from():
+    """Their networks are the base's and the super-resolution's own, whatever the mode."""
+    for mode in ("", ":cpu"):
+        base, later = (options.load(f"configs/moving_shapes/{name}.py{mode}") for name in ("base", "interpolation"))
+        assert later.text_encoder == base.text_encoder and later.vae == base.vae
+        for field in ("block_out_channels", "attention_levels", "attention_heads", "norm_num_groups"):
+            assert later.unet[field] == base.unet[field]
+        a, b = (options.load(f"configs/moving_shapes/{name}.py{mode}") for name in ("upscaler", "vsr"))
+        assert (a.unet, a.vae, a.text_encoder) == (b.unet, b.vae, b.text_encoder)
+
+
 def test_tiny_trains_and_leaves_a_model_and_samples(tmp_path):
-    """The image model, then the base stage from its weights folder, as the small world is trained."""
+    """The image model, the base stage from its weights folder, and interpolation from that."""
     tiny_run("image", tmp_path / "image", "--config.prompts=()")
     tiny_run("base", tmp_path / "base", "--config.vae_from=", f"--config.init_from={tmp_path}/image/weights")
     image, base = (weights.load_folder(tmp_path / name / "weights") for name in ("image", "base"))
     jax.tree.map(np.testing.assert_array_equal, image.vae.params, base.vae.params)
     start, end = (w.unet.params["conv_in"]["kernel"] for w in (image, base))
     assert 0 < np.abs(end - start).max() < 0.01  # from there, and on
+
+    words = ("--config.vae_from=", "--config.train_text_encoder=false", f"--config.init_from={tmp_path}/base/weights")
+    tiny_run("interpolation", tmp_path / "interpolation", *words)
+    later = weights.load_folder(tmp_path / "interpolation" / "weights", stage="interpolation")
+    jax.tree.map(np.testing.assert_array_equal, base.text_encoder.params, later.text_encoder.params)
+    assert 0 < np.abs(later.unet.params["conv_in"]["kernel"][:, :, :4] - end).max() < 0.01
+
+
+def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
+    tiny_run("upscaler", tmp_path / "upscaler")
+    words = ("--config.vae_from=", "--config.regime=temporal_only", "--config.train_text_encoder=false")
+    tiny_run("vsr", tmp_path / "vsr", *words, f"--config.init_from={tmp_path}/upscaler/weights")
+    start, end = (weights.load_folder(tmp_path / name / "weights", stage="vsr") for name in ("upscaler", "vsr"))
+    assert end.low_res_schedule == LOW_RES_SCHEDULE
+    np.testing.assert_array_equal(start.unet.params["conv_in"]["kernel"], end.unet.params["conv_in"]["kernel"])
+    moved = "mid_temporal_block", "shift_conv", "kernel"
+    before, after = start.unet.params, end.unet.params
+    for name in moved:
+        before, after = before[name], after[name]
+    assert not before.any() and after.any()
+
+
+FRAMES = {"image": 1, "base": 4, "interpolation": 5, "upscaler": 3, "vsr": 3}  # that the weights say they make
 
 
 def tiny_run(name, workdir, *extra):
@@ -154,11 +216,13 @@ def tiny_run(name, workdir, *extra):
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()[-1]) == 64
-    found = weights.load_folder(workdir / "weights", stage="base")
-    assert found.sampling["frames"] == (1 if name == "image" else 4)
+    assert weights.load_folder(workdir / "weights", params=False).sampling["frames"] == FRAMES[name]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "image_loss", "learning_rate", "clips_per_second"} <= set(lines[0])
-    assert ("video_loss" in lines[0]) == (name == "base")
-    assert {f"held_out/image_loss_t{t}" for t in (100, 300, 500, 700, 900)} <= set(lines[-1])
+    assert {"loss", "learning_rate", "clips_per_second"} <= set(lines[0])
+    assert ("video_loss" in lines[0], "image_loss" in lines[0]) == (
+        name not in ("image", "upscaler"), name in ("image", "base", "upscaler")
+    )  # fmt: skip
+    kind = "video" if "video_loss" in lines[0] else "image"
+    assert {f"held_out/{kind}_loss_t{t}" for t in (100, 300, 500, 700, 900)} <= set(lines[-1])
     assert [p.name for p in workdir.glob("samples/*")] == (["00000002.png"] if name == "base" else [])
     assert len(list((workdir / "tensorboard").iterdir())) == 1

@@ -1,0 +1,218 @@
+"""What the stages are fed in training, and that each learns from video files."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavie_jax import weights
+from lavie_jax.data import moving_shapes, pipeline, video_files
+from lavie_jax.data.tokens import load_tokenizer
+from lavie_jax.errors import UserError
+from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.samples import settings
+from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
+from lavie_jax.training import build, diffusion, inputs, optimizer, options
+from lavie_jax.training.step import make_state, make_update
+from lavie_jax.weights.names import ZERO_AT_FIRST
+from tests.tiny import make_base, random_params
+
+ROOT = Path(__file__).parents[1]
+VAE_CONFIG = VAEConfig(latent_channels=2, scaling_factor=0.5, patch_size=2)
+
+
+def clips(*lead: int, logvar: float = -30.0) -> inputs.Clips:
+    """Frames of 8x4 and a made-up posterior of 4x2, each frame unlike the others."""
+    rng = np.random.default_rng(0)
+    pixels = jnp.asarray(rng.uniform(-1, 1, (*lead, 8, 4, 3)), jnp.float32)
+    mean = jnp.asarray(rng.normal(size=(*lead, 4, 2, 2)), jnp.float32)
+    return inputs.Clips(pixels, mean, jnp.full_like(mean, logvar))
+
+
+# ---- inputs ----
+
+
+def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
+    clip = clips(2, 9)
+    made = inputs.key_frames(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    assert made["key_latents"].shape == (2, 3, 4, 2, 2)
+    shown = STAGES["interpolation"].condition(made).concat
+    np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
+    blurred = clips(2, 9, logvar=0.0)
+    keys = inputs.key_frames(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))["key_latents"]
+    targets = blurred.draw(jax.random.key(2), VAE_CONFIG)[:, ::4]
+    assert float(jnp.abs(keys - targets).min()) > 0  # the network cannot find the target's own draw in its input
+
+
+@pytest.mark.parametrize("frames", [4, 6, 16])
+def test_interpolation_wants_whole_gaps(frames):
+    inputs.check_frames("base", frames)
+    inputs.check_frames("interpolation", 4 * frames + 1)
+    with pytest.raises(UserError, match="begin and end with a key frame"):
+        inputs.check_frames("interpolation", frames)
+
+
+def test_low_resolution_frames_are_the_means_of_squares_with_levels_of_their_own():
+    clip = clips(400, 2)
+    made = inputs.low_resolution(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
+    level = np.asarray(made["noise_level"])
+    assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= inputs.MAX_NOISE_LEVEL
+    assert inputs.MAX_NOISE_LEVEL == settings.MAX_NOISE_LEVEL  # sampling refuses what training never shows
+    shown = STAGES["vsr"].condition(made)
+    signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[level])[:, None, None, None, None]
+    rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)
+    np.testing.assert_allclose([rest.mean(), rest.std()], [0, 1], atol=0.03)
+
+
+@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+def test_images_beside_a_clip_have_conditions_of_their_own(stage):
+    """Each is a clip of one frame; a row has one noise level."""
+    video, stills = clips(2, 5), clips(2, 3, 1)
+    rng, level_rng = jax.random.key(0), jax.random.key(1)
+    make = inputs.INPUTS[stage]
+    latents = jnp.concatenate([video.mean, stills.mean[:, :, 0]], axis=1)
+    image_inputs = make(stills, VAE_CONFIG, rng, level_rng)
+    pair = STAGES[stage].training_pair(
+        latents, make(video, VAE_CONFIG, rng, level_rng), rng, images=3, image_inputs=image_inputs
+    )
+    assert pair.condition.concat.shape[:2] == (2, 8)
+    images_alone = STAGES[stage].training_pair(latents[:, 5:], None, rng, images=3, image_inputs=image_inputs)
+    np.testing.assert_array_equal(images_alone.condition.concat, pair.condition.concat[:, 5:])
+    if stage == "interpolation":
+        np.testing.assert_allclose(pair.condition.concat[:, 5:], 0.5 * stills.mean[:, :, 0], atol=1e-5)
+    else:
+        assert pair.condition.noise_level.shape == (2,)
+        np.testing.assert_array_equal(images_alone.condition.noise_level, pair.condition.noise_level)
+
+
+def test_large_batches_are_encoded_a_few_frames_at_a_time(monkeypatch):
+    config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, patch_size=4)
+    vae, frames = VAE(config), jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 8, 8, 3)), jnp.float32)
+    params = random_params(vae, frames[0])
+    whole = diffusion.encode_frames(vae, params, frames)
+    monkeypatch.setattr(diffusion, "ENCODED_PIXELS", 2 * 2 * 8 * 8 // jax.device_count())  # two frames of both rows
+    assert "scan" in str(jax.make_jaxpr(lambda x: diffusion.encode_frames(vae, params, x))(frames))
+    parts = diffusion.encode_frames(vae, params, frames)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
+
+
+# ---- where the weights come from ----
+
+
+def small_config(stage: str, base: Path | None = None):
+    """The stage's tiny config with the network of `tests/tiny.py`, or one as small."""
+    config = options.load(str(ROOT / f"configs/moving_shapes/{stage}.py:tiny"))
+    with config.unlocked():
+        # without a base, the middle block's attention is enough, and half as much to compile
+        config.unet.block_out_channels, config.unet.attention_levels = (16,), (base is not None and stage != "vsr",)
+        config.unet.attention_heads, config.unet.only_cross_attention = (2,), (False,)
+        config.unet.norm_num_groups = 8
+        if stage == "vsr":
+            config.unet.up_temporal_idx = (0,)
+        config.data.frames = {"base": 3, "interpolation": 5, "vsr": 3}[stage]
+    if base is not None:
+        found = weights.load_folder(base)
+        config.init_from, config.vae_from, config.train_text_encoder = str(base), "", False
+        config.vae.update({k: v for k, v in found.vae.config.to_dict().items() if k in config.vae})
+        config.text_encoder.update(
+            {k: v for k, v in found.text_encoder.config.to_dict().items() if k in config.text_encoder}
+        )
+        config.unet.cross_attention_dim = found.unet.config.cross_attention_dim
+    return config
+
+
+def test_interpolation_takes_the_spatial_weights_of_a_base(tmp_path):
+    base = make_base(tmp_path / "base")
+    before = weights.load_folder(base).unet.params
+    task, tokenizer = build.make_task(small_config("interpolation", base), jnp.float32, tmp_path)
+    after = task.start["unet"]
+    np.testing.assert_array_equal(after["conv_in"]["kernel"][:, :, :4], before["conv_in"]["kernel"])
+    assert not after["conv_in"]["kernel"][:, :, 4:].any()  # the key frames' channels
+    block, old = (tree["mid_block"]["attentions_0"]["transformer_blocks_0"] for tree in (after, before))
+    np.testing.assert_array_equal(block["attn1"]["to_q"]["kernel"], old["attn1"]["to_q"]["kernel"])
+    assert not np.array_equal(block["attn_temporal"]["to_q"]["kernel"], old["attn_temporal"]["to_q"]["kernel"])
+    assert not block["attn_temporal"]["to_out_0"]["kernel"].any()
+    assert set(task.frozen) == {"vae", "text_encoder"} and tokenizer == base / "tokenizer"
+
+
+def test_super_resolution_takes_the_text_encoder_of_a_base(tmp_path):
+    base = make_base(tmp_path / "base")
+    config = small_config("vsr", base)
+    config.init_from, config.text_from, config.vae_from = "", str(base), str(base)
+    task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
+    assert task.start is None and set(task.frozen) == {"vae", "text_encoder"} and tokenizer == base / "tokenizer"
+    for change, message in (({"text_from": ""}, "needs init_from or text_from"),
+                            ({"train_text_encoder": True}, "text_from is for"),
+                            ({"text_from": "nowhere"}, "nowhere does not exist")):  # fmt: skip
+        wrong = config.copy_and_resolve_references()
+        wrong.update(change)
+        with pytest.raises(UserError, match=message):
+            build.make_task(wrong, jnp.float32, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+def test_dropped_captions_become_the_null_caption_of_the_stage(stage):
+    config = options.load(str(ROOT / f"configs/{stage}.py"))
+    assert "null_caption" not in config.data
+    assert build.data_config(config).null_caption == STAGES[stage].null_caption
+
+
+# ---- learning ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight encoded videos with captions: shapes over a texture, which no world of ours draws."""
+    path = tmp_path_factory.mktemp("videos")
+    texture = np.random.default_rng(0).integers(0, 60, (48, 64, 3), dtype=np.uint8)
+    for i in range(8):
+        sample = moving_shapes.clip("train", i, frames=12, fps=16, height=48, width=64)
+        video_files.save_video(np.minimum(sample.pixels, 195) + texture, path / f"{i}.mp4", fps=16)
+        (path / f"{i}.txt").write_text(sample.caption)
+    return path
+
+
+STEPS = 40
+
+
+def started(task) -> dict:
+    """Initial parameters by numpy: compiling the initialisation takes longer than training on it."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith(("scale", "bias")):
+            return np.full(x.shape, name.endswith("scale"), np.float32)
+        zero = "conv_out" in name or ZERO_AT_FIRST.search(name)
+        scale = 0 if zero else np.prod(x.shape[:-1]) ** -0.5
+        return (scale * rng.normal(size=x.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch):
+    """The loss on clips that are not trained on falls."""
+    monkeypatch.chdir(ROOT)
+    config = small_config(stage)
+    config.data.source, config.data.path, config.data.fps = "video_folder", str(folder), 16.0
+    config.data.images, config.batch = 1 if stage == "base" else 0, 4
+    config.vae_from, config.vae = str(ROOT / "lavie_jax/assets/base"), options.load("configs/moving_shapes/vae.py").vae
+    config.loss.held_out_timesteps = (300, 700)
+    task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=2e-3, warmup=0), STEPS)
+    state, frozen = make_state(started(task), task, tx), task.frozen
+    update, held_out = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9)), jax.jit(task.held_out)
+    data, ids = build.data_config(config), load_tokenizer(tokenizer)
+    with contextlib.closing(pipeline.batches(build.held_out_data(data), ids, batch_size=4)) as rows:
+        unseen = next(rows)
+    before = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]
+    with contextlib.closing(pipeline.batches(data, ids, batch_size=4)) as rows:
+        for _, batch in zip(range(STEPS), rows):
+            state, losses = update(state, frozen, batch)
+    after = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]
+    assert np.isfinite(losses["loss"]) and after < 0.8 * before, (before, after)
