@@ -202,7 +202,7 @@ class Cascade:
         guidance: float | None = None,
         interpolation: Mapping[str, Any] | None = None,
         vsr: Mapping[str, Any] | None = None,
-        clip: UInt8[np.ndarray, "t h w 3"] | None = None,
+        clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
     ) -> UInt8[np.ndarray, "b t H W 3"]:
@@ -247,7 +247,7 @@ class Cascade:
         requests: Sequence[Request],
         settings: Mapping[str, Settings],
         *,
-        clip: UInt8[np.ndarray, "t h w 3"] | None = None,
+        clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
         shelves: Sequence[Memory] | None = None,
         batch_size: int | None = None,
         progress: bool = False,

@@ -1,0 +1,272 @@
+"""Interpolation and super-resolution with tiny random models: what they start from and what comes out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import lavie_jax
+from lavie_jax import cascade
+from lavie_jax.cascade import interpolation, pixels, running, vsr
+from lavie_jax.cascade.denoising import Plan, denoise
+from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.errors import UserError
+from lavie_jax.samples import settings as sample_settings
+from lavie_jax.samples.settings import Source
+from lavie_jax.samples.shelf import Memory
+from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
+from lavie_jax.weights import load_folder
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_cascade(tmp_path_factory.mktemp("weights") / "cascade")
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """On one device."""
+    return lavie_jax.load(folder, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    return {stage: load_folder(folder / stage, params=False) for stage in tiny.UNETS}
+
+
+def clip(frames=4, height=16, width=24) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+def source(frames, height=16, width=24, fps=5.0) -> Source:
+    return Source(frames=frames, height=height, width=width, fps=fps, own=True)
+
+
+def prepared(pipe, stage, frames, seed=0, **given):
+    """(model, settings, the clip before its first step)."""
+    made = cascade.plan(pipe.weights, [stage], {stage: given}, source(*frames.shape[:3]))[stage]
+    model = pipe.model(stage)
+    job = running.Job(cascade.Request(prompt=PROMPT, seed=seed), Memory(), frames)
+    (ready,) = running._prepared(model, made, [job])
+    return model, made, ready
+
+
+def latents_of(pipe, stage, frames, **given) -> np.ndarray:
+    model, made, ready = prepared(pipe, stage, frames, **given)
+    sampler = make_sampler(made.sampler, made.steps, model.weights.schedule)
+    windows = running.PASSES[stage].windows(ready.shape, made)
+    denoise(model, [ready], Plan(sampler=sampler, guidance=made.guidance, windows=windows, rows=model.mesh.size))
+    return ready.state["x"]
+
+
+def test_the_stages_of_one_call_are_those_of_several(single):
+    video = single(PROMPT, stages=("base", "interpolation", "vsr"), seed=1)
+    assert video.shape == (1, 13, 64, 96, 3) and video.dtype == np.uint8
+    (key_frames,) = single(PROMPT, seed=1)
+    (frames,) = single(PROMPT, stages="interpolation", clip=key_frames, seed=1)
+    assert frames.shape == (13, 16, 24, 3)
+    np.testing.assert_array_equal(video, single(PROMPT, stages=["vsr"], clip=frames, seed=1))
+
+
+@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+def test_one_device_and_eight_agree(stage, single, folder):
+    """With more windows than one: 18 key frames, and 7 frames in windows of 4 and tiles of 8."""
+    frames = clip(18, 8, 8) if stage == "interpolation" else clip(7, 8, 12)
+    given = {"steps": 2} | ({"window_frames": 4, "tile": 8} if stage == "vsr" else {})
+    one = latents_of(single, stage, frames, **given)
+    eight = latents_of(lavie_jax.load(folder, stages=[stage]), stage, frames, **given)
+    assert one.shape == ((69, 2, 2, 4) if stage == "interpolation" else (7, 8, 12, 4))
+    assert np.linalg.norm(eight - one) <= 1e-4 * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+def test_a_sample_is_the_plain_loop(stage, single):
+    """Against a few lines that do the same by themselves, from noise to latents."""
+    frames = clip(4 if stage == "interpolation" else 8)  # one window, of programs that are compiled already
+    model, made, ready = prepared(single, stage, frames, seed=3)
+    images = jnp.asarray(frames / np.float32(127.5) - 1)
+    length = 13 if stage == "interpolation" else 8
+    level = jnp.array([made.noise_level]) if stage == "vsr" else None
+
+    def normal(stream, i, shape):
+        key = jax.random.key(3, impl="threefry2x32")
+        for word in (list(STAGES).index(stage), stream, i):
+            key = jax.random.fold_in(key, np.uint32(word))
+        return jax.random.normal(key, shape)
+
+    side = (4, 6) if stage == "interpolation" else (16, 24)
+    own = [normal(2**32 - 1, i, (*side, 4 if stage == "interpolation" else 3)) for i in range(len(frames))]
+    if stage == "interpolation":
+        mean, logvar = model.vae.apply({"params": model.vae_params}, images, method="encode")
+        keys = (mean + jnp.exp(logvar / 2) * jnp.stack(own)) * model.vae.config.scaling_factor
+        concat = keys[np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3])]
+    else:
+        signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[50])
+        concat = signal * images + np.sqrt(1 - signal**2) * jnp.stack(own)
+    np.testing.assert_allclose(ready.concat, concat, atol=2e-4)
+
+    texts = model.encode_text([PROMPT + made.prompt_suffix, made.negative_prompt])
+    unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text, noise_level=level))
+
+    def answer(x, t):
+        x = jnp.concatenate([x, jnp.asarray(ready.concat)[None]], axis=-1)
+        with_prompt, without = (unet(x, t, jnp.asarray(text)[None]) for text in texts)
+        return without + 4.0 * (with_prompt - without)
+
+    sampler = make_sampler(made.sampler, 3, STAGES[stage].schedule)
+    state = sampler.init(jnp.stack([normal(0, i, (*side, 4)) for i in range(length)])[None])
+    for i in range(3):
+        state = sampler.step(state, i, answer)
+    found = latents_of(single, stage, frames, seed=3)
+    assert np.linalg.norm(found - state["x"][0]) <= 1e-3 * np.linalg.norm(found)
+
+
+
+
+def test_key_frames_can_be_kept(single):
+    key_frames = clip(4)
+    made = single(PROMPT, stages="interpolation", clip=key_frames)[0]
+    kept = single(PROMPT, stages="interpolation", clip=key_frames, interpolation={"keep_key_frames": True})[0]
+    np.testing.assert_array_equal(kept[::4], key_frames)
+    others = np.arange(13) % 4 != 0
+    np.testing.assert_array_equal(kept[others], made[others])
+    assert not np.array_equal(made[::4], key_frames)
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_kept_key_frames_find_their_places_in_any_piece(start):
+    made = np.zeros((6, 4, 4, 3), np.uint8)
+    frames = np.arange(1, 9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    settings = sample_settings.InterpolationSettings(
+        **{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True
+    )
+    found = interpolation.finish(made, start, settings, frames)[:, 0, 0, 0]
+    expected = [i // 4 + 1 if i % 4 == 0 else 0 for i in range(start, start + 6)]
+    assert found.tolist() == expected
+
+
+def test_odd_sides_are_padded_and_cropped_back(single, weights):
+    frames = clip(4, 15, 22)
+    made = single(PROMPT, stages="interpolation", clip=frames)
+    assert made.shape == (1, 13, 15, 22, 3)
+    even = np.pad(frames, [(0, 0), (0, 1), (0, 2), (0, 0)], mode="edge")
+    np.testing.assert_array_equal(made, single(PROMPT, stages="interpolation", clip=even)[:, :, :15, :22])
+    settings = cascade.plan(weights, ["interpolation"], {}, source(4, 15, 22))
+    (note,) = cascade.notes(weights, settings, source(4, 15, 22))
+    assert "15x22" in note and "padded to 16x24" in note
+
+
+def test_low_resolution_sides_are_padded_to_what_the_unet_halves(weights):
+    config = dataclasses.replace(
+        tiny.UNETS["vsr"], block_out_channels=(16,) * 4, attention_levels=(True,) * 4, attention_heads=(2,) * 4,
+        only_cross_attention=(False,) * 4,
+    )  # fmt: skip
+    large = dataclasses.replace(weights["vsr"], unet=dataclasses.replace(weights["vsr"].unet, config=config))
+    settings = cascade.plan({"vsr": large}, ["vsr"], {}, source(3, 33, 40))["vsr"]
+    assert (settings.height, settings.width) == (132, 160)
+    assert vsr.latent_shape(large, settings) == (3, 40, 40, 4)
+
+
+def test_sizes_and_rates_follow_the_clip(weights):
+    settings = cascade.plan(weights, ["interpolation", "vsr"], {"vsr": {"steps": 7}}, source(6, 16, 20, fps=5.0))
+    first, last = settings["interpolation"], settings["vsr"]
+    assert (first.frames, first.height, first.width, first.fps) == (21, 16, 20, 20.0), "its duration stays"
+    assert (last.frames, last.height, last.width, last.fps) == (21, 64, 80, 20.0)
+    assert (first.steps, last.steps, last.noise_level, last.negative_prompt) == (3, 7, 50, "blue")
+    after_base = cascade.plan(weights, ["base", "interpolation"], {})
+    assert after_base["interpolation"].fps == 24, "the weights' own"
+
+
+def test_large_frames_are_tiled_unasked(weights):
+    assert cascade.plan(weights, ["vsr"], {}, source(2, 320, 512))["vsr"].tile == 0
+    assert cascade.plan(weights, ["vsr"], {}, source(2, 480, 640))["vsr"].tile == vsr.TILE
+    assert cascade.plan(weights, ["vsr"], {"vsr": {"tile": 0}}, source(2, 480, 640))["vsr"].tile == 0
+
+
+def test_the_low_resolution_schedule_comes_from_the_folder(single):
+    frames = clip(1)
+    _, _, released = prepared(single, "vsr", frames)
+    linear = dataclasses.replace(single.weights["vsr"], low_res_schedule=Schedule())
+    _, _, other = prepared(cascade.Cascade({"vsr": linear}, devices=jax.devices()[:1]), "vsr", frames)
+    images = frames / 127.5 - 1
+
+    def noise(made, schedule):
+        abar = schedule.alphas_cumprod[50]
+        return (made.concat - np.sqrt(abar) * images) / np.sqrt(1 - abar)
+
+    np.testing.assert_allclose(noise(released, LOW_RES_SCHEDULE), noise(other, Schedule()), atol=1e-4)
+
+
+BAD = {
+    "noise level": (["vsr"], {"vsr": {"noise_level": 351}}, "noise_level: a whole number from 0 to 350"),
+    "noise level of the model": (["vsr"], {"vsr": {"noise_level": 300}}, "this model knows 0 to 299"),
+    "overlap": (["vsr"], {"vsr": {"overlap_frames": 8}}, "fewer than window_frames = 8"),
+    "windows": (["vsr"], {"vsr": {"windows": "oficial"}}, "did you mean 'official'"),
+    "tile": (["vsr"], {"vsr": {"tile": 4}}, "tile: at least 8 pixels"),
+    "sampler": (["vsr"], {"vsr": {"sampler": "eulr"}}, "vsr stage: unknown sampler 'eulr'"),
+    "setting": (["vsr"], {"vsr": {"step": 3}}, "did you mean 'steps'"),
+    "of no stage": (["vsr"], {"base": {"steps": 3}}, "steps is given for base"),
+    "one key frame": (["interpolation"], {}, "at least 2 key frames"),
+    "no weights": (["vsr"], None, "vsr has no weights"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_settings_are_refused(case, weights):
+    stages, given, message = BAD[case]
+    have = {"base": weights["base"]} if given is None else weights
+    with pytest.raises(UserError, match=message):
+        cascade.plan(have, stages, given or {}, source(1))
+
+
+def test_a_clip_that_memory_cannot_hold_is_refused_with_a_way_out(weights, monkeypatch):
+    monkeypatch.setattr(pixels, "free_memory", lambda: 1e6)
+    cascade.plan(weights, ["vsr"], {}, source(10))
+    with pytest.raises(UserError, match=r"1000 frames of 16x24 .* at most 2\d frames .* -segment_time 5 "):
+        cascade.plan(weights, ["vsr"], {}, source(1000))
+
+
+@pytest.mark.parametrize(
+    ("stages", "own", "message"),
+    [
+        ("vsr,base", False, "cannot be run in this order"),
+        ("base,base", False, "cannot be run in this order"),
+        ("vsr,interpolation", True, "cannot be run in this order"),
+        ("", False, "none cannot be run"),
+        ("vsr", False, "vsr needs a clip"),
+        ("base,vsr", True, "base makes its clip from the prompt"),
+        ("base,upscale", False, "unknown 'upscale'"),
+    ],
+)
+def test_impossible_stages_are_refused(stages, own, message):
+    with pytest.raises(UserError, match=message):
+        sample_settings.parse_stages(stages, own_clip=own)
+
+
+def test_possible_stages_are_taken():
+    for names in ("base", "base,interpolation", "base, vsr", "base,interpolation,vsr"):
+        assert sample_settings.parse_stages(names, own_clip=False) == tuple(names.replace(" ", "").split(","))
+    for names in ("interpolation", "vsr", "interpolation,vsr"):
+        assert sample_settings.parse_stages(names.split(","), own_clip=True) == tuple(names.split(","))
+
+
+def test_settings_know_the_stages_and_their_released_defaults():
+    assert sample_settings.STAGES == tuple(STAGES)
+    for name, stage in STAGES.items():
+        made = sample_settings.SETTINGS[name].make(stage.sampling, {})
+        assert stage.sampling.items() <= made.to_dict().items()
+
+
+def test_a_cascades_folder_gives_its_stages(folder, tmp_path):
+    assert cascade.stage_folders(folder) == {stage: folder / stage for stage in tiny.UNETS}
+    assert cascade.stage_folders(folder / "vsr") == {"vsr": folder / "vsr"}
+    elsewhere = cascade.stage_folders(folder, {"vsr": tmp_path})
+    assert elsewhere["vsr"] == tmp_path and elsewhere["base"] == folder / "base"
+    assert cascade.stage_folders(None, {"vsr": tmp_path}) == {"vsr": tmp_path}
+    with pytest.raises(UserError, match="'base', but 'vsr' is needed"):
+        lavie_jax.load(folders={"vsr": folder / "base"})
