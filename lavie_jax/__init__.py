@@ -1,8 +1,8 @@
 """LaVie (arXiv 2309.15103) in JAX: text to video in three stages, sampled and trained.
 
-    pipe = lavie_jax.load("weights/base")
-    video = pipe("a red circle moving left", seed=0)  # uint8 (1, T, H, W, 3)
-    lavie_jax.save_video(video[0], "out.mp4", fps=8)
+    cascade = lavie_jax.load("weights/")
+    video = cascade("a red circle moving left", stages=("base", "interpolation", "vsr"), seed=0)
+    lavie_jax.save_video(video, "out.mp4", fps=24)  # uint8 (1, T, H, W, 3)
 
 The names below load on first use, so that `import lavie_jax` costs nothing and starts no device.
 """

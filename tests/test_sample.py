@@ -14,12 +14,13 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax.cascade import Cascade
-from lavie_jax.data.video_files import read_video, video_info
+from lavie_jax.cascade import Cascade, denoising
+from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
 from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
+from lavie_jax.samples.shelf import Shelf
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle moving left"
@@ -164,6 +165,183 @@ def test_words_and_ends_that_the_model_does_not_see_are_named(run, capsys):
     assert run("--prompt", "a dragon moving left", "--prompt", f"{PROMPT} right left") == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 2 and "'left'" in warnings[0] and "dragon" in warnings[1] and "circle" in warnings[1]
+
+
+# ---- several stages, and a clip of the user's ----
+
+
+@pytest.fixture(scope="module")
+def stages_folder(tmp_path_factory):
+    return tiny.make_cascade(tmp_path_factory.mktemp("weights") / "cascade")
+
+
+@pytest.fixture
+def cascaded(stages_folder, tmp_path):
+    """Run sample.py with the tiny cascade: key frames to super-resolution, in windows of 2 frames."""
+
+    def run(*args, stages="base,vsr", out=tmp_path / "out"):
+        args = ["--prompt", PROMPT, *args, "--stages", stages, "--weights", str(stages_folder), "--out", str(out)]
+        windows = ["--vsr-window-frames", "2", "--vsr-overlap-frames", "1"]
+        return sample.main([*args, *windows, "--format", "npz"])
+
+    return run
+
+
+def counted(monkeypatch) -> list[str]:
+    """The stage of every UNet call from now on."""
+    calls, predict = [], denoising._predict
+
+    def count(*args, unet, **kwargs):
+        calls.append({4: "base", 8: "interpolation", 7: "vsr"}[unet.config.in_channels])
+        return predict(*args, unet=unet, **kwargs)
+
+    monkeypatch.setattr(denoising, "_predict", count)
+    return calls
+
+
+def video_in(path: Path) -> np.ndarray:
+    with np.load(path) as arrays:
+        return arrays["video"]
+
+
+def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monkeypatch, capsys):
+    stem, out = "0000-a-red-circle-moving-left-0", tmp_path / "out"
+    assert cascaded(out=tmp_path / "whole") == 0
+    monkeypatch.setattr(denoising, "SAVE_EVERY", 1)
+    save = Shelf.save_state
+
+    def killed(self, stage, step, state):
+        save(self, stage, step, state)
+        if stage == "vsr" and step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "save_state", killed)
+        assert cascaded() == 130
+    shelf = out / "stages" / stem
+    assert names(shelf) == {"base.json", "base.npy", "vsr.json", "vsr.state.npz"} and names(out) == {"stages"}
+
+    capsys.readouterr()
+    assert cascaded("--vsr-steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "vsr.json was made with vsr = " in error and error.count("\n") == 1
+
+    calls = counted(monkeypatch)
+    assert cascaded() == 0
+    assert set(calls) == {"vsr"} and len(calls) == 1  # the last step of 3, whose 3 windows share one call on 8 devices
+    np.testing.assert_array_equal(video_in(out / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz"))
+    assert names(shelf) == {"base.json", "base.npy", "vsr.json", "vsr.npy"}
+    np.testing.assert_array_equal(np.load(shelf / "vsr.npy"), video_in(out / f"{stem}.npz"))
+    assert np.load(shelf / "base.npy").shape == (4, 16, 24, 3)
+
+    request = json.loads((out / f"{stem}.json").read_text())["request"]
+    assert request["stages"] == ["base", "vsr"] and request["steps"] == request["vsr"]["steps"] == 3
+    assert len({request["weights_sha256"], request["vsr"]["weights_sha256"]}) == 2
+    before = state(out)
+    assert cascaded() == 0
+    assert state(out) == before
+    (out / f"{stem}.npz").unlink()
+    calls.clear()
+    assert cascaded() == 0 and not calls, "the exact frames are there still"
+    np.testing.assert_array_equal(video_in(out / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz"))
+
+
+def test_a_killed_run_of_the_base_stage_goes_on_and_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(denoising, "SAVE_EVERY", 1)
+    save = Shelf.save_state
+
+    def killed(self, stage, step, state):
+        save(self, stage, step, state)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "save_state", killed)
+        assert run("--prompt", PROMPT, "--format", "npz") == 130
+    calls = counted(monkeypatch)
+    assert run("--prompt", PROMPT, "--format", "npz") == 0
+    assert calls == ["base"]
+    stem = "0000-a-red-circle-moving-left-0"
+    assert names(tmp_path / "out") == {f"{stem}.npz", f"{stem}.json", "contact-sheet.png"}
+    assert run("--prompt", PROMPT, "--format", "npz", out=tmp_path / "whole") == 0
+    np.testing.assert_array_equal(
+        video_in(tmp_path / "out" / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz")
+    )
+
+
+def test_a_clip_of_the_users_is_upscaled_at_its_own_rate(cascaded, tmp_path):
+    clip = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), np.uint8)
+    path = lavie_jax.save_video(clip, tmp_path / "blue-square.mp4", fps=5)
+    assert cascaded("--input", str(path), stages="vsr") == 0
+    stem = "0000-a-red-circle-moving-left-0"  # of the prompt: the file's name says nothing
+    with np.load(tmp_path / "out" / f"{stem}.npz") as arrays:
+        assert arrays["video"].shape == (4, 64, 96, 3) and arrays["fps"] == 5
+    sidecar = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
+    assert len(sidecar["request"]["input_sha256"]) == 64 and sidecar["made_with"]["input"] == str(path)
+    assert "steps" not in sidecar["request"] and sidecar["request"]["vsr"]["fps"] == 5
+
+
+def video_without_frames(path: Path) -> None:
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for packet in stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")):
+            container.mux(packet)
+
+
+BAD_CASCADE = {
+    "order": (["--stages", "vsr,base"], "cannot be run in this order"),
+    "stage": (["--stages", "base,vrs"], "did you mean 'vsr'"),
+    "no clip": (["--stages", "vsr"], "vsr needs a clip"),
+    "clip for base": (["--input", "{file}"], "base makes its clip from the prompt"),
+    "no clip there": (["--stages", "vsr", "--input", "nowhere.mp4"], "'nowhere.mp4' does not exist"),
+    "no video": (["--stages", "vsr", "--input", "{file}"], "cannot read the video"),
+    "no frames": (["--stages", "vsr", "--input", "{empty}"], "empty.mp4"),
+    "noise level": (["--stages", "base,vsr", "--vsr-noise-level", "351"], "noise_level: a whole number from 0 to 350"),
+    "noise level below": (["--stages", "base,vsr", "--vsr-noise-level", "-1"], "noise_level: a whole number"),
+    "steps": (["--stages", "base,vsr", "--vsr-steps", "0"], "vsr stage: steps"),
+    "sampler": (["--stages", "base,vsr", "--vsr-sampler", "eulr"], "did you mean 'euler'"),
+    "of no stage": (["--vsr-steps", "3"], "steps is given for vsr, which is not among the stages base"),
+    "of base": (["--stages", "vsr", "--input", "{clip}", "--steps", "3"], "steps is given for base"),
+    "no weights": (["--stages", "base,vsr", "--weights", "{base}"], "vsr has no weights, there are those of: base"),
+    "weights of another": (["--stages", "base,vsr", "--vsr-weights", "{base}"], "'base', but 'vsr' is needed"),
+    "image": (["--stages", "base,interpolation", "--frames", "1"], "at least 2 key frames"),
+    "prompt": (["--stages", "vsr", "--input", "{clip}", "--prompt", " "], "prompt: an empty one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CASCADE)
+def test_bad_input_of_a_cascade_is_one_line_and_nothing_is_written(case, stages_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("no video")
+    video_without_frames(tmp_path / "empty.mp4")
+    lavie_jax.save_video(np.zeros((2, 16, 24, 3), np.uint8), tmp_path / "clip.npz", fps=8)
+    places = {"file": "file", "empty": "empty.mp4", "clip": "clip.npz"}
+    places = {name: str(tmp_path / file) for name, file in places.items()} | {"base": str(stages_folder / "base")}
+    args, message = BAD_CASCADE[case]
+    before = state(tmp_path)
+    start = ["--prompt", PROMPT, "--weights", str(stages_folder), "--out", str(tmp_path / "out")]
+    assert sample.main([*start, *(arg.format(**places) for arg in args)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert state(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_a_longer_clip_than_memory_holds_says_how_to_split_it(tmp_path):
+    path = lavie_jax.save_video(np.zeros((20, 16, 24, 3), np.uint8), tmp_path / "clip.mp4", fps=2)
+    with pytest.raises(UserError, match="ffmpeg -i .*clip.mp4 -f segment -segment_time 2 "):
+        read_clip(path, max_bytes=8.5 * 16 * 24 * 3)
+
+
+def test_odd_sides_are_written_as_pngs(run, stages_folder, tmp_path, capsys):
+    path = lavie_jax.save_video(np.zeros((4, 15, 22, 3), np.uint8), tmp_path / "clip.npz", fps=8)
+    args = ("--prompt", PROMPT, "--stages", "interpolation", "--input", str(path))
+    assert run(*args, weights=stages_folder) == 0
+    frames = sorted((tmp_path / "out" / "0000-a-red-circle-moving-left-0").iterdir())
+    assert len(frames) == 13 and np.asarray(Image.open(frames[0])).shape == (15, 22, 3)
+    assert "padded to 16x24" in capsys.readouterr().err
 
 
 BAD = {
