@@ -5,7 +5,9 @@
     python train.py --config configs/moving_shapes/interpolation.py:tiny --workdir runs/interpolation-tiny
 
 From a base model of the same world: VAE, text encoder (no longer trained) and spatial weights are its own, temporal
-attention is new. Clips are 33 of the 61 frames: all that the relative positions can tell apart. Unlike the
+attention is new. Clips are 33 of the 61 frames: all that the relative positions can tell apart; half of them have less
+than half the frame rate, because at 8 key frames a second an object moves by less than two pixels between them, and
+cross-fading would nearly do. Unlike the
 released model, temporal attention knows positions (`temporal_position`): the four frames that share a key frame
 differ by nothing else, and with positions the small network tells them apart at once.
 
@@ -36,7 +38,7 @@ def get_config(mode: str = "") -> ConfigDict:
         {"sampler": "respaced_ddim", "steps": 8, "guidance": 1.0, "frames": 61, "fps": 32.0,
          "prompt_suffix": "", "negative_prompt": ""}
     )  # fmt: skip
-    config.data.frames, config.data.fps, config.data.images = 33, 32.0, 0
+    config.data.frames, config.data.fps, config.data.slowest_fps, config.data.images = 33, 32.0, 8.0, 0
     config.batch, config.steps = 16, 10_000
     config.loss.logit_normal = ()
     config.optimizer.learning_rate = 3e-4

@@ -27,7 +27,8 @@ class DataConfig:
     """What a batch holds: T `frames` at `fps` and M `images` of (height, width), with captions.
 
     `frames` = 0 is a batch of images alone. With `full_height` and `full_width`, frames are scaled to that size,
-    and `height` x `width` is a patch of them. `handheld` is the share of clips that are a still under a moving
+    and `height` x `width` is a patch of them. With `slowest_fps`, each clip of Moving Shapes has a rate of its own
+    between that and `fps`: more motion from frame to frame. `handheld` is the share of clips that are a still under a moving
     camera: how images join the training of networks that want clips (LaVie sec. 3.4). `caption_drop` is the
     probability with which a caption is replaced by `null_caption`, for classifier-free guidance; `detail_drop`
     that with which a caption of Moving Shapes leaves out the size, or the background. `path` and `image_path` are
@@ -40,6 +41,7 @@ class DataConfig:
     split: str = "train"
     frames: int = 16
     fps: float | None = 8.0
+    slowest_fps: float = 0.0
     height: int = 64
     width: int = 64
     full_height: int = 0
@@ -72,6 +74,8 @@ def make_source(config: DataConfig) -> Source:
         )
     if config.fps is not None and not config.fps > 0:
         raise UserError(f"fps must be above 0; given {config.fps}")
+    if config.slowest_fps and not 0 < config.slowest_fps <= (config.fps or 0):
+        raise UserError(f"slowest_fps is above 0 and at most fps; given {config.slowest_fps} and {config.fps}")
     if config.seed < 0:
         raise UserError(f"the data's seed must be at least 0; given {config.seed}")
     for name in ("caption_drop", "detail_drop", "handheld"):
@@ -82,12 +86,15 @@ def make_source(config: DataConfig) -> Source:
     if config.source == "video_folder":
         if config.path is None:
             raise UserError("the data source video_folder needs a path")
+        if config.slowest_fps:
+            raise UserError("slowest_fps is for Moving Shapes: clips of video files have one rate")
         return VideoFolder(config.path, split=config.split, fps=config.fps, images=config.image_path, **shape)
     if config.images and config.split not in ("train", "val"):
         raise UserError(f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val")
     if config.fps is None:
         raise UserError("Moving Shapes has no frame rate of its own: give fps")
-    return MovingShapes(split=config.split, fps=config.fps, drop=config.detail_drop, **shape)
+    rates = {"fps": config.fps, "slowest_fps": config.slowest_fps or config.fps}
+    return MovingShapes(split=config.split, drop=config.detail_drop, **rates, **shape)
 
 
 @dataclasses.dataclass(frozen=True)

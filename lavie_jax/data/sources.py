@@ -47,12 +47,13 @@ class Source(Protocol):
 class MovingShapes:
     """The small world. `drop`: how often a caption leaves out the size, and how often the background.
 
-    Frames are (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
+    Clips have rates between `slowest_fps` and `fps`. Frames are (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
     """
 
     split: str = "train"
     frames: int = 16
     fps: float = 8.0
+    slowest_fps: float = 8.0
     height: int = 64
     width: int = 64
     whole: tuple[int, int] = (0, 0)
@@ -66,11 +67,13 @@ class MovingShapes:
         return _ENDLESS
 
     def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
+        one_rate = self.slowest_fps == self.fps
+        fps = self.fps if one_rate else self.slowest_fps * (self.fps / self.slowest_fps) ** rng.random()
         sample = moving_shapes.clip(
             self.split,
             index + self.seed * _ENDLESS,
             frames=self.frames,
-            fps=self.fps,
+            fps=fps,
             drop=self.drop,
             **self._whole(0),
         )

@@ -2,8 +2,8 @@
 
     python -m lavie_jax.evaluation.cascade --interpolation-weights DIR --vsr-weights DIR [--clips 16] [--json FILE]
 
-Interpolation makes 61 frames at 32 fps from every 4th of them; what is compared are the frames in between, all
-through the stage's VAE: the model's, key frames repeated, key frames blended linearly, and the true frames, which are
+Interpolation makes 61 frames at 32 fps from every 4th of them, and 17 frames at 8 fps, with four times as much motion;
+what is compared are the frames in between, all through the stage's VAE: the model's, key frames repeated, key frames blended linearly, and the true frames, which are
 the ceiling. Super-resolution makes 256x256 frames from the means of their 4x4 squares: the model's, the same without
 its temporal layers, in LaVie's chunks of 8 frames, bicubic enlargement, and the true frames through the VAE.
 Clips 0, 1, ... of a split (`--split`, held_out by default) that do not stand still; clip i has seed `--seed` + i.
@@ -36,6 +36,7 @@ from lavie_jax.weights import folder_hash
 
 KIND = "cascade"  # what marks our own JSON, which may be written anew
 SPLITS = ("val", "held_out", "image_only")
+FEW_FRAMES = 17  # as long as 61 at RATE times the frame rate
 RATE = 4  # frames for each key frame, and pixels of a side for each low-resolution pixel
 
 Clip = UInt8[np.ndarray, "t h w 3"]
@@ -221,9 +222,13 @@ def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
         pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
         sampling, factor = pipe.weights[stage].sampling, pipe.weights[stage].vae.config.factor
         side = {name: sampling[name] - sampling[name] % (RATE * factor) for name in ("height", "width")}
-        frames = sampling["frames"] if stage == "interpolation" else args.vsr_frames
-        samples = moving_samples(args.split, args.clips, frames=frames, fps=sampling["fps"], **side)
-        tables[stage] = MEASURES[stage](pipe, samples, args.seed)
+        lengths = {stage: (args.vsr_frames, sampling["fps"])}
+        if stage == "interpolation":
+            frames, fps = sampling["frames"], sampling["fps"]
+            lengths = {stage: (frames, fps), f"{stage}, {RATE} times the motion": (FEW_FRAMES, fps / RATE)}
+        for name, (frames, fps) in lengths.items():
+            samples = moving_samples(args.split, args.clips, frames=frames, fps=fps, **side)
+            tables[name] = MEASURES[stage](pipe, samples, args.seed)
         hashes[stage] = {"weights": os.fspath(folders[stage]), "hash": folder_hash(folders[stage])}
     seconds = round(time.perf_counter() - begin, 1)
     return {"kind": KIND, "split": args.split, "clips": args.clips, "seed": args.seed, "seconds": seconds,
