@@ -28,8 +28,8 @@ class DataConfig:
 
     `frames` = 0 is a batch of images alone. With `full_height` and `full_width`, frames are scaled to that size,
     and `height` x `width` is a patch of them. With `slowest_fps`, each clip of Moving Shapes has a rate of its own
-    between that and `fps`: more motion from frame to frame. `handheld` is the share of clips that are a still under a moving
-    camera: how images join the training of networks that want clips (LaVie sec. 3.4). `caption_drop` is the
+    between that and `fps`: more motion from frame to frame. `handheld` is the share of clips that are a still under
+    a moving camera: how images join the training of networks that want clips (LaVie sec. 3.4). `caption_drop` is the
     probability with which a caption is replaced by `null_caption`, for classifier-free guidance; `detail_drop`
     that with which a caption of Moving Shapes leaves out the size, or the background. `path` and `image_path` are
     for video folders.

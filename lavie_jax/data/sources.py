@@ -47,7 +47,8 @@ class Source(Protocol):
 class MovingShapes:
     """The small world. `drop`: how often a caption leaves out the size, and how often the background.
 
-    Clips have rates between `slowest_fps` and `fps`. Frames are (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
+    Clips have rates between `slowest_fps` and `fps`. Frames are (height, width) patches of `whole` ones, which are of
+    that size where nothing larger is asked for.
     """
 
     split: str = "train"

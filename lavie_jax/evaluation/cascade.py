@@ -3,9 +3,10 @@
     python -m lavie_jax.evaluation.cascade --interpolation-weights DIR --vsr-weights DIR [--clips 16] [--json FILE]
 
 Interpolation makes 61 frames at 32 fps from every 4th of them, and 17 frames at 8 fps, with four times as much motion;
-what is compared are the frames in between, all through the stage's VAE: the model's, key frames repeated, key frames blended linearly, and the true frames, which are
-the ceiling. Super-resolution makes 256x256 frames from the means of their 4x4 squares: the model's, the same without
-its temporal layers, in LaVie's chunks of 8 frames, bicubic enlargement, and the true frames through the VAE.
+what is compared are the frames in between, all through the stage's VAE: the model's, key frames repeated, key frames
+blended linearly, and the true frames, which are the ceiling. Super-resolution makes 256x256 frames from the means of
+their 4x4 squares: the model's, the same without its temporal layers, in LaVie's chunks of 8 frames, bicubic
+enlargement, and the true frames through the VAE.
 Clips 0, 1, ... of a split (`--split`, held_out by default) that do not stand still; clip i has seed `--seed` + i.
 Without `--...-weights` the shipped models are measured.
 """
