@@ -7,8 +7,10 @@ import pytest
 
 from lavie_jax.data import moving_shapes as world
 from lavie_jax.errors import UserError
+from lavie_jax.evaluation import cascade, fidelity
 from lavie_jax.evaluation import moving_shapes as evaluation
 from lavie_jax.evaluation.detectors import detect
+from tests.tiny import make_stage
 
 
 def samples(split, count):
@@ -146,3 +148,71 @@ def test_the_command_overwrites_no_file_but_its_own(tmp_path, capsys):
 def test_score_refuses_unequal_lists():
     with pytest.raises(UserError, match="as many clips as attributes"):
         evaluation.score([], [])
+
+
+# ---- interpolation and super-resolution against the truth ----
+
+
+def test_fidelity_of_the_truth_and_of_known_damage():
+    true = world.clip("val", 1, frames=9, fps=8, height=64, width=64).pixels
+    assert fidelity.psnr(true, true) == float("inf") and fidelity.sharpness(true, true) == 1
+    assert fidelity.flicker(true, true) == 0
+    darker = np.maximum(true, 10) - 10
+    assert fidelity.psnr(darker, np.maximum(true, 10)) == pytest.approx(20 * np.log10(255 / 10), abs=1e-4)
+    assert fidelity.flicker(darker, np.maximum(true, 10)) == 0  # wrong, but steadily
+    flickering = darker.copy()
+    flickering[::2] = np.maximum(true[::2], 10)
+    assert fidelity.flicker(flickering, np.maximum(true, 10)) == pytest.approx(10)
+    blurred = cascade.bicubic(cascade.smaller(true))
+    assert blurred.shape == true.shape and 0.1 < fidelity.sharpness(blurred, true) < 0.8
+
+
+def test_the_box_of_an_object_holds_it_with_a_margin():
+    true = world.clip("val", 1, frames=9, fps=8, height=64, width=64).pixels
+    box = fidelity.object_box(true)
+    background = true[0, 0, 0].astype(int)
+    differs = np.abs(true.astype(int) - background).max(-1) > fidelity.STANDS_OUT
+    assert box[differs].all() and 0.01 < box.mean() < 0.6
+    assert not fidelity.object_box(np.full((2, 8, 8, 3), 7, np.uint8)).any()
+
+
+def test_repeated_and_blended_key_frames():
+    """Of a ramp over time, linear blending is the ramp again and repeating its staircase."""
+    ramp = np.broadcast_to(np.arange(0, 34, 2, dtype=np.uint8)[:, None, None, None], (17, 4, 4, 3))
+    np.testing.assert_array_equal(cascade.blended(ramp[::4]), ramp)
+    assert cascade.repeated(ramp[::4])[:, 0, 0, 0].tolist() == [0] * 3 + [8] * 4 + [16] * 4 + [24] * 4 + [32] * 2
+
+
+def test_only_moving_objects_are_measured():
+    found = cascade.moving_samples("held_out", 12, frames=2, fps=1, height=16, width=16)
+    assert len(found) == 12 and all(sample.attributes.motion != "still" for sample in found)
+
+
+def test_both_later_stages_are_measured(tmp_path, capsys, monkeypatch):
+    """With networks of random weights: every row and column is there, and the baselines beat them."""
+    monkeypatch.setattr(cascade, "FEW_FRAMES", 5)  # one compiled program for both lengths
+    out = tmp_path / "result.json"
+    words = ["--clips", "1", "--vsr-frames", "3", "--json", str(out)]
+    for stage in ("interpolation", "vsr"):
+        folder = make_stage(tmp_path / stage, stage, frames=5, height=32, width=32)
+        words += [f"--{stage}-weights", str(folder)]
+    cascade.main(words)
+    result = json.loads(out.read_text())
+    assert result["kind"] == "cascade" and set(result["models"]) == {"interpolation", "vsr"}
+    tables = result["tables"]
+    assert len(tables) == 3 and set(tables["vsr"]["bicubic"]) == {"psnr", "psnr_in_box", "sharpness", "flicker"}
+    assert tables["vsr"]["bicubic"]["psnr"] > tables["vsr"]["model"]["psnr"]
+    assert "| bicubic |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--stages", "vrs"], "did you mean 'vsr'"), (["--clips", "0"], "clips: at least 1"),
+     (["--split", "train"], "unknown split"), (["--vsr-weights", "nowhere", "--stages", "vsr"], "nowhere")],
+)  # fmt: skip
+def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cascade.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1

@@ -41,7 +41,8 @@ FEW_FRAMES = 17  # as long as 61 at RATE times the frame rate
 RATE = 4  # frames for each key frame, and pixels of a side for each low-resolution pixel
 
 Clip = UInt8[np.ndarray, "t h w 3"]
-Make = Callable[[Clip, str, int], Clip]  # (low-rate or low-resolution clip, caption, seed) -> the clip
+Longer = UInt8[np.ndarray, "frames H W 3"]  # or larger
+Make = Callable[[Clip, str, int], Longer]  # (low-rate or low-resolution clip, caption, seed) -> the clip
 Table = dict[str, dict[str, float]]
 
 
@@ -74,7 +75,7 @@ def through_vae(pipe: cascade.Cascade, stage: str) -> Callable[[Clip], Clip]:
 def by_model(pipe: cascade.Cascade, stage: str, **settings: str) -> Make:
     """The stage as a user samples it, with the settings of its weights but for `settings`."""
 
-    def make(clip: Clip, caption: str, seed: int) -> Clip:
+    def make(clip: Clip, caption: str, seed: int) -> Longer:
         return pipe(caption, stages=(stage,), clip=clip, seed=seed, **{stage: settings})[0]
 
     return make
@@ -87,13 +88,13 @@ def without_temporal_layers(pipe: cascade.Cascade, stage: str) -> cascade.Cascad
     return cascade.Cascade({stage: dataclasses.replace(weights, unet=unet)}, dtype=pipe.dtype, devices=pipe.devices)
 
 
-def repeated(keys: Clip) -> Clip:
+def repeated(keys: Clip) -> Longer:
     """Each frame is the nearest key frame, the earlier of two."""
     frames = np.arange(RATE * (len(keys) - 1) + 1)
     return keys[(frames + RATE // 2 - 1) // RATE]
 
 
-def blended(keys: Clip) -> Clip:
+def blended(keys: Clip) -> Longer:
     """Each frame is the mean of the key frames around it, weighted by nearness."""
     place = np.arange(RATE * (len(keys) - 1) + 1) / RATE
     before = np.minimum(place.astype(int), len(keys) - 2)
@@ -101,14 +102,14 @@ def blended(keys: Clip) -> Clip:
     return ((1 - share) * keys[before] + share * keys[before + 1] + 0.5).astype(np.uint8)
 
 
-def smaller(clip: Clip) -> Clip:
+def smaller(clip: Longer) -> Clip:
     """Each pixel is the mean of a square of RATE x RATE, as in training."""
     count, height, width = clip.shape[:3]
     squares = clip.reshape(count, height // RATE, RATE, width // RATE, RATE, 3).astype(np.float32)
     return (squares.mean((2, 4)) + 0.5).astype(np.uint8)
 
 
-def bicubic(clip: Clip) -> Clip:
+def bicubic(clip: Clip) -> Longer:
     """RATE times the size, frame by frame."""
     size = RATE * clip.shape[2], RATE * clip.shape[1]
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
@@ -159,7 +160,7 @@ def _table(
     vae: Callable[[Clip], Clip],
     samples: Sequence[Sample],
     seed: int,
-    source: Callable[[Clip], Clip],
+    source: Callable[[Longer], Clip],
     measure: Callable[[Clip, Clip], dict[str, float]],
 ) -> Table:
     """Each row's means over the samples, what it makes of each sample's `source`; last the true frames by the VAE."""
