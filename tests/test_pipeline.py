@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, pipeline, sources, tokens, transforms, video_files
-from lavie_jax.data.pipeline import DataConfig
+from lavie_jax.data.pipeline import DataConfig, Examples, make_source
 from lavie_jax.errors import UserError
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
@@ -141,6 +141,10 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"fps": None}, "give fps"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"caption_drop": 1.5}, "caption_drop is a probability"),
+        ({"handheld": -0.1}, "handheld is a probability"),
+        ({"full_height": 8, "full_width": 64}, "patches of 16x24 do not fit into frames of 8x64"),
+        ({"slowest_fps": 9.0}, "slowest_fps is above 0 and at most fps; given 9.0 and 8.0"),
+        ({"source": "video_folder", "path": ".", "slowest_fps": 1.0}, "slowest_fps is for Moving Shapes"),
         ({"source": "video_folder"}, "needs a path"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
@@ -348,3 +352,50 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
         tokens.load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="letters a to z"):
         tokens.save_small_tokenizer(tmp_path, ["red", "Grün"])
+
+
+# ---- patches, stills under a moving camera, rates ----
+
+
+def test_a_patch_is_cut_from_the_whole_frame():
+    whole = DataConfig(frames=3, height=48, width=64, images=1, seed=1)
+    patch = dataclasses.replace(whole, height=16, width=24, full_height=48, full_width=64)
+    frames, cut = (Examples(config, make_source(config))[5] for config in (whole, patch))
+    for name, shape in (("video", (3, 16, 24, 3)), ("images", (1, 16, 24, 3))):
+        assert cut[name].shape == shape
+        places = np.lib.stride_tricks.sliding_window_view(frames[name], shape)
+        assert (places == cut[name]).all((-4, -3, -2, -1)).any()  # one place for all frames, nothing scaled
+
+
+def test_a_still_under_a_moving_camera_moves_as_a_whole_and_smoothly():
+    still = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    clip = transforms.handheld(still, frames=24, height=32, width=32, fps=8, rng=np.random.default_rng(1))
+    windows = np.lib.stride_tricks.sliding_window_view(still, (32, 32, 3))[:, :, 0]
+    places = np.array([np.argwhere((windows == frame).all((2, 3, 4)))[0] for frame in clip])
+    assert len(np.unique(places, axis=0)) > 5 and np.abs(np.diff(places, axis=0)).max() <= 4
+
+
+def test_the_share_of_stills_among_clips():
+    config = DataConfig(frames=4, height=16, width=16, handheld=0.25, caption_drop=0)
+    examples = Examples(config, make_source(config))
+    captions = [examples[i]["caption"] for i in range(400)]
+    stills = [text for text in captions if " moving " not in text and " standing " not in text]
+    assert 70 < len(stills) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
+
+
+def test_clips_have_rates_of_their_own():
+    config = DataConfig(frames=2, fps=32.0, slowest_fps=4.0, height=64, width=64, caption_drop=0)
+    slowest = dataclasses.replace(config, fps=4.0, slowest_fps=0)
+
+    def change(config):  # from the first frame to the second, of each clip
+        examples = Examples(config, make_source(config))
+        return [np.abs(np.diff(examples[i]["video"].astype(int), axis=0)).mean() for i in range(40)]
+
+    shares = [a / b for a, b in zip(change(config), change(slowest)) if b > 0]
+    assert min(shares) < 0.4 and max(shares) > 0.7 and np.std(shares) > 0.1
+
+
+def test_patches_and_stills_of_video_files(folder):
+    config = config_of(folder, frames=3, height=8, width=8, full_height=12, full_width=16, handheld=0.5)
+    examples = Examples(config, make_source(config))
+    assert all(examples[i]["video"].shape == (3, 8, 8, 3) for i in range(6))

@@ -92,7 +92,7 @@ class MovingShapes:
         height, width = self.height + margin, self.width + margin
         if frames.shape[1:3] == (height, width):
             return frames
-        return transforms.resize_crop(frames, height=height, width=width, rng=rng)
+        return transforms.resize_crop(frames, height=height, width=width, rng=rng, whole=frames.shape[1:3])
 
 
 @dataclasses.dataclass(frozen=True)
