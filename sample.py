@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
 
     pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype)
     for shelf in shelves if args.overwrite else ():
-        shelf.remove()
+        shelf.renew()
     requests = [
         cascade.Request(
             prompt=output.request["prompt"], seed=output.request["seed"],

@@ -243,6 +243,8 @@ def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monk
     (out / f"{stem}.npz").unlink()
     calls.clear()
     assert cascaded() == 0 and not calls, "the exact frames are there still"
+    assert cascaded("--vsr-steps", "2", "--overwrite", out=out) == 0 and calls == ["base"] * 3 + ["vsr"] * 2
+    assert cascaded("--overwrite", out=out) == 0 and calls[5:] == ["base"] * 3 + ["vsr"] * 3
     np.testing.assert_array_equal(video_in(out / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz"))
 
 
@@ -259,8 +261,8 @@ def test_a_killed_run_of_the_base_stage_goes_on_and_leaves_nothing(run, tmp_path
         patch.setattr(Shelf, "save_state", killed)
         assert run("--prompt", PROMPT, "--format", "npz") == 130
     calls = counted(monkeypatch)
-    assert run("--prompt", PROMPT, "--format", "npz") == 0
-    assert calls == ["base"]
+    assert run("--prompt", PROMPT, "--format", "npz", "--overwrite") == 0
+    assert calls == ["base"], "--overwrite goes on, too, with what it left itself"
     stem = "0000-a-red-circle-moving-left-0"
     assert names(tmp_path / "out") == {f"{stem}.npz", f"{stem}.json", "contact-sheet.png"}
     assert run("--prompt", PROMPT, "--format", "npz", out=tmp_path / "whole") == 0

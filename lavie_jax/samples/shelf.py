@@ -112,6 +112,17 @@ class Shelf(Memory):
         if not self.keep:
             self.remove()
 
+    def renew(self) -> None:
+        """Take off what --overwrite replaces: another request's frames, or a finished sample. What this very request
+        left half done stays, to be gone on with."""
+        try:
+            self.check()
+            finished = self.get(list(self.records)[-1]) is not None
+        except UserError:
+            finished = True
+        if finished:
+            self.remove()
+
     def remove(self) -> None:
         """Take everything off the shelf."""
         shutil.rmtree(self.folder, ignore_errors=True)
