@@ -223,7 +223,7 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
 
 def _read_npz(path: str | Path) -> tuple[np.ndarray, float]:
     try:
-        with np.load(path) as arrays:
+        with Path(path).open("rb") as file, np.load(file) as arrays:
             frames, rate = arrays["video"], float(arrays["fps"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error

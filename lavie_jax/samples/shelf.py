@@ -95,7 +95,7 @@ class Shelf(Memory):
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
         """(next step, arrays) of an unfinished stage, None when there is none that can be read."""
         try:
-            with np.load(self._path(stage, "state.npz")) as arrays:
+            with self._path(stage, "state.npz").open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
             return int(state.pop("step")), state
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):

@@ -1,0 +1,93 @@
+"""What a sample leaves on disk between its stages: exact, whole or not there, and of one request."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from lavie_jax.errors import UserError
+from lavie_jax.samples.shelf import Shelf
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), np.uint8)
+
+
+def shelf(tmp_path, keep=True, **record) -> Shelf:
+    records = {"base": {"seed": 0}, "vsr": {"seed": 0, **record}}
+    return Shelf(tmp_path / "stages" / "0000-a-0", records, keep=keep)
+
+
+def test_frames_are_exact_and_only_one_piece_is_held(tmp_path):
+    held = []
+
+    def pieces():
+        for i in range(0, 7, 2):
+            piece = FRAMES[i : i + 2].copy()
+            held.append(weakref.ref(piece))
+            yield piece
+            del piece
+            gc.collect()
+            assert sum(ref() is not None for ref in held) <= 1
+
+    this = shelf(tmp_path)
+    assert this.get("vsr") is None
+    made = this.put("vsr", FRAMES.shape, pieces())
+    assert isinstance(made, np.memmap)
+    np.testing.assert_array_equal(made, FRAMES)
+    np.testing.assert_array_equal(np.load(tmp_path / "stages" / "0000-a-0" / "vsr.npy"), FRAMES)
+
+
+def test_half_written_frames_leave_no_file(tmp_path):
+    def pieces():
+        yield FRAMES[:2]
+        raise KeyboardInterrupt
+
+    this = shelf(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        this.put("vsr", FRAMES.shape, pieces())
+    assert [path.name for path in this.folder.iterdir()] == ["vsr.json"]
+
+
+def test_a_state_comes_back_until_its_stage_is_done(tmp_path):
+    this, state = shelf(tmp_path), {"x": np.arange(6, dtype=np.float32), "x0": np.ones(3, np.float32)}
+    assert this.load_state("vsr") is None
+    this.save_state("vsr", 5, state)
+    step, found = shelf(tmp_path).load_state("vsr")
+    assert step == 5 and set(found) == {"x", "x0"}
+    np.testing.assert_array_equal(found["x"], state["x"])
+    path = this.folder / "vsr.state.npz"
+    path.write_bytes(path.read_bytes()[:50])
+    assert this.load_state("vsr") is None, "a damaged state is none"
+    this.put("vsr", FRAMES.shape, [FRAMES])
+    assert not path.exists()
+
+
+def test_another_requests_shelf_is_refused_by_field(tmp_path):
+    shelf(tmp_path).save_state("vsr", 1, {"x": np.ones(1)})
+    shelf(tmp_path).check()
+    with pytest.raises(UserError, match="vsr.json was made with steps = null, asked for is 3"):
+        shelf(tmp_path, steps=3).check()
+    (shelf(tmp_path).folder / "vsr.json").write_text("[]")
+    with pytest.raises(UserError, match="does not say how"):
+        shelf(tmp_path).check()
+
+
+def test_renewing_takes_off_all_but_what_this_request_left_half_done(tmp_path):
+    this = shelf(tmp_path)
+    this.put("base", FRAMES.shape, [FRAMES])
+    this.renew()
+    assert this.get("base") is not None
+    shelf(tmp_path, steps=3).save_state("vsr", 1, {"x": np.ones(1)})
+    this.renew()
+    assert not this.folder.exists()
+    this.put("vsr", FRAMES.shape, [FRAMES])
+    this.renew()
+    assert not this.folder.parent.exists()
+
+
+def test_what_is_not_kept_is_gone_when_the_sample_is_done(tmp_path):
+    for keep in (True, False):
+        this = shelf(tmp_path, keep=keep)
+        this.put("base", FRAMES.shape, [FRAMES])
+        this.clear()
+        assert this.folder.parent.exists() == keep
