@@ -37,8 +37,10 @@ train-demo: $(VENV)/requirements.stamp
 	$(PY) train.py --config configs/moving_shapes/vae.py --workdir $(RUNS)/vae
 	$(PY) train.py --config configs/moving_shapes/image.py:cpu --workdir $(RUNS)/image \
 		--config.vae_from=$(RUNS)/vae/weights
-	$(PY) train.py --config configs/moving_shapes/base.py:cpu --workdir $(RUNS)/base \
+	$(PY) train.py --config configs/moving_shapes/motion.py:cpu --workdir $(RUNS)/motion \
 		--config.init_from=$(RUNS)/image/weights
+	$(PY) train.py --config configs/moving_shapes/base.py:cpu --workdir $(RUNS)/base \
+		--config.init_from=$(RUNS)/motion/weights
 	$(PY) -m lavie_jax.evaluation.moving_shapes --weights $(RUNS)/base/weights --json $(RUNS)/evaluation.json
 	@echo "The model is in $(CURDIR)/$(RUNS)/base/weights: $(PY) sample.py --weights $(RUNS)/base/weights --prompt ..."
 

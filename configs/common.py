@@ -15,7 +15,7 @@ def training() -> ConfigDict:
     config.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
     config.remat = "none"  # "block": recompute each block in the backward pass, for memory
     config.attention_kernel = "auto"
-    config.regime = "joint"  # "joint", "video_only", "temporal_only" (paper, appendix D)
+    config.regime = "joint"  # "joint", "video_only", "temporal_only" (paper, appendix D), "motion_only"
     config.ema_decay = 0.9999
     config.optimizer = ConfigDict(
         {

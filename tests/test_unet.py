@@ -57,7 +57,7 @@ def random_params(unet, *inputs):
 def make(kind):
     """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
     config = UNetConfig.from_diffusers(KINDS[kind], kind)
-    config = dataclasses.replace(config, temporal_norm_groups=4, frame_embedding=kind == "base")
+    config = dataclasses.replace(config, temporal_norm_groups=4, motion_embedding=kind == "base")
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -171,7 +171,7 @@ def test_only_numbered_frames_that_look_alike_can_differ():
         y = jax.jit(network.apply)({"params": params}, copies, t, text)
         return relative_error(y, repeat(y[:, 0], "b ... -> b t ...", t=4))
 
-    assert spread(UNet(dataclasses.replace(unet.config, frame_embedding=False))) < 1e-5
+    assert spread(UNet(dataclasses.replace(unet.config, motion_embedding=False))) < 1e-5
     assert spread(unet) > 1e-2
 
 

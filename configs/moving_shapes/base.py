@@ -1,18 +1,20 @@
 """The base stage on Moving Shapes: joint image-video training (LaVie section 3.2, Eq. 3) of the shipped model.
 
-An image model is inflated and trained on clips of 16 frames with 4 still images beside each, as the paper
-does it with Stable Diffusion; the still images show shapes and colours that no clip does. In order:
+An image model is inflated and trained on clips of 16 frames with still images beside each, as the paper does it
+with Stable Diffusion; the still images show shapes and colours that no clip does. In order:
 
     python train.py --config configs/moving_shapes/vae.py --workdir runs/vae
     python train.py --config configs/moving_shapes/image.py --workdir runs/image \\
         --config.vae_from=runs/vae/weights
-    python train.py --config configs/moving_shapes/base.py --workdir runs/base \\
+    python train.py --config configs/moving_shapes/motion.py --workdir runs/motion \\
         --config.init_from=runs/image/weights
+    python train.py --config configs/moving_shapes/base.py --workdir runs/base \\
+        --config.init_from=runs/motion/weights
 
     python train.py --config configs/moving_shapes/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
 
-Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (`image.py:cpu`, then `base.py:cpu`), "tiny".
-Hardware, time and result: not yet measured.
+Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (the same files with `:cpu`, but
+for the VAE's), "tiny". Hardware, time and result: docs/moving_shapes.md; the mode "" has not been run.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +40,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config = common.training()
     config.stage = "base"
     config.init_from = ""  # the image model's weights folder
-    config.inflate = True  # what init_from holds is an image model: temporal attention starts at zero
+    config.inflate = False  # motion.py did it
     config.vae_from = ""  # the VAE's weights folder; not needed where init_from has it
     config.text_from = ""  # the weights folder of a text encoder that is not to be trained
     config.train_text_encoder = True  # no released text encoder knows this world only
@@ -69,7 +71,7 @@ def get_config(mode: str = "") -> ConfigDict:
             "norm_num_groups": 16,
             "temporal_attention": "before_ff",
             "temporal_position": True,
-            "frame_embedding": True,
+            "motion_embedding": True,
         }
     )
     # The betas of LaVie; v-prediction learns the small world better than noise prediction.
@@ -105,7 +107,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.unet.attention_levels = (False, True, True)
         config.unet.norm_num_groups = 8
         config.text_encoder.num_hidden_layers = 2
-        config.batch, config.steps = 4, 5000
+        config.data.images, config.batch, config.steps = 8, 4, 5000
         config.optimizer.learning_rate, config.optimizer.warmup = 1e-3, 200
         config.ema_decay = 0.995
         config.checkpoint_every = config.sample_every = config.held_out_every = 500

@@ -17,7 +17,6 @@ from configs.moving_shapes import base
 def get_config(mode: str = "") -> ConfigDict:
     """Modes: "", "cpu" and "tiny"."""
     config = base.get_config(mode)
-    config.inflate = False
     config.data.frames, config.data.images = 0, 8
     config.steps = {"": 20_000, "cpu": 4000, "tiny": 20}[mode]
     config.prompts = (

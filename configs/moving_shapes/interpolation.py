@@ -32,7 +32,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.unet.in_channels = 8
     config.unet.spatial_attention = "sparse_causal"
     config.unet.temporal_attention = "after_ff"
-    config.unet.frame_embedding = False
+    config.unet.motion_embedding = False
     # The key frames say all: no guidance, which would take twice the time.
     config.sampling = ConfigDict(
         {"sampler": "respaced_ddim", "steps": 8, "guidance": 1.0, "frames": 61, "fps": 32.0,

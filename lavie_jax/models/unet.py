@@ -91,24 +91,38 @@ class RelativePositionBias(nn.Module):
         return rearrange(table(relative_position_buckets(length)), "q k n -> 1 n q k")
 
 
-class FrameEmbedding(nn.Module):
-    """What tells each frame its place in the clip: (T, 1, 1, C), zero at first.
+class MotionEmbedding(nn.Module):
+    """What the caption says, times when in the clip, times where in the picture: (B, L, D) -> (B, T, H, W, C).
 
     Attention whose positions are relative cannot tell frames apart that look alike, and under much noise, where the
-    motion of a clip is decided, all do. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127)
-    number the frames; LaVie does not. Here the first frame is 0 and the last `SPAN`, however many lie between them, so
-    that what a few frames taught holds for many.
+    motion of a clip is decided, all do. And "left" says something of a place in the picture only together with the
+    time: no two of the three do, so that a network of sums has no gradient to begin with. Hence the product. Zero at
+    first. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
+    transformers their places too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`,
+    however many frames or places lie between, so that what few of them taught holds for many.
     """
 
     SPAN: ClassVar[float] = 16.0
+    GAIN: ClassVar[float] = 30.0  # a product of three small numbers, brought to the size of what it is added to
 
     dtype: Any
 
     @nn.compact
-    def __call__(self, length: int, channels: int):
-        features = layers.timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
-        shift = nn.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")(features)
-        return rearrange(shift, "t c -> t 1 1 c")
+    def __call__(
+        self, text: Float[Array, "b l d"], size: tuple[int, int, int], channels: int
+    ) -> Float[Array, "b t h w c"]:
+        def dense(name, init=nn.linear.default_kernel_init):
+            return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name=name)
+
+        def positions(length):
+            return layers.timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
+
+        # the strongest of the words in each channel: one word of many is not averaged away
+        said = rearrange(dense("text")(text).max(axis=1), "b c -> b 1 1 1 c")
+        when = rearrange(dense("time")(positions(size[0])), "t c -> t 1 1 c")
+        rows, columns = dense("row")(positions(size[1])), dense("column")(positions(size[2]))
+        where = rearrange(rows, "h c -> h 1 c") + columns
+        return dense("out", nn.initializers.zeros)(self.GAIN * said * when * where)
 
 
 class FeedForward(nn.Module):
@@ -158,9 +172,9 @@ class TransformerBlock(nn.Module):
         x = x + (self._to_text(attn1, y, text) if self.only_text else self._spatial(attn1, y))
         x = x + self._to_text(Attention(self.s, heads, name="attn2"), norm("norm2")(x), text)
         if config.temporal_attention == "before_ff":
-            x = self._temporal(heads, norm, x)
+            x = self._temporal(heads, norm, x, text)
         x = x + FeedForward(self.s.dtype, name="ff")(norm("norm3")(x))
-        return self._temporal(heads, norm, x) if config.temporal_attention == "after_ff" else x
+        return self._temporal(heads, norm, x, text) if config.temporal_attention == "after_ff" else x
 
     def _spatial(self, attn, x):
         height, frames = x.shape[2], self.s.frames
@@ -193,13 +207,14 @@ class TransformerBlock(nn.Module):
             out += [rearrange(attn(images, image_text), "(b m) (h w) c -> b m h w c", b=batch, h=height)]
         return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
-    def _temporal(self, heads, norm, x):
+    def _temporal(self, heads, norm, x, text):
         attn, norm = Attention(self.s, heads, temporal=True, name="attn_temporal"), norm("norm_temporal")
 
         def over_time(video):  # the frames at each place attend to each other
-            batch, length, height = video.shape[:3]
-            if self.s.config.frame_embedding:
-                video = video + FrameEmbedding(self.s.dtype, name="frame_embedding_temporal")(length, video.shape[-1])
+            batch, height = video.shape[0], video.shape[2]
+            if self.s.config.motion_embedding:
+                embedding = MotionEmbedding(self.s.dtype, name="motion_embedding_temporal")
+                video = video + embedding(text[:, 0], video.shape[1:4], video.shape[-1])
             y = attn(rearrange(norm(video), "b t h w c -> (b h w) t c"))
             return video + rearrange(y, "(b h w) t c -> b t h w c", b=batch, h=height)
 

@@ -12,8 +12,9 @@ from flax import traverse_util
 from lavie_jax.errors import UserError, suggest
 
 # LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on
-# images and videos (best), the whole UNet on videos only (forgets), the temporal layers only (poor).
-REGIMES = ("joint", "video_only", "temporal_only")
+# images and videos (best), the whole UNet on videos only (forgets), the temporal layers only (poor). "motion_only"
+# is ours: the motion embedding alone, before the rest (see `models.unet.MotionEmbedding`).
+REGIMES = ("joint", "video_only", "temporal_only", "motion_only")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ def is_trained(path: str, *, regime: str, images_only: bool) -> bool:
 
     Without video frames the temporal layers do nothing: left out, weight decay cannot wear them down.
     """
+    if regime == "motion_only":
+        return "motion_embedding" in path
     temporal = "temporal" in path
     return temporal if regime == "temporal_only" else not (temporal and images_only)
 

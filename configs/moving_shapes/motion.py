@@ -1,0 +1,35 @@
+"""What motion words mean, before the rest: the motion embedding alone, between the image model and the base stage.
+
+    python train.py --config configs/moving_shapes/motion.py --workdir runs/motion \\
+        --config.init_from=runs/image/weights
+    python train.py --config configs/moving_shapes/motion.py:tiny --workdir runs/motion-tiny    # a minute on a CPU
+
+"Left" says where the shape is only together with the time: for long no gradient shows it, and then all at once. Six
+frames of a clip and high noise, where motion is decided, are enough, and so is the embedding
+(`models.unet.MotionEmbedding`); the rest of the network stays as it is, so that the rate can be high. Modes as in
+`base.py`. Hardware, time and result: docs/moving_shapes.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.moving_shapes import base
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    """Modes: "", "cpu" and "tiny"."""
+    config = base.get_config(mode)
+    config.regime = "motion_only"
+    config.inflate = True  # what init_from holds is an image model: temporal attention starts at zero
+    config.train_text_encoder = mode == "tiny"  # without init_from there is none to keep
+    config.data.images = 0
+    if mode != "tiny":
+        # From the first to the last of the base's 16 frames.
+        config.data.frames, config.data.fps = 6, 8.0 * 5 / 15
+        config.batch = {"": 64, "cpu": 16}[mode]
+        config.steps = 600
+        config.optimizer.learning_rate, config.optimizer.warmup = 1e-2, 10
+        config.optimizer.weight_decay = 0.0
+        config.loss.logit_normal = (1.7, 0.6)
+        config.ema_decay = 0.95
+        config.held_out_every = config.checkpoint_every = config.sample_every = 100
+    return config
