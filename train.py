@@ -133,6 +133,12 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
         return mean(rows)
 
+    def export(measured: Mapping[str, float]) -> None:
+        """The EMA as a weights folder, by the first host."""
+        ema = parallel.gather(state["ema"])
+        if first:
+            task.export(workdir / "weights", ema, measured)
+
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Loop                                                                             │
     # └──────────────────────────────────────────────────────────────────────────────────┘
@@ -146,6 +152,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     in_flight: deque = deque()
     started, done = time.monotonic(), step
     last = step >= config.steps
+    if last:  # the run before may have been killed between its last checkpoint and these
+        export(held_out())
     while not last:
         state, losses = update(state, frozen, parallel.put_batch(next(batches), mesh))
         step += 1
@@ -180,10 +188,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
-            ema = parallel.gather(state["ema"])
-            if first:
-                task.export(workdir / "weights", ema, measured)
-            del ema
+            export(measured)
         if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
             writer.picture(step, "samples", grid)
@@ -241,6 +246,9 @@ class Diverged(RuntimeError):
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit()
     try:
         with ExitStack() as stack:
             main(sys.argv[1:], stack)
