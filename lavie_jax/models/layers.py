@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Array, Float
+
+CPU_PLACES = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
 
 
 class Frames(NamedTuple):
@@ -99,8 +101,29 @@ def conv(
         padding=padding if padding is not None else [(k // 2, k // 2) for k in kernel],
         dtype=dtype,
         kernel_init=nn.initializers.zeros if zero else nn.linear.default_kernel_init,
+        conv_general_dilated=_convolve,
         name=name,
     )
+
+
+def _convolve(x: Float[Array, "n *places c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
+    """`lax.conv_general_dilated`, or on a CPU, where frames are small, one product of all patches with the kernel.
+
+    Between 3x4 and 8x8 places that is up to twice as fast (8 frames of 3x4, 1280 channels: 24 against 51 ms).
+    """
+
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    def product(x, kernel):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        height, width = x.shape[1] - 2, x.shape[2] - 2
+        shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, axis=-1) @ rearrange(kernel, "h w i o -> (h w i) o")
+
+    if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PLACES:
+        return convolution(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
 
 
 class ResnetBlock(nn.Module):
