@@ -3,9 +3,9 @@
     python train.py --config configs/moving_shapes/base.py --workdir runs/base [--config.FIELD=VALUE ...]
 
 `--config FILE.py:tiny` runs a small version of any config in about a minute on a CPU. The same command
-resumes a run that was stopped. In the workdir:
+resumes a run that was stopped; `--restore-step N` goes back to an older checkpoint. In the workdir:
 
-    checkpoints/     training state (Orbax), the newest few
+    checkpoints/     training state (Orbax): the newest few, the best, and every N-th as the config says
     weights/         the newest EMA model, a weights folder for `sample.py --weights`
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; tensorboard/ beside it when the config says so
@@ -50,7 +50,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Command line                                                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    config, workdir = options.parse(argv)
+    config, workdir, restore_step = options.parse(argv)
     options.check(config, workdir)
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
 
@@ -85,7 +85,13 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     data = build.data_config(config)
     with closing(pipeline.batches(build.held_out_data(data), tokenizer, **sharing)) as rows:
         held_out_batches = [parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)]
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        keep=config.keep_checkpoints,
+        best=config.keep_best,
+        every=config.keep_every,
+        restore_step=restore_step,
+    )
     cleanup.callback(checkpoints.close)
     step = checkpoints.latest() or 0
     batches = pipeline.batches(data, tokenizer, start_step=step, workers=config.workers, **sharing)
@@ -181,13 +187,12 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if save:
-            checkpoints.save(step, state, config.to_dict())
         if save or step % config.held_out_every == 0:
             measured = held_out()
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
+            checkpoints.save(step, state, config.to_dict(), held_out=measured[task.judged_by])
             export(measured)
         if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)

@@ -37,7 +37,9 @@ def training() -> ConfigDict:
     config.held_out_every = 500
     config.held_out_batches = 4
     config.checkpoint_every = 500  # also writes the weights folder
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the newest
+    config.keep_best = 1  # those with the lowest held-out loss, however old
+    config.keep_every = 0  # checkpoints at multiples of this step are kept for ever; 0 = none
     config.sample_every = 500  # a multiple of checkpoint_every
     config.prompts = ()  # of the sample grids; none = no grids
     config.tensorboard = False  # metrics.jsonl is always written

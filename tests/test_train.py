@@ -328,6 +328,8 @@ BAD = [
     (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
     (["--steps=3"], "unknown flag --steps"),
+    (["--restore-step=best"], "--restore-step takes the step of a checkpoint"),
+    (["--restore-step=7"], "there is no checkpoint .*/7. There is no other"),
     (["steps"], "unexpected argument 'steps'"),
 ]
 
@@ -385,9 +387,9 @@ def test_bad_input_is_one_line_and_exit_code_2(train, tmp_path):
 )  # fmt: skip
 def test_fields_are_read_as_the_type_they_have(field, text, value, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, _ = options.parse(
+    config = options.parse(
         ["--config=configs/moving_shapes/base.py:tiny", "--workdir=w", f"--config.{field}={text}"]
-    )
+    ).config
     for name in field.split("."):
         config = config[name]
     assert config == value and type(config) is type(value)

@@ -99,7 +99,10 @@ def make_autoencoder_task(
         scaled = dataclasses.replace(config, scaling_factor=1.0 / float(values["latent_std"]))
         weights.save_folder(path, stage="vae", vae=(scaled, params), overwrite=True)
 
-    return Task(init=init, start=start, frozen={}, loss=train_loss, held_out=held_out, export=export)
+    return Task(
+        init=init, start=start, frozen={}, loss=train_loss, held_out=held_out, export=export,
+        judged_by="reconstruction",
+    )  # fmt: skip
 
 
 def all_frames(batch: Batch) -> Float[Array, "n h w c"]:

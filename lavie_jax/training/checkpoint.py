@@ -2,12 +2,16 @@
 
 A checkpoint is the state (parameters, optimizer, EMA, step) and a small JSON with the step and the
 config. The data stream needs no state of its own: its position is the step. Saves are asynchronous and
-atomic; a directory that is not complete (a killed run, a half-finished copy) is never taken for one.
+atomic: a run killed inside one leaves a directory that is never taken for a checkpoint. A step directory
+that is not complete is therefore a copy that was cut short, and refused by name.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,39 +30,96 @@ from lavie_jax.errors import UserError
 # The rest (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
 IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule")
 
+# Orbax's commit marks: of a step directory, its state and its JSON.
+MARKS = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
+# Newer versions of Orbax write these too: all of them, or none.
+COMMITTED = ("commit_success.txt", "state/commit_success.txt", "meta/commit_success.txt")
+
 
 class Checkpoints:
-    """The newest `keep` checkpoints under `path`."""
+    """The checkpoints under `path`: the newest `keep`, the `best` of them, and every `every`-th step.
 
-    def __init__(self, path: Path, *, keep: int):
-        set_incomplete_aside(path)
-        if jax.process_count() > 1:  # no host may still find what the first one sets aside
-            multihost_utils.sync_global_devices("checkpoints")
+    Args:
+      path: their directory.
+      keep: how many of the newest are kept, at least 1.
+      best: how many more of those with the lowest `held_out` are kept, however old.
+      every: multiples of this step are kept for ever; 0 = none.
+      restore_step: go back to this step; newer checkpoints are set aside, not deleted. None = the newest.
+
+    Raises:
+      UserError: the checkpoint to resume from is incomplete or not there; names those that are.
+    """
+
+    def __init__(self, path: Path, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
+        self._path = path.absolute()
+        aside = _choose(self._path, restore_step)
+        _all_hosts("checkpoints: chosen")
+        if jax.process_index() == 0:
+            for step, why in aside.items():
+                _set_aside(self._path / str(step), why)
+        _all_hosts("checkpoints: set aside")
         managers = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            path.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=managers.LatestN(keep), cleanup_tmp_directories=True
-            ),
+        policies = [managers.LatestN(keep)]
+        if best:  # as one policy of several: alone it would delete the newest
+            policies.append(
+                managers.BestN(get_metric_fn=_badness, reverse=True, n=best, keep_checkpoints_without_metrics=False)
+            )
+        if every:
+            policies.append(managers.EveryNSteps(every))
+        self._options = ocp.CheckpointManagerOptions(
+            best_fn=_badness,
+            best_mode="min",
+            preservation_policy=managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
         )
+        self._manager = ocp.CheckpointManager(self._path, options=self._options)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None when there is none."""
+        """The step of the newest checkpoint; None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
-        """Starts writing; the caller may donate `state` at once."""
+    def save(self, step: int, state: Any, config: Mapping[str, Any], *, held_out: float) -> None:
+        """Starts writing; the caller may donate `state` at once.
+
+        A full disk is no error: it is reported, what was written before stays, and the next save tries again.
+        """
+        self.settle()
         meta = {"step": step, "config": config}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args, force=True)
+        try:
+            self._manager.save(step, args=args, metrics={"held_out": held_out}, force=True)
+        except Exception as error:
+            self._give_up(error)
+
+    def settle(self) -> bool:
+        """Waits for the save under way. False when the disk was too full for it, which is reported."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        """After a failed save: frees the disk of its half, or raises `error` if it is not about a full disk."""
+        if not disk_is_full(error) or jax.process_count() > 1:  # the other hosts would wait for this one
+            raise error
+        logging.error("no checkpoint could be written to %s: the disk is full. Training goes on.", self._path)
+        for _ in range(10):  # other threads of the save may still be writing
+            for half in self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(half, ignore_errors=True)
+            time.sleep(0.05)
+        # A manager of its own: the old one believes that the checkpoints to be replaced are gone.
+        self._manager = ocp.CheckpointManager(self._path, options=self._options)
 
     def restore(self, step: int, abstract: Any, config: Mapping[str, Any]) -> Any:
         """The state saved at `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says.
 
         Raises:
-          UserError: the checkpoint belongs to another model or run; names the field that differs.
+          UserError: the checkpoint belongs to another model or run, which names the field that differs; or
+            its files are damaged, which names the older steps.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._read(step, meta=ocp.args.JsonRestore()).meta
         config = json.loads(json.dumps(config))  # as it went into the checkpoint: tuples are lists there
         for field in IDENTITY:
             saved, now = meta["config"].get(field), config.get(field)
@@ -67,7 +128,18 @@ class Checkpoints:
                     f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "
                     "give the same value to resume it, or another --workdir to start a new run."
                 )
-        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        return self._read(step, state=ocp.args.StandardRestore(abstract)).state
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and tensorstore raise a dozen kinds
+            others = [s for s in self._manager.all_steps() if s < step]
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise UserError(
+                f"the checkpoint {self._path / str(step)} cannot be read ({type(error).__name__}: {reason}): "
+                f"it is damaged, or of another optimizer. {_offer(others)}"
+            ) from error
 
     def reached_preemption(self, step: int) -> bool:
         """Multi-host: whether the cluster is about to stop this job. Must run on every host each step."""
@@ -75,8 +147,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save."""
-        self._manager.wait_until_finished()
+        self.settle()
         self._manager.close()
+
+
+def _badness(metrics: Mapping[str, float]) -> float:
+    value = metrics["held_out"]
+    return value if np.isfinite(value) else np.inf
 
 
 def _difference(field: str, saved: Any, now: Any) -> str:
@@ -87,16 +164,63 @@ def _difference(field: str, saved: Any, now: Any) -> str:
     return f"{field} = {saved!r}, not {now!r}"
 
 
-def set_incomplete_aside(path: Path) -> None:
-    """Renames step directories without Orbax's commit marks: it would take any number for a checkpoint."""
-    if jax.process_index() or not path.is_dir():
-        return
-    for step in path.iterdir():
-        marks = (step / "_CHECKPOINT_METADATA", step / "state" / "_METADATA", step / "meta" / "metadata")
-        if step.name.isdigit() and not all(mark.is_file() for mark in marks):
-            aside = step.with_name(f"incomplete-{step.name}-{os.getpid()}")
-            logging.warning("checkpoint %s is incomplete; moved to %s", step, aside.name)
-            step.rename(aside)
+def _all_hosts(name: str) -> None:
+    """Waits for the others: no host may find what the first one sets aside."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _choose(path: Path, restore_step: int | None) -> dict[int, str]:
+    """The step directories that have to go before a run resumes at `restore_step`, and why.
+
+    Orbax takes any directory whose name is a number for a checkpoint.
+    """
+    steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+    missing = {s: _missing(path / str(s)) for s in steps}
+    complete = [s for s in steps if not missing[s]]
+    wanted = restore_step if restore_step is not None else max(steps, default=None)
+    if wanted is not None and wanted not in complete:
+        others = [s for s in complete if restore_step is not None or s < wanted]
+        if wanted not in steps:
+            raise UserError(f"there is no checkpoint {path / str(wanted)}. {_offer(others)}")
+        raise UserError(
+            f"the checkpoint {path / str(wanted)} is incomplete, perhaps a copy that was cut short: it has no "
+            f"{', no '.join(missing[wanted])}. {_offer(others)}"
+        )
+    newer = {s: "newer" for s in complete if s > wanted}
+    return newer | {s: "incomplete" for s in steps if missing[s]}
+
+
+def _missing(step: Path) -> list[str]:
+    """The commit marks that a step directory lacks."""
+    lacks = [mark for mark in MARKS if not (step / mark).is_file()]
+    uncommitted = [mark for mark in COMMITTED if not (step / mark).is_file()]
+    return lacks + (uncommitted if len(uncommitted) < len(COMMITTED) else [])
+
+
+def _offer(steps: list[int]) -> str:
+    """What to do instead of resuming from a checkpoint that is no good."""
+    if not steps:
+        return "There is no other: complete the copy, or name another --workdir."
+    return f"Complete the copy, or resume with --restore-step {max(steps)} (there are {', '.join(map(str, steps))})."
+
+
+def _set_aside(step: Path, why: str) -> None:
+    """Renames a step directory to a name that Orbax does not read."""
+    aside = step.with_name(f"{why}-{step.name}-{os.getpid()}")
+    logging.warning("checkpoint %s is %s; moved to %s", step, why, aside.name)
+    step.rename(aside)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that there is no room to write."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):  # tensorstore's
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def parameter_hash(params: Any) -> str:

@@ -193,6 +193,7 @@ def make_diffusion_task(
     return Task(
         init=lambda rng: losses.init(rng, size), start=start, frozen=frozen, loss=losses.train,
         held_out=losses.held_out, export=export, regime=regime, images_only=losses.frames == 0,
+        judged_by="video_loss" if losses.frames else "image_loss",
     )  # fmt: skip
 
 

@@ -10,17 +10,32 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.training.optimizer import REGIMES
 
-USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...]"
+USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--restore-step N] [--config.FIELD=VALUE ...]"
+FLAGS = ("config", "workdir", "restore-step")
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, Path]:
-    """Command-line words (without the program's name) -> (locked ConfigDict, workdir).
+class Arguments(NamedTuple):
+    """What the command line says.
+
+    Attributes:
+      config: a locked ConfigDict.
+      workdir: where everything is written.
+      restore_step: the checkpoint to go back to; None = the newest.
+    """
+
+    config: Any
+    workdir: Path
+    restore_step: int | None
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads the words of the command line, without the program's name.
 
     Raises:
       UserError: an unknown flag or field, a value of the wrong type, a missing file.
@@ -39,16 +54,23 @@ def parse(argv: Sequence[str]) -> tuple[Any, Path]:
         flags[name[2:]] = value
 
     overrides = {k.removeprefix("config."): v for k, v in flags.items() if k.startswith("config.")}
-    unknown = [k for k in flags if k not in ("config", "workdir") and not k.startswith("config.")]
+    unknown = [k for k in flags if k not in FLAGS and not k.startswith("config.")]
     if unknown:
-        raise UserError(f"unknown flag --{unknown[0]}{suggest(unknown[0], ('config', 'workdir', 'config.FIELD'))}")
+        raise UserError(f"unknown flag --{unknown[0]}{suggest(unknown[0], (*FLAGS, 'config.FIELD'))}")
     for name in ("config", "workdir"):
         if not flags.get(name):
             raise UserError(f"--{name} is missing; {USAGE}")
+    restore_step = flags.get("restore-step")
+    if restore_step is not None and not restore_step.isdecimal():
+        raise UserError(f"--restore-step takes the step of a checkpoint, a number such as 500, not {restore_step!r}.")
     config = load(flags["config"])
     for field, text in overrides.items():
         override(config, field, text)
-    return config, Path(flags["workdir"]).expanduser()
+    return Arguments(
+        config=config,
+        workdir=Path(flags["workdir"]).expanduser(),
+        restore_step=None if restore_step is None else int(restore_step),
+    )
 
 
 def check(config: Any, workdir: Path) -> None:
@@ -57,6 +79,9 @@ def check(config: Any, workdir: Path) -> None:
                   "held_out_batches", "sample_every", "keep_checkpoints"):  # fmt: skip
         if config[field] < 1:
             raise UserError(f"config field {field!r} must be at least 1, not {config[field]}.")
+    for field in ("keep_best", "keep_every"):
+        if config[field] < 0:
+            raise UserError(f"config field {field!r} must be at least 0, not {config[field]}.")
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
