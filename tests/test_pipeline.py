@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, pipeline, sources, tokens, transforms, video_files
-from lavie_jax.data.pipeline import DataConfig, Examples, make_source
+from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.folders import open_folder
+from lavie_jax.data.pipeline import Examples
+from lavie_jax.data.video_files import Window
 from lavie_jax.errors import UserError
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
@@ -55,14 +58,14 @@ def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
 def test_video_image_and_caption_belong_together(tokenizer):
     config = dataclasses.replace(SMALL, caption_drop=0.0, detail_drop=0.0)
     (batch,) = take(1, config, tokenizer)
-    source = pipeline.make_source(config)
+    source = make_source(config)
     rng = np.random.default_rng(0)
     for i in range(4):
-        pixels, caption = source.video(i, rng)
+        pixels, caption, _ = source.video(i, rng)
         np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
         np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
         for j in range(2):
-            pixels, caption = source.image(2 * i + j, rng)
+            pixels, caption, _ = source.image(2 * i + j, rng)
             np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
             np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
 
@@ -183,43 +186,52 @@ def config_of(folder, **change):
                          "width": 16, "images": 1, **change})  # fmt: skip
 
 
+def source_of(folder, *, split="train", val_fraction=0.0, height=16, width=16):
+    window = Window(frames=4, fps=8)
+    clips = sources.open_records(
+        "video_folder", str(folder), medium="video", split=split, window=window, val_fraction=val_fraction
+    )
+    return sources.RecordSource(clips=clips, window=window, height=height, width=width, random_place=split == "train")
+
+
 def test_a_video_folder_gives_every_clip_once_an_epoch_in_changing_order(folder):
-    source = sources.VideoFolder(folder, frames=4, height=16, width=16, val_fraction=0.0)
+    source = source_of(folder)
     captions = [source.video(i, np.random.default_rng(i))[1] for i in range(16)]
     assert sorted(captions[:8]) == sorted(captions[8:]) == [f"clip {i}" for i in range(8)]
     assert captions[:8] != captions[8:]
 
 
 def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
-    source = sources.VideoFolder(folder, frames=4, height=32, width=48, val_fraction=0.0)
+    source = source_of(folder, height=32, width=48)
     starts = set()
     for i in range(24):
-        frames, caption = source.video(i, np.random.default_rng(i))
+        frames, caption, _ = source.video(i, np.random.default_rng(i))
         whole = video_files.read_video(next(folder.rglob(f"{caption}.mp4")))
         (start,) = [s for s in range(6) if np.array_equal(whole[s : s + 4], frames)]
         starts.add(start)
     assert len(starts) > 2
 
 
-def test_a_file_damaged_after_the_start_is_skipped_and_a_lost_folder_is_an_error(folder, tmp_path, caplog):
+def test_a_file_damaged_after_the_start_is_skipped_and_a_lost_folder_is_an_error(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
-    source = sources.VideoFolder(tmp_path / "copy", frames=4, height=16, width=16, val_fraction=0.0)
+    source = source_of(tmp_path / "copy")
     damaged, *others = sorted((tmp_path / "copy").rglob("clip *.mp4"))
     damaged.write_bytes(b"gone")
-    captions = {source.video(i, np.random.default_rng(i))[1] for i in range(8)}
-    assert captions == {path.stem for path in others} and str(damaged) in caplog.text
+    items = [source.video(i, np.random.default_rng(i)) for i in range(8)]
+    assert {item.caption for item in items} == {path.stem for path in others}
+    assert any(str(damaged) in text for item in items for text in item.skipped)
     for path in others:
         path.unlink()
-    with pytest.raises(UserError, match="files in a row cannot be read"):
+    with pytest.raises(UserError, match="records in a row cannot be read"):
         source.video(0, np.random.default_rng(0))
 
 
 def test_splits_of_a_video_folder_share_no_clip(folder):
-    train = sources.VideoFolder(folder, frames=4, val_fraction=0.5)
-    val = sources.VideoFolder(folder, split="val", frames=4, val_fraction=0.5)
-    captions = [{pair.caption for pair in source.clips} for source in (train, val)]
+    train = source_of(folder, val_fraction=0.5)
+    val = source_of(folder, split="val", val_fraction=0.5)
+    captions = [{caption for _, caption in source.clips.rows} for source in (train, val)]
     assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 8
-    assert len(sources.VideoFolder(folder, split="val", frames=4, val_fraction=1e-9)) == 1
+    assert len(source_of(folder, split="val", val_fraction=1e-9)) == 1
     (held_out,) = take(1, config_of(folder, split="val"), batch_size=16)  # fewer clips than the batch
     assert held_out["video"].shape[0] == 16
 
@@ -237,15 +249,15 @@ def test_an_images_folder_gives_the_images(folder, tmp_path):
         (tmp_path / f"{name}.txt").write_text("red all over")
     (batch,) = take(1, config_of(folder, image_path=str(tmp_path)))
     np.testing.assert_allclose(batch["images"], np.broadcast_to([1.0, -1.0, -1.0], batch["images"].shape))
-    splits = [sources.VideoFolder(folder, split=split, frames=4, images=tmp_path) for split in ("train", "val")]
-    assert sorted(pair.path.name for source in splits for pair in source.pictures) == ["a.png", "b.png"]
-    assert [len(source.pictures) for source in splits] == [1, 1]
+    splits = [open_folder(tmp_path, medium="image", split=split) for split in ("train", "val")]
+    assert sorted(path.name for pictures in splits for path, _ in pictures.rows) == ["a.png", "b.png"]
+    assert [len(pictures) for pictures in splits] == [1, 1]
 
 
 @pytest.mark.parametrize(
     "change, batch_size, message",
     [
-        ({"frames": 60}, 2, "no usable pairs .* shorter than 60 frames at 8 fps"),
+        ({"frames": 60}, 2, "no video for split .* are shorter than 60 frames at 8 fps"),
         ({}, 100, "a batch of 100 needs as many clips"),
         ({"split": "held_out"}, 2, "splits train and val"),
     ],
@@ -257,13 +269,13 @@ def test_an_unusable_video_folder_is_refused_at_once(folder, change, batch_size,
 
 def test_a_folder_without_captions_is_refused_and_says_so(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="of 1 videos 1 have no caption"):
+    with pytest.raises(UserError, match="of 1 videos 1 have no caption .clip.mp4 needs clip.txt"):
         pipeline.batches(config_of(tmp_path), None, batch_size=1)
 
 
 def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="no image .* 0 have a caption"):
+    with pytest.raises(UserError, match="no image .* of 1 images 1 have no caption"):
         pipeline.batches(config_of(folder, image_path=str(tmp_path)), None, batch_size=1)
 
 

@@ -13,88 +13,14 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
 from lavie_jax.data import tokens, transforms
-from lavie_jax.data.sources import MovingShapes, Source, VideoFolder
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.data.config import DataConfig, make_source, mixture_weights
+from lavie_jax.data.sources import Item, Source
+from lavie_jax.errors import UserError
 
-SOURCES = ("moving_shapes", "video_folder")
 _EXAMPLES = 2**50  # endless, and still far from overflow after slicing and batching
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a batch holds: T `frames` at `fps` and M `images` of (height, width), with captions.
-
-    `frames` = 0 is a batch of images alone. With `full_height` and `full_width`, frames are scaled to that size,
-    and `height` x `width` is a patch of them. With `slowest_fps`, each clip of Moving Shapes has a rate of its own
-    between that and `fps`: more motion from frame to frame. `handheld` is the share of clips that are a still under
-    a moving camera: how images join the training of networks that want clips (LaVie sec. 3.4). `caption_drop` is the
-    probability with which a caption is replaced by `null_caption`, for classifier-free guidance; `detail_drop`
-    that with which a caption of Moving Shapes leaves out the size, or the background. `path` and `image_path` are
-    for video folders.
-    """
-
-    source: str = "moving_shapes"
-    path: str | None = None
-    image_path: str | None = None
-    split: str = "train"
-    frames: int = 16
-    fps: float | None = 8.0
-    slowest_fps: float = 0.0
-    height: int = 64
-    width: int = 64
-    full_height: int = 0
-    full_width: int = 0
-    images: int = 0
-    handheld: float = 0.0
-    caption_drop: float = 0.1
-    null_caption: str = ""
-    detail_drop: float = 0.1
-    seed: int = 0
-
-    @property
-    def whole(self) -> tuple[int, int]:
-        """(H, W) of whole frames."""
-        return self.full_height or self.height, self.full_width or self.width
-
-
-def make_source(config: DataConfig) -> Source:
-    """The source that a config names. Raises UserError for what cannot be read or does not exist."""
-    if config.source not in SOURCES:
-        raise UserError(f"unknown data source {config.source!r}{suggest(config.source, SOURCES)}")
-    if config.frames < 0 or config.images < 0 or config.frames + config.images < 1:
-        raise UserError(f"a batch needs frames or images; given {config.frames} frames, {config.images} images")
-    if min(config.height, config.width) < 1:
-        raise UserError(f"height and width must be at least 1; given {config.height}x{config.width}")
-    if config.whole[0] < config.height or config.whole[1] < config.width:
-        raise UserError(
-            f"patches of {config.height}x{config.width} do not fit into frames of {config.whole[0]}x{config.whole[1]} "
-            "(full_height, full_width)"
-        )
-    if config.fps is not None and not config.fps > 0:
-        raise UserError(f"fps must be above 0; given {config.fps}")
-    if config.slowest_fps and not 0 < config.slowest_fps <= (config.fps or 0):
-        raise UserError(f"slowest_fps is above 0 and at most fps; given {config.slowest_fps} and {config.fps}")
-    if config.seed < 0:
-        raise UserError(f"the data's seed must be at least 0; given {config.seed}")
-    for name in ("caption_drop", "detail_drop", "handheld"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} is a probability, 0 to 1; given {getattr(config, name)}")
-    shape = {"frames": config.frames, "height": config.height, "width": config.width, "whole": config.whole}
-    shape["seed"] = config.seed
-    if config.source == "video_folder":
-        if config.path is None:
-            raise UserError("the data source video_folder needs a path")
-        if config.slowest_fps:
-            raise UserError("slowest_fps is for Moving Shapes: clips of video files have one rate")
-        return VideoFolder(config.path, split=config.split, fps=config.fps, images=config.image_path, **shape)
-    if config.images and config.split not in ("train", "val"):
-        raise UserError(f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val")
-    if config.fps is None:
-        raise UserError("Moving Shapes has no frame rate of its own: give fps")
-    rates = {"fps": config.fps, "slowest_fps": config.slowest_fps or config.fps}
-    return MovingShapes(split=config.split, drop=config.detail_drop, **rates, **shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +34,29 @@ class Examples:
         return _EXAMPLES
 
     def __getitem__(self, index: int) -> dict:
-        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions`, dropped or not."""
+        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions`, dropped or not, `skipped`."""
         c, index = self.config, int(index)
         rng = np.random.default_rng([c.seed, index])
-        video = np.zeros((0, c.height, c.width, 3), np.uint8), c.null_caption
+        empty = np.zeros((0, c.height, c.width, 3), np.uint8)
+        video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
-            picture, caption = self.source.image(index, rng, margin=reach)
+            # Counted as the images beside clips are, so that a mixture finds the same step.
+            picture = self.source.image(index * max(c.images, 1), rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
-            video = transforms.handheld(picture, **shape, fps=c.fps or transforms.USUAL_FPS, rng=rng), caption
+            fps = c.fps or transforms.USUAL_FPS
+            video = picture._replace(pixels=transforms.handheld(picture.pixels, **shape, fps=fps, rng=rng))
         elif c.frames:
             video = self.source.video(index, rng)
         stills = [self.source.image(index * c.images + j, rng) for j in range(c.images)]
         kept = rng.random(1 + c.images) >= c.caption_drop
-        captions = [video[1], *(caption for _, caption in stills)]
-        captions = [caption if keep else c.null_caption for caption, keep in zip(captions, kept)]
-        empty = np.zeros((0, c.height, c.width, 3), np.uint8)
+        captions = [item.caption if keep else c.null_caption for item, keep in zip([video, *stills], kept)]
         return {
-            "video": video[0],
-            "images": np.stack([pixels for pixels, _ in stills]) if stills else empty,
+            "video": video.pixels,
+            "images": np.stack([item.pixels for item in stills]) if stills else empty,
             "caption": captions[0],
             "image_captions": captions[1:],
+            "skipped": [text for item in [video, *stills] for text in item.skipped],
         }
 
 
@@ -237,15 +165,38 @@ def batches(
         raise UserError(
             f"workers and start_step are at least 0 and prefetch 1; given {workers}, {start_step}, {prefetch}"
         )
-    source = make_source(config)
+    source = make_source(config, batch_size=batch_size)
     if config.split == "train" and len(source) < batch_size:  # held-out clips may come again
-        raise UserError(
-            f"a batch of {batch_size} needs as many clips; {config.path!r} has {len(source)} in split {config.split!r}"
-        )
+        where = config.path or config.image_path or ", ".join(config.videos + config.stills)
+        raise UserError(f"a batch of {batch_size} needs as many clips; {where!r} has {len(source)} to train on")
     stream = Examples(config, source), batch_size // process_count, start_step, process_index, process_count
     raw = _grain(*stream, workers) if workers else _plain(*stream)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)
-    return _prefetched(_arrays(raw, ids), prefetch)
+    watched = _watched(raw, config, start_step)
+    return _prefetched(_arrays(watched, ids), prefetch)
+
+
+def _watched(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterator[dict]:
+    """The same batches; says when the mixture changes, and counts, names and limits what was skipped."""
+    seen: set[str] = set()
+    shares: dict[str, float] = {}
+    try:
+        for step, batch in enumerate(raw, start_step):
+            if shares != (now := mixture_weights(config, step)):
+                shares = now
+                logging.info("from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
+            for text in (text for row in batch.pop("skipped") for text in row):
+                if text not in seen:
+                    seen.add(text)
+                    logging.warning("skipped, number %d: %s", len(seen), text)
+                if len(seen) > config.max_unreadable:
+                    raise UserError(
+                        f"{len(seen)} records were skipped, more than data.max_unreadable allows; the last: {text}"
+                    )
+            yield batch
+    finally:
+        if hasattr(raw, "close"):
+            raw.close()
 
 
 def _arrays(raw: Iterator[dict], ids: tokens.CachedTokens | None) -> Iterator[dict[str, np.ndarray]]:
@@ -259,5 +210,4 @@ def _arrays(raw: Iterator[dict], ids: tokens.CachedTokens | None) -> Iterator[di
                 out["image_tokens"] = flat.reshape(*batch["images"].shape[:2], ids.length)
             yield out
     finally:
-        if hasattr(raw, "close"):
-            raw.close()
+        raw.close()

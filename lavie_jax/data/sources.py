@@ -1,4 +1,4 @@
-"""Where clips and stills come from: Moving Shapes, or a folder of videos with captions.
+"""Where clips and stills come from: Moving Shapes, or records on disk.
 
 A source answers two questions, `video(index, rng)` and `image(index, rng)`, with uint8 pixels and a caption; with a
 `margin`, the image is that much larger than what a batch holds, both ways.
@@ -6,28 +6,37 @@ The answer depends on its arguments alone, so that any process can make any exam
 different videos there are; the index of `video` and `image` may go beyond it.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from absl import logging
-from jaxtyping import UInt8
-from PIL import Image
-from tqdm import tqdm
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_shapes, transforms, video_files
-from lavie_jax.errors import UserError
+from lavie_jax.data.folders import open_folder
+from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
+from lavie_jax.data.shards import ShardRecords, TFDSRecords
+from lavie_jax.data.tars import TarRecords
+from lavie_jax.errors import UserError, suggest
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+KINDS = ("video_folder", "array_record", "tfds", "webdataset")  # of records
+ATTEMPTS = 8  # records in a row that may be unreadable
 _ENDLESS = 2**40
-_ATTEMPTS = 8
+
+
+class Item(NamedTuple):
+    """A clip's `pixels` uint8 (T, H, W, 3), or a still's (H, W, 3), with its caption, and what was skipped for it."""
+
+    pixels: UInt8[np.ndarray, "*t h w 3"]
+    caption: str
+    skipped: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -36,11 +45,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]: ...
+    def video(self, index: int, rng: np.random.Generator) -> Item: ...
 
-    def image(
-        self, index: int, rng: np.random.Generator, *, margin: int = 0
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], str]: ...
+    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ class MovingShapes:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
+    def video(self, index: int, rng: np.random.Generator) -> Item:
         one_rate = self.slowest_fps == self.fps
         fps = self.fps if one_rate else self.slowest_fps * (self.fps / self.slowest_fps) ** rng.random()
         sample = moving_shapes.clip(
@@ -78,11 +85,11 @@ class MovingShapes:
             drop=self.drop,
             **self._whole(0),
         )
-        return self._patch(sample.pixels, 0, rng), sample.caption
+        return Item(self._patch(sample.pixels, 0, rng), sample.caption)
 
-    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
         sample = moving_shapes.image(self.split, index + self.seed * _ENDLESS, drop=self.drop, **self._whole(margin))
-        return self._patch(sample.pixels[None], margin, rng)[0], sample.caption
+        return Item(self._patch(sample.pixels[None], margin, rng)[0], sample.caption)
 
     def _whole(self, margin: int) -> dict[str, int]:
         """The size to draw."""
@@ -95,168 +102,118 @@ class MovingShapes:
         return transforms.resize_crop(frames, height=height, width=width, rng=rng, whole=frames.shape[1:3])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    path: Path
-    caption: str
-    room: float = 0.0  # seconds over which a video's window may start
-
-
-def _pairs(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[_Pair], int]:
-    """(files with a caption beside them, sorted by path; how many have none)."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {os.fspath(folder)!r}")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    pairs = []
-    for path in files:
-        text = path.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
-        if caption:
-            pairs.append(_Pair(path, " ".join(caption.split())))
-    return pairs, len(files) - len(pairs)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """One picture as uint8 (1, H, W, 3)."""
+def _read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
+    """One picture, as a clip of one frame, turned as its camera was held."""
+    content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))[None]
-    except OSError as error:
-        raise UserError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
+        with Image.open(content) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
 
-def _of_split(folder: Path, pairs: list[_Pair], split: str, val_fraction: float) -> list[_Pair]:
-    """By the hash of the name: a clip stays in its split whatever is added. `val` has one at least."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordSource:
+    """Clips and stills from records on disk.
 
-    def place(pair: _Pair) -> float:
-        name = pair.path.relative_to(folder).as_posix().encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") / 2**64
+    `video` is a random window of a clip, scaled until (height, width), and `whole`, just fits inside, and cut to
+    (height, width). `image` is one of the `pictures`, or, without, one random frame of a clip with its caption. Places
+    in time and space are random, or the middle with `random_place` = False.
 
-    places = [place(pair) for pair in pairs]
-    limit = max(val_fraction, min(places, default=0.0)) if val_fraction else -1.0
-    return [pair for pair, p in zip(pairs, places) if (p <= limit) == (split == "val")]
-
-
-class VideoFolder:
-    """A folder, searched to its depths, of videos with captions: `clip.mp4` beside `clip.txt`.
-
-    `video` is a random window of `frames` at `fps` (None: each file's own rate), scaled until (height, width), and
-    `whole`, just fits inside, and cut to (height, width). `image` is one random frame with the clip's caption, or,
-    with an `images` folder (`a.jpg` beside `a.txt`), one of its pictures. `val` holds about `val_fraction` of the
-    clips, and of the pictures, one at least. Videos without caption, too short, or unreadable are left out, with a
-    warning that counts them; UserError when none is left.
+    A record that cannot be read, or is too short, is skipped: the next one of the same order is shown in its place. Too
+    many in a row are a UserError.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        split: str = "train",
-        frames: int = 16,
-        fps: float | None = 8.0,
-        height: int = 320,
-        width: int = 512,
-        whole: tuple[int, int] = (0, 0),
-        images: str | Path | None = None,
-        val_fraction: float = 0.05,
-        seed: int = 0,
-    ):
-        if split not in ("train", "val"):
-            raise UserError(f"a video folder has the splits train and val; given {split!r}")
-        self.frames, self.fps, self.height, self.width, self.whole = frames, fps, height, width, whole
-        self.random_place, self.seed = split == "train", seed
-        folder = Path(folder)
-        pairs, silent = _pairs(folder, VIDEO_SUFFIXES)
-        clips = _of_split(folder, self._usable(pairs), split, val_fraction)
-        if not clips:
-            raise UserError(
-                f"no usable pairs for split {split!r} in {os.fspath(folder)!r}: of {len(pairs) + silent} "
-                f"videos {silent} have no caption (clip.mp4 needs clip.txt beside it), the rest are in the "
-                f"other split, unreadable, or shorter than {frames} frames at "
-                f"{'their own rate' if fps is None else f'{fps:g} fps'}"
-            )
-        if silent:
-            logging.warning("%d of %d videos have no caption and are left out", silent, len(pairs) + silent)
-        self.clips = clips
-        self.pictures: list[_Pair] = []
-        if images is not None:
-            found = _pairs(Path(images), IMAGE_SUFFIXES)[0]
-            self.pictures = _of_split(Path(images), found, split, val_fraction)
-            if not self.pictures:
-                raise UserError(
-                    f"no image for split {split!r} in {os.fspath(images)!r}: {len(found)} have a caption (a.jpg needs "
-                    "a.txt beside it), and each split takes one at least"
-                )
-
-    def _window(self, info: video_files.VideoInfo) -> float:
-        """Seconds from the first frame's time to the last one's."""
-        return max(self.frames - 1, 0) / (self.fps or info.fps)
-
-    def _usable(self, pairs: list[_Pair]) -> list[_Pair]:
-        def probe(pair: _Pair) -> _Pair | None:
-            try:
-                info = video_files.video_info(pair.path)
-            except UserError as error:
-                logging.warning("left out: %s", error)
-                return None
-            # Where a window may start: up to the last source frame that leaves room for it.
-            room = (info.frames - 1) / info.fps - self._window(info)
-            return dataclasses.replace(pair, room=max(room, 0.0)) if room > -1e-6 else None
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = list(tqdm(pool.map(probe, pairs), "videos", len(pairs), disable=len(pairs) < 500, leave=False))
-        usable = [pair for pair in found if pair is not None]
-        if len(usable) < len(pairs):
-            logging.warning("%d of %d videos are too short or unreadable", len(pairs) - len(usable), len(pairs))
-        return usable
+    clips: Records | None = None
+    pictures: Records | None = None
+    window: video_files.Window
+    height: int
+    width: int
+    whole: tuple[int, int] = (0, 0)
+    random_place: bool = True
+    seed: int = 0
 
     def __len__(self) -> int:
-        return len(self.clips)
+        records = self.clips if self.clips is not None else self.pictures
+        return 0 if records is None else len(records)
 
-    def _place(self, rng: np.random.Generator) -> np.random.Generator | None:
-        return rng if self.random_place else None
+    def video(self, index: int, rng: np.random.Generator) -> Item:
+        def read(record: Record) -> np.ndarray:
+            place = rng.random() if self.random_place else 0.5
+            return video_files.read_window(record.content, self.window, place=place, name=record.name)
 
-    def video(self, index: int, rng: np.random.Generator) -> tuple[UInt8[np.ndarray, "t h w 3"], str]:
-        def window(clip: _Pair) -> np.ndarray:
-            start = clip.room * (rng.random() if self.random_place else 0.5)
-            return video_files.read_video(clip.path, frames=self.frames, fps=self.fps, start=start)
+        return self._readable(self.clips, index, "video", read, 0, rng)
 
-        frames, caption = self._first_readable(self.clips, index, "video", window)
-        return self._fit(frames, 0, rng), caption
+    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
+        def frame(record: Record) -> np.ndarray:
+            one = dataclasses.replace(self.window, frames=1)
+            return video_files.read_window(record.content, one, place=rng.random(), name=record.name)
 
-    def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
-        def still(pair: _Pair) -> np.ndarray:
-            if self.pictures:
-                return _read_image(pair.path)
-            return video_files.read_video(pair.path, frames=1, start=pair.room * rng.random())
+        pictures = self.pictures is not None
+        records, read = (self.pictures, _read_image) if pictures else (self.clips, frame)
+        item = self._readable(records, index, "image", read, margin, rng)
+        return item._replace(pixels=item.pixels[0])
 
-        frames, caption = self._first_readable(self.pictures or self.clips, index, "image", still)
-        return self._fit(frames, margin, rng)[0], caption
-
-    def _first_readable(
-        self, pairs: list[_Pair], index: int, kind: str, read: Callable[[_Pair], np.ndarray]
-    ) -> tuple[np.ndarray, str]:
-        """(frames, caption) of pair `index`, or of one after it: a damaged file must not end a long run."""
-        for attempt in range(_ATTEMPTS):
-            pair = _shuffled(pairs, index + attempt, kind, self.seed)
+    def _readable(
+        self,
+        records: Records,
+        index: int,
+        kind: str,
+        read: Callable[[Record], np.ndarray],
+        margin: int,
+        rng: np.random.Generator,
+    ) -> Item:
+        """Record `index` in the shuffled order, or the first after it that can be read."""
+        skipped: list[str] = []
+        for attempt in range(ATTEMPTS):
+            epoch, place = divmod(index + attempt, len(records))
             try:
-                return read(pair), pair.caption
+                record = records[int(_epoch_order(len(records), kind, self.seed, epoch)[place])]
+                frames = read(record)
             except UserError as error:
-                logging.warning("skipped: %s", error)
-        raise UserError(f"{_ATTEMPTS} files in a row cannot be read, the last is {os.fspath(pair.path)!r}")
+                skipped.append(str(error))
+                continue
+            size = {"height": self.height + margin, "width": self.width + margin}
+            place_rng = rng if self.random_place else None
+            frames = transforms.resize_crop(frames, **size, rng=place_rng, whole=self.whole)
+            return Item(frames, record.caption, tuple(skipped))
+        raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
 
-    def _fit(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
-        size = {"height": self.height + margin, "width": self.width + margin}
-        return transforms.resize_crop(frames, **size, rng=self._place(rng), whole=self.whole)
 
-
-@functools.lru_cache(maxsize=8)
-def _permutation(count: int, *key: object) -> np.ndarray:
+def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
+    """0 to `count` - 1 in an order that `key` alone decides."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
 
 
-def _shuffled(items: list, index: int, *key: object):
-    """Item `index` of an endless stream that goes through all items, in another order each time."""
-    epoch, place = divmod(index, len(items))
-    return items[int(_permutation(len(items), *key, epoch)[place])]
+# The order of all records, another one each epoch.
+_epoch_order = functools.lru_cache(maxsize=8)(permutation)
+
+
+# ---- by kind ----
+
+
+def open_records(
+    kind: str, path: str, *, medium: Medium, split: str, window: video_files.Window, val_fraction: float = VAL_FRACTION
+) -> Records:
+    """The records of a split at `path`, of one of the KINDS. Raises UserError for what cannot be used."""
+    if kind not in KINDS:
+        raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
+    given = {"medium": medium, "split": split, "val_fraction": val_fraction}
+    if kind == "array_record":
+        return ShardRecords(path, **given)
+    if kind == "tfds":
+        return TFDSRecords(path, **given)
+    if kind == "webdataset":
+        return TarRecords(path, **given)
+
+    def long_enough(clip: Path) -> None:
+        try:
+            info = video_files.video_info(clip)
+        except UserError as error:
+            raise UserError(f"cannot be read: {error}") from error
+        if window.room(info) < 0:
+            raise UserError(f"are shorter than {window}: {os.fspath(clip)!r}")
+
+    # Headers of single files are read now; those of clips within shards when they are shown.
+    return open_folder(path, **given, check=long_enough if medium == "video" else None)

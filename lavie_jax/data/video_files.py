@@ -5,6 +5,7 @@ Whatever is written gets a temporary name first and its own at the end: no half 
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import textwrap
@@ -123,20 +124,27 @@ class VideoInfo:
     fps: float
 
 
+def _label(source: str | Path | bytes, name: str) -> str:
+    return repr(name or ("" if isinstance(source, bytes) else os.fspath(source)))
+
+
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[tuple]:
-    """(container, video stream) of a file. Raises UserError for what is no video."""
+def _opened(source: str | Path | bytes, name: str = "") -> Iterator[tuple]:
+    """(container, video stream) of a file, or of its bytes. Raises UserError for what is no video."""
     import av
 
+    what = _label(source, name)
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
             if not container.streams.video:
-                raise UserError(f"{os.fspath(path)!r} has no video stream")
+                raise UserError(f"{what} has no video stream")
+            if container.format.name.endswith("_pipe") or container.format.name == "image2":
+                raise UserError(f"{what} is a picture, not a video")
             stream = container.streams.video[0]
             stream.thread_count = 1  # the pipeline's workers are the parallelism
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error
+        raise UserError(f"cannot read the video {what}: {error}") from error
 
 
 def _seconds(container, stream) -> float:
@@ -145,14 +153,57 @@ def _seconds(container, stream) -> float:
     return (container.duration or 0) / 1_000_000
 
 
-def video_info(path: str | Path) -> VideoInfo:
-    """Length and rate from the container's header, without decoding."""
-    with _opened(path) as (container, stream):
-        rate = float(stream.average_rate or 0)
-        frames = stream.frames or round(_seconds(container, stream) * rate)
+def _info(container, stream, what: str) -> VideoInfo:
+    rate = float(stream.average_rate or 0)
+    frames = stream.frames or round(_seconds(container, stream) * rate)
     if not rate or not frames:
-        raise UserError(f"the video {os.fspath(path)!r} does not say how long it is")
+        raise UserError(f"the video {what} does not say how long it is")
     return VideoInfo(frames, rate)
+
+
+def video_info(source: str | Path | bytes, *, name: str = "") -> VideoInfo:
+    """Length and rate from the container's header, without decoding; `name` is for messages about bytes."""
+    with _opened(source, name) as (container, stream):
+        return _info(container, stream, _label(source, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """A run of `frames` of a clip: at `fps`, or, without, every `stride`-th frame at the clip's own rate."""
+
+    frames: int
+    fps: float | None = None
+    stride: int = 1
+
+    def __str__(self) -> str:
+        if self.fps is not None:
+            return f"{self.frames} frames at {self.fps:g} fps"
+        return f"{self.frames} frames at their own rate" + (f", {self.stride} apart" if self.stride > 1 else "")
+
+    def rate(self, info: VideoInfo) -> float:
+        """Frames of the window in a second of the clip."""
+        return self.fps or info.fps / self.stride
+
+    def room(self, info: VideoInfo) -> float:
+        """Seconds over which it may start: up to the last frame that leaves room for it. Below 0, it does not fit."""
+        room = (info.frames - 1) / info.fps - max(self.frames - 1, 0) / self.rate(info)
+        return max(room, 0.0) if room > -1e-6 else room
+
+
+def read_window(
+    source: str | Path | bytes, window: Window, *, place: float, name: str = ""
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """The frames of a window that starts at `place`, 0 to 1, of the room that the clip leaves for it.
+
+    Only the part that is needed is decoded. Raises UserError for a file that cannot be read or is too short.
+    """
+    with _opened(source, name) as (container, stream):
+        info = _info(container, stream, _label(source, name))
+        start = window.room(info) * place
+        if start < 0:
+            raise _too_short(_label(source, name), f"{window}", info)
+        place = {"start": start, "frames": window.frames, "rate": window.rate(info)}
+        return _decode(container, stream, info, **place, what=_label(source, name))
 
 
 def read_video(
@@ -163,32 +214,53 @@ def read_video(
     At another rate than the file's, each time gets the frame shown then. Only the part that is needed is
     decoded. Raises UserError for a file that cannot be read or is too short.
     """
-    info = video_info(path)
-    rate = fps or info.fps
-    if frames is None:
-        frames = max(1, int((info.frames - 0.5) / info.fps * rate - start * rate) + 1)
-    # Half a source frame is slack for rates that divide each other but for rounding.
-    wanted = np.floor((start + np.arange(frames) / rate) * info.fps + 1e-3).astype(int)
-    found: dict[int, np.ndarray] = {}
-    needed = set(wanted.tolist())
     with _opened(path) as (container, stream):
-        base, first = float(stream.time_base), stream.start_time or 0
-        container.seek(first + int(wanted[0] / info.fps / base), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            number = round((frame.pts - first) * base * info.fps)
-            if number in needed:
-                found[number] = frame.to_ndarray(format="rgb24")
-            if number >= wanted[-1]:
-                break
-    if not found or max(found) < wanted[-1]:
-        raise UserError(
-            f"the video {os.fspath(path)!r} is too short for {frames} frames at {rate:g} fps from "
-            f"{start:g} s: it has {info.frames} at {info.fps:g} fps"
-        )
-    # A stream of varying rate skips numbers: the frame before is still shown.
-    shown = np.array(sorted(found))
-    places = np.maximum(np.searchsorted(shown, wanted, side="right") - 1, 0)
-    return np.stack([found[int(number)] for number in shown[places]])
+        info = _info(container, stream, _label(path, ""))
+        rate = fps or info.fps
+        if frames is None:
+            frames = max(1, int((info.frames - 0.5) / info.fps * rate - start * rate) + 1)
+        return _decode(container, stream, info, start=start, frames=frames, rate=rate, what=_label(path, ""))
+
+
+def _too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
+    return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
+
+
+def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, rate: float, what: str) -> np.ndarray:
+    """The frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds after the first frame on."""
+    times = start + np.arange(frames) / rate
+    # A little slack for rates that divide each other but for rounding.
+    wanted = np.floor(times * info.fps + 1e-3).astype(int)
+    base, first = float(stream.time_base), stream.start_time or 0
+    container.seek(first + int(wanted[0] / info.fps / base), stream=stream, backward=True)
+    shown: list[np.ndarray] = []
+    size: dict[str, int] = {}  # a stream whose size changes is brought to the first one
+    before, before_pixels, until = None, None, -1.0
+
+    def pixels(frame) -> np.ndarray:
+        if not size:
+            size.update(height=frame.height, width=frame.width)
+        return frame.to_ndarray(format="rgb24", **size)
+
+    for frame in container.decode(stream):
+        number, frame_pixels = round((frame.pts - first) * base * info.fps), None
+        # A stream of varying rate skips numbers: the frame before is still shown.
+        while len(shown) < len(wanted) and wanted[len(shown)] < number:
+            if before_pixels is None:
+                before_pixels = pixels(before if before is not None else frame)
+            shown.append(before_pixels)
+        while len(shown) < len(wanted) and wanted[len(shown)] == number:
+            frame_pixels = pixels(frame) if frame_pixels is None else frame_pixels
+            shown.append(frame_pixels)
+        if len(shown) == len(wanted):
+            break
+        before, before_pixels, until = frame, frame_pixels, number + (frame.duration or 0) * base * info.fps
+    while before is not None and len(shown) < len(wanted) and wanted[len(shown)] < until - 1e-3:
+        before_pixels = pixels(before) if before_pixels is None else before_pixels
+        shown.append(before_pixels)  # the last frame lasts as long as it says
+    if len(shown) < len(wanted):
+        raise _too_short(what, f"{frames} frames at {rate:g} fps from {start:g} s", info)
+    return np.stack(shown)
 
 
 def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:

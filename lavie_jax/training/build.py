@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from lavie_jax import stages, weights
 from lavie_jax.data import moving_shapes, tokens
-from lavie_jax.data.pipeline import DataConfig
+from lavie_jax.data.config import DataConfig
 from lavie_jax.diffusion.samplers import make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest

@@ -1,0 +1,183 @@
+"""What a batch holds and where it comes from: the group `data` of a config, and the source that it names."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lavie_jax.data import mixture
+from lavie_jax.data.sources import KINDS, MovingShapes, RecordSource, Source, open_records
+from lavie_jax.data.video_files import Window
+from lavie_jax.errors import UserError, suggest
+
+SOURCES = ("moving_shapes", *KINDS, "mixture")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a batch holds: T `frames` at `fps` and M `images` of (height, width), with captions.
+
+    `frames` = 0 is a batch of images alone.
+
+    Attributes:
+      source: one of SOURCES; `path` says where its clips are.
+      image_path: where the images are, of the kind `image_source`, which without is `source`. Without a path, images
+        are frames of the clips.
+      videos, stills: of a mixture: its parts for clips and for images, each "KIND:PATH" or "moving_shapes"; without
+        stills, images come from the parts for clips.
+      video_weights, still_weights: of these parts, ((step, (weight, ...)), ...) from each step on; () = equal weights.
+      split: "train" or "val"; Moving Shapes has more.
+      fps: frames per second; None = each clip's own rate, of which every `stride`-th frame is taken.
+      slowest_fps: each clip of Moving Shapes has a rate of its own between this and `fps`: more motion from frame to
+        frame. 0 = `fps`.
+      full_height, full_width: frames are scaled to this size, and `height` x `width` is a patch of them. 0 = no patch.
+      handheld: the share of clips that are a still under a moving camera: how images join the training of networks
+        that want clips (LaVie sec. 3.4).
+      caption_drop: the probability with which a caption is replaced by `null_caption`, for classifier-free guidance.
+      detail_drop: that with which a caption of Moving Shapes leaves out the size, or the background.
+      max_unreadable: a process that has skipped more different records than this stops.
+    """
+
+    source: str = "moving_shapes"
+    path: str | None = None
+    image_source: str = ""
+    image_path: str | None = None
+    videos: tuple[str, ...] = ()
+    stills: tuple[str, ...] = ()
+    video_weights: tuple = ()
+    still_weights: tuple = ()
+    split: str = "train"
+    frames: int = 16
+    fps: float | None = 8.0
+    stride: int = 1
+    slowest_fps: float = 0.0
+    height: int = 64
+    width: int = 64
+    full_height: int = 0
+    full_width: int = 0
+    images: int = 0
+    handheld: float = 0.0
+    caption_drop: float = 0.1
+    null_caption: str = ""
+    detail_drop: float = 0.1
+    max_unreadable: int = 1000
+    seed: int = 0
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """(H, W) of whole frames."""
+        return self.full_height or self.height, self.full_width or self.width
+
+
+def check(config: DataConfig) -> None:
+    """Refuses, before any file is read, fields that do not go together."""
+    if config.frames < 0 or config.images < 0 or config.frames + config.images < 1:
+        raise UserError(f"a batch needs frames or images; given {config.frames} frames, {config.images} images")
+    if min(config.height, config.width) < 1:
+        raise UserError(f"height and width must be at least 1; given {config.height}x{config.width}")
+    if config.whole[0] < config.height or config.whole[1] < config.width:
+        raise UserError(
+            f"patches of {config.height}x{config.width} do not fit into frames of {config.whole[0]}x{config.whole[1]} "
+            "(full_height, full_width)"
+        )
+    if config.fps is not None and not config.fps > 0:
+        raise UserError(f"fps must be above 0; given {config.fps}")
+    if config.stride < 1 or (config.stride > 1 and config.fps is not None):
+        raise UserError(f"stride is at least 1, and is for clips at their own rate, fps=None; given {config.stride}")
+    if config.slowest_fps and not 0 < config.slowest_fps <= (config.fps or 0):
+        raise UserError(f"slowest_fps is above 0 and at most fps; given {config.slowest_fps} and {config.fps}")
+    if config.seed < 0 or config.max_unreadable < 0:
+        raise UserError(
+            f"the data's seed must be at least 0, and max_unreadable; given {config.seed}, {config.max_unreadable}"
+        )
+    for name in ("caption_drop", "detail_drop", "handheld"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} is a probability, 0 to 1; given {getattr(config, name)}")
+    if config.source == "mixture":
+        if not config.videos + config.stills or (config.frames and not config.videos):
+            raise UserError("a mixture needs data.videos, or data.stills for images alone: ('KIND:PATH', ...)")
+        _parts(config)
+    elif config.videos or config.stills or config.video_weights or config.still_weights:
+        raise UserError(f"videos, stills and their weights are for source='mixture'; given source={config.source!r}")
+
+
+def make_source(config: DataConfig, *, batch_size: int = 1) -> Source:
+    """The source that a config names; `batch_size` tells a mixture which example belongs to which step.
+
+    Raises UserError for what cannot be read or does not exist.
+    """
+    check(config)
+    if config.source != "mixture":
+        return _one_source(config, (config.source, config.path), (config.image_source, config.image_path))
+    sides: dict[str, tuple[Source, ...]] = {}
+    orders: dict[str, mixture.Order] = {}
+    for name, (parts, weights, number) in _parts(config).items():
+        if name == "videos":
+            sides[name] = tuple(_one_source(config, part, ("", None)) for part in parts)
+        elif parts == _split_kinds(config.videos):
+            sides[name] = sides["videos"]
+        else:
+            sides[name] = tuple(_one_source(config, ("", None), part) for part in parts)
+        orders[name] = mixture.Order(weights, batch_size * number, config.seed)
+    return mixture.Mixture(sides["videos"], sides["images"], orders["videos"], orders["images"])
+
+
+def mixture_weights(config: DataConfig, step: int) -> dict[str, float]:
+    """{"videos/KIND:PATH": its share of the clips of step `step`, "images/...": ...}; empty without a mixture."""
+    shares: dict[str, float] = {}
+    sides = _parts(config) if config.source == "mixture" else {}
+    for name, (parts, weights, _) in sides.items():
+        for part, share in zip(parts, mixture.shares_at(weights, step)):
+            shares[f"{name}/{':'.join(filter(None, part))}"] = share
+    return shares
+
+
+def _split_kinds(parts: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+    """((kind, path or None), ...) of the parts of a mixture."""
+    halves = [part.partition(":") for part in parts]
+    return tuple((kind, path or None) for kind, _, path in halves)
+
+
+def _parts(config: DataConfig) -> dict[str, tuple[tuple, mixture.Weights, int]]:
+    """{"videos": (parts, weights, how many an example has), "images": ...} of a mixture."""
+    videos, stills = _split_kinds(config.videos), _split_kinds(config.stills)
+    found = {"videos": (videos, config.video_weights, 1, "video_weights")}
+    found["images"] = (videos, config.video_weights, max(config.images, 1), "video_weights")
+    if stills:
+        found["images"] = (stills, config.still_weights, max(config.images, 1), "still_weights")
+    out = {}
+    for name, (parts, weights, number, field) in found.items():
+        if not parts:  # images alone
+            out[name] = ((), ((0, ()),), number)
+            continue
+        weights = weights or ((0, (1.0,) * len(parts)),)
+        mixture.check_weights(weights, len(parts), f"data.{field}")
+        out[name] = (parts, weights, number)
+    return out
+
+
+def _one_source(config: DataConfig, clips: tuple[str, str | None], images: tuple[str, str | None]) -> Source:
+    """The source of (kind, path) of clips and of images; a path that is None has none."""
+    kind, image_kind = clips[0] or images[0], images[0] or clips[0]
+    if kind not in SOURCES[:-1]:
+        raise UserError(f"unknown data source {kind!r}{suggest(kind, SOURCES)}")
+    shape = {"height": config.height, "width": config.width, "whole": config.whole, "seed": config.seed}
+    if kind == "moving_shapes":
+        if config.images and config.split not in ("train", "val"):
+            raise UserError(f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val")
+        if config.fps is None:
+            raise UserError("Moving Shapes has no frame rate of its own: give fps")
+        rates = {"fps": config.fps, "slowest_fps": config.slowest_fps or config.fps}
+        return MovingShapes(split=config.split, drop=config.detail_drop, frames=config.frames, **rates, **shape)
+    if (clips[1] is None and images[1] is None) or (clips[0] and clips[1] is None and config.frames):
+        raise UserError(f"the data source {kind} needs a path")
+    if config.slowest_fps:
+        raise UserError("slowest_fps is for Moving Shapes: clips of video files have one rate")
+    window = Window(frames=config.frames, fps=config.fps, stride=config.stride)
+    given = {"split": config.split, "window": window}
+    no_clips = clips[1] is None or not (config.frames or images[1] is None)
+    return RecordSource(
+        clips=None if no_clips else open_records(kind, clips[1], medium="video", **given),
+        pictures=None if images[1] is None else open_records(image_kind, images[1], medium="image", **given),
+        window=window,
+        random_place=config.split == "train",
+        **shape,
+    )

@@ -1,0 +1,219 @@
+"""ArrayRecord shards of msgpack records, and TFDS data sets; both without TensorFlow.
+
+A record is {"video": encoded clip} or {"image": encoded picture} with a "caption", and whatever else its maker
+wanted to keep beside it. `write_shards` writes them, `write_tfds` makes a TFDS data set of them.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavie_jax.data.records import VAL_FRACTION, Medium, Record, empty_split, of_split, one_line, shard_files
+from lavie_jax.errors import UserError
+
+SUFFIX = ".array_record"
+
+
+class ShardRecords:
+    """Records of ArrayRecord shards that belong to a split.
+
+    Raises UserError, at once, for shards that are cut short or damaged, and for records without a caption or the
+    medium, or of another kind than those of the first shard.
+    """
+
+    def __init__(self, path: str | Path, *, medium: Medium, split: str = "train", val_fraction: float = VAL_FRACTION):
+        self.medium = medium
+        # One reader for all shards, which is opened in each process that uses it.
+        self.reader, counts = _open(shard_files(path, SUFFIX))
+        _check_schema(self.reader, counts, medium)
+        self.paths, self.starts = [path for path, _ in counts], np.cumsum([0, *(count for _, count in counts)])
+        names = (f"{Path(shard).name}[{i}]" for shard, count in counts for i in range(count))
+        self.indices = of_split(names, split, val_fraction)
+        if not len(self.indices):
+            raise empty_split(path, medium, split, int(self.starts[-1]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        place = int(self.indices[index])
+        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+        name = f"{self.paths[shard]}[{place - self.starts[shard]}]"
+        try:
+            packed = self.reader[place]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{name}: cannot be read: {error}") from error
+        return _record(unpack(packed, name), self.medium, name)
+
+
+def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:
+    """(a reader of all shards, each with its number of records)."""
+    from array_record.python import array_record_data_source  # comes with grain; for those who have shards
+
+    counts = []
+    for path in paths:
+        try:
+            counts.append((os.fspath(path), len(array_record_data_source.ArrayRecordDataSource([os.fspath(path)]))))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the shard {os.fspath(path)!r} is cut short or damaged: {error}. Leave it out.") from error
+    return array_record_data_source.ArrayRecordDataSource([path for path, _ in counts]), counts
+
+
+def unpack(packed: bytes, name: str) -> dict[str, Any]:
+    """The fields of a msgpack record. Raises UserError for what is none."""
+    import msgpack
+
+    try:
+        fields = msgpack.unpackb(packed)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise UserError(f"{name}: no msgpack record: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{name}: a record is a map of fields; found {type(fields).__name__}")
+    return fields
+
+
+def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
+    content, caption = fields.get(medium), fields.get("caption")
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: its caption is not UTF-8") from error
+    if not isinstance(content, bytes) or not content:
+        raise UserError(f"{name}: no {medium}")
+    if not isinstance(caption, str) or not caption.strip():
+        raise UserError(f"{name}: no caption")
+    return Record(name, one_line(caption), content)
+
+
+def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: Medium) -> None:
+    """The first record of every shard has the same fields, a caption and the medium among them."""
+    first, start = None, 0
+    for path, count in counts:
+        if not count:
+            raise UserError(f"the shard {path!r} has no records: leave it out")
+        fields = sorted(unpack(reader[start], f"{path}[0]"))
+        if not {medium, "caption"} <= set(fields):
+            raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; needed are {medium} and caption")
+        if first is not None and fields != first[1]:
+            raise UserError(
+                f"shards of different schema: records of {first[0]!r} have {', '.join(first[1])}, those of {path!r} "
+                f"{', '.join(fields)}. Train on them as two sources of a mixture."
+            )
+        first, start = first or (path, fields), start + count
+
+
+def write_shards(
+    records: Iterable[Mapping[str, Any]], folder: str | Path, *, name: str = "clips", shard_records: int = 1000
+) -> list[Path]:
+    """Writes `records`, maps of bytes, str and numbers, as `folder/name-00000.array_record` and so on.
+
+    A shard has a temporary name until it is whole. Returns the paths. Raises UserError where shards of this name
+    are already, and without records.
+    """
+    import msgpack
+    from array_record.python import array_record_module
+
+    from lavie_jax.data.video_files import finished
+
+    folder, paths, pending = Path(folder), [], []
+    if list(folder.glob(f"{name}-*{SUFFIX}")):
+        raise UserError(f"{os.fspath(folder)!r} has shards named {name!r} already: name another folder")
+
+    def flush() -> None:
+        path = folder / f"{name}-{len(paths):05d}{SUFFIX}"
+        with finished(path) as temporary:
+            writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
+            for fields in pending:
+                writer.write(msgpack.packb(dict(fields)))
+            writer.close()
+        paths.append(path)
+        pending.clear()
+
+    for fields in records:
+        pending.append(fields)
+        if len(pending) == shard_records:
+            flush()
+    if pending:
+        flush()
+    if not paths:
+        raise UserError(f"no records to write to {os.fspath(folder)!r}")
+    return paths
+
+
+# ---- TFDS ----
+
+
+class TFDSRecords:
+    """A TFDS data set, e.g. of `write_tfds`: a folder with `dataset_info.json`, its files in the ArrayRecord format.
+
+    Split `val` is its "validation" or "val" where it has one, and otherwise a part of its "train".
+    """
+
+    def __init__(self, path: str | Path, *, medium: Medium, split: str = "train", val_fraction: float = VAL_FRACTION):
+        import tensorflow_datasets as tfds  # without TensorFlow; for those who have such a data set
+
+        self.medium, self.name = medium, os.fspath(path)
+        if not (Path(path) / "dataset_info.json").is_file():
+            raise UserError(f"{self.name!r} is no TFDS data set: dataset_info.json is missing. Name a version's folder")
+        builder = tfds.builder_from_directory(self.name)
+        found = {key: info.num_examples for key, info in builder.info.splits.items() if info.num_examples}
+        held_out = next((key for key in ("validation", "val") if key in found), None)
+        chosen = held_out if split == "val" and held_out else "train"
+        if chosen not in found:
+            raise UserError(f"{self.name!r} has no records to train on; its splits: {found or 'none'}")
+        features = list(builder.info.features)
+        if not {medium, "caption"} <= set(features):
+            raise UserError(f"records of {self.name!r} have {', '.join(features)}; needed are {medium} and caption")
+        try:
+            self.records = builder.as_data_source(split=chosen)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"cannot read {self.name!r} without TensorFlow: {error}") from error
+        names = (f"{chosen}[{i}]" for i in range(len(self.records)))
+        self.indices = of_split(names, "train" if held_out else split, 0.0 if held_out else val_fraction)
+        if not len(self.indices):
+            raise empty_split(path, medium, split, len(self.records))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        place = int(self.indices[index])
+        return _record(self.records[place], self.medium, f"{self.name}[{place}]")
+
+
+def write_tfds(shards: str | Path, folder: str | Path, *, medium: Medium = "video", files: int = 1) -> Path:
+    """Makes a TFDS data set `lavie_clips` in `folder` from the records of `shards`; returns its own folder.
+
+    It holds `caption` and the encoded `video` or `image`, in the split "train". `tfds.builder_from_directory` opens
+    what is returned; the `tfds` command line, which needs TensorFlow, has no part in this.
+    """
+    import tensorflow_datasets as tfds
+
+    records = ShardRecords(shards, medium=medium, val_fraction=0.0)
+
+    class LavieClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Encoded clips, or pictures, with captions."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            encoded, text = tfds.features.Scalar(dtype=np.object_), tfds.features.Text()
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({medium: encoded, "caption": text})
+            )
+
+        def _split_generators(self, manager: Any) -> dict:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(len(records)):
+                record = records[i]
+                yield i, {medium: record.content, "caption": record.caption}
+
+    builder = LavieClips(data_dir=os.fspath(folder), file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=files))
+    return Path(builder.data_dir)

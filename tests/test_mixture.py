@@ -1,0 +1,126 @@
+"""Mixtures: weights as shares, each part in full, the same for every process, changing from step to step."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lavie_jax.data import pipeline
+from lavie_jax.data.config import DataConfig, make_source, mixture_weights
+from lavie_jax.data.mixture import Mixture, Order
+from lavie_jax.errors import UserError
+
+CURRICULUM = ((0, (1, 0, 0)), (10, (2, 1, 1)), (30, (0, 0.25, 0.75)))
+
+
+def parts_of(order, first, last):
+    return collections.Counter(order(i)[0] for i in range(first, last))
+
+
+def test_each_phase_has_its_shares():
+    order = Order(CURRICULUM, batch=8, seed=0)
+    assert parts_of(order, 0, 80) == {0: 80}
+    assert parts_of(order, 80, 240) == {0: 80, 1: 40, 2: 40}
+    assert parts_of(order, 240, 400) == {1: 40, 2: 120}
+    for step in range(10, 30):  # every batch has them, not only the phase
+        assert parts_of(order, 8 * step, 8 * step + 8) == {0: 4, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize("weights", [((0, (1.0,)),), ((0, (0.7, 0.2, 0.1)),), ((0, (1, 3)), (3, (5, 1))), CURRICULUM])
+def test_each_part_is_counted_without_gaps(weights):
+    """Or clips would be shown twice, or never."""
+    order = Order(weights, batch=8, seed=1)
+    numbers = collections.defaultdict(list)
+    for i in range(8 * 50):
+        part, number = order(i)
+        numbers[part].append(number)
+    assert all(sorted(found) == list(range(len(found))) for found in numbers.values())
+
+
+def test_any_two_processes_get_both_parts():
+    order = Order(((0, (1, 1)),), batch=8, seed=0)
+    assert all(len({order(i)[0] for i in range(p, 80, 2)}) == 2 for p in range(2))
+
+
+def config_of(**change):
+    common = {"source": "mixture", "videos": ("moving_shapes", "moving_shapes"), "frames": 2, "images": 1,
+              "height": 8, "width": 8}  # fmt: skip
+    return DataConfig(**{**common, **change})
+
+
+def test_the_weights_of_a_step_as_they_are_logged():
+    weights = ((0, (1, 0)), (5, (1, 3)))
+    config = config_of(videos=("video_folder:a", "webdataset:b"), stills=("webdataset:c",), video_weights=weights)
+    names = "videos/video_folder:a", "videos/webdataset:b", "images/webdataset:c"
+    assert mixture_weights(config, 4) == dict(zip(names, (1, 0, 1)))
+    assert mixture_weights(config, 5)["videos/webdataset:b"] == 0.75
+    assert mixture_weights(DataConfig(), 5) == {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gray:
+    """A source whose pixels tell which it is and which number was asked for."""
+
+    value: int
+
+    def __len__(self):
+        return 100
+
+    def video(self, index, rng):
+        return pipeline.Item(np.full((2, 8, 8, 3), self.value, np.uint8), str(index))
+
+    def image(self, index, rng, *, margin=0):
+        return pipeline.Item(np.full((8, 8, 3), self.value, np.uint8), str(index))
+
+
+def test_clips_and_images_come_from_their_own_parts_in_step():
+    """The images of a step change with it, however many an example has."""
+    batch, images = 4, 3
+    orders = [Order(((0, (1, 0)), (2, (0, 1))), batch=n, seed=0) for n in (batch, batch * images)]
+    source = Mixture((Gray(1), Gray(2)), (Gray(3), Gray(4)), *orders)
+    examples = pipeline.Examples(config_of(images=images, caption_drop=0.0), source)
+    for i in range(4 * batch):
+        late = i >= 2 * batch
+        assert set(examples[i]["video"].ravel()) == {2 if late else 1}
+        assert set(examples[i]["images"].ravel()) == {4 if late else 3}
+    captions = [text for i in range(2 * batch, 4 * batch) for text in examples[i]["image_captions"]]
+    assert sorted(map(int, captions)) == list(range(2 * batch * images))
+
+
+def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog):
+    caplog.set_level("INFO")
+    config = config_of(video_weights=((0, (1, 0)), (2, (1, 1))), stills=("moving_shapes",))
+
+    def run(count, **where):
+        stream = pipeline.batches(config, None, batch_size=4, **where)
+        try:
+            return [next(stream) for _ in range(count)]
+        finally:
+            stream.close()
+
+    whole, resumed = run(5), run(2, start_step=3)
+    for one, other in zip(whole[3:], resumed):
+        np.testing.assert_array_equal(one["video"], other["video"])
+        np.testing.assert_array_equal(one["images"], other["images"])
+    assert "from step 0: " in caplog.text and "from step 2: " in caplog.text and "from step 3: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"videos": ()}, "a mixture needs data.videos"),
+        ({"videos": ("video_foldr:x",)}, "did you mean 'video_folder'"),
+        ({"videos": ("webdataset",)}, "webdataset needs a path"),
+        ({"video_weights": ((0, (1,)),)}, r"data.video_weights is \(\(0, \(2 weights\)\).*given \[1.0\]"),
+        ({"video_weights": ((5, (1, 1)),)}, r"steps rising from 0; given the steps \[5\]"),
+        ({"video_weights": ((0, (1, 1)), (9, (1, 1)), (3, (1, 1)))}, r"given the steps \[0, 9, 3\]"),
+        ({"video_weights": ((0, (0, 0)),)}, "not all 0"),
+        ({"video_weights": ((0, (-1, 2)),)}, "none below 0"),
+        ({"video_weights": (1, 2)}, "data.video_weights is"),
+        ({"source": "moving_shapes"}, "are for source='mixture'"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        make_source(config_of(**change))

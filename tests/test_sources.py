@@ -1,0 +1,441 @@
+"""Sources on disk: folders, tables, tars, ArrayRecord shards and TFDS, from genuine files, whole and damaged."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import tarfile
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavie_jax.data import folders, moving_shapes, pipeline, shards, sources, tars, video_files
+from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.records import Records
+from lavie_jax.data.video_files import VideoInfo, Window
+from lavie_jax.errors import UserError
+
+RATES = (8, 12, 25, Fraction(30000, 1001), 30, 24)
+SIZES = ((32, 48), (48, 32), (33, 47), (64, 64), (32, 48), (40, 56))
+
+
+def encode(path, frames, rate):
+    """H.264 of any size: 4:4:4 where 4:2:0 cannot hold it."""
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """(path, caption) of six clips of two seconds: several rates, odd sides; the gray of each tells which it is."""
+    root, found = tmp_path_factory.mktemp("clips"), []
+    for i, (rate, (height, width)) in enumerate(zip(RATES, SIZES)):
+        frames = np.full((round(2 * rate), height, width, 3), 40 * i + 20, np.uint8)
+        found.append((encode(root / f"clip{i}.mp4", frames, rate), f"clip {i}"))
+    return found
+
+
+def picture(i):
+    file = io.BytesIO()
+    Image.fromarray(np.full((30, 50, 3), 40 * i + 20, np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def stores(clips, tmp_path_factory):
+    """The same six clips, and six pictures, in every kind of storage: {kind: (path of clips, path of pictures)}."""
+    root = tmp_path_factory.mktemp("stores")
+    for name in ("folder", "pictures", "tar", "picture_tar"):
+        (root / name).mkdir()
+    for i, (path, caption) in enumerate(clips):
+        (root / "folder" / path.name).write_bytes(path.read_bytes())
+        (root / "folder" / f"{path.stem}.txt").write_text(caption)
+        (root / "pictures" / f"{i}.png").write_bytes(picture(i))
+        (root / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+    for shard in range(2):
+        with tarfile.open(root / "tar" / f"{shard:05d}.tar", "w") as tar:
+            for i in range(3 * shard, 3 * shard + 3):
+                add(tar, f"{i:09d}.mp4", clips[i][0].read_bytes())
+                add(tar, f"{i:09d}.json", json.dumps({"caption": clips[i][1], "status": "success"}).encode())
+        with tarfile.open(root / "picture_tar" / f"{shard:05d}.tar", "w") as tar:
+            for i in range(3 * shard, 3 * shard + 3):
+                add(tar, f"{i:09d}.json", b'{"caption": "not this one"}')
+                add(tar, f"{i:09d}.txt", f"picture {i}".encode())
+                add(tar, f"{i:09d}.png", picture(i))
+    rows = [{"video": path.read_bytes(), "caption": caption, "aesthetic": 5.0} for path, caption in clips]
+    shards.write_shards(rows, root / "shards", shard_records=4)
+    rows = [{"image": picture(i), "caption": f"picture {i}"} for i in range(6)]
+    shards.write_shards(rows, root / "picture_shards", name="pictures", shard_records=4)
+    return {
+        "video_folder": (root / "folder", root / "pictures"),
+        "webdataset": (root / "tar", root / "picture_tar"),
+        "array_record": (root / "shards", root / "picture_shards"),
+        "tfds": (
+            shards.write_tfds(root / "shards", root / "tfds", files=2),
+            shards.write_tfds(root / "picture_shards", root / "picture_tfds", medium="image"),
+        ),
+    }
+
+
+def config_of(kind, stores, **change):
+    path, image_path = map(str, stores[kind])
+    common = {"source": kind, "path": path, "image_path": image_path, "frames": 4, "height": 16, "width": 16}
+    return DataConfig(**{**common, "images": 1, "caption_drop": 0.0, **change})
+
+
+def records_of(kind, path, medium="video", split="train", val_fraction=0.0):
+    window = Window(frames=4, fps=8)
+    return sources.open_records(kind, str(path), medium=medium, split=split, window=window, val_fraction=val_fraction)
+
+
+def gray_of(pixels):
+    """Which clip or picture it is: their grays are 40 apart."""
+    return round((float(pixels.mean()) - 20) / 40)
+
+
+# ---- every kind ----
+
+
+@pytest.mark.parametrize("kind", sources.KINDS)
+def test_every_kind_gives_each_clip_once_an_epoch_with_its_own_caption(kind, stores):
+    found = records_of(kind, stores[kind][0])
+    assert isinstance(found, Records) and len(found) == 6
+    assert len(records_of(kind, stores[kind][1], "image")) == 6
+    source = make_source(config_of(kind, stores))
+    assert isinstance(source, sources.Source)
+    epochs = []
+    for i in range(2 * len(source)):
+        video, image = source.video(i, np.random.default_rng(i)), source.image(i, np.random.default_rng(i))
+        assert video.pixels.shape == (4, 16, 16, 3) and image.pixels.shape == (16, 16, 3)
+        assert video.caption == f"clip {gray_of(video.pixels)}" and not video.skipped
+        assert image.caption == f"picture {gray_of(image.pixels)}"
+        epochs.append(video.caption)
+    first, second = epochs[: len(source)], epochs[len(source) :]
+    assert sorted(first) == sorted(second) and len(set(first)) == len(source) == 5  # the sixth is held out
+
+
+@pytest.mark.parametrize("kind", sources.KINDS)
+def test_the_splits_share_no_record(kind, stores):
+    captions = []
+    for split in ("train", "val"):
+        found = records_of(kind, stores[kind][0], split=split, val_fraction=0.4)
+        captions.append({found[i].caption for i in range(len(found))})
+    assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 6
+
+
+@pytest.mark.parametrize("kind", sources.KINDS)
+def test_a_batch_is_refused_that_has_more_clips_than_there_are(kind, stores):
+    with pytest.raises(UserError, match="batch of 6 needs as many clips; .* has 5 to train on"):
+        pipeline.batches(config_of(kind, stores), None, batch_size=6)
+
+
+def batches(config, count, **where):
+    stream = pipeline.batches(config, None, batch_size=4, **where)
+    try:
+        return [next(stream) for _ in range(count)]
+    finally:
+        stream.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
+def test_shards_give_the_same_batches_with_workers_and_processes(stores):
+    """All kinds in one mixture, so that one start of the workers is enough for every reader to be sent to them."""
+    kinds = list(sources.KINDS)
+    config = DataConfig(
+        source="mixture", videos=tuple(f"{kind}:{stores[kind][0]}" for kind in kinds),
+        stills=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
+        video_weights=((0, (1, 1, 1, 1)), (2, (0, 1, 1, 2))),
+    )  # fmt: skip
+    whole = batches(config, 5)
+    again = batches(config, 3, start_step=2, workers=1)
+    halves = [batches(config, 5, process_index=p, process_count=2) for p in range(2)]
+    for step, batch in enumerate(whole):
+        for key in ("video", "images"):
+            if step >= 2:
+                np.testing.assert_array_equal(again[step - 2][key], batch[key])
+            np.testing.assert_array_equal(halves[0][step][key], batch[key][::2])
+            np.testing.assert_array_equal(halves[1][step][key], batch[key][1::2])
+
+
+def test_images_alone_need_no_clips(stores):
+    config = config_of("webdataset", stores, path=None, frames=0, images=2)
+    (batch,) = batches(config, 1)
+    assert batch["video"].shape == (4, 0, 16, 16, 3) and batch["images"].shape == (4, 2, 16, 16, 3)
+
+
+def test_clips_and_images_may_be_of_different_kinds(stores):
+    config = config_of("array_record", stores, image_source="webdataset", image_path=str(stores["webdataset"][1]))
+    source = make_source(config)
+    assert isinstance(source.clips, shards.ShardRecords) and isinstance(source.pictures, tars.TarRecords)
+
+
+# ---- time ----
+
+
+def test_a_window_takes_frames_by_rate_or_by_stride(tmp_path):
+    ramp = np.broadcast_to(np.linspace(20, 235, 24).astype(np.uint8)[:, None, None, None], (24, 32, 32, 3))
+    for rate in (12, 24):
+        path = video_files.save_video(ramp, tmp_path / f"{rate}.mp4", fps=rate)
+        numbers = {}
+        for window in (Window(frames=3, fps=6), Window(frames=3), Window(frames=3, stride=5)):
+            frames = video_files.read_window(path.read_bytes(), window, place=1.0)
+            numbers[str(window)] = np.abs(frames.mean((1, 2, 3))[:, None] - ramp.mean((1, 2, 3))).argmin(1).tolist()
+        step = rate // 6
+        assert numbers == {
+            "3 frames at 6 fps": [23 - 2 * step, 23 - step, 23],
+            "3 frames at their own rate": [21, 22, 23],
+            "3 frames at their own rate, 5 apart": [13, 18, 23],
+        }
+
+
+def test_a_window_of_a_stream_of_varying_rate_shows_what_is_on_screen(tmp_path):
+    import av
+
+    times = [0, 1, 2, 6, 7, 12, 13]  # in twelfths of a second
+    with av.open(str(tmp_path / "vfr.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=12, options={"crf": "10"})
+        stream.height = stream.width = 32
+        stream.pix_fmt = "yuv420p"
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 30 * i + 20, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 12)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    window = Window(frames=3, fps=3)
+    frames = video_files.read_window(tmp_path / "vfr.mp4", window, place=0.0)
+    grays = np.round((frames.mean((1, 2, 3)) - 20) / 30).astype(int).tolist()
+    assert grays == [0, 2, 4]  # at 0, 4/12 and 8/12 s
+
+
+def test_the_room_of_a_window():
+    assert Window(frames=5, fps=4).room(VideoInfo(17, 8)) == pytest.approx(1.0)
+    assert Window(frames=17).room(VideoInfo(17, 29.97)) == 0.0
+    assert Window(frames=18).room(VideoInfo(17, 29.97)) < 0
+
+
+# ---- what real files are ----
+
+
+@pytest.fixture(scope="module")
+def damaged(clips, tmp_path_factory):
+    """{name: bytes} of what is no clip of 4 frames."""
+    whole = clips[3][0].read_bytes()
+    few = video_files.save_video(np.zeros((2, 32, 32, 3), np.uint8), tmp_path_factory.mktemp("few") / "a.mp4", fps=8)
+    return {
+        "truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no video", "picture": picture(0),
+        "short": few.read_bytes(),
+    }  # fmt: skip
+
+
+def test_damaged_files_of_a_folder_are_left_out_counted_and_named(clips, damaged, tmp_path, caplog):
+    for name, content in {**damaged, "good": clips[0][0].read_bytes(), "silent": clips[0][0].read_bytes()}.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+        (tmp_path / f"{name}.txt").write_bytes(b"caf\xe9" if name == "silent" else b"a clip")
+    found = records_of("video_folder", tmp_path)
+    names = {path.stem for path, _ in found.rows}
+    assert names <= {"good", "truncated"} and "good" in names  # what a header cannot tell is skipped later
+    assert "1 of 7 have a caption that is not UTF-8" in caplog.text and "silent.txt" in caplog.text
+    assert "1 of 7 are shorter than 4 frames at 8 fps" in caplog.text and "short.mp4" in caplog.text
+    assert "of 7 cannot be read" in caplog.text and "empty.mp4" in caplog.text and "picture.mp4" in caplog.text
+    with pytest.raises(UserError, match="is a picture, not a video"):
+        video_files.video_info(tmp_path / "picture.mp4")
+
+
+def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, damaged, tmp_path, caplog):
+    rows = [{"video": path.read_bytes(), "caption": caption} for path, caption in clips]
+    rows += [{"video": content, "caption": name} for name, content in damaged.items()]
+    rows += [{"video": rows[0]["video"], "caption": " "}]
+    shards.write_shards(rows, tmp_path / "shards")
+    config = DataConfig(
+        source="array_record", path=str(tmp_path / "shards"), frames=4, height=16, width=16, caption_drop=0.0
+    )
+    examples = pipeline.Examples(config, make_source(config))
+    first = [examples[i] for i in range(11)]
+    assert {row["caption"] for row in first} <= {caption for _, caption in clips}
+    skipped = {text for row in first for text in row["skipped"]}
+    assert len(skipped) >= 5 and all("clips-00000.array_record[" in text for text in skipped)
+    again = [examples[i] for i in (3, 7)]
+    for row, number in zip(again, (3, 7)):
+        np.testing.assert_array_equal(row["video"], first[number]["video"])
+        assert row["skipped"] == first[number]["skipped"]
+    batches(config, 3)
+    assert "skipped, number 1: " in caplog.text
+    with pytest.raises(UserError, match="3 records were skipped, more than data.max_unreadable allows"):
+        batches(dataclasses.replace(config, max_unreadable=2), 5)
+
+
+def test_a_shard_of_nothing_but_damaged_records_stops_the_run(damaged, tmp_path):
+    shards.write_shards([{"video": damaged["text"], "caption": "x"}] * 9, tmp_path)
+    config = DataConfig(source="array_record", path=str(tmp_path), frames=4, height=16, width=16)
+    with pytest.raises(UserError, match="8 records in a row cannot be read; the last: .*clips-00000.array_record"):
+        batches(config, 1)
+
+
+# ---- tables ----
+
+
+def table_of(tmp_path, clips, rows):
+    for path, _ in clips:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path / "captions.csv"
+
+
+def test_a_csv_and_a_jsonl_name_files_and_captions(clips, tmp_path, caplog):
+    rows = [{"path": path.name, "caption": f'"{caption}", gray\nall over'} for path, caption in clips]
+    rows += [{"path": "gone.mp4", "caption": "gone"}, {"path": clips[0][0].name, "caption": ""}]
+    table = table_of(tmp_path, clips, rows)
+    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    expected = {(path.name, f'"{caption}", gray all over') for path, caption in clips}
+    for path in (table, tmp_path / "captions.jsonl"):
+        found = records_of("video_folder", path)
+        assert {(file.name, caption) for file, caption in found.rows} == expected
+    assert "1 of 8 name no file that exists" in caplog.text and "captions.jsonl line 7" in caplog.text
+    assert "1 of 8 have no caption" in caplog.text
+
+
+def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
+    for i, (path, _) in enumerate(clips):
+        place = tmp_path / "videos" / f"00{i % 2}_00{i}" / f"10{i}.mp4"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(path.read_bytes())
+    lines = [f"10{i},https://x/{i}.mp4,PT00H00M02S,00{i % 2}_00{i},Clip {i}" for i in range(6)]
+    (tmp_path / "webvid.csv").write_text("\n".join(["videoid,contentUrl,duration,page_dir,name", *lines]))
+    found = records_of("video_folder", tmp_path / "webvid.csv")
+    assert {(file.stem, caption) for file, caption in found.rows} == {(f"10{i}", f"Clip {i}") for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"clip,words\nx.mp4,hello\n", "has the columns clip, words; needed are a file, one of path"),
+        ("a.csv", b"path,caption\nx.mp4,caf\xe9\n", "a.csv is not UTF-8"),
+        ("a.csv", b"path,caption\nx.mp4,one,two\n", "line 2 has more fields than the 2 columns"),
+        ("a.csv", b'path,caption\nx.mp4,"cut', "after line 1 is no CSV"),
+        ("a.csv", b"path,caption\n", "has no rows"),
+        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n{"path":', "line 2 is no JSON"),
+        ("a.jsonl", b'["x.mp4", "y"]\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n', "of 1 videos 1 name no file that exists"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_and_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        folders.open_folder(tmp_path / name, medium="video", split="train")
+
+
+# ---- tars ----
+
+
+def test_halves_of_pairs_in_a_tar_are_counted_and_no_caption_gets_another_clip(clips, tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "0.txt", b"a caption without a clip")
+        for i in (1, 2):
+            add(tar, f"{i}.mp4", clips[i][0].read_bytes())
+        add(tar, "2.txt", b"clip 2")
+        add(tar, "part/1.txt", b"of another folder")
+    found = records_of("webdataset", tmp_path)
+    assert [(found[i].caption, found[i].content) for i in range(len(found))] == [("clip 2", clips[2][0].read_bytes())]
+    assert found[0].name == f"{tmp_path / 'a.tar'}/2.mp4"
+    assert "2 records without a video" in caplog.text and "1 records without a caption" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [0, 700, 5000, -1024, -10240])
+def test_a_tar_that_is_cut_short_is_refused_and_named(stores, tmp_path, keep):
+    whole = (stores["webdataset"][0] / "00000.tar").read_bytes()
+    end = whole.rstrip(b"\0")
+    content = whole[:keep] if keep >= 0 else end[: keep + 1024] + bytes(0)
+    (tmp_path / "cut.tar").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read the tar '.*cut.tar'"):
+        records_of("webdataset", tmp_path)
+
+
+def test_tars_with_the_same_clip_twice_or_with_a_bad_caption(clips, tmp_path):
+    content = clips[0][0].read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, text in enumerate((b"caf\xe9", b"  ", b"good")):
+            add(tar, f"{i}.mp4", content)
+            add(tar, f"{i}.txt", text)
+        add(tar, "3.mp4", content)
+        add(tar, "3.json", b"{")
+    found = records_of("webdataset", tmp_path)
+    for i, message in ((0, "0.mp4: its caption is not UTF-8"), (1, "1.mp4: no caption"), (3, "3.mp4: its .json is no")):
+        with pytest.raises(UserError, match=message):
+            found[i]
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        add(tar, "2.webm", content)
+    with pytest.raises(UserError, match="two videos named '2'"):
+        records_of("webdataset", tmp_path)
+
+
+# ---- shards ----
+
+
+def test_shards_that_are_cut_short_or_of_another_schema_are_refused(clips, stores, tmp_path):
+    whole = next(stores["array_record"][0].iterdir()).read_bytes()
+    for keep in (0, 100, len(whole) - 500, 65536):
+        (tmp_path / "cut.array_record").write_bytes(whole[:keep])
+        with pytest.raises(UserError, match="the shard '.*cut.array_record' is cut short or damaged"):
+            records_of("array_record", tmp_path)
+    os.remove(tmp_path / "cut.array_record")
+    content = clips[0][0].read_bytes()
+    shards.write_shards([{"video": content, "caption": "x"}], tmp_path, name="a")
+    shards.write_shards([{"video": content, "caption": "x", "score": 1.0}], tmp_path, name="b")
+    with pytest.raises(UserError, match="different schema: .*a-00000.* caption, video, those of .*b-00000.* score"):
+        records_of("array_record", tmp_path)
+    with pytest.raises(UserError, match="have the fields caption, video; needed are image and caption"):
+        records_of("array_record", tmp_path / "a-*", medium="image")
+    with pytest.raises(UserError, match="has shards named 'a' already"):
+        shards.write_shards([{"video": content, "caption": "x"}], tmp_path, name="a")
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("array_record", "no .array_record file at"),
+        ("webdataset", "no .tar file at"),
+        ("tfds", "dataset_info.json is missing"),
+        ("video_folder", "no folder"),
+        ("web_dataset", "did you mean 'webdataset'"),
+    ],
+)
+def test_places_with_no_data_are_refused(tmp_path, kind, message):
+    with pytest.raises(UserError, match=message):
+        records_of(kind, tmp_path / "nothing")
+
+
+def test_tfds_data_sets_have_the_fields_and_splits_they_say(stores):
+    with pytest.raises(UserError, match="have video, caption; needed are image and caption"):
+        records_of("tfds", stores["tfds"][0], medium="image")
+    found = records_of("tfds", stores["tfds"][0])
+    assert {found[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}
+
+
+def test_a_real_picture_comes_through_a_shard(tmp_path):
+    clip = moving_shapes.clip("train", 1, height=64, width=96).pixels
+    content = video_files.save_video(clip, tmp_path / "a.mp4", fps=8).read_bytes()
+    shards.write_shards([{"video": content, "caption": "x"}] * 2, tmp_path)
+    config = DataConfig(source="array_record", path=str(tmp_path), frames=16, height=64, width=96)
+    video = make_source(config).video(0, np.random.default_rng(0))
+    assert np.abs(video.pixels.astype(int) - clip).mean() < 4
