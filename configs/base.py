@@ -5,10 +5,11 @@
         --config.data.path=CLIPS --config.data.image_path=IMAGES --config.distributed=True
     python train.py --config configs/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
 
-CLIPS is a folder of videos with captions (`clip.mp4` + `clip.txt`); the paper trained on WebVid10M and
-Laion5B, then on Vimeo25M. It gives neither alpha, learning rate, batch size nor steps: those here are choices.
-Hardware: a TPU pod; `fsdp` is the axis that splits parameters, EMA and optimizer state. Never run at full
-size by this project, so time and result are not known; the program is built under `eval_shape` in a test.
+CLIPS is a folder of videos with captions (`clip.mp4` + `clip.txt`); docs/data.md has other sources, mixtures and
+curricula. The paper trained on WebVid10M and Laion5B, then on Vimeo25M. It gives neither alpha, learning rate, batch
+size nor steps: those here are choices. Hardware: a TPU pod; `fsdp` is the axis that splits parameters, EMA and
+optimizer state. Never run at full size by this project, so time and result are not known; the program is built under
+`eval_shape` in a test.
 """
 
 from ml_collections import ConfigDict
@@ -72,20 +73,7 @@ def get_config(mode: str = "") -> ConfigDict:
     )
     config.sampling = ConfigDict({"sampler": "ddpm", "steps": 50, "guidance": 7.5})
 
-    config.data = ConfigDict(
-        {
-            "source": "video_folder",
-            "path": "data/clips",
-            "image_path": "data/images",
-            "frames": 16,
-            "images": 4,
-            "height": 320,
-            "width": 512,
-            "fps": 8.0,
-            "caption_drop": 0.1,
-            "seed": 0,
-        }
-    )
+    config.data = common.clips()
     config.workers = 8
     config.batch = 64
     config.remat = "block"

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from lavie_jax.training.options import check_mode
 
-__all__ = ["check_mode", "moving_shapes", "training"]
+__all__ = ["check_mode", "clips", "moving_shapes", "training"]
 
 
 def training() -> ConfigDict:
@@ -47,19 +47,34 @@ def training() -> ConfigDict:
 
 
 def moving_shapes() -> ConfigDict:
-    """The embedded world: 64x64 pixels, 16 frames at 8 fps. See `lavie_jax.data.pipeline.DataConfig`."""
+    """The embedded world: 64x64 pixels, 16 frames at 8 fps."""
+    return _data(
+        source="moving_shapes", path=None, image_path=None, frames=16, images=4, height=64, width=64, fps=8.0,
+        detail_drop=0.1,
+    )  # fmt: skip
+
+
+def clips() -> ConfigDict:
+    """Clips and images of one's own at the paper's size, 16 frames of 320x512 at 8 fps: docs/data.md."""
+    return _data(
+        source="video_folder", path="data/clips", image_path="data/images", frames=16, images=4, height=320, width=512,
+        fps=8.0,
+    )  # fmt: skip
+
+
+def _data(**fields: object) -> ConfigDict:
+    """The group `data`, whose fields `lavie_jax.data.config.DataConfig` explains."""
     return ConfigDict(
         {
-            "source": "moving_shapes",  # or "video_folder": clips and captions in `path`, stills in `image_path`
-            "path": None,
-            "image_path": None,
-            "frames": 16,
-            "images": 4,
-            "height": 64,
-            "width": 64,
-            "fps": 8.0,
+            **fields,
+            "image_source": "",  # another kind than `source`
+            "videos": (),  # of a mixture, source="mixture": ("KIND:PATH", ...)
+            "stills": (),
+            "video_weights": (),  # ((step, (weight of each part, ...)), ...)
+            "still_weights": (),
+            "stride": 1,  # with fps=None
             "caption_drop": 0.1,
-            "detail_drop": 0.1,
+            "max_unreadable": 1000,
             "seed": 0,
         }
     )

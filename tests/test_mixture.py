@@ -89,7 +89,6 @@ def test_clips_and_images_come_from_their_own_parts_in_step():
 
 
 def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog):
-    caplog.set_level("INFO")
     config = config_of(video_weights=((0, (1, 0)), (2, (1, 1))), stills=("moving_shapes",))
 
     def run(count, **where):
@@ -103,7 +102,7 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
     for one, other in zip(whole[3:], resumed):
         np.testing.assert_array_equal(one["video"], other["video"])
         np.testing.assert_array_equal(one["images"], other["images"])
-    assert "from step 0: " in caplog.text and "from step 2: " in caplog.text and "from step 3: " in caplog.text
+    assert "data from step 0: " in caplog.text and "from step 2: " in caplog.text and "from step 3: " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def _watched(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterat
         for step, batch in enumerate(raw, start_step):
             if shares != (now := mixture_weights(config, step)):
                 shares = now
-                logging.info("from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
+                # A warning, because a run must show what it was trained on.
+                logging.warning("data from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
             for text in (text for row in batch.pop("skipped") for text in row):
                 if text not in seen:
                     seen.add(text)

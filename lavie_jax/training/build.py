@@ -98,7 +98,9 @@ def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
     """The task of a stage whose parameters come from `origin`; they may be ShapeDtypeStructs."""
     data, models = data_config(config), make_models(config, dtype, origin.scaling_factor)
     height, width = data.whole
-    as_trained = {"height": height, "width": width, "frames": max(data.frames, 1), "fps": data.fps}
+    as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
+    if data.fps is not None:  # clips at their own rates say nothing of the rate of samples
+        as_trained["fps"] = data.fps
     sampling = {**stages.STAGES[config.stage].sampling, **as_trained, **config.sampling}
     losses = diffusion.StageLoss(
         stage=stages.STAGES[config.stage],
