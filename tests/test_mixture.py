@@ -10,6 +10,7 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.config import DataConfig, make_source, mixture_weights
 from lavie_jax.data.mixture import Mixture, Order
 from lavie_jax.errors import UserError
+from lavie_jax.training import build
 
 CURRICULUM = ((0, (1, 0, 0)), (10, (2, 1, 1)), (30, (0, 0.25, 0.75)))
 
@@ -123,3 +124,9 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
 def test_mixtures_that_make_no_sense_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         make_source(config_of(**change))
+
+
+def test_the_held_out_loss_is_measured_on_the_mixture_at_the_end():
+    config = config_of(video_weights=((0, (1, 0)), (5, (1, 3))))
+    held_out = build.held_out_data(config)
+    assert held_out.video_weights == ((0, (1, 3)),) and held_out.still_weights == ()

@@ -68,6 +68,22 @@ def test_a_seek_into_a_long_video_is_exact(tmp_path):
         np.testing.assert_array_equal(part, whole[first : first + 5])
 
 
+def test_a_clip_of_a_turned_camera_stands_upright(tmp_path):
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[:, :, :24] = 200  # the left half; turned clockwise, the upper one
+    path = video_files.save_video(frames, tmp_path / "a.mp4", fps=8)
+    one, zero, last = (value.to_bytes(4, "big") for value in (0x10000, 0, 0x40000000))
+    identity = one + zero * 3 + one + zero * 3 + last
+    clockwise = zero + one + zero + (0xFFFF0000).to_bytes(4, "big") + zero * 4 + last
+    content = path.read_bytes()
+    place = content.index(b"tkhd")
+    assert content.count(identity, place) == 1
+    (tmp_path / "turned.mp4").write_bytes(content[:place] + content[place:].replace(identity, clockwise))
+    for turned in (video_files.read_video(tmp_path / "turned.mp4"), video_files.read_clip(tmp_path / "turned.mp4")[0]):
+        assert turned.shape == (3, 48, 32, 3)
+        assert turned[:, :20].min() > 180 and turned[:, 28:].max() < 20
+
+
 def test_a_video_that_is_too_short_or_no_video_is_refused(video, tmp_path):
     with pytest.raises(UserError, match="too short for 20 frames at 12 fps"):
         video_files.read_video(video, frames=20)

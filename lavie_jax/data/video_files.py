@@ -222,6 +222,11 @@ def read_video(
         return _decode(container, stream, info, start=start, frames=frames, rate=rate, what=_label(path, ""))
 
 
+def _upright(frame, *, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of a frame as (height, width), then turned as its camera was held."""
+    return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), frame.rotation // 90)
+
+
 def _too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
@@ -240,7 +245,7 @@ def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, ra
     def pixels(frame) -> np.ndarray:
         if not size:
             size.update(height=frame.height, width=frame.width)
-        return frame.to_ndarray(format="rgb24", **size)
+        return _upright(frame, **size)
 
     for frame in container.decode(stream):
         number, frame_pixels = round((frame.pts - first) * base * info.fps), None
@@ -274,13 +279,14 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
         raise UserError(f"the video {name!r} does not exist")
     if Path(path).suffix == ".npz":
         return _read_npz(path)
-    frames = []
+    frames, size = [], {}
     with _opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         for frame in container.decode(stream):
-            height, width = frames[0].shape[:2] if frames else (frame.height, frame.width)
-            frames.append(frame.to_ndarray(format="rgb24", height=height, width=width))
+            size = size or {"height": frame.height, "width": frame.width}
+            frames.append(_upright(frame, **size))
             if len(frames) * frames[0].nbytes > max_bytes:
+                height, width = frames[0].shape[:2]
                 seconds = max(1, int(len(frames) / 2 / (rate or 24)))
                 raise UserError(
                     f"the video {name!r} has more frames of {height}x{width} than the {len(frames)} that memory holds. "

@@ -128,8 +128,13 @@ def data_config(config: Any) -> DataConfig:
 
 
 def held_out_data(data: DataConfig) -> DataConfig:
-    """What the held-out loss is measured on: whole captions of clips that training does not see."""
-    return dataclasses.replace(data, split="val", caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1)
+    """What the held-out loss is measured on: whole captions of clips that training does not see.
+
+    Those of a curriculum are mixed as at its end, in the whole run.
+    """
+    fields = ("video_weights", "still_weights")
+    at_end = {name: tuple((0, row) for _, row in getattr(data, name)[-1:]) for name in fields}
+    return dataclasses.replace(data, split="val", caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1, **at_end)
 
 
 def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
