@@ -14,7 +14,6 @@ Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR name
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -144,16 +143,6 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def keep_compiled_programs() -> None:
-    """Turn on jax's persistent compilation cache, unless the environment says where it is or that it is off."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
 def read_input(path: Path) -> tuple:
     """(frames, what they are, the file's hash) of the user's clip."""
     from lavie_jax.cascade.pixels import free_memory
@@ -197,6 +186,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_requests(args)
 
     # Only a request that may be right pays for importing jax, and only one that is right for reading weights.
+    from lavie_jax.parallel import keep_compiled_programs
+
     keep_compiled_programs()
     import jax
 

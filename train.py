@@ -9,6 +9,10 @@ resumes a run that was stopped; `--restore-step N` goes back to an older checkpo
     weights/         the newest EMA model, a weights folder for `sample.py --weights`
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; tensorboard/ beside it when the config says so
+    profile/         with `--profile`: a trace of a few steps
+    diverged/        a step that reproduces why the run stopped, if it did because of that
+
+Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 
 Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of the parameters: a
 resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels add in
@@ -19,8 +23,6 @@ import dataclasses
 import signal
 import sys
 import tempfile
-import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -36,7 +38,7 @@ from lavie_jax import parallel
 from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError
-from lavie_jax.training import build, checkpoint, grids, metrics, optimizer, options
+from lavie_jax.training import build, checkpoint, divergence, grids, lock, metrics, optimizer, options
 from lavie_jax.training.step import make_state, make_update
 
 HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
@@ -50,7 +52,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Command line                                                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    config, workdir, restore_step = options.parse(argv)
+    pace = metrics.Pace()
+    config, workdir, restore_step, profile = options.parse(argv)
     options.check(config, workdir)
     logging.set_verbosity(logging.WARNING)  # Orbax tells much
 
@@ -59,6 +62,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     first = jax.process_index() == 0
+    cleanup.callback(lock.Lock(workdir).release)
     mesh = parallel.make_mesh(**config.mesh)
     parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
@@ -103,6 +107,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     def create(origin: Any) -> dict:
         return make_state(task.init(origin) if task.start is None else origin, task, tx)
 
+    parallel.keep_compiled_programs()
     origin = jax.random.key(config.seed) if task.start is None else task.start
     shapes = jax.eval_shape(create, origin)
     shardings = parallel.shardings(shapes, mesh)
@@ -126,7 +131,14 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Compiled functions                                                               │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     update = jax.jit(
-        make_update(task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate),
+        make_update(
+            task,
+            tx,
+            seed=config.seed,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            skip_limit=config.skip_limit,
+        ),
         donate_argnums=0,
         out_shardings=(shardings, parallel.replicated(mesh)),
     )
@@ -137,53 +149,56 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         """Losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
         rngs = [jax.random.fold_in(jax.random.key(HELD_OUT_SEED), i) for i in range(len(held_out_batches))]
         rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
-        return mean(rows)
+        return metrics.mean(rows)
 
     def export(measured: Mapping[str, float]) -> None:
         """The EMA as a weights folder, by the first host."""
         ema = parallel.gather(state["ema"])
         if first:
-            task.export(workdir / "weights", ema, measured)
+            with checkpoint.outlives_full_disk("weights/"):
+                task.export(workdir / "weights", ema, measured)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Loop                                                                             │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     stop = StopRequest(multi_host=jax.process_count() > 1)
+    watch = divergence.Watch(workdir / "diverged", seed=config.seed, limit=config.skip_limit)
+    tracer = metrics.Profile(workdir / "profile" if profile and first else None, first=step + 3)
+    cleanup.callback(tracer.close)
     writer = metrics.Metrics(workdir, step=step, tensorboard=config.tensorboard) if first else None
     if writer:
         cleanup.callback(writer.close)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)
     window: list[Mapping[str, jax.Array]] = []
-    in_flight: deque = deque()
-    started, done = time.monotonic(), step
     last = step >= config.steps
     if last:  # the run before may have been killed between its last checkpoint and these
         export(held_out())
+    pace.resume()
     while not last:
-        state, losses = update(state, frozen, parallel.put_batch(next(batches), mesh))
+        if tracer.before(step):
+            pace.resume()
+        with pace.waiting():
+            rows = next(batches)
+        state, losses = update(state, frozen, parallel.put_batch(rows, mesh))
         step += 1
         bar.update()
         window.append(losses)
-        in_flight.append(losses["loss"])
-        if len(in_flight) > 2:  # never more than two steps of batches wait on the devices
-            in_flight.popleft().block_until_ready()
         # Asked once a step: a signal may come at any line.
         last = step == config.steps or stop.requested(checkpoints, step)
 
         save = step % config.checkpoint_every == 0 or last
-        if step % config.log_every == 0 or save:
-            values = mean(window)
+        log = step % config.log_every == 0 or save
+        watch.step(step, losses["skipped"], rows, state, wait=log)
+        pace.step()
+        if log:
+            values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(step - 1))}
+            values |= pace.report(config.batch)
+            if values["skipped"]:
+                say(f"skipped {values['skipped']} of {len(window)} steps up to {step}: loss or gradients not finite")
             window.clear()
-            if not metrics.finite(values):
-                raise Diverged(
-                    f"the loss is not finite at step {step}: {values}. Nothing after the last checkpoint was "
-                    "kept; try a lower optimizer.learning_rate or a longer optimizer.warmup."
-                )
-            rate = (step - done) / (time.monotonic() - started)
-            values |= {"learning_rate": float(learning_rate(step - 1)), "clips_per_second": rate * config.batch}
-            started, done = time.monotonic(), step
-            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "loss" in k or k == "psnr"}, refresh=False)
+            shown = [k for k in values if "loss" in k or k in ("psnr", "data_wait", "step_seconds_p95", "goodput")]
+            bar.set_postfix({k: f"{values[k]:.3g}" for k in shown}, refresh=False)
             if writer:
                 writer.write(step, values)
 
@@ -195,16 +210,23 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             checkpoints.save(step, state, config.to_dict(), held_out=measured[task.judged_by])
             export(measured)
         if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
-            grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
-            writer.picture(step, "samples", grid)
+            with checkpoint.outlives_full_disk("samples/"):
+                grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
+                writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
-            started, done = time.monotonic(), step  # what is logged next is the speed of training alone
+            pace.resume()
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ End                                                                              │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     digest = checkpoint.parameter_hash(state["params"])
+    saved = checkpoints.settle()
     cleanup.close()
+    if not saved:
+        raise checkpoint.Unsaved(
+            f"the disk is full: the run is at step {step}, its newest checkpoint is older. Make room; the same "
+            "command goes on from there."
+        )
     ended = "stopped" if step < config.steps else "finished"
     say(f"{ended} at step {step} of {config.steps}; SHA-256 of the parameters:")
     if first:
@@ -215,12 +237,6 @@ def say(text: str) -> None:
     """A line above the progress bar, on the first host."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stderr)
-
-
-def mean(rows: list[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each value over the rows; waits for the devices."""
-    rows = jax.device_get(rows)
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 class StopRequest:
@@ -246,10 +262,6 @@ class StopRequest:
         return checkpoints.reached_preemption(step) if self._multi_host else self._signalled
 
 
-class Diverged(RuntimeError):
-    """Training broke down; the message says where and what to try."""
-
-
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
@@ -260,5 +272,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except Diverged as error:
+    except (divergence.Diverged, checkpoint.Unsaved) as error:
         sys.exit(f"error: {error}")

@@ -17,6 +17,7 @@ def training() -> ConfigDict:
     config.attention_kernel = "auto"
     config.regime = "joint"  # "joint", "video_only", "temporal_only" (paper, appendix D), "motion_only"
     config.ema_decay = 0.9999
+    config.skip_limit = 10  # steps in a row with a loss or gradients that are not finite, after which the run stops
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-4,

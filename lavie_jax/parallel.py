@@ -14,6 +14,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -165,3 +166,11 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None, process_id=int(index) if index else None
         )
+
+
+def keep_compiled_programs() -> None:
+    """Turns on jax's persistent compilation cache, unless the environment says where it is or that it is off."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

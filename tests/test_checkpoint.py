@@ -227,7 +227,32 @@ def test_event_files_hold_scalars_and_pictures(tmp_path):
     assert picture.encoded_image_string == png.read_bytes()
 
 
-def test_finite():
-    assert metrics.finite({"a": 1.0})
-    assert not metrics.finite({"a": 1.0, "b": float("nan")})
-    assert not metrics.finite({"a": -np.inf})
+def test_means_leave_skipped_steps_out():
+    rows = [{"loss": jnp.float32(a), "skipped": jnp.int32(b)} for a, b in ((1, 0), (np.nan, 1), (2, 0))]
+    assert metrics.mean_of_steps(rows) == {"loss": 1.5, "skipped": 1}
+    assert metrics.mean_of_steps(rows[1:2]) == {"skipped": 1}
+
+
+def test_pace_tells_steps_data_and_the_rest_apart(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = metrics.Pace()
+
+    def step(wait, work):
+        with pace.waiting():
+            now[0] += wait
+        now[0] += work
+        pace.step()
+
+    step(1.0, 9.0)  # compiles: no step of training
+    for work in (0.5, 1.5, 1.5, 3.5):
+        step(0.5, work)
+    now[0] += 6.0  # a checkpoint
+    pace.resume()
+    step(0.5, 0.5)
+    values = pace.report(batch=8)
+    assert values == {
+        "goodput": 10 / 26, "clips_per_second": 4.0, "step_seconds_p50": 2.0, "step_seconds_p95": pytest.approx(3.6),
+        "data_wait": 0.25,
+    }  # fmt: skip
+    assert pace.report(batch=8) == {"goodput": 10 / 26}  # nothing since

@@ -14,6 +14,7 @@ from PIL import Image
 
 import lavie_jax
 import sample
+from lavie_jax import parallel
 from lavie_jax.cascade import Cascade, denoising
 from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(sample, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(parallel, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

@@ -426,7 +426,7 @@ def test_places_with_no_data_are_refused(tmp_path, kind, message):
 
 
 def test_tfds_data_sets_have_the_fields_and_splits_they_say(stores):
-    with pytest.raises(UserError, match="have video, caption; needed are image and caption"):
+    with pytest.raises(UserError, match="have caption, video; needed are image and caption"):
         records_of("tfds", stores["tfds"][0], medium="image")
     found = records_of("tfds", stores["tfds"][0])
     assert {found[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}

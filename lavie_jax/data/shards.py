@@ -165,7 +165,7 @@ class TFDSRecords:
         chosen = held_out if split == "val" and held_out else "train"
         if chosen not in found:
             raise UserError(f"{self.name!r} has no records to train on; its splits: {found or 'none'}")
-        features = list(builder.info.features)
+        features = sorted(builder.info.features)
         if not {medium, "caption"} <= set(features):
             raise UserError(f"records of {self.name!r} have {', '.join(features)}; needed are {medium} and caption")
         try:

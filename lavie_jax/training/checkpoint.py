@@ -6,13 +6,14 @@ atomic: a run killed inside one leaves a directory that is never taken for a che
 that is not complete is therefore a copy that was cut short, and refused by name.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from lavie_jax.errors import UserError
 # What makes a checkpoint another model or another run: resuming with a different value is refused.
 # The rest (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
 IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule")
+
+# Counts of the process, not of the run: a resumed run starts to count anew.
+TRANSIENT = ("skipped",)
 
 # Orbax's commit marks: of a step directory, its state and its JSON.
 MARKS = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
@@ -73,6 +77,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self._path, options=self._options)
+        self._lost = False
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None when there is none."""
@@ -84,7 +89,8 @@ class Checkpoints:
         A full disk is no error: it is reported, what was written before stays, and the next save tries again.
         """
         self.settle()
-        meta = {"step": step, "config": config}
+        self._lost = False
+        meta, state = {"step": step, "config": config}, _lasting(state)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=args, metrics={"held_out": held_out}, force=True)
@@ -92,18 +98,18 @@ class Checkpoints:
             self._give_up(error)
 
     def settle(self) -> bool:
-        """Waits for the save under way. False when the disk was too full for it, which is reported."""
+        """Waits for the save under way. False when the disk was too full for the last one, which is reported."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             self._give_up(error)
-            return False
-        return True
+        return not self._lost
 
     def _give_up(self, error: Exception) -> None:
         """After a failed save: frees the disk of its half, or raises `error` if it is not about a full disk."""
         if not disk_is_full(error) or jax.process_count() > 1:  # the other hosts would wait for this one
             raise error
+        self._lost = True
         logging.error("no checkpoint could be written to %s: the disk is full. Training goes on.", self._path)
         for _ in range(10):  # other threads of the save may still be writing
             for half in self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
@@ -128,7 +134,9 @@ class Checkpoints:
                     f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "
                     "give the same value to resume it, or another --workdir to start a new run."
                 )
-        return self._read(step, state=ocp.args.StandardRestore(abstract)).state
+        state = self._read(step, state=ocp.args.StandardRestore(_lasting(abstract))).state
+        counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
+        return state | {k: parallel.put(np.zeros(x.shape, x.dtype), x.sharding) for k, x in counters.items()}
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -149,6 +157,11 @@ class Checkpoints:
         """Waits for the last save."""
         self.settle()
         self._manager.close()
+
+
+def _lasting(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state goes into a checkpoint."""
+    return {k: v for k, v in state.items() if k not in TRANSIENT}
 
 
 def _badness(metrics: Mapping[str, float]) -> float:
@@ -210,6 +223,21 @@ def _set_aside(step: Path, why: str) -> None:
     aside = step.with_name(f"{why}-{step.name}-{os.getpid()}")
     logging.warning("checkpoint %s is %s; moved to %s", step, why, aside.name)
     step.rename(aside)
+
+
+@contextlib.contextmanager
+def outlives_full_disk(what: str) -> Iterator[None]:
+    """Around the writing of something that the next interval writes again: a full disk is reported, not raised."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        logging.error("%s could not be written: the disk is full. Training goes on.", what)
+
+
+class Unsaved(RuntimeError):
+    """A run is over and its last checkpoint could not be written."""
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -1,12 +1,16 @@
-"""Numbers and pictures of a run: `metrics.jsonl` always, TensorBoard event files when asked for."""
+"""Numbers and pictures of a run: `metrics.jsonl` always, TensorBoard event files when asked for; where time goes."""
 
+import contextlib
 import json
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
 from PIL import Image
+
+from lavie_jax.training.checkpoint import outlives_full_disk
 
 
 class Metrics:
@@ -30,7 +34,8 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line `{"step": ..., name: value, ...}`."""
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        self._jsonl.flush()
+        with outlives_full_disk("metrics.jsonl"):  # the lines wait for the next one
+            self._jsonl.flush()
         if self._events:
             self._events.scalars(step, values)
 
@@ -40,7 +45,8 @@ class Metrics:
             self._events.picture(step, name, png)
 
     def close(self) -> None:
-        self._jsonl.close()
+        with outlives_full_disk("metrics.jsonl"):
+            self._jsonl.close()
         if self._events:
             self._events.close()
 
@@ -83,6 +89,97 @@ class EventFiles:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
 
 
-def finite(values: Mapping[str, float]) -> bool:
-    """Whether no value is NaN or infinite."""
-    return all(math.isfinite(v) for v in values.values())
+def mean(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """The mean of each value over the rows; waits for the devices."""
+    return _mean(jax.device_get(rows))
+
+
+def mean_of_steps(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """The mean over the steps that were not skipped, and how many were; waits for the devices."""
+    rows = jax.device_get(rows)
+    good = [{name: value for name, value in row.items() if name != "skipped"} for row in rows if not row["skipped"]]
+    return {**_mean(good), "skipped": len(rows) - len(good)}
+
+
+def _mean(rows: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+
+class Pace:
+    """Where the time goes: into steps, into waiting for data, into everything else.
+
+    Devices work on while Python prepares the next step, so a step's time is that from one call to the next.
+    """
+
+    def __init__(self):
+        self._born = self._mark = time.monotonic()
+        self._compiled = False
+        self._in_steps = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps: list[float] = []
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def step(self) -> None:
+        """After each step. The first compiled, which is not training."""
+        now = time.monotonic()
+        if self._compiled:
+            self._steps.append(now - self._mark)
+            self._in_steps += now - self._mark
+        else:
+            self._compiled, self._waited = True, 0.0
+        self._mark = now
+
+    def resume(self) -> None:
+        """After other work between two steps: checkpoints, samples, held-out losses."""
+        self._mark = time.monotonic()
+
+    def report(self, batch: int) -> dict[str, float]:
+        """Since the last report; `goodput`, the share of the wall time that steps took, since the start."""
+        values = {"goodput": self._in_steps / (time.monotonic() - self._born)}
+        if self._steps:
+            total = sum(self._steps)
+            values |= {
+                "clips_per_second": batch * len(self._steps) / total,
+                "step_seconds_p50": float(np.percentile(self._steps, 50)),
+                "step_seconds_p95": float(np.percentile(self._steps, 95)),
+                "data_wait": self._waited / total,
+            }
+        self._clear()
+        return values
+
+
+class Profile:
+    """A trace of a few steps, which TensorBoard's profiler and Perfetto show, in `directory`; None = no trace."""
+
+    def __init__(self, directory: Path | None, *, first: int, steps: int = 5):
+        self._directory, self._first, self._end = directory, first, first + steps
+        self._running = False
+
+    def before(self, step: int) -> bool:
+        """To be called before each step. True if it took time to start or write the trace."""
+        if self._directory and step == self._first:
+            settings = jax.profiler.ProfileOptions()
+            settings.python_tracer_level = 0  # every call in every thread: minutes to write
+            jax.profiler.start_trace(self._directory, profiler_options=settings)
+            self._running = True
+            return True
+        if self._running and step == self._end:
+            self.close()
+            return True
+        return False
+
+    def close(self) -> None:
+        """Writes what was traced."""
+        if self._running:
+            self._running = False
+            with outlives_full_disk("profile/"):
+                jax.profiler.stop_trace()

@@ -16,8 +16,11 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.training.optimizer import REGIMES
 
-USAGE = "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--restore-step N] [--config.FIELD=VALUE ...]"
-FLAGS = ("config", "workdir", "restore-step")
+USAGE = (
+    "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...] "
+    "[--restore-step N] [--profile]"
+)
+FLAGS = ("config", "workdir", "restore-step", "profile")
 
 
 class Arguments(NamedTuple):
@@ -27,11 +30,13 @@ class Arguments(NamedTuple):
       config: a locked ConfigDict.
       workdir: where everything is written.
       restore_step: the checkpoint to go back to; None = the newest.
+      profile: write a trace of a few steps.
     """
 
     config: Any
     workdir: Path
     restore_step: int | None
+    profile: bool
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -47,7 +52,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         name, has_value, value = word.partition("=")
         if not name.startswith("--"):
             raise UserError(f"unexpected argument {word!r}; {USAGE}")
-        if not has_value:
+        if name == "--profile":
+            if has_value:
+                raise UserError(f"--profile takes no value, such as {value!r}; {USAGE}")
+        elif not has_value:
             if not words or words[0].startswith("--"):
                 raise UserError(f"{name} needs a value; {USAGE}")
             value = words.pop(0)
@@ -70,13 +78,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         config=config,
         workdir=Path(flags["workdir"]).expanduser(),
         restore_step=None if restore_step is None else int(restore_step),
+        profile="profile" in flags,
     )
 
 
 def check(config: Any, workdir: Path) -> None:
     """Refuses, before anything heavy, numbers that no run can have and a workdir that cannot be made."""
     for field in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "held_out_every",
-                  "held_out_batches", "sample_every", "keep_checkpoints"):  # fmt: skip
+                  "held_out_batches", "sample_every", "keep_checkpoints", "skip_limit"):  # fmt: skip
         if config[field] < 1:
             raise UserError(f"config field {field!r} must be at least 1, not {config[field]}.")
     for field in ("keep_best", "keep_every"):

@@ -1,7 +1,8 @@
 """One update, for whatever is trained: gradient, accumulation, optimizer, EMA.
 
 A `Task` says what is trained (`training/autoencoder.py`, `training/diffusion.py`); here is what all
-tasks share. The state is a plain dict `{"params", "opt_state", "ema", "step"}`.
+tasks share. The state is a plain dict `{"params", "opt_state", "ema", "step", "skipped"}`; the last counts the
+steps in a row that were skipped because of a loss or gradients that are not finite.
 """
 
 import dataclasses
@@ -68,6 +69,7 @@ def make_state(params: Any, task: Task, tx: optax.GradientTransformation) -> dic
         "opt_state": tx.init(task.split(params)[0]),
         "ema": jax.tree.map(jnp.copy, params),
         "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
     }
 
 
@@ -78,11 +80,13 @@ def make_update(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
+    skip_limit: int = 10,
 ) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
-    """The function (state, frozen, batch) -> (new state, mean losses and gradient norm).
+    """The function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
 
-    Its randomness is keyed by (seed, step), so that a resumed run draws what an uninterrupted one does,
-    and by nothing that depends on the number of devices.
+    A loss or gradient that is not finite changes nothing but the counters. The randomness of a step is keyed by
+    (seed, step), so that a resumed run draws what an uninterrupted one does, and by nothing that depends on the
+    number of devices.
 
     Args:
       task: what is trained.
@@ -91,6 +95,8 @@ def make_update(
       ema_decay: see `ema.update`.
       accumulate: the batch is worked off in this many parts, one after the other, whose gradients are
         averaged: the memory of a part, the update of the whole.
+      skip_limit: after this many skipped steps in a row all further ones are skipped as well: the state
+        stays what it was when things went wrong, until somebody looks.
     """
 
     def gradients(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
@@ -127,9 +133,12 @@ def make_update(
             "params": params,
             "opt_state": opt_state,
             "ema": ema.update(state["ema"], params, state["step"], decay=ema_decay),
-            "step": state["step"] + 1,
         }
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
-        return new, {**losses, "gradient_norm": norm}
+        good = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm) & (state["skipped"] < skip_limit)
+        new = {k: jax.tree.map(lambda n, old: jnp.where(good, n, old), new[k], state[k]) for k in new}
+        skipped = jnp.where(good, 0, state["skipped"] + 1)
+        new |= {"step": state["step"] + 1, "skipped": skipped}
+        return new, {**losses, "gradient_norm": norm, "skipped": skipped}
 
     return update

@@ -1,0 +1,99 @@
+"""Steps that are not finite: skipped, counted, and written down when there are too many."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lavie_jax import parallel
+from lavie_jax.training import divergence
+from lavie_jax.training.step import Task, make_state, make_update
+
+
+def toy_task(rows_to_loss) -> Task:
+    """A loss of one kernel, and whatever `rows_to_loss` makes of the batch."""
+
+    def loss(params, frozen, batch, rng):
+        value = jnp.square(params["kernel"]).sum() * rows_to_loss(batch["x"]).mean()
+        return value, {"draw": jax.random.normal(rng)}
+
+    init = lambda rng: {"kernel": jnp.arange(1.0, 4.0)}  # noqa: E731
+    return Task(init=init, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None)
+
+
+def started(rows_to_loss=lambda x: x, **options):
+    task, tx = toy_task(rows_to_loss), optax.adamw(0.1)
+    state = make_state(task.init(None), task, tx)
+    return state, jax.jit(make_update(task, tx, seed=3, ema_decay=0.5, **options))
+
+
+GOOD, BAD = {"x": np.ones(4, np.float32)}, {"x": np.array([1, np.nan, 1, 1], np.float32)}
+
+
+def learnt(state):
+    return {name: state[name] for name in ("params", "opt_state", "ema")}
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_only_the_counters(accumulate):
+    state, update = started(accumulate=accumulate)
+    state, losses = update(state, {}, GOOD)
+    before = learnt(state)
+    assert losses["skipped"] == 0
+    for row in (1, 2):
+        state, losses = update(state, {}, BAD)
+        assert losses["skipped"] == row and state["step"] == 1 + row and same(learnt(state), before)
+    state, losses = update(state, {}, GOOD)
+    assert losses["skipped"] == 0 and state["step"] == 4 and not same(learnt(state), before)
+    assert np.isfinite(jax.tree.leaves(learnt(state))[0]).all()
+
+
+def test_a_finite_loss_with_gradients_that_are_not_is_skipped():
+    """The square root has no slope at 0."""
+    state, _ = started()
+
+    def loss(params, frozen, batch, rng):
+        return jnp.sqrt(jnp.abs(params["kernel"] - params["kernel"])).sum(), {}
+
+    task = dataclasses.replace(toy_task(lambda x: x), loss=loss)
+    update = jax.jit(make_update(task, optax.adamw(0.1), seed=3, ema_decay=0.5))
+    after, losses = update(state, {}, GOOD)
+    assert losses["loss"] == 0 and losses["skipped"] == 1 and same(learnt(after), learnt(state))
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp_path):
+    """The devices are ahead of the loop: steps dispatched after the limit must not change what is dumped."""
+    state, update = started(skip_limit=3)
+    watch = divergence.Watch(tmp_path, seed=3, limit=3)
+    batches = [GOOD, BAD, GOOD, BAD, BAD, {"x": BAD["x"][::-1]}, GOOD, GOOD, GOOD, GOOD]
+    with pytest.raises(divergence.Diverged, match=r"3 steps in a row, up to step 6.*/6 reproduces"):
+        for step, rows in enumerate(batches, start=1):
+            state, losses = update(state, {}, rows)
+            watch.step(step, losses["skipped"], rows, state, wait=False)
+    assert step == 8  # two were under way
+
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(parallel.make_mesh())), state
+    )
+    back, batch = divergence.load(tmp_path / "6", shapes)
+    np.testing.assert_array_equal(batch["x"], BAD["x"][::-1])
+    assert back["step"] == 5 and same(learnt(back), learnt(state))
+    stored = np.load(tmp_path / "6/batch-0.npz")
+    again, losses = update(back, {}, batch)
+    assert losses["skipped"] == 1 and np.isnan(losses["loss"])
+    assert losses["draw"] == jax.random.normal(jax.random.wrap_key_data(stored["rng"]))
+
+
+def test_skipped_steps_are_seen_at_once_when_waited_for(tmp_path):
+    state, update = started(skip_limit=1)
+    watch = divergence.Watch(tmp_path, seed=3, limit=1)
+    state, losses = update(state, {}, BAD)
+    with pytest.raises(divergence.Diverged, match="1 steps in a row, up to step 1"):
+        watch.step(1, losses["skipped"], BAD, state, wait=True)

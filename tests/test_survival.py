@@ -1,0 +1,85 @@
+"""train.py, from start to end, when the loss breaks down or the disk is full."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from lavie_jax import parallel
+from lavie_jax.errors import UserError
+from lavie_jax.training import checkpoint, divergence, lock
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs train.py in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(parallel, "keep_compiled_programs", lambda: None)
+
+    def run(workdir, *words, **fields):
+        fields = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "held_out_every": 6, "data.images": 1, **fields}
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        with contextlib.ExitStack() as cleanup:
+            train.main(
+                ["--config=configs/moving_shapes/vae.py:tiny", f"--workdir={workdir}", *flags, *words], cleanup
+            )
+
+    return run
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(divergence.Diverged, match="2 steps in a row, up to step"):
+        run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0, "skip_limit": 2})
+    (dump,) = (workdir / "diverged").iterdir()
+    with np.load(dump / "batch-0.npz") as batch:
+        assert batch["step"] == int(dump.name) - 1 and batch["batch/images"].shape[0] == 8
+    assert (dump / "state").is_dir() and not (workdir / "lock").exists()
+    assert [row["loss"] for row in lines(workdir) if "loss" in row]  # good steps only are averaged
+    assert sum(row.get("skipped", 0) for row in lines(workdir)) == 1  # the second one stopped the run
+
+
+def test_a_full_disk_stops_nothing_but_the_last_checkpoint_is_missed(run, tmp_path, monkeypatch, caplog):
+    """Every save from step 4 on finds the disk full; the run goes to its end, says so, and can be finished later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    save = checkpoint.Checkpoints.save
+
+    def fill(self, step, *args, **options):
+        self.settle()
+        if step == 4:
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
+        save(self, step, *args, **options)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Checkpoints, "save", fill)
+            with pytest.raises(checkpoint.Unsaved, match="the disk is full: the run is at step 6"):
+                run(disk / "run")
+        assert "the disk is full. Training goes on" in caplog.text
+        assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["2"]
+        (disk / "other").unlink()
+        run(disk / "run", "--profile")
+        assert {p.name for p in (disk / "run/checkpoints").iterdir()} == {"4", "6"}
+        assert {row["step"] for row in lines(disk / "run") if "loss" in row} == {1, 2, 3, 4, 5, 6}
+        assert {"goodput", "step_seconds_p50", "step_seconds_p95", "data_wait"} <= set(lines(disk / "run")[-2])
+        assert list((disk / "run/profile").rglob("*.xplane.pb"))
+        held = lock.Lock(disk / "run")
+        with pytest.raises(UserError, match="in use by process"):
+            run(disk / "run")
+        held.release()
+    finally:
+        subprocess.run(["umount", disk], check=True)
