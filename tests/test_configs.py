@@ -218,7 +218,8 @@ def tiny_run(name, workdir, *extra):
     assert len(done.stdout.splitlines()[-1]) == 64
     assert weights.load_folder(workdir / "weights", params=False).sampling["frames"] == FRAMES[name]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "learning_rate", "clips_per_second"} <= set(lines[0])
+    assert {"loss", "learning_rate"} <= set(lines[0])
+    assert "clips_per_second" in lines[1]  # the first step compiles, which is no speed
     assert ("video_loss" in lines[0], "image_loss" in lines[0]) == (
         name not in ("image", "upscaler"), name in ("image", "base", "upscaler")
     )  # fmt: skip

@@ -200,6 +200,8 @@ def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     config = small_config(stage)
     config.data.source, config.data.path, config.data.fps = "video_folder", str(folder), 16.0
+    if stage == "interpolation":
+        config.data.slowest_fps = 0.0  # files have one rate
     config.data.images, config.batch = 1 if stage == "base" else 0, 4
     config.vae_from, config.vae = str(ROOT / "lavie_jax/assets/base"), options.load("configs/moving_shapes/vae.py").vae
     config.loss.held_out_timesteps = (300, 700)
