@@ -37,8 +37,8 @@ from tqdm import tqdm
 from lavie_jax import parallel
 from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
-from lavie_jax.errors import UserError
-from lavie_jax.training import build, checkpoint, divergence, grids, lock, metrics, optimizer, options
+from lavie_jax.errors import one_line_errors
+from lavie_jax.training import build, checkpoint, disk, divergence, grids, lock, metrics, optimizer, options
 from lavie_jax.training.step import make_state, make_update
 
 HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
@@ -61,6 +61,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Devices                                                                          │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
+    parallel.keep_compiled_programs()
     first = jax.process_index() == 0
     cleanup.callback(lock.Lock(workdir).release)
     mesh = parallel.make_mesh(**config.mesh)
@@ -107,7 +108,6 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     def create(origin: Any) -> dict:
         return make_state(task.init(origin) if task.start is None else origin, task, tx)
 
-    parallel.keep_compiled_programs()
     origin = jax.random.key(config.seed) if task.start is None else task.start
     shapes = jax.eval_shape(create, origin)
     shardings = parallel.shardings(shapes, mesh)
@@ -155,7 +155,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         """The EMA as a weights folder, by the first host."""
         ema = parallel.gather(state["ema"])
         if first:
-            with checkpoint.outlives_full_disk("weights/"):
+            with disk.outlive("weights/"):
                 task.export(workdir / "weights", ema, measured)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
@@ -210,7 +210,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             checkpoints.save(step, state, config.to_dict(), held_out=measured[task.judged_by])
             export(measured)
         if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
-            with checkpoint.outlives_full_disk("samples/"):
+            with disk.outlive("samples/"):
                 grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
@@ -267,10 +267,7 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit()
     try:
-        with ExitStack() as stack:
+        with one_line_errors(), ExitStack() as stack:
             main(sys.argv[1:], stack)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except (divergence.Diverged, checkpoint.Unsaved) as error:
         sys.exit(f"error: {error}")

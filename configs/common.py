@@ -20,6 +20,7 @@ def training() -> ConfigDict:
     config.skip_limit = 10  # steps in a row with a loss or gradients that are not finite, after which the run stops
     config.optimizer = ConfigDict(
         {
+            "kind": "adamw",  # or "muon"
             "learning_rate": 1e-4,
             "warmup": 1000,
             "decay": "constant",

@@ -1,7 +1,9 @@
 """Errors that a person's input can cause. Scripts print them as one line and exit with code 2."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -14,3 +16,13 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Allowed: {', '.join(allowed)}"
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a command: a UserError becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -136,6 +136,27 @@ def test_gradients_are_clipped_and_weight_decay_spares_biases():
     assert max(float(abs(m).max()) for m in jax.tree.leaves(state)) <= 10
 
 
+def test_muon_makes_directions_alike_and_leaves_the_rest_to_adam():
+    """Of a gradient with one strong and one weak direction, Muon's update has both; sizes are AdamW's."""
+    kernel = jnp.zeros((3, 3, 16, 16))
+    params = {"a/kernel": kernel, "a/bias": jnp.zeros(16), "e/embedding": jnp.ones((4, 8))}
+    config = optimizer.OptimizerConfig(kind="muon", learning_rate=1.0, warmup=0, clip=0.0, weight_decay=0.5)
+    tx = optimizer.make_optimizer(config, 10)
+    left, right = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (144, 16)))[0], jnp.eye(16)
+    strength = jnp.ones(16).at[0].set(100.0)
+    gradient = {**params, "a/kernel": ((left * strength) @ right).reshape(kernel.shape), "a/bias": jnp.ones(16)}
+    update, _ = tx.update(gradient, tx.init(params), params)
+    values = jnp.linalg.svd(update["a/kernel"].reshape(144, 16), compute_uv=False)
+    assert values.max() / values.min() < 2
+    np.testing.assert_allclose(jnp.sqrt(jnp.square(update["a/kernel"]).mean()), 0.2, rtol=0.4)
+    assert len(set(np.asarray(update["a/bias"]))) == 1 and update["a/bias"][0] < -1  # Adam, and Nesterov's step ahead
+    still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), {**params, "a/kernel": kernel + 1})
+    np.testing.assert_allclose(still["a/kernel"], -0.5)
+    np.testing.assert_array_equal(still["e/embedding"], 0.0)  # only kernels decay
+    with pytest.raises(UserError, match="did you mean 'muon'"):
+        optimizer.OptimizerConfig(kind="moun")
+
+
 def test_detail_weights_and_crops_find_the_shape():
     image = np.full((2, 32, 32, 3), -0.5, np.float32)
     image[0, 4:8, 20:24] = 0.9

@@ -7,12 +7,11 @@ if it is a weights folder.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.weights import folder_hash, load_folder, save_folder
 
 LIMIT = 24 * 2**20
@@ -47,8 +46,5 @@ def _leaves(tree):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

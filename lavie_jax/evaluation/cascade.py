@@ -14,7 +14,6 @@ Without `--...-weights` the shipped models are measured.
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.moving_shapes import Sample
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
 from lavie_jax.training.diffusion import image_as_video
@@ -248,12 +247,10 @@ def markdown(tables: Mapping[str, Table]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
+    """The command line of this module."""
+    with one_line_errors():
         args = _parse(argv)
         result = _measure(args, _check(args))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     if args.json:
         results.write(args.json, result)
     print(markdown(result["tables"]))

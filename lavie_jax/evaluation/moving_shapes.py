@@ -11,7 +11,6 @@ Captions are full (size and background named), those of clips 0, 1, ... of a spl
 import argparse
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade
 from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.moving_shapes import Attributes, Sample
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
@@ -204,13 +203,11 @@ def _markdown(tables: Mapping[str, Table]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
+    """The command line of this module."""
+    with one_line_errors():
         args = _parse(argv)
         _check(args)
         result = _measure(args)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     if args.json:
         results.write(args.json, result)
     print(_markdown(result["splits"]))

@@ -6,14 +6,12 @@ atomic: a run killed inside one leaves a directory that is never taken for a che
 that is not complete is therefore a copy that was cut short, and refused by name.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
+from lavie_jax.training import disk
 
 # What makes a checkpoint another model or another run: resuming with a different value is refused.
 # The rest (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
@@ -107,7 +106,7 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         """After a failed save: frees the disk of its half, or raises `error` if it is not about a full disk."""
-        if not disk_is_full(error) or jax.process_count() > 1:  # the other hosts would wait for this one
+        if not disk.is_full(error) or jax.process_count() > 1:  # the other hosts would wait for this one
             raise error
         self._lost = True
         logging.error("no checkpoint could be written to %s: the disk is full. Training goes on.", self._path)
@@ -225,30 +224,8 @@ def _set_aside(step: Path, why: str) -> None:
     step.rename(aside)
 
 
-@contextlib.contextmanager
-def outlives_full_disk(what: str) -> Iterator[None]:
-    """Around the writing of something that the next interval writes again: a full disk is reported, not raised."""
-    try:
-        yield
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        logging.error("%s could not be written: the disk is full. Training goes on.", what)
-
-
 class Unsaved(RuntimeError):
     """A run is over and its last checkpoint could not be written."""
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that there is no room to write."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):  # tensorstore's
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def parameter_hash(params: Any) -> str:

@@ -5,12 +5,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from lavie_jax.training.checkpoint import outlives_full_disk
+from lavie_jax.training import disk
 
 
 class Metrics:
@@ -34,7 +35,7 @@ class Metrics:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line `{"step": ..., name: value, ...}`."""
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        with outlives_full_disk("metrics.jsonl"):  # the lines wait for the next one
+        with disk.outlive("metrics.jsonl"):  # the lines wait for the next one
             self._jsonl.flush()
         if self._events:
             self._events.scalars(step, values)
@@ -45,7 +46,8 @@ class Metrics:
             self._events.picture(step, name, png)
 
     def close(self) -> None:
-        with outlives_full_disk("metrics.jsonl"):
+        """Writes what is left."""
+        with disk.outlive("metrics.jsonl"):
             self._jsonl.close()
         if self._events:
             self._events.close()
@@ -72,37 +74,35 @@ class EventFiles:
         self._writer.add_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """A point of the curve of each name."""
         self._add(step, [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()])
 
     def picture(self, step: int, name: str, png: Path) -> None:
+        """A PNG, as it is."""
         with Image.open(png) as opened:
             width, height = opened.size
-        image = self._summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=png.read_bytes()
-        )
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.read_bytes())
         self._add(step, [self._summary.Value(tag=name, image=image)])
 
     def close(self) -> None:
+        """Writes what is left."""
         self._writer.close()
 
     def _add(self, step: int, values: list) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
 
 
-def mean(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each value over the rows; waits for the devices."""
-    return _mean(jax.device_get(rows))
+def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each value over the rows, nothing without rows; waits for the devices."""
+    rows = jax.device_get(rows)
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
 def mean_of_steps(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """The mean over the steps that were not skipped, and how many were; waits for the devices."""
     rows = jax.device_get(rows)
     good = [{name: value for name, value in row.items() if name != "skipped"} for row in rows if not row["skipped"]]
-    return {**_mean(good), "skipped": len(rows) - len(good)}
-
-
-def _mean(rows: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+    return {**mean(good), "skipped": len(rows) - len(good)}
 
 
 class Pace:
@@ -181,5 +181,5 @@ class Profile:
         """Writes what was traced."""
         if self._running:
             self._running = False
-            with outlives_full_disk("profile/"):
+            with disk.outlive("profile/"):
                 jax.profiler.stop_trace()
