@@ -61,11 +61,14 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
+    """Mistakes in the command line are errors like all others."""
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError for what is wrong with it."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
@@ -178,11 +181,13 @@ def plan(
 
 
 def warn(lines: list[str]) -> None:
+    """One line each, on stderr."""
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Samples every request; UserError before anything is loaded where a request is wrong."""
     prompts = read_requests(args)
 
     # Only a request that may be right pays for importing jax, and only one that is right for reading weights.
@@ -246,6 +251,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
     try:
         run(parse_args(argv))
     except (UserError, OSError) as error:

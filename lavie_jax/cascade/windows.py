@@ -36,6 +36,7 @@ class Window:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Frames, rows and columns of the box."""
         return tuple(span.stop - span.start for span in self.spans)
 
     @property

@@ -111,9 +111,11 @@ class Mixture:
         return sum(len(source) for source in self.videos or self.images)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
+        """Clip `index` of the mixture: of the part whose turn it is."""
         part, number = self.video_order(index)
         return self.videos[part].video(number, rng)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
+        """Still `index` of the mixture, likewise."""
         part, number = self.image_order(index)
         return self.images[part].image(number, rng, margin=margin)

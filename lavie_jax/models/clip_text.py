@@ -65,6 +65,7 @@ class CLIPTextConfig:
         return config_from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -101,6 +102,8 @@ class CLIPText(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """Tokens (B, L) to what they mean plus where they stand, (B, L, D)."""
+
     config: CLIPTextConfig
     dtype: DTypeLike
 
@@ -125,6 +128,8 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, one after the other: (B, L, D) to (B, L, D)."""
+
     config: CLIPTextConfig
     dtype: DTypeLike
 
@@ -136,6 +141,8 @@ class Encoder(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """x + self_attn(norm(x)), then x + mlp(norm(x))."""
+
     config: CLIPTextConfig
     dtype: DTypeLike
 
@@ -147,6 +154,8 @@ class EncoderLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Causal multi-head attention, q, k and v with biases."""
+
     config: CLIPTextConfig
     dtype: DTypeLike
 
@@ -162,6 +171,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two dense layers with the activation of the config between them."""
+
     config: CLIPTextConfig
     dtype: DTypeLike
 

@@ -130,7 +130,8 @@ class ResnetBlock(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), the residual block of UNet and VAE.
 
     `kernels` are those of conv1 and conv2: (3, 3) acts per frame, (3, 1, 1) along the frames of a video. `temb`
-    is the time embedding of every item, (B, items, E), or None. `zero` starts conv2 at zero, so that the block
+    is the time embedding of every item, (B, items, E), or None; `caption` an embedding of its caption, (B, items, E),
+    that scales and shifts what norm2 gives (nothing at first), or None. `zero` starts conv2 at zero, so that the block
     changes nothing at first.
     """
 
@@ -143,13 +144,19 @@ class ResnetBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, temb=None):
+    def __call__(self, x, temb=None, caption=None):
         h = GroupNorm(self.groups, self.eps, self.frames, self.dtype, name="norm1")(x)
         h = conv(self.features, self.kernels[0], name="conv1", dtype=self.dtype)(nn.silu(h))
         if temb is not None:
             shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))  # (B, items, C)
             h = h + items_to_frames(shift, self.frames)[:, :, None, None, :]
         h = GroupNorm(self.groups, self.eps, self.frames, self.dtype, name="norm2")(h)
+        if caption is not None:
+            zeros = nn.initializers.zeros
+            project = nn.Dense(2 * self.features, dtype=self.dtype, kernel_init=zeros, name="caption_proj")
+            said = items_to_frames(project(nn.silu(caption)), self.frames)[:, :, None, None, :]
+            scale, shift = jnp.split(said, 2, axis=-1)
+            h = h * (1 + scale) + shift
         h = conv(self.features, self.kernels[1], name="conv2", dtype=self.dtype, zero=self.zero)(nn.silu(h))
         if x.shape[-1] != self.features:
             x = conv(self.features, (1, 1), name="conv_shortcut", dtype=self.dtype)(x)

@@ -43,6 +43,7 @@ class Setting:
     kernel: str
 
     def resnet(self, features: int, name: str) -> ResnetBlock:
+        """A residual block of this call; adds its parameters to the calling module."""
         return ResnetBlock(
             features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name
         )
@@ -125,6 +126,24 @@ class MotionEmbedding(nn.Module):
         return dense("out", nn.initializers.zeros)(self.GAIN * said * when * where)
 
 
+class CaptionEmbedding(nn.Module):
+    """What a whole caption says at this noise level: (B, items, L, D) and (B, items, E) -> (B, items, E).
+
+    Every residual block scales and shifts its features by it, as class-conditional diffusion models do with their
+    class (arXiv 2105.05233, sec. 3): an outline is a product of what the caption says and where in the shape a place
+    lies, and cross-attention alone is long in finding it.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, text, temb):
+        width = temb.shape[-1]
+        # the strongest of the words in each channel: one word of many is not averaged away
+        said = nn.Dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
+        return temb + nn.Dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
+
+
 class FeedForward(nn.Module):
     """GEGLU (arXiv 2002.05202): (value * gelu(gate)) projected back, four times as wide inside; exact erf GELU."""
 
@@ -138,6 +157,8 @@ class FeedForward(nn.Module):
 
 
 class GEGLUProjection(nn.Module):
+    """A dense layer one level further down: `ff/net_0/proj`, as PyTorch names it."""
+
     features: int
     dtype: Any
 
@@ -279,12 +300,12 @@ class DownBlock(nn.Module):
     level: int
 
     @nn.compact
-    def __call__(self, x, temb, text):
+    def __call__(self, x, temb, text, caption):
         config = self.s.config
         width = config.block_out_channels[self.level]
         skips = []
         for i in range(config.layers_per_block):
-            x = self.s.resnet(width, f"resnets_{i}")(x, temb)
+            x = self.s.resnet(width, f"resnets_{i}")(x, temb, caption)
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
                 x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
@@ -301,12 +322,12 @@ class MidBlock(nn.Module):
     s: Setting
 
     @nn.compact
-    def __call__(self, x, temb, text):
+    def __call__(self, x, temb, text, caption):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
-        x = self.s.resnet(width, "resnets_0")(x, temb)
+        x = self.s.resnet(width, "resnets_0")(x, temb, caption)
         # whatever `only_cross_attention` says of the deepest level, the mid block keeps its self-attention
         x = Transformer(self.s, deepest, only_text=False, name="attentions_0")(x, text)
-        return self.s.resnet(width, "resnets_1")(x, temb)
+        return self.s.resnet(width, "resnets_1")(x, temb, caption)
 
 
 class UpBlock(nn.Module):
@@ -318,11 +339,11 @@ class UpBlock(nn.Module):
     level: int  # counted from the outermost, as on the way down
 
     @nn.compact
-    def __call__(self, x, skips, temb, text, size):
+    def __call__(self, x, skips, temb, text, caption, size):
         config = self.s.config
         width = config.block_out_channels[self.level]
         for i, skip in enumerate(reversed(skips)):
-            x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb)
+            x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb, caption)
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
                 x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
@@ -385,6 +406,7 @@ class UNet(nn.Module):
         if config.num_class_embeds is not None:
             embed = nn.Embed(config.num_class_embeds, temb.shape[-1], dtype=dtype, name="class_embedding")
             temb = temb + embed(noise_level)[:, None]
+        caption = CaptionEmbedding(dtype, name="caption_embedding")(texts, temb) if config.caption_modulation else None
 
         def temporal_module(there, name, h):
             return wrap(TemporalModule)(s, name=name)(h, temb) if there else h
@@ -393,10 +415,10 @@ class UNet(nn.Module):
         levels = range(len(config.block_out_channels))
         skips = [[h]]  # conv_in's output belongs to the outermost level
         for level in levels:
-            h, level_skips = wrap(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts)
+            h, level_skips = wrap(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts, caption)
             skips.append(level_skips)
             h = temporal_module(level in config.down_temporal_idx, f"down_temporal_blocks_{level}", h)
-        h = wrap(MidBlock)(s, name="mid_block")(h, temb, texts)
+        h = wrap(MidBlock)(s, name="mid_block")(h, temb, texts, caption)
         h = temporal_module(config.mid_temporal, "mid_temporal_block", h)
 
         stack = [skip for level_skips in skips for skip in level_skips]
@@ -404,7 +426,8 @@ class UNet(nn.Module):
             count = config.layers_per_block + 1
             stack, level_skips = stack[:-count], stack[-count:]
             size = stack[-1].shape[2:4] if level else None  # the next skip's, which is odd where a side was
-            h = wrap(UpBlock, static_argnums=(5,))(s, level, name=f"up_blocks_{i}")(h, level_skips, temb, texts, size)
+            up = wrap(UpBlock, static_argnums=(6,))(s, level, name=f"up_blocks_{i}")
+            h = up(h, level_skips, temb, texts, caption, size)
             h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)

@@ -26,6 +26,7 @@ class UNetConfig:
     temporal_attention: str = "none"  # where: "none", "before_ff", "after_ff"
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
     motion_embedding: bool = False  # caption x time x place, added before temporal attention; no released model has it
+    caption_modulation: bool = False  # the caption scales and shifts features in every resnet; no released model has it
     spatial_attention: str = "self"  # "self", or "sparse_causal": the first and the previous frame (interpolation)
     temporal_resblocks: bool = False  # each transformer begins with convolutions over time (super-resolution)
     down_temporal_idx: tuple[int, ...] = ()  # down blocks that a TemporalModule follows (super-resolution)

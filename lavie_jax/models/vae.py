@@ -61,6 +61,7 @@ class VAEConfig:
         return config_from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold."""
         return dataclasses.asdict(self) | {"block_out_channels": list(self.block_out_channels)}
 
     @classmethod
@@ -179,6 +180,8 @@ class Decoder(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """Residual blocks of one width, then half the sides, where `downsample` says so."""
+
     config: VAEConfig
     width: int
     downsample: bool
@@ -194,6 +197,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """Residual blocks of one width, one more than on the way down, then twice the sides, likewise."""
+
     config: VAEConfig
     width: int
     upsample: bool
@@ -209,6 +214,8 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, attention over all places, residual block."""
+
     config: VAEConfig
     dtype: DTypeLike
     attention_kernel: str
@@ -246,4 +253,5 @@ def head(x: Float[Array, "b h w c"], config: VAEConfig, features: int, dtype: DT
 
 
 def resnet(config: VAEConfig, width: int, dtype: DTypeLike, name: str) -> ResnetBlock:
+    """A residual block without time; adds its parameters to the calling module."""
     return ResnetBlock(width, config.norm_num_groups, EPS, dtype=dtype, name=name)

@@ -161,17 +161,21 @@ def check_fields(path: Path, case: Case, needs: Needs) -> None:
 
 
 def require(path: Path, condition: bool, problem: str) -> None:
+    """UserError that names the file unless `condition`."""
     if not condition:
         raise UserError(f"{path}: {problem}")
 
 
 def is_number(value: Any) -> bool:
+    """Whether JSON gave a finite number; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_shape(value: Any) -> bool:
+    """Whether JSON gave a list of positive integers."""
     return isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,6 +16,8 @@ BOUND, TRAJECTORY_BOUND = 1e-5, 1e-4  # errors grow along a sampler's trajectory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
+    """How a case came out; printed as its line of the report."""
+
     name: str
     error: float  # NaN when there is nothing to compare
     bound: float
@@ -28,6 +30,7 @@ class Result:
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    """norm(ours - golden) / norm(golden), over all values."""
     golden = golden.astype(np.float64)
     return float(np.linalg.norm(ours - golden) / max(np.linalg.norm(golden), np.finfo(np.float64).tiny))
 
@@ -53,6 +56,7 @@ def judge(case: Case) -> Result:
 
 
 def output_error(name: str, outputs: Arrays, case: Case) -> float:
+    """The relative error of one stored output; UserError when it is not there or has another shape."""
     golden = case.stored[name]
     if name not in outputs:
         raise UserError(f"output {name} is not one that a {case.kind} has: {', '.join(outputs)}")

@@ -66,6 +66,7 @@ def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPText
 
 
 def run_text(case: Case) -> Arrays:
+    """A text encoder: tokens to hidden states."""
     model = CLIPText(CLIPTextConfig.from_diffusers(case.model))
     tokens = jnp.asarray(case.stored["ids"], jnp.int32)
     params = load_params(case, "text_encoder", model.config)
@@ -73,6 +74,7 @@ def run_text(case: Case) -> Arrays:
 
 
 def run_vae(case: Case) -> Arrays:
+    """A VAE: an image to its posterior, a latent to its image."""
     model = VAE(VAEConfig.from_diffusers(case.model))
     variables = {"params": load_params(case, "vae", model.config)}
     encode, decode = (jax.jit(partial(model.apply, method=method)) for method in ("encode", "decode"))
@@ -83,6 +85,7 @@ def run_vae(case: Case) -> Arrays:
 
 
 def run_unet(case: Case) -> Arrays:
+    """One call of a UNet, of the stage that the kind names."""
     stage = case.kind.removesuffix("_unet")
     x = take(case, "sample")
     if stage == "vsr":
@@ -130,10 +133,12 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
 
 
 def run_base_sample(case: Case) -> Arrays:
+    """The base stage, with each sampler that the case has latents of."""
     return run_trajectory(case, "base", sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
 
 
 def run_interpolation_sample(case: Case) -> Arrays:
+    """The interpolation stage on given key frames, with its own sampler."""
     stage = STAGES["interpolation"]
     condition = stage.condition({"key_latents": take(case, "key_frames")})
     sampler = stage.sampling["sampler"]
@@ -142,6 +147,7 @@ def run_interpolation_sample(case: Case) -> Arrays:
 
 
 def run_vsr_sample(case: Case) -> Arrays:
+    """The super-resolution stage on given frames, with its own sampler."""
     stage, frames = STAGES["vsr"], take(case, "frames")
     level = jnp.full(frames.shape[0], case.settings["noise_level"], jnp.int32)
     noise = take(case, "low_res_noise")

@@ -127,6 +127,7 @@ class Output:
 
     @property
     def stem(self) -> str:
+        """The file name without its ending: number, prompt, seed."""
         return f"{self.index:04d}-{slug(self.request['prompt'])}-{self.request['seed']}"
 
     @property
@@ -232,6 +233,7 @@ class ContactSheets:
         self.folder, self.count, self.rows = folder, 0, []
 
     def add(self, video: UInt8[np.ndarray, "t h w 3"], caption: str) -> None:
+        """A row: a few frames of a video under its caption."""
         picks = np.unique(np.round(np.linspace(0, len(video) - 1, self.COLUMNS)).astype(int))
         self.rows.append((video[picks], caption))
         if len(self.rows) == self.ROWS:

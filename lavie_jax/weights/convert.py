@@ -50,6 +50,7 @@ class Imported:
 
     @property
     def part(self) -> tuple[Any, dict[str, Tensor]]:
+        """What `save_folder` takes."""
         return self.config, self.tensors
 
 

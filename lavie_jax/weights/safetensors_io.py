@@ -38,16 +38,20 @@ class Tensor:
 
     @property
     def ndim(self) -> int:
+        """How many axes."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Its size when it is read."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def transpose(self, axes: tuple[int, ...]) -> "Tensor":
+        """With its axes in another order."""
         return Tensor(tuple(self.shape[a] for a in axes), self.dtype, lambda: self.read().transpose(axes))
 
     def reshape(self, shape: tuple[int, ...]) -> "Tensor":
+        """With another shape of the same size."""
         return Tensor(tuple(shape), self.dtype, lambda: self.read().reshape(shape))
 
 
