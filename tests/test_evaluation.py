@@ -2,12 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lavie_jax.data import moving_shapes as world
+from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import cascade, fidelity
+from lavie_jax.evaluation import cascade, fidelity, noise_levels
 from lavie_jax.evaluation import moving_shapes as evaluation
 from lavie_jax.evaluation.detectors import detect
 from tests.tiny import make_stage
@@ -216,3 +218,51 @@ def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message,
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+# ---- noise levels ----
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_no_prediction_beats_the_least_loss(prediction):
+    """Of x0 that is one of a few pictures: to know which is best, then to weigh them, then to guess the likeliest."""
+    schedule, rng = Schedule(prediction=prediction), np.random.default_rng(0)
+    possible = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
+    least, likeliest = [], []
+    for i in range(60):
+        x0, eps = possible[i % 5][None], rng.standard_normal((1, 2, 2, 1)).astype(np.float32)
+        assert noise_levels.least_loss(schedule, 600, x0, eps, x0) < 1e-8
+        least.append(noise_levels.least_loss(schedule, 600, x0, eps, possible))
+        x_t = np.asarray(schedule.add_noise(jnp.asarray(x0), jnp.asarray(eps), jnp.array([600])))
+        near = np.square(x_t - schedule.alphas_cumprod[600] ** 0.5 * possible).sum(axis=(1, 2, 3)).argmin()
+        likeliest.append(noise_levels.least_loss(schedule, 600, x0, eps, possible[near][None]))
+    assert 0 < np.mean(least) < np.mean(likeliest)
+
+
+@pytest.mark.parametrize("name", noise_levels.WORDS)
+def test_an_exchanged_word_is_another_one_that_makes_sense(name):
+    for i, sample in enumerate(samples("val", 40)):
+        caption = noise_levels.exchanged(sample, name, i)
+        assert caption != sample.caption
+        assert len(set(caption.split()) ^ set(sample.caption.split())) <= 5
+        a = sample.attributes
+        if name in ("colour", "background"):
+            assert f"{a.colour} {a.shape}" not in caption or f"over a {a.background}" not in caption
+            words = caption.split()
+            assert words[-2] not in words[:-2]  # a shape in the background's colour would not be seen
+
+
+def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
+    """An untrained model is far from the least loss."""
+    monkeypatch.setattr(noise_levels, "PLACES", 6)
+    monkeypatch.setattr(noise_levels, "LEVELS", (300, 700))
+    folder, out = make_stage(tmp_path / "base", "base", height=16, width=16), tmp_path / "levels.json"
+    noise_levels.main(["--weights", str(folder), "--samples", "2", "--json", str(out)])
+    levels = json.loads(out.read_text())["levels"]
+    assert list(map(int, levels)) == list(noise_levels.LEVELS)
+    for row in levels.values():
+        assert 0 < row["least"] < row["still"] and set(noise_levels.WORDS) < set(row)
+    assert "| t | still | least | clip |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        noise_levels.main(["--samples", "0"])
+    assert capsys.readouterr().err.startswith("error: samples of at least 1")

@@ -1,0 +1,201 @@
+"""What a model of Moving Shapes knows at each noise level: its loss, the least possible loss, what each word is worth.
+
+    python -m lavie_jax.evaluation.noise_levels [--weights DIR] [--json FILE] [--samples 32]
+
+Each attribute of a sample is decided at the noise levels where x_t leaves it open and the caption does not. On true
+stills and clips of `val`, with the same noise whatever is compared:
+
+    still, clip       mean squared error of the prediction, with the true captions
+    least             of stills: the error of the best prediction that there is, see `least_loss`
+    colour, shape...  how much the error of clips rises when this word of their captions is exchanged for another;
+                      0 = the model does not listen to it here
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm
+
+from lavie_jax import cascade
+from lavie_jax.cascade.model import StageModel
+from lavie_jax.data import moving_shapes as world
+from lavie_jax.data.moving_shapes import Sample
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError, one_line_errors
+from lavie_jax.evaluation import results
+from lavie_jax.evaluation.moving_shapes import true_samples
+from lavie_jax.models.unet import UNet
+from lavie_jax.weights import folder_hash
+
+LEVELS = (200, 350, 500, 600, 700, 800, 900)
+WORDS = {
+    "background": world.BACKGROUNDS,
+    "colour": world.VIDEO_COLOURS,
+    "size": tuple(world.SIZES),
+    "shape": world.VIDEO_SHAPES,
+    "motion": tuple(world.MOTIONS),
+}
+PLACES = 40  # of the shape along each axis that `least_loss` weighs against each other
+AT_ONCE = 64  # frames that go through the UNet together
+KIND = "noise_levels"
+
+Row = dict[str, float]
+
+
+def measure(model: StageModel, *, count: int, seed: int) -> dict[int, Row]:
+    """{t: {"still", "least", "clip", and one entry for each of `WORDS`}}, each a mean over `count` samples."""
+    stills = true_samples("image", count, model.weights.sampling)
+    clips = true_samples("val", count, model.weights.sampling)
+    rng = np.random.default_rng(seed)
+    still_x0, clip_x0 = (np.stack([encode(model, sample.pixels) for sample in of]) for of in (stills, clips))
+    still_eps, clip_eps = (rng.standard_normal(x.shape, np.float32) for x in (still_x0, clip_x0))
+    changed = {name: [exchanged(sample, name, i) for i, sample in enumerate(clips)] for name in WORDS}
+    true_text = model.encode_text([sample.caption for sample in clips])
+    changed_text = {name: model.encode_text(captions) for name, captions in changed.items()}
+    still_text = model.encode_text([sample.caption for sample in stills])
+    possible = [
+        encode(model, everywhere(sample, model.weights.sampling)) for sample in tqdm(stills, "places", unit="still")
+    ]
+    schedule, rows = model.weights.schedule, {}
+    for t in tqdm(LEVELS, "levels", unit="level"):
+        clip = loss(model, clip_x0, clip_eps, t, true_text, images=False)
+        rows[t] = {
+            "still": loss(model, still_x0, still_eps, t, still_text, images=True),
+            "least": float(np.mean([least_loss(schedule, t, *one) for one in zip(still_x0, still_eps, possible)])),
+            "clip": clip,
+        }
+        for name, text in changed_text.items():
+            rows[t][name] = loss(model, clip_x0, clip_eps, t, text, images=False) - clip
+    return rows
+
+
+def exchanged(sample: Sample, name: str, number: int) -> str:
+    """The sample's caption with another word for the attribute `name`; `number` chooses among those that make sense."""
+    a = sample.attributes
+    taken = (a.colour, a.background) if name in ("colour", "background") else (getattr(a, name),)
+    others = [word for word in WORDS[name] if word not in taken]
+    return world.caption(dataclasses.replace(a, **{name: others[number % len(others)]}))
+
+
+def everywhere(sample: Sample, sampling: Mapping[str, Any]) -> np.ndarray:
+    """The still at each of the places that it can have: uint8 (PLACES^2, H, W, 3)."""
+    side = {"height": sampling["height"], "width": sampling["width"]}
+    along = (np.arange(PLACES) + 0.5) / PLACES
+    return np.concatenate(
+        [world.render(sample.attributes, u, v, frames=1, fps=1.0, **side) for u in along for v in along]
+    )
+
+
+def encode(model: StageModel, frames: np.ndarray) -> Float[np.ndarray, "t h w c"]:
+    """The means of the frames' posteriors, scaled: a draw whose noise is zero."""
+    factor, channels = model.vae.config.factor, model.vae.config.latent_channels
+    height, width = (side // factor for side in frames.shape[1:3])
+    return model.encode(frames, np.zeros((len(frames), height, width, channels), np.float32))
+
+
+def loss(
+    model: StageModel,
+    x0: Float[np.ndarray, "n t h w c"],
+    eps: Float[np.ndarray, "n t h w c"],
+    t: int,
+    text: Float[np.ndarray, "n l d"],
+    *,
+    images: bool,
+) -> float:
+    """Mean squared error of the predictions for x0 noised to t with eps; as images, each frame stands alone."""
+    rows = max(1, AT_ONCE // x0.shape[1])
+    total = 0.0
+    for part in (slice(i, i + rows) for i in range(0, len(x0), rows)):
+        errors = _errors(
+            model.unet_params, x0[part], eps[part], np.int32(t), text[part], unet=model.unet,
+            schedule=model.weights.schedule, images=images,
+        )  # fmt: skip
+        total += float(errors.sum())
+    return total / len(x0)
+
+
+@functools.partial(jax.jit, static_argnames=("unet", "schedule", "images"))
+def _errors(
+    params: dict, x0: Array, eps: Array, t: Array, text: Array, *, unet: UNet, schedule: Schedule, images: bool
+):
+    t = jnp.broadcast_to(t, x0.shape[:1])
+    x_t, target = schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t)
+    captions = {"text": None, "image_text": text[:, None]} if images else {"text": text}
+    prediction = unet.apply({"params": params}, x_t, t, **captions)
+    return einops.reduce(jnp.square(prediction - target), "n t h w c -> n", "mean")
+
+
+def least_loss(
+    schedule: Schedule,
+    t: int,
+    x0: Float[np.ndarray, "1 h w c"],
+    eps: Float[np.ndarray, "1 h w c"],
+    possible: Float[np.ndarray, "p h w c"],
+) -> float:
+    """The error of the best prediction for a still noised to t, by one who knows what its caption says.
+
+    A caption leaves only the place open, and a noisy picture makes some places likelier than others: the least mean
+    squared error is that of E[x0 | x_t], a mean over the places, each weighed by the likelihood of x_t. The places
+    are on a grid and the true one lies between: at little noise this is somewhat too high.
+    """
+    x0, eps, times = jnp.asarray(x0), jnp.asarray(eps), jnp.full((1,), t)
+    x_t = np.asarray(schedule.add_noise(x0, eps, times), np.float64)
+    alpha, sigma = np.sqrt(schedule.alphas_cumprod[t]), np.sqrt(1 - schedule.alphas_cumprod[t])
+    log_likelihood = -np.square(x_t - alpha * possible).sum(axis=(1, 2, 3)) / (2 * sigma**2)
+    weight = np.exp(log_likelihood - log_likelihood.max())
+    best_x0 = np.einsum("p,phwc->hwc", weight / weight.sum(), possible)[None]
+    best_eps = (x_t - alpha * best_x0) / sigma
+    best = schedule.target(jnp.asarray(best_x0, x0.dtype), jnp.asarray(best_eps, x0.dtype), times)
+    target = schedule.target(x0, eps, times)
+    return float(jnp.square(best - target).mean())
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lavie_jax.evaluation.noise_levels",
+        description="Loss, least possible loss and the worth of each word, at several noise levels.",
+    )
+    parser.add_argument("--weights", type=Path, help="a weights folder; the shipped model's by default")
+    parser.add_argument("--samples", type=int, default=32, help="stills and clips")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--json", type=Path, help="write the table here")
+    return parser.parse_args(argv)
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    if args.samples < 1 or args.seed < 0:
+        raise UserError(f"samples of at least 1 and a seed of at least 0; given {args.samples} and {args.seed}")
+    results.check_place(args.json, KIND)
+    folder, begin = cascade.base_folder(cascade.SHIPPED if args.weights is None else args.weights), time.perf_counter()
+    rows = measure(cascade.load(folder).base, count=args.samples, seed=args.seed)
+    return {
+        "kind": KIND, "weights": os.fspath(folder), "weights_hash": folder_hash(folder), "samples": args.samples,
+        "seed": args.seed, "levels": rows, "seconds": round(time.perf_counter() - begin, 1),
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line of this module."""
+    with one_line_errors():
+        args = _parse(argv)
+        result = _measure(args)
+    if args.json:
+        results.write(args.json, result)
+    columns = list(next(iter(result["levels"].values())))
+    lines = [[str(t), *(f"{row[name]:.3f}" for name in columns)] for t, row in result["levels"].items()]
+    print(results.markdown(["t", *columns], lines))
+
+
+if __name__ == "__main__":
+    main()
