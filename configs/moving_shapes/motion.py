@@ -27,6 +27,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.frames, config.data.fps = 6, 8.0 * 5 / 15
         config.batch = {"": 64, "cpu": 16}[mode]
         config.steps = 600
+        config.optimizer.kind = "adamw"  # the embedding was found with it
         config.optimizer.learning_rate, config.optimizer.warmup = 1e-2, 10
         config.optimizer.weight_decay = 0.0
         config.loss.logit_normal = (1.7, 0.6)
