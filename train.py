@@ -40,6 +40,7 @@ from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
 from lavie_jax.training import build, checkpoint, disk, divergence, grids, lock, metrics, optimizer, options
 from lavie_jax.training.step import make_state, make_update
+from lavie_jax.weights.folder import recover_folder
 
 HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
 
@@ -64,6 +65,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     parallel.keep_compiled_programs()
     first = jax.process_index() == 0
     cleanup.callback(lock.Lock(workdir).release)
+    if first:
+        recover_folder(workdir / "weights")  # a run that was killed while it exported
     mesh = parallel.make_mesh(**config.mesh)
     parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
@@ -75,6 +78,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     task, tokenizer_dir = build.make_task(config, dtype, scratch)
+    identity = config.to_dict() | {checkpoint.FROZEN: checkpoint.array_hash(task.frozen)}
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
     learning_rate = optimizer.learning_rate(optimizer.OptimizerConfig(**config.optimizer), config.steps)
 
@@ -116,7 +120,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
 
     if step:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        state = checkpoints.restore(step, abstract, config.to_dict())
+        state = checkpoints.restore(step, abstract, identity)
         say(f"resumed at step {step} of {config.steps}")
     else:
         if task.start is not None:
@@ -151,12 +155,14 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
         return metrics.mean(rows)
 
-    def export(measured: Mapping[str, float]) -> None:
-        """The EMA as a weights folder, by the first host."""
+    def export(measured: Mapping[str, float]) -> bool:
+        """The EMA as a weights folder, by the first host. False elsewhere, and when the disk is full."""
         ema = parallel.gather(state["ema"])
-        if first:
-            with disk.outlive("weights/"):
-                task.export(workdir / "weights", ema, measured)
+        if not first:
+            return False
+        with disk.outlive("weights/") as written:
+            task.export(workdir / "weights", ema, measured)
+        return bool(written)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Loop                                                                             │
@@ -207,9 +213,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
-            checkpoints.save(step, state, config.to_dict(), held_out=measured[task.judged_by])
-            export(measured)
-        if first and config.prompts and (step % config.sample_every == 0 or step == config.steps):
+            checkpoints.save(step, state, identity, held_out=measured[task.judged_by])
+            exported = export(measured)
+        if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             with disk.outlive("samples/"):
                 grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
                 writer.picture(step, "samples", grid)

@@ -172,6 +172,14 @@ def test_wrong_settings_are_refused(single, given, message):
         single([PROMPT, PROMPT], **given)
 
 
+@pytest.mark.parametrize(
+    "clip", [np.zeros((1, 4, 16, 16, 3), np.uint8), np.zeros((4, 16, 16, 3)), np.zeros((0, 16, 16, 3), np.uint8)]
+)
+def test_a_clip_of_another_kind_is_refused(single, clip):
+    with pytest.raises(UserError, match=r"clip: uint8 of shape \(frames, H, W, 3\) is needed"):
+        single(PROMPT, stages="interpolation", clip=clip)
+
+
 def test_lost_and_unknown_words_are_named(single):
     tokenizer = single.base.tokenizer
     assert cascade.text_warnings(tokenizer, [PROMPT]) == []

@@ -1,6 +1,8 @@
 """Checkpoints, the parameter hash, and the files of metrics."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -14,9 +16,9 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
-from lavie_jax.training import checkpoint, metrics
+from lavie_jax.training import checkpoint, disk, metrics
 
-CONFIG = {"stage": "base", "seed": 0, "unet": {"block_out_channels": [32, 64]}, "steps": 10}
+CONFIG = {"stage": "base", "seed": 0, "unet": {"block_out_channels": [32, 64]}, "steps": 10, checkpoint.FROZEN: "this"}
 
 
 def state(value: float = 0.0) -> dict:
@@ -171,6 +173,7 @@ def test_a_save_that_fails_for_another_reason_stops_the_run(tmp_path):
     [
         ({"seed": 1}, "seed = 0, not 1"),
         ({"unet": {"block_out_channels": [32]}}, r"unet.block_out_channels = \[32, 64\]"),
+        ({checkpoint.FROZEN: "other"}, "SHA-256 of the frozen models = 'this', not 'other'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
@@ -252,3 +255,31 @@ def test_pace_tells_steps_data_and_the_rest_apart(monkeypatch):
         "data_wait": 0.25,
     }  # fmt: skip
     assert pace.report(batch=8) == {"goodput": 10 / 26}  # nothing since
+
+
+def test_event_files_survive_a_full_disk(tmp_path, monkeypatch):
+    """TensorBoard's writing thread dies of it; the next interval's points are in a file of their own."""
+    with_events = metrics.Metrics(tmp_path, step=0, tensorboard=True)
+    events = with_events._events
+    monkeypatch.setattr(events._writer, "add_event", full_disk)
+    with_events.write(1, {"loss": 1.0})
+    with_events.write(2, {"loss": 2.0})
+    with_events.close()
+    found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in found.Scalars("loss")] == [(2, 2.0)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_by_what_it_gives(caplog):
+    with disk.outlive("something") as written:
+        pass
+    assert written
+    with disk.outlive("something") as written:
+        full_disk()
+    assert not written and "something could not be written: the disk is full" in caplog.text
+    with pytest.raises(ValueError), disk.outlive("something"):
+        raise ValueError

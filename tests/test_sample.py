@@ -428,6 +428,8 @@ def test_no_prompt_at_all_is_refused(capsys):
     [
         ("p.txt", "\ufeffa cat\n\n  a dog \n", [Prompt(text="a cat"), Prompt(text="a dog")]),
         ("p.csv", 'prompt,seed\n"a cat, red",3\na dog,\n', [Prompt(text="a cat, red", seed=3), Prompt(text="a dog")]),
+        ("p.csv", 'prompt,seed\n"a red circle\nmoving left",1\n', [Prompt(text="a red circle moving left", seed=1)]),
+        ("p.txt", "a cat\u2028and a dog\n", [Prompt(text="a cat and a dog")]),
         ("p.jsonl", '{"prompt": "a", "negative_prompt": ""}\n\n{"prompt": "b", "seed": 0}',
          [Prompt(text="a", negative=""), Prompt(text="b", seed=0)]),
     ],
@@ -453,6 +455,7 @@ def test_prompt_files_are_read(name, text, expected, tmp_path):
         ("p.csv", b"prompt,seed\na,1\nb,x\n", "line 3, seed"),
         ("p.csv", b"prompt,seed\na, red,1\n", "line 2: 2 columns"),
         ("p.csv", b"text\na\n", "header: unknown field 'text'"),
+        ("p.csv", b"prompt,prompt\na,b\n", "header: a field is named twice"),
     ],
     ids=str,
 )  # fmt: skip

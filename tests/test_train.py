@@ -321,6 +321,22 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
     np.testing.assert_allclose(losses(parallel.make_mesh(data=2, fsdp=4)), one, rtol=1e-5)
 
 
+def test_fields_that_may_be_none_are_unset_on_the_command_line():
+    config = options.load(str(ROOT / "configs/base.py"))
+    for field, text in (("data.path", ""), ("data.image_path", "None"), ("data.fps", "None")):
+        options.override(config, field, text)
+    assert (config.data.path, config.data.image_path, config.data.fps) == (None, None, None)
+    options.override(config, "init_from", "")
+    assert config.init_from == ""
+
+
+def test_prompts_are_refused_where_nothing_can_be_sampled(tmp_path):
+    config = options.load(str(ROOT / "configs/moving_shapes/interpolation.py:tiny"))
+    options.override(config, "prompts", "('a red circle',)")
+    with pytest.raises(UserError, match="this config's stage is 'interpolation'"):
+        options.check(config, tmp_path)
+
+
 BAD = [
     (["--config.stepz=3"], "did you mean 'steps'"),
     (["--config.optimizer.lr=3"], "Allowed: .*learning_rate"),

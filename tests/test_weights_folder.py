@@ -20,6 +20,7 @@ from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights import folder_hash, load_folder, load_part, save_folder
 from lavie_jax.weights.expected import compare, expected_shapes
+from lavie_jax.weights.folder import recover_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.safetensors_io import DTYPES, read_safetensors, write_safetensors
 
@@ -345,3 +346,14 @@ def test_loading_needs_no_torch(base, tmp_path):
         assert done.returncode == code_expected, done.stderr
     assert "PyTorch is needed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "conv_in.weight" in read_safetensors(tmp_path / "unet.safetensors")[0]
+
+
+def test_what_a_killed_export_left_is_cleared_and_what_it_moved_away_comes_back(base, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(base, tmp_path / ".weights.old-7")
+    (tmp_path / ".weights.writing-7").mkdir()
+    recover_folder(weights)
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"] and folder_hash(weights) == folder_hash(base)
+    (tmp_path / ".weights.old-8").mkdir()  # killed before it was removed
+    recover_folder(weights)
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"] and folder_hash(weights) == folder_hash(base)

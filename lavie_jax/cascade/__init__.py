@@ -225,7 +225,9 @@ class Cascade:
             "vsr": vsr or {},
         }
         source = None
-        if clip is not None:  # its rate is not asked for: an array comes back without one
+        if clip is not None:
+            _check_clip(clip)
+            # its rate is not asked for: an array comes back without one
             source = Source(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
         settings = plan(self.weights, stages, given, source)
         if negative_prompt is not None and "base" not in stages:
@@ -283,6 +285,11 @@ class Cascade:
 
 
 # ---- texts ----
+
+
+def _check_clip(clip: np.ndarray) -> None:
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.size:
+        raise UserError(f"clip: uint8 of shape (frames, H, W, 3) is needed, given {clip.dtype} of {clip.shape}")
 
 
 def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:

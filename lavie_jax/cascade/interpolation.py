@@ -16,7 +16,7 @@ from lavie_jax.cascade.model import CONDITION_STREAM, StageModel
 from lavie_jax.cascade.pixels import check_memory, padded
 from lavie_jax.cascade.windows import Window, grid, overlapping, whole
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import InterpolationSettings, Source
+from lavie_jax.samples.settings import InterpolationSettings, Source, check_given
 from lavie_jax.stages import STAGES
 from lavie_jax.weights import Weights
 
@@ -32,6 +32,7 @@ def resolve(weights: Weights, given: Mapping[str, Any], source: Source) -> Inter
     if source.frames < 2:
         raise UserError(f"interpolation needs at least 2 key frames, given {source.frames}")
     size = {"frames": RATE * (source.frames - 1) + 1, "height": source.height, "width": source.width}
+    check_given(given, size)
     if source.own and given.get("fps") is None:
         size["fps"] = min(RATE * source.fps, 1000)
     settings = InterpolationSettings.make(weights.sampling, {**given, **size})

@@ -21,7 +21,7 @@ from lavie_jax.cascade.pixels import check_memory, padded
 from lavie_jax.cascade.windows import Window, cut, grid, overlapping
 from lavie_jax.diffusion import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import Source, VSRSettings
+from lavie_jax.samples.settings import Source, VSRSettings, check_given
 from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
 from lavie_jax.weights import Weights
 
@@ -34,6 +34,7 @@ def resolve(weights: Weights, given: Mapping[str, Any], source: Source) -> VSRSe
     """The stage's settings; UserError for those that the model cannot make. The rate is the source's."""
     factor = weights.vae.config.factor
     size = {"frames": source.frames, "height": factor * source.height, "width": factor * source.width}
+    check_given(given, size)
     if given.get("fps") is None:
         size["fps"] = source.fps
     settings = VSRSettings.make(weights.sampling, {**given, **size})

@@ -251,9 +251,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = _parse(argv)
         result = _measure(args, _check(args))
+    print(markdown(result["tables"]))
     if args.json:
         results.write(args.json, result)
-    print(markdown(result["tables"]))
 
 
 if __name__ == "__main__":

@@ -208,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = _parse(argv)
         _check(args)
         result = _measure(args)
+    print(_markdown(result["splits"]))
     if args.json:
         results.write(args.json, result)
-    print(_markdown(result["splits"]))
 
 
 if __name__ == "__main__":

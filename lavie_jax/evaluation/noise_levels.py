@@ -178,7 +178,7 @@ def _measure(args: argparse.Namespace) -> dict:
         raise UserError(f"samples of at least 1 and a seed of at least 0; given {args.samples} and {args.seed}")
     results.check_place(args.json, KIND)
     folder, begin = cascade.base_folder(cascade.SHIPPED if args.weights is None else args.weights), time.perf_counter()
-    rows = measure(cascade.load(folder).base, count=args.samples, seed=args.seed)
+    rows = measure(cascade.load(folder, stages=("base",)).base, count=args.samples, seed=args.seed)
     return {
         "kind": KIND, "weights": os.fspath(folder), "weights_hash": folder_hash(folder), "samples": args.samples,
         "seed": args.seed, "levels": rows, "seconds": round(time.perf_counter() - begin, 1),
@@ -190,11 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = _parse(argv)
         result = _measure(args)
-    if args.json:
-        results.write(args.json, result)
     columns = list(next(iter(result["levels"].values())))
     lines = [[str(t), *(f"{row[name]:.3f}" for name in columns)] for t, row in result["levels"].items()]
     print(results.markdown(["t", *columns], lines))
+    if args.json:
+        results.write(args.json, result)
 
 
 if __name__ == "__main__":

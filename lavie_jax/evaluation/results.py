@@ -22,6 +22,8 @@ def check_folder(folder: Path | None) -> None:
     above = folder and next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if above and not above.is_dir():
         raise UserError(f"cannot write below {os.fspath(above)!r}: it is a file")
+    if above and not os.access(above, os.W_OK):
+        raise UserError(f"cannot write below {os.fspath(above)!r}: no permission")
 
 
 def _kind(path: Path) -> str | None:

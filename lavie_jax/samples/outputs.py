@@ -227,7 +227,7 @@ class Output:
 class ContactSheets:
     """`OUT/contact-sheet.png`, a row for each sample; after `ROWS` of them comes contact-sheet-2.png."""
 
-    ROWS, COLUMNS = 24, 6
+    ROWS, COLUMNS, SIDE = 24, 6, 256
 
     def __init__(self, folder: Path):
         self.folder, self.count, self.rows = folder, 0, []
@@ -235,7 +235,8 @@ class ContactSheets:
     def add(self, video: UInt8[np.ndarray, "t h w 3"], caption: str) -> None:
         """A row: a few frames of a video under its caption."""
         picks = np.unique(np.round(np.linspace(0, len(video) - 1, self.COLUMNS)).astype(int))
-        self.rows.append((video[picks], caption))
+        step = -(-max(video.shape[1:3]) // self.SIDE)  # a sheet of large frames would fill the host's memory
+        self.rows.append((video[picks, ::step, ::step].copy(), caption))
         if len(self.rows) == self.ROWS:
             self.flush()
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -71,15 +72,17 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _from_txt(path: Path, text: str) -> Iterator[Prompt]:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines() would cut at rarer characters too
         if line.strip():
-            yield Prompt(text=line.strip())
+            yield Prompt(text=" ".join(line.split()))
 
 
 def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
-    rows = csv.DictReader(text.splitlines(), strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         _check_fields(f"{path}, header", rows.fieldnames or ())
+        if len(set(rows.fieldnames)) < len(rows.fieldnames):
+            raise UserError(f"{path}, header: a field is named twice")
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
@@ -123,4 +126,4 @@ def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
     for part in (text, negative or ""):
         check_unicode(part, where)
     seed = check_seed(values["seed"], f"{where}, seed") if "seed" in values else None
-    return Prompt(text=text.strip(), seed=seed, negative=negative)
+    return Prompt(text=" ".join(text.split()), seed=seed, negative=negative)

@@ -107,6 +107,13 @@ class VSRSettings(Settings):
 SETTINGS = {"base": Settings, "interpolation": InterpolationSettings, "vsr": VSRSettings}
 
 
+def check_given(given: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+    """UserError for a setting that the frames before the stage decide, and that is given another value."""
+    for name, value in decided.items():
+        if given.get(name) not in (None, value):
+            raise UserError(f"{name}: the stage before, or the clip, makes it {value}; given {given[name]}")
+
+
 def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ...]:
     """`"base,vsr"`, or a sequence of names, as a tuple.
 

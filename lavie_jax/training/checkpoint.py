@@ -26,9 +26,13 @@ from lavie_jax import parallel
 from lavie_jax.errors import UserError
 from lavie_jax.training import disk
 
+# Beside the fields of the config: `array_hash` of the models that are not trained, which each start reads anew from
+# folders that may have changed.
+FROZEN = "SHA-256 of the frozen models"
+
 # What makes a checkpoint another model or another run: resuming with a different value is refused.
 # The rest (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
-IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule")
+IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule", FROZEN)
 
 # Counts of the process, not of the run: a resumed run starts to count anew.
 TRANSIENT = ("skipped",)
@@ -127,7 +131,7 @@ class Checkpoints:
         meta = self._read(step, meta=ocp.args.JsonRestore()).meta
         config = json.loads(json.dumps(config))  # as it went into the checkpoint: tuples are lists there
         for field in IDENTITY:
-            saved, now = meta["config"].get(field), config.get(field)
+            saved, now = meta["config"].get(field, config.get(field)), config.get(field)
             if saved != now:
                 raise UserError(
                     f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "
@@ -229,8 +233,13 @@ class Unsaved(RuntimeError):
 
 
 def parameter_hash(params: Any) -> str:
-    """SHA-256 over the paths, dtypes, shapes and bytes of a nested dict of parameters."""
-    flat = traverse_util.flatten_dict(parallel.gather(params), sep="/")
+    """`array_hash` of parameters on devices, however they are sharded."""
+    return array_hash(parallel.gather(params))
+
+
+def array_hash(tree: Any) -> str:
+    """SHA-256 over the paths, dtypes, shapes and bytes of a nested dict of numpy arrays."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
     digest = hashlib.sha256()
     for name in sorted(flat):
         x = np.ascontiguousarray(flat[name])

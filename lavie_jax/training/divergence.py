@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lavie_jax.training import disk
+
 AHEAD = 2  # steps of batches that may wait on the devices
 
 
@@ -49,16 +51,19 @@ class Watch:
         while len(self._in_flight) > (0 if wait else AHEAD):
             step, skipped, rows = self._in_flight.popleft()
             if int(skipped) >= self._limit:
-                path = dump(self._directory / str(step), step, state, rows, seed=self._seed)
+                path = self._directory / str(step)
+                with disk.outlive(f"{path}") as written:
+                    dump(path, step, state, rows, seed=self._seed)
+                reproduced = f" {path} reproduces the step (`divergence.load`)." if written else ""
                 raise Diverged(
                     f"loss or gradients were not finite in {int(skipped)} steps in a row, up to step {step}. "
-                    f"Nothing after the last checkpoint was kept; {path} reproduces the step. Try a lower "
+                    f"Nothing after the last checkpoint was kept.{reproduced} Try a lower "
                     "optimizer.learning_rate or a longer optimizer.warmup, from an older checkpoint "
                     "(--restore-step) if need be."
                 )
 
 
-def dump(path: Path, step: int, state: dict, rows: Mapping[str, np.ndarray], *, seed: int) -> Path:
+def dump(path: Path, step: int, state: dict, rows: Mapping[str, np.ndarray], *, seed: int) -> None:
     """Writes what update number `step` saw: `batch-P.npz` of process P (its rows, step, rng) and `state/` (Orbax).
 
     `state` may be that of a later step if all steps since were skipped. Must run on every host.
@@ -68,7 +73,6 @@ def dump(path: Path, step: int, state: dict, rows: Mapping[str, np.ndarray], *, 
     rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), step - 1))
     named = {f"batch/{name}": x for name, x in rows.items()}
     np.savez(path / f"batch-{jax.process_index()}.npz", step=step - 1, rng=rng, **named)
-    return path
 
 
 def load(path: Path, abstract: dict) -> tuple[dict, dict[str, np.ndarray]]:

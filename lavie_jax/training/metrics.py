@@ -38,19 +38,22 @@ class Metrics:
         with disk.outlive("metrics.jsonl"):  # the lines wait for the next one
             self._jsonl.flush()
         if self._events:
-            self._events.scalars(step, values)
+            with disk.outlive("tensorboard/"):
+                self._events.scalars(step, values)
 
     def picture(self, step: int, name: str, png: Path) -> None:
         """Shows a PNG in TensorBoard."""
         if self._events:
-            self._events.picture(step, name, png)
+            with disk.outlive("tensorboard/"):
+                self._events.picture(step, name, png)
 
     def close(self) -> None:
         """Writes what is left."""
         with disk.outlive("metrics.jsonl"):
             self._jsonl.close()
         if self._events:
-            self._events.close()
+            with disk.outlive("tensorboard/"):
+                self._events.close()
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -68,7 +71,8 @@ class EventFiles:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writer = EventFileWriter(str(directory), flush_secs=10)
+        self._open = lambda: EventFileWriter(str(directory), flush_secs=10)
+        self._writer = self._open()
         # TensorBoard hides what a killed run wrote from here on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -89,7 +93,11 @@ class EventFiles:
         self._writer.close()
 
     def _add(self, step: int, values: list) -> None:
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        try:
+            self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        except OSError:  # its thread met a full disk and is no more: a new file takes over
+            self._writer = self._open()
+            raise
 
 
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

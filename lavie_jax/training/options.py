@@ -21,6 +21,7 @@ USAGE = (
     "[--restore-step N] [--profile]"
 )
 FLAGS = ("config", "workdir", "restore-step", "profile")
+UNSET = ("data.path", "data.image_path", "data.fps")  # fields that may be None, on the command line "" or "None"
 
 
 class Arguments(NamedTuple):
@@ -91,6 +92,8 @@ def check(config: Any, workdir: Path) -> None:
     for field in ("keep_best", "keep_every"):
         if config[field] < 0:
             raise UserError(f"config field {field!r} must be at least 0, not {config[field]}.")
+    if config.prompts and config.stage != "base":
+        raise UserError(f"prompts are sampled from the base stage's models; this config's stage is {config.stage!r}.")
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
@@ -190,6 +193,8 @@ def _nearest(field: str, config: Any) -> str:
 def _convert(text: str, old: Any, field: str) -> Any:
     """`text` as a value of the type of `old`."""
     wrong = UserError(f"config field {field!r} takes a {type(old).__name__} such as {old!r}, not {text!r}.")
+    if field in UNSET and text in ("", "None"):
+        return None
     if old is None or isinstance(old, str):
         return text
     if isinstance(old, bool):

@@ -319,6 +319,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover_folder(path: Path) -> None:
+    """After a kill inside `new_folder`: removes what was half written, brings back what was moved out of the way.
+
+    Only for one who knows that nobody is writing `path` now.
+    """
+    for old in sorted(path.parent.glob(f".{path.name}.old-*")):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for half in path.parent.glob(f".{path.name}.writing-*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
 def folder_hash(path: str | Path) -> str:
     """SHA-256, hex, of what a weights folder holds: its configuration and every file of its parts, wherever they
     lie."""
