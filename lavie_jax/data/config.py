@@ -112,7 +112,7 @@ def make_source(config: DataConfig, *, batch_size: int = 1) -> Source:
     for name, (parts, weights, number) in _parts(config).items():
         if name == "videos":
             sides[name] = tuple(_one_source(config, part, ("", None)) for part in parts)
-        elif parts == _split_kinds(config.videos):
+        elif not config.stills:  # the stills are frames of the clips
             sides[name] = sides["videos"]
         else:
             sides[name] = tuple(_one_source(config, ("", None), part) for part in parts)

@@ -190,8 +190,11 @@ def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: 
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
 
 
-# The order of all records, another one each epoch.
-_epoch_order = functools.lru_cache(maxsize=8)(permutation)
+@functools.lru_cache(maxsize=32)  # two epochs for each of 16 parts of a mixture that have different sizes
+def _epoch_order(count: int, kind: str, seed: int, epoch: int) -> Int[np.ndarray, "count"]:  # noqa: F821
+    """The order of all records, another one each epoch; in half the memory, as there may be ten millions of them."""
+    order = permutation(count, kind, seed, epoch)
+    return order.astype(np.int32) if count < 2**31 else order
 
 
 # ---- by kind ----
