@@ -31,24 +31,24 @@ def write(out: Path, manifest: Mapping) -> None:
         before.unlink()
     pictures = []
 
-    def picture(name: str, title: str) -> Path:
+    def at(name: str, title: str) -> tuple[Path, str]:
         pictures.append((name, title))
-        return folder / f"{name}.png"
+        return folder / f"{name}.png", title
 
-    _histogram([row["frames"] / row["fps"] for row in clips], "seconds", picture("durations", "Clip durations"))
+    _histogram([row["frames"] / row["fps"] for row in clips], "seconds", *at("durations", "Clip durations"))
     words = [len(row["caption"].split()) for row in clips]
-    _histogram(words, "words", picture("captions", "Caption lengths"), whole=True)
+    _histogram(words, "words", *at("captions", "Caption lengths"), whole=True)
     sizes = Counter(f"{row['width']}x{row['height']}" for row in clips)
-    _bars(sizes, "clips", picture("resolutions", "Resolutions (width x height)"))
+    _bars(sizes, "clips", *at("resolutions", "Resolutions, width x height"))
     scores = [row["aesthetic"] for row in clips if row["aesthetic"] is not None]
     if scores:
-        _histogram(scores, "score", picture("aesthetic", "Aesthetic scores"))
+        _histogram(scores, "score", *at("aesthetic", "Aesthetic scores"))
     categories = Counter(row["category"] or "(none)" for row in clips)
     if set(categories) != {"(none)"}:
-        _bars(categories, "clips", picture("categories", "Categories"))
+        _bars(categories, "clips", *at("categories", "Categories"))
     if dropped:
-        _bars(manifest["dropped"], "segments or files", picture("dropped", "Reasons for drops"))
-    _sheet(out, picture("samples", "Sample clips"), len(clips))
+        _bars(manifest["dropped"], "segments or files", *at("dropped", "Reasons for drops"))
+    _sheet(out, at("samples", "Sample clips")[0], len(clips))
     page = _page(manifest, dropped, pictures)
     with video_files.finished(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -69,7 +69,7 @@ def _figure(height: float = 3.2):
     return figure, figure.subplots()
 
 
-def _histogram(values: Sequence[float], unit: str, path: Path, *, whole: bool = False) -> None:
+def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, whole: bool = False) -> None:
     """How many clips have which value; `whole` = values are whole numbers."""
     figure, axes = _figure()
     low, high = min(values), max(values)
@@ -81,14 +81,14 @@ def _histogram(values: Sequence[float], unit: str, path: Path, *, whole: bool = 
     axes.hist(values, bins=edges, color=_BAR)
     middle = float(np.median(values))
     axes.axvline(middle, color="black", linewidth=1, linestyle="--", label=f"median {middle:.3g}")
-    axes.set_xlabel(unit)
-    axes.set_ylabel("clips")
+    axes.set(title=title, xlabel=unit, ylabel="clips")
     axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=whole)
     axes.legend()
     figure.savefig(path, dpi=100)
 
 
-def _bars(counts: Mapping[str, int], unit: str, path: Path, *, most: int = 12) -> None:
+def _bars(counts: Mapping[str, int], unit: str, path: Path, title: str, *, most: int = 12) -> None:
     """A bar for each name, the most frequent on top; those beyond `most` are one."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown, rest = ranked[:most], ranked[most:]
@@ -101,7 +101,7 @@ def _bars(counts: Mapping[str, int], unit: str, path: Path, *, most: int = 12) -
     axes.set_yticks(range(len(labels)), labels)
     axes.bar_label(bars, padding=3)
     axes.margins(x=0.1)
-    axes.set_xlabel(unit)
+    axes.set(title=title, xlabel=unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=100)
 
@@ -123,9 +123,9 @@ def _sheet(out: Path, path: Path, count: int) -> None:
 
 def _small(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
     height, width = frame.shape[:2]
-    zoom = min(1.0, SHEET_SIDE / min(height, width))
+    zoom = SHEET_SIDE / min(height, width)
     size = (round(width * zoom), round(height * zoom))
-    return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BILINEAR))
 
 
 # ---- the page ----
@@ -133,7 +133,7 @@ def _small(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
-    "img{max-width:100%}figure{display:inline-block;margin:.5em 0}figcaption{font-weight:bold}"
+    "img{max-width:100%}figure{display:inline-block;margin:.5em 0}"
 )
 _EXAMPLES = 3  # of each reason
 
@@ -151,10 +151,7 @@ def _page(manifest: Mapping, dropped: Sequence[Mapping], pictures: Sequence[tupl
         some = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
         named = "<br>".join(html.escape(_example(row)) for row in some)
         rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{named}</td></tr>")
-    figures = "\n".join(
-        f'<figure><figcaption>{title}</figcaption><img src="{PICTURES}/{name}.png" alt="{title}"></figure>'
-        for name, title in pictures
-    )
+    figures = "\n".join(f'<figure><img src="{PICTURES}/{name}.png" alt="{title}"></figure>' for name, title in pictures)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Curated clips</title><style>{_STYLE}</style></head><body>
 <h1>Curated clips</h1>

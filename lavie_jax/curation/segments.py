@@ -14,6 +14,7 @@ from lavie_jax.errors import UserError
 SIDE = 224  # pixels of the shorter side of sample frames; what CLIP sees
 SAMPLES = 16  # at most so many of a scene are kept at a time, so that its length costs no memory
 _REACH = 2  # frames on either side that the detector compares a cut with
+_REPEATS = 8  # in a row are not shown to it; the next one is, as frames wait in memory until they are judged
 
 INSTALL = 'pip install "lavie_jax[curation]", or -e ".[curation]" in a clone'
 
@@ -31,8 +32,8 @@ def find_scenes(path: str | Path, *, threshold: float) -> Iterator[Scene]:
     """The scenes of a video file, first to last; without a cut there is one.
 
     `threshold` is the ratio that makes a cut of AdaptiveDetector: the change from one frame to the next against the
-    mean of those around it. Slow cross-fades are not seen as cuts. Raises UserError for what cannot be read to its
-    end, and without PySceneDetect.
+    mean of those around it. It sees neither slow cross-fades nor shots of one or two frames. Raises UserError for what
+    cannot be read to its end, and without PySceneDetect.
     """
     first, index, samples = 0, 0, _Samples()
     for frame, is_cut in _marked(video_files.each_frame(path, shorter_side=SIDE), threshold):
@@ -67,32 +68,44 @@ class _Samples:
 def _marked(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple[np.ndarray, bool]]:
     """Each frame, and whether a scene begins with it.
 
-    The detector looks two frames ahead, so frames come out two later. The first and the last frame are shown to it
-    again, before and after: a cut close to an end is judged like any other.
+    The detector looks two frames ahead, so frames come out later than they go in. Frames that repeat the one before,
+    as streams of varying rate have, are not shown to it: among them, plain motion would look like a cut. The first and
+    the last frame are shown once more on their outer side, so that a cut close to an end is judged like any other.
     """
     detector, timecode = _detector(threshold)
     cuts: set[int] = set()
-    waiting: collections.deque[np.ndarray] = collections.deque()
-    shown, out, frame = 0, 0, None
+    waiting: collections.deque[tuple[np.ndarray, int]] = collections.deque()  # with numbers; -1 = not shown
+    shown, repeats, before = 0, 0, None
 
     def show(frame: np.ndarray) -> None:
         nonlocal shown
         found = detector.process_frame(timecode(shown, 30.0), np.ascontiguousarray(frame[:, :, ::-1]))  # BGR
-        cuts.update(cut.frame_num - _REACH for cut in found)  # the rate is no matter: frames are counted
+        cuts.update(cut.frame_num for cut in found)  # the rate is no matter: frames are counted
         shown += 1
 
+    def decided() -> Iterator[tuple[np.ndarray, bool]]:
+        while waiting and waiting[0][1] < shown - _REACH:
+            frame, number = waiting.popleft()
+            yield frame, number in cuts
+
     for frame in frames:
-        for _ in range(1 if shown else 1 + _REACH):
+        repeats = repeats + 1 if before is not None and _same(frame, before) else 0
+        if 0 < repeats <= _REPEATS:
+            waiting.append((frame, -1))
+            continue
+        for _ in range(0 if shown else _REACH):
             show(frame)
-        waiting.append(frame)
-        if len(waiting) > _REACH:
-            yield waiting.popleft(), out in cuts
-            out += 1
-    for _ in range(_REACH if waiting else 0):
+        waiting.append((frame, shown))
         show(frame)
-    while waiting:
-        yield waiting.popleft(), out in cuts
-        out += 1
+        before = frame
+        yield from decided()
+    for _ in range(_REACH if shown else 0):
+        show(before)
+    yield from decided()
+
+
+def _same(frame: np.ndarray, before: np.ndarray) -> bool:
+    return frame is before or bool(np.abs(frame.astype(np.int16) - before).mean() < 0.5)
 
 
 def _detector(threshold: float):

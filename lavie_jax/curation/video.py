@@ -76,7 +76,7 @@ REASONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a video cost: its length and what a core worked for it, in seconds."""
+    """What a video cost: seconds of it that were decoded, and seconds that a core worked for it."""
 
     video_seconds: float
     core_seconds: float
@@ -101,13 +101,14 @@ def curate_video(
         found = list(_clips(judge, emptied()))
     except UserError as error:
         emptied()
-        found = [Segment(start=0.0, end=0.0, reason="unreadable", detail=str(error))]
+        detail = str(error).replace(os.fspath(video.path), video.name)  # the same wherever the folder lies
+        found = [Segment(start=0.0, end=0.0, reason="unreadable", detail=detail)]
     rows = [dataclasses.asdict(segment) for segment in found]
     (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # one that cannot be read back
     temporary.rename(folder)
     kept = sum(not segment.reason for segment in found)
-    seconds = max((segment.end for segment in found), default=0.0)
+    seconds = sum(segment.end - segment.start for segment in found if segment.frames)  # not of files dropped unseen
     return Summary(seconds, time.process_time() - began, kept, len(found) - kept)
 
 

@@ -375,7 +375,7 @@ def _read_npz(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def contact_sheet(
-    videos: Sequence[UInt8[np.ndarray, "t h w 3"]],
+    videos: Sequence[UInt8[np.ndarray, "_t _h _w 3"]],
     captions: Sequence[str],
     path: str | Path,
     *,
