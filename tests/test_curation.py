@@ -26,14 +26,15 @@ from lavie_jax.curation import duplicates, filters, pipeline, segments, video
 from lavie_jax.curation.inputs import Caption, caption_of
 from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shards, sources, video_files
-from lavie_jax.data.tokens import load_tokenizer
+from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
-from lavie_jax.training import build, optimizer, options
-from lavie_jax.training.step import make_state, make_update
+from lavie_jax.training import optimizer
+from lavie_jax.training.step import Task, make_state, make_update
 from tests import videos
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--min-height", "80", "--workers", "1")  # of the tests' videos
+STEPS = 30  # of training
 
 
 @pytest.fixture(scope="module")
@@ -326,31 +327,27 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
 # ---- training reads it ----
 
 
-def test_training_learns_from_the_shards(curated, tmp_path):
-    """A few steps of a video model on the set, batch by batch through `data.source=array_record`."""
-    config = options.load(str(ROOT / "configs/moving_shapes/base.py:tiny"))
-    with config.unlocked():
-        config.unet.block_out_channels, config.unet.attention_levels = (16,), (False,)
-        config.unet.attention_heads, config.unet.only_cross_attention = (2,), (False,)
-        config.unet.norm_num_groups = 8
-    config.data.source, config.data.path, config.data.fps = "array_record", str(curated), 12.0
-    config.data.frames, config.data.images, config.batch = 8, 1, 2
-    task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    start = jax.tree.map(lambda x: (0.05 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1e-3, warmup=0), 3)
+def test_training_steps_on_the_shards(curated):
+    """Training's own data pipeline and update step, with a model that compiles at once: each frame from the one before.
+
+    It does better than one that says the same of every frame: what it was shown are clips.
+    """
+
+    def loss(params, frozen, batch, rng):
+        guess = batch["video"][:, :-1] @ params["kernel"] + params["bias"]
+        return jnp.square(guess - batch["video"][:, 1:]).mean(), {"spread": batch["video"].var()}
+
+    start = {"kernel": np.zeros((3, 3), np.float32), "bias": np.zeros(3, np.float32)}
+    task = Task(
+        init=lambda rng: start, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None
+    )  # fmt: skip
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup=0), STEPS)
     state, update = make_state(start, task, tx), jax.jit(make_update(task, tx, seed=0, ema_decay=0.9))
-    losses = []
-    data = build.data_config(config)
-    with contextlib.closing(data_pipeline.batches(data, load_tokenizer(tokenizer), batch_size=2)) as rows:
-        for _, batch in zip(range(3), rows):
-            assert batch["video"].shape[:2] == (2, 8) and np.ptp(batch["video"]) > 0.5
+    config = DataConfig(source="array_record", path=str(curated), frames=8, fps=12.0, height=48, width=64)
+    with contextlib.closing(data_pipeline.batches(config, None, batch_size=4)) as rows:
+        for _, batch in zip(range(STEPS), rows):
             state, found = update(state, task.frozen, batch)
-            losses.append(float(found["loss"]))
-    assert np.isfinite(losses).all() and len(losses) == 3
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state["params"], start)
-    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert np.isfinite(found["loss"]) and found["loss"] < 0.5 * found["spread"]
 
 
 def test_the_shards_are_a_source_of_every_clip(curated):
