@@ -50,7 +50,7 @@ def make_captioner(what: str | Captioner) -> Captioner:
 def _model_captioner(folder: Path) -> Captioner:
     torch, transformers = _libraries(folder)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{str(folder)!r} holds no image-to-text model with its processor: {error}") from error

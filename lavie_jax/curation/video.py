@@ -231,7 +231,7 @@ class _Judge:
             return dropped
         if self.scorer is not None:
             segment = dataclasses.replace(segment, aesthetic=self.scorer(frames))
-            if segment.aesthetic < self.thresholds.min_aesthetic:
+            if self.thresholds.min_aesthetic and segment.aesthetic < self.thresholds.min_aesthetic:
                 return dataclasses.replace(segment, reason="low aesthetic score", detail=f"{segment.aesthetic:.2f}")
         if given is None and self.captioner is not None:
             segment = dataclasses.replace(segment, caption=one_line(str(self.captioner(frames))))
