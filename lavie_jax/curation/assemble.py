@@ -41,7 +41,7 @@ def write(
     lost = [(video, segment) for video, segment in found if segment.reason]
     counts = Counter(segment.reason for _, segment in lost)
     dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
-    _write_lines(out / DROPPED, (_dropped_row(video, segment) for video, segment in lost))
+    _write_lines(out / DROPPED, ({"reason": s.reason, "detail": s.detail, **_described(v, s)} for v, s in lost))
     if not kept:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise UserError(f"no clip is left of {len(videos)} videos: {reasons}. {os.fspath(out / DROPPED)!r} lists them")
@@ -92,11 +92,6 @@ def _described(video: Video, segment: Segment) -> dict[str, object]:
     """What is said of a clip: the fields of its record, but for the video."""
     fields = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name not in _INTERNAL}
     return {"source": video.name, **fields}
-
-
-def _dropped_row(video: Video, segment: Segment) -> dict[str, object]:
-    return {"source": video.name, "reason": segment.reason, "detail": segment.detail, "start": segment.start,
-            "end": segment.end}  # fmt: skip
 
 
 def _records(kept: Found, work: Path, digests: list[str]) -> Iterator[dict[str, object]]:
