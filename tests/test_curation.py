@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -322,6 +323,34 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
     before = digests_of(tmp_path / "out")
     assert "holds a finished set" in refused()
     assert digests_of(tmp_path / "out") == before
+
+
+def test_a_full_disk_and_a_dead_worker_are_told_in_one_line_and_cost_nothing(wild, tmp_path, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("film_25.mov", "film_25.txt", "web.webm", "web.txt"):
+        shutil.copy(wild[0] / name, folder)
+    job = pipeline.Job(thresholds=filters.Thresholds(min_height=80))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video.video_files, "encode", full)
+        with pytest.raises(UserError, match="is full: make room, and the same command goes on"):
+            pipeline.curate(folder, out, job)
+    killer = dataclasses.replace(job, captioner="os:abort")
+    (folder / "web.txt").unlink()
+    with pytest.raises(UserError, match="captioner was None, now os:abort"):
+        pipeline.curate(folder, out, killer)
+    with pytest.raises(UserError, match="a worker died"):
+        pipeline.curate(folder, tmp_path / "other", dataclasses.replace(killer, captioner=die), workers=2)
+    (folder / "web.txt").write_text("the land of web")
+    assert pipeline.curate(folder, out, job).clips == 2
+
+
+def die(frames):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---- training reads it ----

@@ -26,6 +26,7 @@ from lavie_jax.curation.inputs import Video, find_videos
 from lavie_jax.curation.models import Captioner
 from lavie_jax.curation.video import Summary, curate_video, read_result
 from lavie_jax.errors import UserError
+from lavie_jax.training.disk import is_full
 
 WORK = ".work"
 
@@ -90,7 +91,7 @@ def curate(
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was stopped in its last moment
         raise UserError(f"{os.fspath(out)!r} holds a finished set: name another --out, or remove it")
     _make_tools(job)  # fails here, once, rather than in every worker
-    with _started(out, job.settings() | {"shard_clips": shard_clips}) as work:
+    with _started(out, job.settings() | {"shard_clips": shard_clips}) as work, _full_disk_told(out):
         summaries = _curate_all(videos, work, job, workers)
         bits = job.thresholds.duplicate_bits
         manifest = assemble.write(
@@ -106,6 +107,16 @@ def curate(
         video_seconds=sum(summary.video_seconds for summary in summaries),
         core_seconds=sum(summary.core_seconds for summary in summaries),
     )
+
+
+@contextlib.contextmanager
+def _full_disk_told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise UserError(f"the disk of {os.fspath(out)!r} is full: make room, and the same command goes on") from error
 
 
 def _check_libraries() -> None:

@@ -173,4 +173,5 @@ def _setting(key: str, value: object) -> str:
 
 def _example(row: Mapping) -> str:
     detail = f": {row['detail']}" if row["detail"] else ""
-    return f"{row['source']} {row['start']:.2f}-{row['end']:.2f} s{detail}"
+    times = f" {row['start']:.2f}-{row['end']:.2f} s" if row["end"] else ""  # of an unreadable file there are none
+    return f"{row['source']}{times}{detail}"
