@@ -24,7 +24,7 @@ from PIL import Image
 
 from lavie_jax.curation import __main__ as command
 from lavie_jax.curation import duplicates, filters, pipeline, segments, video
-from lavie_jax.curation.inputs import Caption, caption_of
+from lavie_jax.curation.inputs import Caption, caption_of, find_videos
 from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shards, sources, video_files
 from lavie_jax.data.config import DataConfig
@@ -162,6 +162,39 @@ def test_bars_are_found_to_the_row_and_a_dark_room_has_none():
     assert filters.bars(np.zeros_like(land)) == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "want, reason, size",
+    [
+        ({"letterbox": "crop"}, "", (94, 160)),
+        ({"letterbox": "keep"}, "", (128, 160)),
+        ({"letterbox": "drop"}, "letterbox", (0, 0)),
+        ({"letterbox": "crop", "min_height": 100}, "low resolution", (0, 0)),  # it counts what is left
+        ({"letterbox": "keep", "min_height": 100}, "", (128, 160)),
+    ],
+)
+def test_black_bars_are_cut_off_kept_or_a_reason(wild, tmp_path, want, reason, size):
+    (one,) = [v for v in find_videos(wild[0], None) if v.name == "wide_bars.mp4"]
+    thresholds = filters.Thresholds(**{"min_height": 80, **want})
+    video.curate_video(one, tmp_path, thresholds, captioner=None, scorer=None)
+    (found,) = video.read_result(tmp_path / one.key)
+    assert (found.reason, (found.height, found.width)) == (reason, size)
+    (tmp_path / one.key / "result.json").write_text("[{")  # half a result is none
+    assert video.read_result(tmp_path / one.key) is None
+
+
+def test_bars_at_full_size_cover_those_that_were_seen_and_leave_even_sides():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        small, zoom = rng.integers(60, 400, 2), rng.uniform(1, 9, 2)
+        full = np.round(small * zoom).astype(int)
+        seen = filters.Bars(*(int(n) for n in rng.integers(0, 12, 4)))
+        bars = video._at_full_size(seen, tuple(small.tolist()), tuple(full.tolist()))
+        height, width = filters.Bars(*bars).cut(np.empty((*full, 3), np.uint8)).shape[:2]
+        assert height % 2 == width % 2 == 0
+        for mine, theirs, scale in zip(bars, seen, np.repeat(full / small, 2)):
+            assert (mine >= theirs * scale and mine <= (theirs + 1) * scale + 2) if theirs else mine <= 1
+
+
 def test_a_small_thing_that_moves_is_no_static_clip_and_noise_is_no_motion():
     still = np.repeat(videos.pan(51, 1), 12, axis=0)
     rng = np.random.default_rng(0)
@@ -295,8 +328,10 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(wild, curated, tmp_path, 
         assert not (out / "manifest.json").exists()
     assert all(path.stat().st_mtime_ns == when for path, when in
                ((folder / "result.json", when) for folder, when in done.items()))  # fmt: skip
+    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # what a kill within a shard leaves
     command.main(words)
-    assert digests_of(out) == digests_of(curated) and not (out / ".work").exists()
+    assert digests_of(out) == digests_of(curated)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in curated.iterdir())
 
 
 def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_path, capsys, monkeypatch):

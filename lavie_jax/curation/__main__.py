@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavie_jax.curation.filters import Thresholds
+from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.pipeline import Job, Outcome, curate
 from lavie_jax.errors import UserError, one_line_errors
 
@@ -36,7 +36,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     filters = parser.add_argument_group("filters")
     for field in dataclasses.fields(Thresholds):
         text = f"{field.metadata['help']} (default: %(default)s)"
-        filters.add_argument(_flag(field.name), type=field.type, default=field.default, help=text, metavar="N")
+        shown = "|".join(LETTERBOX) if field.name == "letterbox" else "N"
+        filters.add_argument(_flag(field.name), type=field.type, default=field.default, help=text, metavar=shown)
     return parser.parse_args(argv)
 
 

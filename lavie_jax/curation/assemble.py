@@ -45,8 +45,8 @@ def write(
     if not kept:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise UserError(f"no clip is left of {len(videos)} videos: {reasons}. {os.fspath(out / DROPPED)!r} lists them")
-    for before in (*out.glob(f"{NAME}-*{shards.SUFFIX}"), *out.glob(f".*-{NAME}-*{shards.SUFFIX}")):
-        before.unlink()  # of a run that was stopped while it wrote them
+    for before in (*out.glob(f"{NAME}-*{shards.SUFFIX}"), *out.glob(".[0-9]*-*")):
+        before.unlink()  # of a run that was stopped while it wrote them, whole or under temporary names
     digests: list[str] = []
     paths = shards.write_shards(_records(kept, work, digests), out, name=NAME, shard_records=shard_clips)
     places = [{"shard": paths[i // shard_clips].name, "index": i % shard_clips} for i in range(len(kept))]

@@ -32,10 +32,10 @@ class Thresholds:
     cut: float = _threshold(3.0, "how many times its neighbours' change a cut's is (PySceneDetect's AdaptiveDetector)")
     min_brightness: float = _threshold(32.0, "drop scenes with 99 of 100 pixels darker, of 255")
     min_motion: float = _threshold(0.002, "drop scenes in which a smaller share of the pixels changes")
-    letterbox: str = _threshold("crop", f"what happens to black bars: {', '.join(LETTERBOX)}")
+    letterbox: str = _threshold("crop", "what happens to black bars, or to scenes with them")
     max_overlay: float = _threshold(0.004, "drop scenes with a larger share of standing text or marks; 1 turns it off")
     duplicate_bits: int = _threshold(16, "drop clips whose hash differs in at most so many of 256 bits; -1: off")
-    min_aesthetic: float = _threshold(0.0, "drop scenes with a lower aesthetic score")
+    min_aesthetic: float = _threshold(0.0, "drop scenes with a lower aesthetic score; 0: none")
 
     def __post_init__(self):
         if self.letterbox not in LETTERBOX:
