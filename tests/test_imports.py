@@ -25,7 +25,10 @@ KNOWS = {
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 # Installed for some configurations only, or slow to import; whoever needs one imports it where it is used.
-ON_DEMAND = ["grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers"]
+ON_DEMAND = [
+    "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
+    "scenedetect", "cv2", "matplotlib",
+]  # fmt: skip
 
 SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

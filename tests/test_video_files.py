@@ -1,11 +1,14 @@
 """Video files: written whole, read back by time, shown on a contact sheet."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, video_files
 from lavie_jax.errors import UserError
+from tests import videos
 
 
 def ramp(frames=12, height=32, width=48):
@@ -58,6 +61,30 @@ def test_a_real_picture_survives_compression(tmp_path):
 )
 def test_reading_by_time(video, arguments, expected):
     assert numbers(video_files.read_video(video, **arguments), ramp()) == expected
+
+
+def test_frames_come_one_at_a_time_as_reading_by_time_gives_them(tmp_path):
+    path = video_files.save_video(np.tile(ramp(), (22, 1, 1, 1)), tmp_path / "long.mp4", fps=30)  # two key frames
+    for first in (0, 240, 249, 250, 260):
+        part = np.stack(list(itertools.islice(video_files.each_frame(path, first=first), 5)))
+        np.testing.assert_array_equal(part, video_files.read_video(path, frames=min(5, 264 - first), start=first / 30))
+    assert list(video_files.each_frame(path, first=264)) == []
+    small = next(video_files.each_frame(path, shorter_side=8))
+    assert small.shape == (8, 12, 3) and video_files.stored_size(path) == (32, 48)
+    assert next(video_files.each_frame(path, shorter_side=64)).shape == (32, 48, 3)  # never enlarged
+
+
+def test_frames_of_a_varying_rate_are_shown_as_long_as_they_last(tmp_path):
+    """Ten frames in 1.2 seconds, the fourth shown for 0.4: at the average rate it comes more often."""
+    times = np.array([0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1])
+    path = videos.encode(tmp_path / "a.mkv", ramp(10), 10, times=times)
+    rate = video_files.video_info(path).fps
+    due = np.searchsorted(times, np.arange(round(1.1 * rate)) / rate + 0.5 / rate, side="right") - 1
+    got = numbers(np.stack(list(video_files.each_frame(path))), ramp(10))
+    assert got[: len(due)] == due.tolist() and got.count(3) > 2 and sorted(got) == got
+    for first in (0, 5):
+        part = np.stack(list(video_files.each_frame(path, first=first)))
+        assert numbers(part, ramp(10)) == got[first:]
 
 
 def test_a_seek_into_a_long_video_is_exact(tmp_path):

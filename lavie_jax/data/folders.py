@@ -127,24 +127,31 @@ def _checked(rows: list[tuple[Path, str]], check: Callable[[Path], None], droppe
 # ---- tables ----
 
 
-def _table(path: Path, medium: Medium, dropped: _Dropped) -> Iterator[tuple[Path, str]]:
-    """(file, caption) of every row that has both."""
+def read_table(path: Path, medium: Medium) -> Iterator[tuple[str, Path | None, str, Mapping[str, object]]]:
+    """(where it stands, its file or None if there is none, its caption or "", all fields) of every row of a table.
+
+    Raises UserError for what is no table, lacks a column or has no rows.
+    """
     if not path.is_file():
         raise UserError(f"no table {os.fspath(path)!r}")
     seen = False
     for where, row in _rows(path):
         seen = True
-        caption_column = _column(path, row, CAPTION_COLUMNS)
-        file = _file(path, row, medium)
-        caption = one_line(row[caption_column]) if isinstance(row[caption_column], str) else ""
+        text = row[_column(path, row, CAPTION_COLUMNS)]
+        yield where, _file(path, row, medium), one_line(text) if isinstance(text, str) else "", row
+    if not seen:
+        raise UserError(f"the table {os.fspath(path)!r} has no rows")
+
+
+def _table(path: Path, medium: Medium, dropped: _Dropped) -> Iterator[tuple[Path, str]]:
+    """(file, caption) of every row that has both."""
+    for where, file, caption, _ in read_table(path, medium):
         if file is None:
             dropped.add("name no file that exists", where)
         elif not caption:
             dropped.add("have no caption", where)
         else:
             yield file, caption
-    if not seen:
-        raise UserError(f"the table {os.fspath(path)!r} has no rows")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -4,6 +4,7 @@ A record is {"video": encoded clip} or {"image": encoded picture} with a "captio
 wanted to keep beside it. `write_shards` writes them, `write_tfds` makes a TFDS data set of them.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -119,26 +120,19 @@ def write_shards(
 
     from lavie_jax.data.video_files import finished
 
-    folder, paths, pending = Path(folder), [], []
+    folder, paths, records = Path(folder), [], iter(records)
     if list(folder.glob(f"{name}-*{SUFFIX}")):
         raise UserError(f"{os.fspath(folder)!r} has shards named {name!r} already: name another folder")
-
-    def flush() -> None:
+    for first in records:
         path = folder / f"{name}-{len(paths):05d}{SUFFIX}"
         with finished(path) as temporary:
             writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
-            for fields in pending:
-                writer.write(msgpack.packb(dict(fields)))
-            writer.close()
+            try:
+                for fields in itertools.chain([first], itertools.islice(records, shard_records - 1)):
+                    writer.write(msgpack.packb(dict(fields)))
+            finally:
+                writer.close()
         paths.append(path)
-        pending.clear()
-
-    for fields in records:
-        pending.append(fields)
-        if len(pending) == shard_records:
-            flush()
-    if pending:
-        flush()
     if not paths:
         raise UserError(f"no records to write to {os.fspath(folder)!r}")
     return paths

@@ -10,7 +10,7 @@ import math
 import os
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -38,29 +38,49 @@ def finished(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def encode(
+    frames: Iterable[UInt8[np.ndarray, "h w 3"]],
+    path: str | Path,
+    *,
+    height: int,
+    width: int,
+    fps: float,
+    options: Mapping[str, str],
+) -> int:
+    """Writes an mp4 (H.264, 4:2:0) of frames as they come, under its own name at once; returns how many there were.
+
+    `options` are libx264's, e.g. {"crf": "18"}. The same frames give the same bytes on every machine.
+    """
+    import av  # PyAV is needed by those who read or write video files only
+
+    count = 0
+    with av.open(os.fspath(path), "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(65535)
+        stream = container.add_stream("libx264", rate=rate, options=dict(options))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.thread_count = 1  # the same bytes on every machine
+        for frame in frames:
+            count += 1
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return count
+
+
 def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: float) -> Path:
     """Writes an mp4 (H.264, crf 18, 4:2:0) of `frames`; returns its path.
 
     Raises UserError for odd sides, which 4:2:0 cannot hold, and for a rate that is not above 0.
     """
-    import av  # PyAV is needed by those who read or write video files only
-
     frame_count, height, width = frames.shape[:3]
     if not (0 < fps < 65535):
         raise UserError(f"fps must be above 0; given {fps}")
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 has frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = Path(path)
-    with finished(path) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
-        rate = Fraction(fps).limit_denominator(65535)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.thread_count = 1  # the same bytes on every machine
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+    with finished(path) as temporary:
+        encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"})
     return path
 
 
@@ -268,6 +288,46 @@ def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, ra
     return np.stack(shown)
 
 
+def stored_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of a video file as it is stored; a camera that was turned shows it the other way."""
+    with _opened(path) as (_, stream):
+        return stream.height, stream.width
+
+
+def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames shown at first / fps, (first + 1) / fps, ... to the end, one at a time; fps is the file's own.
+
+    A stream of varying rate comes at its average one. Frames are scaled down until the shorter side has `shorter_side`
+    pixels; 0 leaves them as they are. Raises UserError for what cannot be read, also where the file breaks off.
+    """
+    what = _label(path, "")
+    with _opened(path) as (container, stream):
+        info, base, start = _info(container, stream, what), float(stream.time_base), stream.start_time or 0
+        container.seek(start + int(first / info.fps / base), stream=stream, backward=True)
+        size: dict[str, int] = {}
+        due, number, until, before = first, 0, 0, None
+        for frame in container.decode(stream):
+            if frame.pts is not None:
+                number = round((frame.pts - start) * base * info.fps)
+            if not size:
+                zoom = min(1.0, shorter_side / min(frame.height, frame.width)) if shorter_side else 1.0
+                size = {"height": round(frame.height * zoom), "width": round(frame.width * zoom)}
+            if number > 2 * info.frames + 100:  # or damaged time stamps would repeat one frame for hours
+                raise UserError(f"the video {what} has a frame at {number / info.fps:g} s, beyond its end")
+            if before is not None and due < number:
+                pixels = _upright(before, **size)
+                for _ in range(due, number):  # shown until the next one
+                    yield pixels
+                due = number
+            # Of frames within one moment, the last is shown.
+            before, until = frame, number + max(1, round((frame.duration or 0) * base * info.fps))
+            number += 1
+        if before is not None and due < until:
+            pixels = _upright(before, **size)
+            for _ in range(due, until):
+                yield pixels
+
+
 def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
     """(every frame, frames per second) of a video file, or of an .npz with `video` and `fps` as `save_as` writes.
 
@@ -315,7 +375,7 @@ def _read_npz(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def contact_sheet(
-    videos: Sequence[UInt8[np.ndarray, "t h w 3"]],
+    videos: Sequence[UInt8[np.ndarray, "_t _h _w 3"]],
     captions: Sequence[str],
     path: str | Path,
     *,

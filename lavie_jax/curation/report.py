@@ -1,0 +1,177 @@
+"""report.html and its pictures: what a curated set holds, after figures 8 and 9 of the paper, and what was dropped.
+
+Everything is read back from the lists and shards, so the report shows what was written.
+"""
+
+import html
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from lavie_jax.curation import assemble
+from lavie_jax.curation.video import REASONS
+from lavie_jax.data import shards, video_files
+
+PAGE, PICTURES = "report.html", "report"
+SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
+_BAR = "#3a6ea5"
+
+
+def write(out: Path, manifest: Mapping) -> None:
+    """Writes `out/report.html` and the PNGs in `out/report/` that it shows."""
+    clips, dropped = (_lines(out / name) for name in (assemble.CLIPS, assemble.DROPPED))
+    folder = out / PICTURES
+    folder.mkdir(exist_ok=True)
+    for before in folder.glob("*.png"):  # of a run that was stopped here
+        before.unlink()
+    pictures = []
+
+    def at(name: str, title: str) -> tuple[Path, str]:
+        pictures.append((name, title))
+        return folder / f"{name}.png", title
+
+    _histogram([row["frames"] / row["fps"] for row in clips], "seconds", *at("durations", "Clip durations"))
+    words = [len(row["caption"].split()) for row in clips]
+    _histogram(words, "words", *at("captions", "Caption lengths"), whole=True)
+    sizes = Counter(f"{row['width']}x{row['height']}" for row in clips)
+    _bars(sizes, "clips", *at("resolutions", "Resolutions, width x height"))
+    scores = [row["aesthetic"] for row in clips if row["aesthetic"] is not None]
+    if scores:
+        _histogram(scores, "score", *at("aesthetic", "Aesthetic scores"))
+    categories = Counter(row["category"] or "(none)" for row in clips)
+    if set(categories) != {"(none)"}:
+        _bars(categories, "clips", *at("categories", "Categories"))
+    if dropped:
+        _bars(manifest["dropped"], "segments or files", *at("dropped", "Reasons for drops"))
+    _sheet(out, at("samples", "Sample clips")[0], len(clips))
+    page = _page(manifest, dropped, pictures)
+    with video_files.finished(out / PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _lines(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---- pictures ----
+
+
+def _figure(height: float = 3.2):
+    from matplotlib.figure import Figure  # extra `curation`
+
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, whole: bool = False) -> None:
+    """How many clips have which value; `whole` = values are whole numbers."""
+    figure, axes = _figure()
+    low, high = min(values), max(values)
+    if whole:
+        step = max(1, -(-int(high - low + 1) // 40))
+        edges = np.arange(low, high + step + 1, step) - 0.5
+    else:
+        edges = np.linspace(low, high, 31) if high - low > 1e-6 else np.array([low - 0.5, low + 0.5])
+    axes.hist(values, bins=edges, color=_BAR)
+    middle = float(np.median(values))
+    axes.axvline(middle, color="black", linewidth=1, linestyle="--", label=f"median {middle:.3g}")
+    axes.set(title=title, xlabel=unit, ylabel="clips")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=whole)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _bars(counts: Mapping[str, int], unit: str, path: Path, title: str, *, most: int = 12) -> None:
+    """A bar for each name, the most frequent on top; those beyond `most` are one."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown, rest = ranked[:most], ranked[most:]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
+    figure, axes = _figure(1 + 0.28 * len(shown))
+    names, numbers = zip(*reversed(shown))
+    labels = [name if len(name) <= 32 else f"{name[:31]}…" for name in names]
+    bars = axes.barh(range(len(labels)), numbers, color=_BAR)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.bar_label(bars, padding=3)
+    axes.margins(x=0.1)
+    axes.set(title=title, xlabel=unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=100)
+
+
+def _sheet(out: Path, path: Path, count: int) -> None:
+    """Frames and captions of clips that are spread over the set."""
+    records = shards.ShardRecords(out, medium="video", val_fraction=0.0)
+    chosen = np.unique(np.linspace(0, count - 1, SHEET_CLIPS).round().astype(int))
+    videos, captions = [], []
+    for record in (records[int(i)] for i in chosen):
+        info = video_files.video_info(record.content, name=record.name)
+        apart = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
+        window = video_files.Window(frames=min(SHEET_FRAMES, info.frames), stride=apart)
+        frames = video_files.read_window(record.content, window, place=0.0, name=record.name)
+        videos.append(np.stack([_small(frame) for frame in frames]))
+        captions.append(record.caption)
+    video_files.contact_sheet(videos, captions, path, columns=SHEET_FRAMES)
+
+
+def _small(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
+    height, width = frame.shape[:2]
+    zoom = SHEET_SIDE / min(height, width)
+    size = (round(width * zoom), round(height * zoom))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BILINEAR))
+
+
+# ---- the page ----
+
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
+    "img{max-width:100%}figure{display:inline-block;margin:.5em 0}"
+)
+_EXAMPLES = 3  # of each reason
+
+
+def _page(manifest: Mapping, dropped: Sequence[Mapping], pictures: Sequence[tuple[str, str]]) -> str:
+    reasons = manifest["dropped"]
+    numbers = {
+        "videos": manifest["videos"],
+        "clips kept": manifest["clips"],
+        "hours kept": f"{manifest['hours']:.3f}",
+        "segments or files dropped": sum(reasons.values()),
+    }
+    rows = []
+    for reason in (r for r in REASONS if r in reasons):
+        some = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
+        named = "<br>".join(html.escape(_example(row)) for row in some)
+        rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{named}</td></tr>")
+    figures = "\n".join(f'<figure><img src="{PICTURES}/{name}.png" alt="{title}"></figure>' for name, title in pictures)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Curated clips</title><style>{_STYLE}</style></head><body>
+<h1>Curated clips</h1>
+<table>{"".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in numbers.items())}</table>
+{figures}
+<h2>Dropped</h2>
+<p>Each under the first reason that applied; <a href="{assemble.DROPPED}">{assemble.DROPPED}</a> lists all,
+<a href="{assemble.CLIPS}">{assemble.CLIPS}</a> what was kept.</p>
+<table><tr><th>reason</th><th>number</th><th>for example</th></tr>{"".join(rows)}</table>
+<h2>Settings</h2>
+<table>{"".join(_setting(key, value) for key, value in manifest["settings"].items())}</table>
+</body></html>
+"""
+
+
+def _setting(key: str, value: object) -> str:
+    return f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>"
+
+
+def _example(row: Mapping) -> str:
+    detail = f": {row['detail']}" if row["detail"] else ""
+    times = f" {row['start']:.2f}-{row['end']:.2f} s" if row["end"] else ""  # of an unreadable file there are none
+    return f"{row['source']}{times}{detail}"

@@ -1,0 +1,521 @@
+"""Curation, from genuine files to shards that training reads; small videos in many codecs, whole and damaged."""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavie_jax.curation import __main__ as command
+from lavie_jax.curation import duplicates, filters, pipeline, segments, video
+from lavie_jax.curation.inputs import Caption, caption_of, find_videos
+from lavie_jax.data import pipeline as data_pipeline
+from lavie_jax.data import shards, sources, video_files
+from lavie_jax.data.config import DataConfig
+from lavie_jax.errors import UserError
+from lavie_jax.training import optimizer
+from lavie_jax.training.step import Task, make_state, make_update
+from tests import videos
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--min-height", "80", "--workers", "1")  # of the tests' videos
+STEPS = 30  # of training
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory):
+    """(a folder of videos, {file: (caption, why it is dropped)})."""
+    folder = tmp_path_factory.mktemp("wild") / "in"
+    return folder, videos.write_wild(folder)
+
+
+@pytest.fixture(scope="module")
+def curated(wild, tmp_path_factory):
+    """The set that curation makes of it, in one go and one process."""
+    out = tmp_path_factory.mktemp("curated") / "out"
+    command.main(["--input", str(wild[0]), "--out", str(out), *SMALL, "--shard-clips", "4"])
+    return out
+
+
+def rows_of(out, name):
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def digests_of(out):
+    """What must be the same whenever the input is: all that was written, but for the report's pictures."""
+    paths = [p for p in out.iterdir() if p.suffix in (".array_record", ".jsonl", ".json")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def records_of(out):
+    """The fields of every record, in order."""
+    reader, _ = shards._open(sorted(out.glob("*.array_record")))
+    return [msgpack.unpackb(reader[i]) for i in range(len(reader))]
+
+
+def clip_of(record, tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(record["video"])
+    return video_files.read_clip(path)
+
+
+# ---- what is kept and what is not ----
+
+
+def test_every_file_is_kept_or_dropped_for_its_own_reason(wild, curated):
+    dropped = {row["source"]: row["reason"] for row in rows_of(curated, "dropped")}
+    assert dropped == {name: reason for name, (_, reason) in wild[1].items() if reason}
+    kept = {row["source"] for row in rows_of(curated, "clips")}
+    assert kept == {name for name, (_, reason) in wild[1].items() if not reason}
+    manifest = json.loads((curated / "manifest.json").read_text())
+    assert sum(manifest["dropped"].values()) == len(dropped) and manifest["clips"] == len(kept) + 1
+
+
+def test_every_clip_has_its_own_frames_caption_rate_and_times(curated, tmp_path):
+    """Whatever codec it came in: the first and last frame are those of the source, and of no other."""
+    # Seeds of `videos.write_wild`, frames of the source at the clip's start and end.
+    truth = {"film_25": 3, "odd_ntsc": 4, "varying": 5, "turned": 6, "web": 7, "old": 8, "wide_bars": 9, "within": 10}
+    records = records_of(curated)
+    assert len(records) == 10
+    for record in records:
+        frames, rate = clip_of(record, tmp_path)
+        stem = Path(record["source"]).stem
+        assert record["caption"] == f"the land of {record['source'].partition('.')[0].replace('_', ' ')}"
+        assert rate == pytest.approx(record["fps"], rel=1e-3) and frames.shape[0] == record["frames"]
+        assert frames.shape[1:3] == (record["height"], record["width"])
+        assert record["end"] - record["start"] == pytest.approx(record["frames"] / record["fps"])
+        if stem == "two_scenes":
+            first, seed, count = (0, 1, 30) if record["start"] == 0 else (0, 2, 20)
+        else:
+            first, seed, count = 0, truth[stem], 30 if stem == "varying" else 24
+        height, width = {"odd_ntsc": (97, 141)}.get(stem, (videos.HEIGHT, videos.WIDTH))
+        land = videos.pan(seed, count, height=height, width=width)
+        if stem == "turned":
+            land = np.rot90(land, -1, axes=(1, 2))
+        if stem == "wide_bars":  # a row at either bar is cut away
+            land = land[:, 1:-1]
+        land = land[:, : record["height"], : record["width"]]
+        for mine, theirs in ((frames[0], land[first]), (frames[-1], land[-1])):
+            assert np.abs(mine.astype(int) - theirs).mean() < 12, record["source"]
+            assert np.abs(mine.astype(int) - land[len(land) // 2]).mean() > 20  # the measure tells frames apart
+
+
+def test_a_cut_is_found_to_the_frame(curated):
+    times = [(row["start"], row["end"]) for row in rows_of(curated, "clips") if row["source"] == "two_scenes.mp4"]
+    assert times == [(0.0, 30 / 24), (30 / 24, 50 / 24)]
+
+
+@pytest.mark.parametrize("lengths", [(1, 20), (20, 1), (3, 3, 4, 14), (24,)])
+def test_scenes_end_where_they_end_however_short_and_their_samples_are_their_own(lengths, tmp_path):
+    lands = [videos.pan(30 + i, n) for i, n in enumerate(lengths)]
+    path = videos.encode(tmp_path / "a.mp4", np.concatenate(lands), crf="8")
+    found = list(segments.find_scenes(path, threshold=3.0))
+    assert [scene.last - scene.first for scene in found] == list(lengths)
+    for scene, land in zip(found, lands):
+        assert np.abs(scene.samples[0].astype(int) - land[0]).mean() < 8
+        assert len(scene.samples) == len(land) if len(land) <= segments.SAMPLES else len(scene.samples) >= 8
+
+
+def test_a_long_scene_costs_no_more_samples_and_they_are_evenly_spread():
+    samples = segments._Samples()
+    for i in range(1000):
+        samples.add(np.full((1, 1, 3), i % 251, np.uint8))
+    kept = samples.stack()[:, 0, 0, 0]
+    assert 8 <= len(kept) <= 16 and kept.tolist() == [i % 251 for i in range(0, 1000, 64)]
+
+
+def test_repeated_frames_do_not_make_motion_a_cut(tmp_path):
+    """Every third frame is shown twice, as film on television is."""
+    land = videos.pan(40, 40)
+    shown = np.sort(np.concatenate([np.arange(40), np.arange(0, 40, 3)]))
+    path = videos.encode(tmp_path / "a.mp4", land[shown], crf="8")
+    assert len(list(segments.find_scenes(path, threshold=3.0))) == 1
+
+
+# ---- filters ----
+
+
+def test_bars_are_found_to_the_row_and_a_dark_room_has_none():
+    land = videos.pan(50, 8)
+    assert filters.bars(videos.barred(land, rows=12)) == (12, 12, 0, 0)
+    assert filters.bars(np.pad(land, ((0, 0), (9, 0), (20, 14), (0, 0)))) == (9, 0, 20, 14)
+    assert filters.bars(land) == (0, 0, 0, 0)
+    room = np.zeros_like(land)
+    room[:, 40:60, 70:90] = land[:, 40:60, 70:90]
+    assert filters.bars(room) == (0, 0, 0, 0)
+    assert filters.bars(np.zeros_like(land)) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "want, reason, size",
+    [
+        ({"letterbox": "crop"}, "", (94, 160)),
+        ({"letterbox": "keep"}, "", (128, 160)),
+        ({"letterbox": "drop"}, "letterbox", (0, 0)),
+        ({"letterbox": "crop", "min_height": 100}, "low resolution", (0, 0)),  # it counts what is left
+        ({"letterbox": "keep", "min_height": 100}, "", (128, 160)),
+    ],
+)
+def test_black_bars_are_cut_off_kept_or_a_reason(wild, tmp_path, want, reason, size):
+    (one,) = [v for v in find_videos(wild[0], None) if v.name == "wide_bars.mp4"]
+    thresholds = filters.Thresholds(**{"min_height": 80, **want})
+    video.curate_video(one, tmp_path, thresholds, captioner=None, scorer=None)
+    (found,) = video.read_result(tmp_path / one.key)
+    assert (found.reason, (found.height, found.width)) == (reason, size)
+    (tmp_path / one.key / "result.json").write_text("[{")  # half a result is none
+    assert video.read_result(tmp_path / one.key) is None
+
+
+def test_bars_at_full_size_cover_those_that_were_seen_and_leave_even_sides():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        small, zoom = rng.integers(60, 400, 2), rng.uniform(1, 9, 2)
+        full = np.round(small * zoom).astype(int)
+        seen = filters.Bars(*(int(n) for n in rng.integers(0, 12, 4)))
+        bars = video._at_full_size(seen, tuple(small.tolist()), tuple(full.tolist()))
+        height, width = filters.Bars(*bars).cut(np.empty((*full, 3), np.uint8)).shape[:2]
+        assert height % 2 == width % 2 == 0
+        for mine, theirs, scale in zip(bars, seen, np.repeat(full / small, 2)):
+            assert (mine >= theirs * scale and mine <= (theirs + 1) * scale + 2) if theirs else mine <= 1
+
+
+def test_a_small_thing_that_moves_is_no_static_clip_and_noise_is_no_motion():
+    still = np.repeat(videos.pan(51, 1), 12, axis=0)
+    rng = np.random.default_rng(0)
+    grain = np.clip(still + rng.normal(0, 1.5, still.shape), 0, 255).astype(np.uint8)
+    assert filters.motion(grain) < 0.002
+    for i in range(12):
+        still[i, 20:26, 10 * i : 10 * i + 6] = 255
+    assert filters.motion(still) > 0.002
+
+
+def test_standing_text_is_told_from_stripes_that_slide_along_themselves():
+    land = videos.pan(52, 12, height=120, width=240)
+    land[:, ::6] //= 3  # stripes along the pan: their edges stand in every frame
+    assert filters.overlay(land) == 0
+    assert filters.overlay(videos.lettered(land)) > 0.004
+    assert filters.overlay(np.repeat(videos.lettered(land[:1]), 12, axis=0)) is None  # everything stands
+
+
+def test_a_near_duplicate_is_found_among_many_and_others_are_not():
+    """The parts of the hashes lose none: the same answers as comparing with each."""
+    index = duplicates.Index(16)
+    prints = [duplicates.fingerprint(videos.pan(seed, 8)) for seed in range(60, 100)]
+    assert [index.find_or_add(one) for one in prints] == [None] * 40
+    noisy = np.clip(videos.pan(77, 8).astype(int) + np.random.default_rng(0).normal(0, 6, (8, 96, 160, 3)), 0, 255)
+    assert index.find_or_add(duplicates.fingerprint(noisy.astype(np.uint8))) == 17
+    flat = [np.full((8, 32, 32, 3), colour, np.uint8) for colour in (60, 160)]  # hashes of nothing are alike
+    assert [index.find_or_add(duplicates.fingerprint(one)) for one in flat] == [None, None]
+
+
+# ---- captions ----
+
+
+def test_the_caption_that_covers_a_scene_is_its_own():
+    early, late = Caption("early", start=0, end=4), Caption("late", start=4, end=9)
+    assert caption_of((early, late), start=0, end=5) == early
+    assert caption_of((early, late), start=3, end=9) == late
+    assert caption_of((early,), start=3.5, end=6) is None
+    assert caption_of((), start=0, end=1) is None
+
+
+def test_a_table_captions_parts_of_a_video_and_gives_categories(wild, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("two_scenes.mp4", "film_25.mov", "web.webm"):
+        shutil.copy(wild[0] / name, folder)
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "caption", "start", "end", "category"])
+        rows.writerow(["in/two_scenes.mp4", "the first land of all", 0, 1.2, "lands"])
+        rows.writerow(["in/two_scenes.mp4", "then comes another one", 1.2, "", "others"])
+        rows.writerow(["in/film_25.mov", "it has been filmed", "", "", "lands"])
+        rows.writerow(["in/nowhere.mp4", "this is not there", "", "", ""])
+    command.main(["--input", str(folder), "--out", str(tmp_path / "out"), "--captions", str(tmp_path / "table.csv"),
+                  *SMALL])  # fmt: skip
+    rows = rows_of(tmp_path / "out", "clips")
+    assert [(row["source"], row["start"], row["caption"], row["category"]) for row in rows] == [
+        ("film_25.mov", 0.0, "it has been filmed", "lands"),
+        ("two_scenes.mp4", 0.0, "the first land of all", "lands"),
+        ("two_scenes.mp4", 1.25, "then comes another one", "others"),
+    ]
+    assert [row["reason"] for row in rows_of(tmp_path / "out", "dropped")] == ["no caption"]
+    assert (tmp_path / "out/report/categories.png").stat().st_size > 1000
+
+
+def tell_colour(frames):
+    """A captioner: it says what it sees."""
+    return "a land of colour {} {} {}".format(*frames.mean((0, 1, 2)).round().astype(int))
+
+
+def test_a_captioner_speaks_for_each_scene_that_has_no_caption(wild, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("two_scenes.mp4", "silent.mp4", "film_25.mov", "film_25.txt"):
+        shutil.copy(wild[0] / name, folder)
+    command.main(["--input", str(folder), "--out", str(tmp_path / "out"), *SMALL,
+                  "--captioner", "tests.test_curation:tell_colour"])  # fmt: skip
+    for record in records_of(tmp_path / "out"):
+        if record["source"] == "film_25.mov":
+            assert record["caption"] == "the land of film 25"
+            continue
+        said = [int(word) for word in record["caption"].split()[-3:]]
+        seen = clip_of(record, tmp_path)[0].mean((0, 1, 2))
+        assert np.abs(said - seen).max() < 4
+    assert len(records_of(tmp_path / "out")) == 4
+
+
+# ---- the same whatever happens ----
+
+
+def test_more_workers_make_the_same_bytes(wild, curated, tmp_path):
+    out = tmp_path / "out"
+    command.main(["--input", str(wild[0]), "--out", str(out), "--min-height", "80", "--workers", "3",
+                  "--shard-clips", "4"])  # fmt: skip
+    assert digests_of(out) == digests_of(curated)
+
+
+def test_a_killed_run_goes_on_and_makes_the_same_bytes(wild, curated, tmp_path, monkeypatch):
+    """Killed among the videos, then stopped before a video's end, while shards are written, and before the manifest."""
+    out = tmp_path / "out"
+    words = ["--input", str(wild[0]), "--out", str(out), *SMALL, "--shard-clips", "4"]
+    line = [sys.executable, "-m", "lavie_jax.curation", *words]
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob(".work/[0-9a-f]*/result.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path.parent: path.stat().st_mtime_ns for path in out.glob(".work/[0-9a-f]*/result.json")}
+    assert 3 <= len(done) < 23 and [path.name for path in out.iterdir()] == [".work"]
+
+    stop = RuntimeError("stopped")
+    for module, name, after in (
+        (video.video_files, "encode", 2),
+        (pipeline, "curate_video", 3),
+        (pipeline.assemble, "_described", 19),  # in the second shard
+        (pipeline.report, "write", 0),
+        (pipeline.assemble, "finish", 0),
+    ):
+        calls, real = itertools.count(), getattr(module, name)
+
+        def stopping(*args, calls=calls, after=after, real=real, **kwargs):
+            if next(calls) == after:
+                raise stop
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stopping)
+            with pytest.raises(RuntimeError, match="stopped"):
+                command.main(words)
+        assert not (out / "manifest.json").exists()
+    assert all(path.stat().st_mtime_ns == when for path, when in
+               ((folder / "result.json", when) for folder, when in done.items()))  # fmt: skip
+    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # what a kill within a shard leaves
+    command.main(words)
+    assert digests_of(out) == digests_of(curated)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in curated.iterdir())
+
+
+def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("film_25.mov", "film_25.txt"):
+        shutil.copy(wild[0] / name, folder)
+    words = ["--input", str(folder), "--out", str(tmp_path / "out"), *SMALL]
+
+    def refused(*more):
+        with pytest.raises(SystemExit) as stopped:
+            command.main([*words, *more])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.report, "write", lambda *args: refused_within.append(refused()) or 1 / 0)
+        refused_within = []
+        with pytest.raises(ZeroDivisionError):
+            command.main(words)
+    assert "another run is writing to" in refused_within[0]
+    assert "min_frames was 16, now 8" in refused("--min-frames", "8")
+    command.main(words)
+    before = digests_of(tmp_path / "out")
+    assert "holds a finished set" in refused()
+    assert digests_of(tmp_path / "out") == before
+
+
+def test_a_full_disk_and_a_dead_worker_are_told_in_one_line_and_cost_nothing(wild, tmp_path, monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("film_25.mov", "film_25.txt", "web.webm", "web.txt"):
+        shutil.copy(wild[0] / name, folder)
+    job = pipeline.Job(thresholds=filters.Thresholds(min_height=80))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video.video_files, "encode", full)
+        with pytest.raises(UserError, match="is full: make room, and the same command goes on"):
+            pipeline.curate(folder, out, job)
+    killer = dataclasses.replace(job, captioner="os:abort")
+    (folder / "web.txt").unlink()
+    with pytest.raises(UserError, match="captioner was None, now os:abort"):
+        pipeline.curate(folder, out, killer)
+    with pytest.raises(UserError, match="a worker died"):
+        pipeline.curate(folder, tmp_path / "other", dataclasses.replace(killer, captioner=die), workers=2)
+    (folder / "web.txt").write_text("the land of web")
+    assert pipeline.curate(folder, out, job).clips == 2
+
+
+def die(frames):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- training reads it ----
+
+
+def test_training_steps_on_the_shards(curated):
+    """Training's own data pipeline and update step, with a model that compiles at once: each frame from the one before.
+
+    It does better than one that says the same of every frame: what it was shown are clips.
+    """
+
+    def loss(params, frozen, batch, rng):
+        guess = batch["video"][:, :-1] @ params["kernel"] + params["bias"]
+        return jnp.square(guess - batch["video"][:, 1:]).mean(), {"spread": batch["video"].var()}
+
+    start = {"kernel": np.zeros((3, 3), np.float32), "bias": np.zeros(3, np.float32)}
+    task = Task(
+        init=lambda rng: start, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None
+    )  # fmt: skip
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup=0), STEPS)
+    state, update = make_state(start, task, tx), jax.jit(make_update(task, tx, seed=0, ema_decay=0.9))
+    config = DataConfig(source="array_record", path=str(curated), frames=8, fps=12.0, height=48, width=64)
+    with contextlib.closing(data_pipeline.batches(config, None, batch_size=4)) as rows:
+        for _, batch in zip(range(STEPS), rows):
+            state, found = update(state, task.frozen, batch)
+    assert np.isfinite(found["loss"]) and found["loss"] < 0.5 * found["spread"]
+
+
+def test_the_shards_are_a_source_of_every_clip(curated):
+    """Nothing that was kept is skipped in training: all clips have as many frames as a training clip wants."""
+    window = video_files.Window(frames=16)
+    records = sources.open_records(
+        "array_record", str(curated), medium="video", split="train", window=window, val_fraction=0.0
+    )
+    source = sources.RecordSource(clips=records, window=window, height=32, width=32)
+    items = [source.video(i, np.random.default_rng(i)) for i in range(len(source))]
+    assert sorted(item.caption for item in items) == sorted(row["caption"] for row in rows_of(curated, "clips"))
+    assert not any(item.skipped for item in items)
+
+
+# ---- report ----
+
+
+def test_the_report_shows_what_was_written(curated):
+    page = (curated / "report.html").read_text()
+    for name in ("durations", "captions", "resolutions", "dropped", "samples"):
+        assert f'src="report/{name}.png"' in page
+        with Image.open(curated / f"report/{name}.png") as image:
+            assert np.asarray(image.convert("RGB")).std() > 10
+    assert "aesthetic.png" not in page and "categories.png" not in page  # nothing was given
+    for row in rows_of(curated, "dropped"):
+        assert f"<td>{row['reason']}</td>" in page
+
+
+def test_the_manifest_has_the_hashes_of_what_it_lists(curated):
+    manifest = json.loads((curated / "manifest.json").read_text())
+    names = {p.name for p in curated.iterdir() if p.suffix in (".array_record", ".jsonl")}
+    assert set(manifest["files"]) == names and len(names) == 5
+    for name, told in manifest["files"].items():
+        content = (curated / name).read_bytes()
+        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    clips = rows_of(curated, "clips")
+    for record, row in zip(records_of(curated), clips, strict=True):
+        assert row.pop("sha256") == hashlib.sha256(record.pop("video")).hexdigest()
+        assert {key: value for key, value in row.items() if key not in ("shard", "index")} == record
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--input", "nowhere"), "--input 'nowhere' is no folder"),
+        (("--input", "bare"), "no .mp4, .webm, .mkv, .mov, .avi in 'bare'"),
+        (("--captions", "none.csv"), "no table 'none.csv'"),
+        (("--captions", "wrong.csv"), "has the columns film, words; needed are"),
+        (("--captions", "times.csv"), "start is in seconds; given 'noon'"),
+        (("--out", "in/out"), "lies in the input folder"),
+        (("--out", "full"), "is not empty (it has file)"),
+        (("--out", "full/file"), "--out 'full/file'"),
+        (("--workers", "0"), "--workers and --shard-clips are at least 1"),
+        (("--letterbox", "corp"), "did you mean 'crop'"),
+        (("--min-frames", "-1"), "--min-frames must be at least 0"),
+        (("--captioner", "nowhere"), "--captioner is a folder or 'module:function'"),
+        (("--captioner", "json:nothing"), "cannot be imported"),
+        (("--captioner", "bare"), "is no model folder: config.json is missing"),
+        (("--min-aesthetic", "5"), "--min-aesthetic needs --aesthetic-clip"),
+        (("--aesthetic-clip", "bare"), "belong together"),
+        (("--min-words", "99"), "no clip is left of 1 videos: 1 short caption"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, wild, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "bare", "full"):
+        Path(name).mkdir()
+    for name in ("film_25.mov", "film_25.txt"):
+        shutil.copy(wild[0] / name, "in")
+    Path("full/file").write_text("mine")
+    Path("wrong.csv").write_text("film,words\na,b\n")
+    Path("times.csv").write_text("path,caption,start\nin/film_25.mov,a b c,noon\n")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--input", "in", "--out", "out", *SMALL, *words])
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("error: ") and message in line and not out
+    assert Path("full/file").read_text() == "mine" and not list(Path(".").glob("out/*.array_record"))
+
+
+def test_what_is_not_installed_is_told_before_any_work(wild, tmp_path, monkeypatch):
+    for name in ("scenedetect", "matplotlib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(UserError, match=rf"curation needs {name}: pip install .*lavie_jax\[curation\]"):
+                pipeline.curate(wild[0], tmp_path / "out", pipeline.Job())
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_thresholds_that_are_off_drop_nothing(wild, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ("still", "night", "brief", "tiny", "marked", "terse", "web_copy")
+    for name in names:
+        shutil.copy(wild[0] / f"{name}.mp4", folder)
+        shutil.copy(wild[0] / f"{name}.txt", folder)
+    shutil.copy(wild[0] / "film_25.mov", folder)
+    shutil.copy(wild[0] / "film_25.txt", folder)
+    off = dataclasses.replace(
+        filters.Thresholds(), min_words=0, min_frames=0, min_height=0, min_brightness=0, min_motion=0, letterbox="keep",
+        max_overlay=1, duplicate_bits=-1,
+    )  # fmt: skip
+    outcome = pipeline.curate(folder, tmp_path / "out", pipeline.Job(thresholds=off))
+    assert outcome.clips == len(names) + 1 and not outcome.dropped
