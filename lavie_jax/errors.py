@@ -24,5 +24,5 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)

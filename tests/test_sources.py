@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import os
+import shutil
+import struct
 import tarfile
 from fractions import Fraction
 
@@ -14,7 +16,7 @@ from PIL import Image
 
 from lavie_jax.data import folders, moving_shapes, pipeline, shards, sources, tars, video_files
 from lavie_jax.data.config import DataConfig, make_source
-from lavie_jax.data.records import Records
+from lavie_jax.data.records import Record, Records
 from lavie_jax.data.video_files import VideoInfo, Window
 from lavie_jax.errors import UserError
 
@@ -430,6 +432,46 @@ def test_tfds_data_sets_have_the_fields_and_splits_they_say(stores):
         records_of("tfds", stores["tfds"][0], medium="image")
     found = records_of("tfds", stores["tfds"][0])
     assert {found[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}
+
+
+def test_a_damaged_record_of_a_tfds_data_set_is_an_error_that_training_can_skip(stores, tmp_path):
+    folder = shutil.copytree(stores["tfds"][0], tmp_path / "damaged")
+    found = records_of("tfds", folder)
+
+    class Damaged:
+        def __getitem__(self, place):
+            raise ValueError("checksum")
+
+    found.records = Damaged()
+    with pytest.raises(UserError, match=r"cannot read .*damaged\[0\]: checksum"):
+        found[0]
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read the TFDS data set"):
+        records_of("tfds", folder)
+
+
+def test_a_table_may_name_a_clip_and_a_picture_in_one_row(clips, tmp_path):
+    shutil.copy(clips[0][0], tmp_path / "a.mp4")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "both.csv").write_text("video,image,caption\na.mp4,a.png,both\n")
+    for medium, name in (("video", "a.mp4"), ("image", "a.png")):
+        ((file, caption),) = records_of("video_folder", tmp_path / "both.csv", medium=medium).rows
+        assert (file.name, caption) == (name, "both")
+
+
+def test_pictures_that_break_the_reader_in_odd_ways_are_skipped(tmp_path):
+    tags = struct.pack("<HHI4s", 0x111, 2, 4, b"abc") + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)  # text for a number
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "odd.jpg", exif=exif)
+    with pytest.raises(UserError, match="cannot read the image"):
+        sources._read_image(Record("odd.jpg", "a caption", tmp_path / "odd.jpg"))
+
+
+def test_a_tar_without_pairs_says_so(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "clip.v1.mp4", b"content")
+    with pytest.raises(UserError, match="no video with a caption in"):
+        records_of("webdataset", tmp_path)
 
 
 def test_a_real_picture_comes_through_a_shard(tmp_path):

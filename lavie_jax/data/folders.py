@@ -89,7 +89,7 @@ def open_folder(
     names = [os.path.relpath(file, root).replace(os.sep, "/") for file, _ in rows]
     mine = of_split(names, split, val_fraction)
     if not len(mine):
-        why = f"{dropped or '0 are left out'}; the rest are in the other split"
+        why = f"{str(dropped) or '0 are left out'}; the rest are in the other split"
         raise empty_split(path, medium, split, total, why)
     return FolderRecords(tuple(rows[i] for i in mine))
 
@@ -203,6 +203,6 @@ def _file(path: Path, row: Mapping[str, object], medium: Medium) -> Path | None:
         places = [path.parent / "videos" / folder, path.parent / folder, path.parent]
         files = [place / f"{stem}{suffix}" for place in places for suffix in SUFFIXES[medium]]
     else:
-        name = row[_column(path, row, FILE_COLUMNS)]
+        name = row[_column(path, row, (medium, *FILE_COLUMNS))]  # a table may name a clip and a picture
         files = [path.parent / name] if isinstance(name, str) and name else []
     return next((file for file in files if file.is_file()), None)

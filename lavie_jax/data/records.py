@@ -77,5 +77,7 @@ def shard_files(path: str | Path, suffix: str) -> list[Path]:
 
 def empty_split(where: str | Path, medium: Medium, split: str, of: int, why: str = "") -> UserError:
     """The error for a split without records. `of` is how many there are in all."""
+    if not of:
+        return UserError(f"no {medium} with a caption in {os.fspath(where)!r}; docs/data.md says how files are named")
     text = f"no {medium} for split {split!r} in {os.fspath(where)!r}: of {of} {medium}s"
     return UserError(f"{text} {why or 'all are in the other split'}")

@@ -153,7 +153,10 @@ class TFDSRecords:
         self.medium, self.name = medium, os.fspath(path)
         if not (Path(path) / "dataset_info.json").is_file():
             raise UserError(f"{self.name!r} is no TFDS data set: dataset_info.json is missing. Name a version's folder")
-        builder = tfds.builder_from_directory(self.name)
+        try:
+            builder = tfds.builder_from_directory(self.name)
+        except Exception as error:  # whatever its files, and the libraries that parse them, have to say
+            raise UserError(f"cannot read the TFDS data set {self.name!r}: {error}") from error
         found = {key: info.num_examples for key, info in builder.info.splits.items() if info.num_examples}
         held_out = next((key for key in ("validation", "val") if key in found), None)
         chosen = held_out if split == "val" and held_out else "train"
@@ -176,7 +179,12 @@ class TFDSRecords:
 
     def __getitem__(self, index: int) -> Record:
         place = int(self.indices[index])
-        return _record(self.records[place], self.medium, f"{self.name}[{place}]")
+        name = f"{self.name}[{place}]"
+        try:
+            fields = self.records[place]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"cannot read {name}: {error}") from error
+        return _record(fields, self.medium, name)
 
 
 def write_tfds(shards: str | Path, folder: str | Path, *, medium: Medium = "video", files: int = 1) -> Path:
