@@ -87,8 +87,10 @@ class StageModel:
     ) -> Float[np.ndarray, "t h w c"]:
         """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`."""
         parts = [
-            encode_rows(self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
-                    mesh=self.mesh)
+            encode_rows(
+                self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
+                mesh=self.mesh,
+            )
             for part, size in pieces(*frames.shape[:3], devices=self.mesh.size)
         ]  # fmt: skip
         return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]

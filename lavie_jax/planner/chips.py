@@ -1,7 +1,7 @@
 """TPU topologies that are not there, and what their makers say of a chip.
 
-A name is `GENERATION:AxB` or, on a torus of three axes, `GENERATION:AxBxC`: how many chips lie along each axis. Google's
-product names count differently: v5litepod-16 is v5e:4x4, but v5p-64 counts two cores a chip and is v5p:2x4x4.
+A name is `GENERATION:AxB` or, on a torus of three axes, `GENERATION:AxBxC`: how many chips lie along each axis.
+Google's product names count differently: v5litepod-16 is v5e:4x4, but v5p-64 counts two cores a chip and is v5p:2x4x4.
 """
 
 import dataclasses
@@ -22,15 +22,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip, as Google's documentation gives it (cloud.google.com/tpu/docs); `memory` is what a program gets of it,
-    as the compiler's own limit says.
+    """One chip, as Google's documentation gives it (docs.cloud.google.com/tpu/docs).
 
     Attributes:
       flops: bfloat16 operations a second, at best.
       memory_bandwidth: bytes a second to and from its memory.
       link_bandwidth: bytes a second that it can send to its neighbours over all links together: half of the
         bidirectional figure.
-      memory: bytes that a program can have.
+      memory: bytes that a program can have, less than is built in: the compiler's own limit.
       axes: of the torus that a slice is.
       options: what libtpu wants to be told beside the name.
     """
@@ -93,5 +92,6 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"libtpu makes no topology {name!r} with {slices} slices: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"libtpu makes no topology {name!r} with {slices} slices: {reason}") from None
     return list(topology.devices)

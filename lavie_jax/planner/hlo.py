@@ -1,7 +1,7 @@
 """Collectives in a compiled program's HLO text: how often each kind runs, and how many bytes.
 
-The text is one computation after the other, `%name (...) -> ... {` to `}`; an instruction names those that it calls. One
-collective can appear several times, under one channel: begun here, carried on inside a fusion, ended there.
+The text is one computation after the other, `%name (...) -> ... {` to `}`; an instruction names those that it calls.
+One collective can appear several times, under one channel: begun here, carried on inside a fusion, ended there.
 """
 
 import math
@@ -13,7 +13,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
-CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)|(?:branch_computations|called_computations)=\{(.*?)\}")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)|(?:branch|called)_computations=\{(.*?)\}")
 ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")

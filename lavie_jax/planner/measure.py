@@ -11,7 +11,7 @@ from lavie_jax.planner.hlo import collectives
 from lavie_jax.planner.operations import count_operations
 from lavie_jax.planner.programs import Program, bytes_per_chip
 
-OUT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm|\(([\d.]+)([KMGT])\) exceeds available HBM")
+OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM|[Uu]sed ([\d.]+)([KMGT]) of \S+ hbm")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -68,5 +68,5 @@ def bytes_needed(message: str) -> int | None:
     found = OUT_OF_MEMORY.search(message)
     if found is None:
         return None
-    number, unit = (found[1], found[2]) if found[1] else (found[5], found[6])
+    number, unit = (group for group in found.groups() if group is not None)
     return int(float(number) * UNITS[unit])

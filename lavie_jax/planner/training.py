@@ -22,7 +22,7 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
       UserError: a stage without a UNet, a mesh that does not fit the devices, a batch that does not divide.
     """
     if config.stage not in STAGES:
-        raise UserError(f"the planner knows the stages of the cascade, not {config.stage!r}{suggest(config.stage, STAGES)}")
+        raise UserError(f"the planner knows the cascade's stages, not {config.stage!r}{suggest(config.stage, STAGES)}")
     build.check_stage(config)
     mesh = mesh_of(config, devices)
     batch = per_chip_batch * mesh.shape["data"] * mesh.shape["fsdp"]
