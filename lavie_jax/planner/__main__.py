@@ -56,7 +56,7 @@ def _record(args: argparse.Namespace, program: Program, kind: str, *, rows: int,
         "kind": kind, "config": args.config, "changed": args.changed, "topology": args.topology,
         "slices": args.slices, "per_chip_batch": rows, "remat": remat,
     }  # fmt: skip
-    row = about | measure(program)
+    row = about | measure(program) | {"versions": chips.versions()}
     print(report.lines(row), flush=True)
     if args.json:
         report.append(args.json, row)

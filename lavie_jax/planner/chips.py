@@ -5,6 +5,7 @@ Google's product names count differently: v5litepod-16 is v5e:4x4, but v5p-64 co
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -95,3 +96,8 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
         reason = str(error).splitlines()[0]
         raise UserError(f"libtpu makes no topology {name!r} with {slices} slices: {reason}") from None
     return list(topology.devices)
+
+
+def versions() -> dict[str, str]:
+    """What a plan depends on beside the code: {"jax": "0.10.2", "libtpu": "0.0.42.1"}."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}

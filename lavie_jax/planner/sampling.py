@@ -10,6 +10,7 @@ import numpy as np
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
 from lavie_jax.cascade.denoising import in_turn, predict_rows
+from lavie_jax.cascade.interpolation import RATE
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.cascade.running import PASSES
 from lavie_jax.diffusion import make_sampler
@@ -19,8 +20,6 @@ from lavie_jax.samples.settings import Settings, Source
 from lavie_jax.stages import STAGES, Condition
 from lavie_jax.training import build
 from lavie_jax.weights import Part, Weights
-
-KEY_FRAMES = 16  # that the base stage hands to interpolation
 
 
 def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
@@ -47,7 +46,7 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
             ("vae", weights.vae, vae),
         )
     }
-    settings = PASSES[stage].resolve(weights, {}, _source(stage))
+    settings = PASSES[stage].resolve(weights, {}, _source(weights))
     step = _guided_step(weights, settings, (unet, text_encoder), params, mesh, rows)
     return [step, *_vae_work(weights, settings, vae, params, mesh)]
 
@@ -114,16 +113,20 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
     programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
     if weights.stage == "interpolation":  # the one stage that encodes
         frames = ((height, width, 3), jnp.uint8)
-        programs.append(program("VAE encode", KEY_FRAMES, height, width, encode_rows, [frames, latents]))
+        keys = (settings.frames - 1) // RATE + 1
+        programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
     return programs
 
 
-def _source(stage: str) -> Source | None:
-    """What the stage before leaves."""
-    if stage == "base":
+def _source(weights: Weights) -> Source | None:
+    """The clip from which the stage makes one of its default size."""
+    if weights.stage == "base":
         return None
-    before = STAGES["base" if stage == "interpolation" else "interpolation"].sampling
-    return Source(**{name: before[name] for name in ("frames", "height", "width", "fps")})
+    made = weights.sampling
+    frames, factor = made["frames"], weights.vae.config.factor
+    if weights.stage == "interpolation":
+        frames, factor = (frames - 1) // RATE + 1, 1
+    return Source(frames=frames, height=made["height"] // factor, width=made["width"] // factor, fps=made["fps"])
 
 
 def abstract_weights(config: Any) -> Weights:
@@ -146,7 +149,7 @@ def abstract_weights(config: Any) -> Weights:
     return Weights(
         path=Path(config.stage),
         stage=config.stage,
-        sampling={**STAGES[config.stage].sampling, **config.sampling},
+        sampling=build.sampling_defaults(config),
         tokenizer_dir=None,
         schedule=models.schedule,
         low_res_schedule=None,
