@@ -301,10 +301,28 @@ def test_a_mesh_and_a_batch_that_do_not_fit():
 
 # ---- with libtpu ----
 
-TINY_DECODE = 0  # bytes, jax 0.10.2 and libtpu 0.0.42.1
+TINY_DECODE = 491008  # bytes, jax 0.10.2 and libtpu 0.0.42.1
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu")
+@needs_libtpu
+def test_meshes_on_chips_that_are_not_there():
+    assert len(chips.devices("v4:2x2x4")) == 16  # one a chip
+    two_slices = chips.devices("v5e:4x4", 2)
+    mesh = parallel.make_mesh(data=2, fsdp=-1, devices=two_slices)
+    assert mesh.shape == {"data": 2, "fsdp": 16, "tensor": 1}
+    assert [{d.slice_index for d in half.flat} for half in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="multiple of the slices"):
+        parallel.make_mesh(data=1, fsdp=-1, devices=two_slices)
+    with pytest.raises(UserError, match="product of whole axes"):
+        parallel.make_mesh(data=2, fsdp=4, tensor=2, devices=chips.devices("v6e:4x4"))
+    with pytest.raises(UserError, match="libtpu makes no topology"):
+        chips.devices("v5e:3x5")
+
+
+@needs_libtpu
 def test_the_committed_figure_of_the_tiny_stage_comes_out_again():
     """The VAE's part: a UNet, however small, takes minutes to compile. Without the code, which versions change."""
     programs = sampling_programs(options.load("configs/base.py:tiny"), "base", chips.devices("v5e:1x1"))
