@@ -265,6 +265,7 @@ BASE = ["--config", "configs/base.py"]
         ([*BASE, "--per-chip-batch", "0"], "--per-chip-batch: at least 1"),
         ([*BASE, "--per-chip-batch", "two"], "invalid int value: 'two'"),
         ([*BASE, "--search", "--sample", "base"], "--search is for training"),
+        ([*BASE, "--program", "VAE decode"], "--program goes with --sample"),
         ([*BASE, "--config.batsh=3"], "did you mean 'batch'"),
         ([*BASE, "extra"], "unexpected argument 'extra'"),
         (["--config", "configs/nothing.py"], "does not exist"),

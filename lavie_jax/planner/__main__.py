@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from lavie_jax.errors import UserError, one_line_errors
+from lavie_jax.errors import UserError, one_line_errors, suggest
 from lavie_jax.evaluation.results import check_place
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.measure import measure
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
         devices = chips.devices(args.topology, args.slices)
         if args.sample:
-            for program in sampling_programs(config, args.sample, devices, args.per_chip_batch):
+            for program in _chosen(sampling_programs(config, args.sample, devices, args.per_chip_batch), args.program):
                 _record(args, program, args.sample, rows=args.per_chip_batch, remat="none")
             return
 
@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("nothing fits" if best is None else f"best: {best[0]} rows a chip, remat {best[1]}")
         else:
             fits(args.per_chip_batch, config.remat)
+
+
+def _chosen(programs: list[Program], name: str | None) -> list[Program]:
+    names = [program.name for program in programs]
+    if name is not None and name not in names:
+        raise UserError(f"--program: unknown {name!r}{suggest(name, names)}")
+    return [program for program in programs if name in (None, program.name)]
 
 
 def _record(args: argparse.Namespace, program: Program, kind: str, *, rows: int, remat: str) -> bool:
@@ -74,6 +81,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     parser.add_argument("--slices", type=int, default=1, help="of that topology, over which `data` is split")
     parser.add_argument("--per-chip-batch", type=int, default=1, help="clips a chip")
     parser.add_argument("--sample", metavar="STAGE", help="the stage's sampling in place of its training")
+    parser.add_argument("--program", metavar="NAME", help="with --sample: this one alone, such as 'VAE decode'")
     parser.add_argument("--search", action="store_true", help="try up to four points of batch and remat")
     parser.add_argument("--json", type=Path, help="add the rows to this file; a row of the same program is replaced")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
@@ -89,6 +97,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
             raise UserError(f"--{name.replace('_', '-')}: at least 1 is needed, given {getattr(args, name)}")
     if args.sample and args.search:
         raise UserError("--search is for training; --sample has nothing to choose")
+    if args.program and not args.sample:
+        raise UserError("--program goes with --sample: training is one program")
     chips.parse(args.topology)
     check_place(args.json, report.KIND)
     args.changed = {word[len("--config.") :].partition("=")[0]: word.partition("=")[2] for word in rest}

@@ -117,7 +117,9 @@ made by
 
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
-which compiles the update of `train.py` for chips that are not there ({versions}). Nothing was run on a TPU.
+which compiles the update of `train.py` for chips that are not there ({versions}).
+Nothing was run on a TPU. A full-size step takes a quarter of an hour of two free cores; a row that nobody has compiled
+says so.
 
 ## Memory
 
@@ -150,10 +152,11 @@ Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of
     python -m lavie_jax.planner --config configs/interpolation.py --sample interpolation --json docs/{source}
     python -m lavie_jax.planner --config configs/vsr.py --sample vsr --json docs/{source}
 
-GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on a TPU. The programs are those of
-`lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the x4 VAE in float32, flash
-attention where it fits. `beside` is the stage's other models, which stay on the chip while this program runs. One
-stage's weights are on the chips at a time.
+GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
+a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
+x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
+being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code. One
+stage's weights are on the chips at a time. Interpolation decodes with the same program as base.
 
 {table}
 """
