@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lavie_jax.errors import UserError
@@ -50,8 +50,11 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes (data, fsdp, tensor); at most one of them is -1, "whatever is left".
 
+    TPU slices, whose only link is the slow network of their hosts, share the axis `data` alone.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or do not lie along a TPU's torus; `data` is no
+        multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
@@ -63,7 +66,20 @@ def make_mesh(
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"{given} does not fit {len(devices)} devices: the product must be that number.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    auto = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(f"{given} on {slices} slices: data must be a multiple of the slices, which share it alone.")
+    try:
+        if slices == 1:
+            return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+        within = (sizes[0] // slices, *sizes[1:])
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=auto)
+    except NotImplementedError:  # jax finds no way to lay the axes along those of the torus
+        raise UserError(
+            f"{given} cannot be laid on the {len(devices)} chips: each axis must be a product of whole axes of the "
+            "torus, such as 4 or 16 on 4x4."
+        ) from None
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from lavie_jax import parallel
+from lavie_jax.models import attention as attention_module
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
 
 
@@ -57,7 +58,7 @@ def lowered_for_tpu(f, *args) -> str:
 @pytest.mark.parametrize(("batch", "heads"), [(8, 2), (8, 3), (3, 2)])
 def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
     """A Pallas kernel that the compiler would have to split is an error of the lowering; so is its gradient's."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # what `auto` asks
+    monkeypatch.setattr(attention_module, "_platform", lambda: "tpu")  # what `auto` asks
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     x = jax.ShapeDtypeStruct((batch, 128, heads, 64), jnp.bfloat16, sharding=parallel.replicated(mesh))
     grad = jax.grad(lambda x: attention(x, x, x).astype(jnp.float32).sum())

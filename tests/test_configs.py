@@ -18,6 +18,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.planner.training import abstract_batch, abstract_origin
 from lavie_jax.samples.settings import SETTINGS
 from lavie_jax.stages import LOW_RES_SCHEDULE
 from lavie_jax.stages import STAGES as STAGE
@@ -36,28 +37,6 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def abstract_batch(config) -> dict:
-    data, b, length = config.data, config.batch, config.text_encoder.max_position_embeddings
-    shapes = {
-        "video": ((b, data.frames, data.height, data.width, 3), jnp.float32),
-        "images": ((b, data.images, data.height, data.width, 3), jnp.float32),
-        "tokens": ((b, length), jnp.int32),
-        "image_tokens": ((b, data.images, length), jnp.int32),
-    }
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
-
-
-def abstract_origin(config) -> build.Origin:
-    """Where the parameters would come from, as shapes."""
-    models = build.make_models(config, jnp.float32, 1.0)
-    side = models.vae.config.factor
-    frozen = {"vae": jax.eval_shape(models.vae.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]}
-    if not config.train_text_encoder:
-        text = jax.eval_shape(models.text_encoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        frozen["text_encoder"] = text["params"]
-    return build.Origin(start=None, frozen=frozen, scaling_factor=0.5, tokenizer=Path("tokenizer"))
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_builds_at_full_size(name):
     config = options.load(name)
@@ -66,7 +45,7 @@ def test_a_stage_builds_at_full_size(name):
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
     state = jax.eval_shape(lambda rng: make_state(task.init(rng), task, tx), jax.random.key(0))
     update = make_update(task, tx, seed=0, ema_decay=config.ema_decay, accumulate=config.accumulate)
-    new, losses = jax.eval_shape(update, state, task.frozen, abstract_batch(config))
+    new, losses = jax.eval_shape(update, state, task.frozen, abstract_batch(config, config.batch))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert {x.dtype for x in jax.tree.leaves(new["params"])} == {jnp.dtype("float32")}
     assert ("video_loss" in losses, "image_loss" in losses) == (bool(config.data.frames), bool(config.data.images))

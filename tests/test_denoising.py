@@ -123,13 +123,13 @@ def test_one_device_and_eight_agree():
 
 def test_clips_share_calls_and_do_not_mix(monkeypatch):
     calls = []
-    predict = denoising._predict
+    predict = denoising.predict_rows
 
     def counted(*args, **kwargs):
         calls.append(args[1]["x"].shape[0])
         return predict(*args, **kwargs)
 
-    monkeypatch.setattr(denoising, "_predict", counted)
+    monkeypatch.setattr(denoising, "predict_rows", counted)
     together = denoised(clip(0), clip(1), clip(2), windows=WHOLE, rows=4)
     assert calls == [4] * 3
     for seed, found in enumerate(together):

@@ -20,7 +20,8 @@ KNOWS = {
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
     "cascade": GROUND | MIDDLE | {"samples"},
     "training": GROUND | MIDDLE | {"cascade"},  # its sample grids show what a user would see
-    **dict.fromkeys(["evaluation", "curation", "planner", "parity"], GROUND | MIDDLE | UPPER),
+    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER),
+    "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
     "__init__": GROUND | MIDDLE | UPPER | {"samples"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}

@@ -190,13 +190,13 @@ def cascaded(stages_folder, tmp_path):
 
 def counted(monkeypatch) -> list[str]:
     """The stage of every UNet call from now on."""
-    calls, predict = [], denoising._predict
+    calls, predict = [], denoising.predict_rows
 
     def count(*args, unet, **kwargs):
         calls.append({4: "base", 8: "interpolation", 7: "vsr"}[unet.config.in_channels])
         return predict(*args, unet=unet, **kwargs)
 
-    monkeypatch.setattr(denoising, "_predict", count)
+    monkeypatch.setattr(denoising, "predict_rows", count)
     return calls
 
 

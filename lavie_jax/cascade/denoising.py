@@ -120,12 +120,17 @@ def _predict_windows(
         condition = condition._replace(concat=stacked(clip.concat[window.box] for clip, window in jobs))
     if jobs[0][0].noise_level is not None:
         condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in jobs))
-    places = len(jobs) // model.mesh.size * int(np.prod(jobs[0][1].shape))
-    return _predict(
+    return predict_rows(
         model.unet_params, state, i, stacked(clip.text for clip, _ in jobs),
         stacked(clip.null_text for clip, _ in jobs), condition, unet=model.unet, sampler=plan.sampler,
-        guidance=float(plan.guidance), image=plan.image, in_turn=places > TOGETHER_PLACES, mesh=model.mesh,
+        guidance=float(plan.guidance), image=plan.image, in_turn=in_turn(len(jobs) // model.mesh.size, jobs[0][1]),
+        mesh=model.mesh,
     )  # fmt: skip
+
+
+def in_turn(rows: int, window: Window) -> bool:
+    """Whether the two guided halves of `rows` windows on a device go through the UNet one after the other."""
+    return rows * int(np.prod(window.shape)) > TOGETHER_PLACES
 
 
 def _stepped(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
@@ -158,7 +163,7 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 
 
 @functools.partial(jax.jit, static_argnames=("unet", "sampler", "guidance", "image", "in_turn", "mesh"))
-def _predict(
+def predict_rows(
     params: dict,
     state: dict[str, Array],
     i: Int[Array, ""],

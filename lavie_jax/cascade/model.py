@@ -37,13 +37,10 @@ class StageModel:
         self.weights, self.dtype = weights, dtype
         self.mesh = parallel.make_mesh(devices=devices)
         self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
-        vae_dtype = jnp.float32 if weights.stage == "vsr" else dtype  # the x4 VAE overflows in half precision
-        self.unet = UNet(weights.unet.config, dtype)
-        self.text_encoder = CLIPText(weights.text_encoder.config, dtype)
-        self.vae = VAE(weights.vae.config, vae_dtype)
-        self.unet_params = self._place(weights.unet, dtype)
-        self.text_params = self._place(weights.text_encoder, dtype)
-        self.vae_params = self._place(weights.vae, vae_dtype)
+        self.unet, self.text_encoder, self.vae = networks(weights, dtype)
+        self.unet_params = self._place(weights.unet, self.unet.dtype)
+        self.text_params = self._place(weights.text_encoder, self.text_encoder.dtype)
+        self.vae_params = self._place(weights.vae, self.vae.dtype)
 
     def _place(self, part: Part, dtype: DTypeLike) -> dict:
         everywhere = parallel.replicated(self.mesh)
@@ -90,9 +87,11 @@ class StageModel:
     ) -> Float[np.ndarray, "t h w c"]:
         """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`."""
         parts = [
-            _encode(self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
-                    mesh=self.mesh)
-            for part, size in self._pieces(*frames.shape[:3])
+            encode_rows(
+                self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
+                mesh=self.mesh,
+            )
+            for part, size in pieces(*frames.shape[:3], devices=self.mesh.size)
         ]  # fmt: skip
         return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]
 
@@ -103,23 +102,34 @@ class StageModel:
         factor, (count, height, width) = self.vae.config.factor, latents.shape[:3]
 
         def started():
-            for part, size in self._pieces(count, height * factor, width * factor):
-                frames = _decode(self.vae_params, self._spread(latents[part], size), vae=self.vae, mesh=self.mesh)
+            for part, size in pieces(count, height * factor, width * factor, devices=self.mesh.size):
+                frames = decode_rows(self.vae_params, self._spread(latents[part], size), vae=self.vae, mesh=self.mesh)
                 yield frames, len(latents[part])
 
         for frames, wanted in one_ahead(started()):
             yield np.asarray(frames)[:wanted]
 
-    def _pieces(self, count: int, height: int, width: int) -> list[tuple[slice, int]]:
-        """(frames, how many) that the devices' VAEs take together, piece by piece."""
-        each = max(1, min(math.ceil(count / self.mesh.size), VAE_PIXELS // (height * width)))
-        size = each * self.mesh.size
-        return [(slice(i, i + size), size) for i in range(0, count, size)]
-
     def _spread(self, rows: np.ndarray, size: int) -> Array:
         """Rows over the devices; the last is repeated up to `size`, so that one program serves every piece."""
         filled = np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)]) if len(rows) < size else rows
         return parallel.put(filled, parallel.batch_sharding(self.mesh))
+
+
+def networks(weights: Weights, dtype: DTypeLike) -> tuple[UNet, CLIPText, VAE]:
+    """A stage's networks, to be computed in `dtype`, which is that of their parameters too."""
+    vae_dtype = jnp.float32 if weights.stage == "vsr" else dtype  # the x4 VAE overflows in half precision
+    return (
+        UNet(weights.unet.config, dtype),
+        CLIPText(weights.text_encoder.config, dtype),
+        VAE(weights.vae.config, vae_dtype),
+    )
+
+
+def pieces(count: int, height: int, width: int, *, devices: int) -> list[tuple[slice, int]]:
+    """(frames, how many) that the devices' VAEs take together, piece by piece; sides are those of pixels."""
+    each = max(1, min(math.ceil(count / devices), VAE_PIXELS // (height * width)))
+    size = each * devices
+    return [(slice(i, i + size), size) for i in range(0, count, size)]
 
 
 def one_ahead(results: Iterator) -> Iterator:
@@ -158,7 +168,7 @@ def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Arr
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
-def _encode(
+def encode_rows(
     params: dict, frames: UInt8[Array, "n H W 3"], noise: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh
 ) -> Float[Array, "n h w c"]:
     def encode(params, frames, noise):
@@ -169,7 +179,7 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
-def _decode(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
+def decode_rows(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
     def decode(params, latents):
         images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
         return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)

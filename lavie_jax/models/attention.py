@@ -62,9 +62,15 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
     sk = k_shape[1]
     if not plain:
         return "xla"
-    if jax.default_backend() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and _can_place(batch):
+    if _platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and _can_place(batch):
         return "flash"
     return "blockwise" if 4 * batch * heads * sq * sk > LARGE_SCORES else "xla"
+
+
+def _platform() -> str:
+    """What the program is traced for: the devices of the mesh in context, which need not be there, or jax's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _can_place(batch: int) -> bool:
@@ -94,7 +100,7 @@ def _xla(q, k, v, bias, causal):
         return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     plain, longest = bias is None and not causal, min(q.shape[2], k.shape[2])
-    if plain and longest >= CPU_LOOP and jax.default_backend() == "cpu":
+    if plain and longest >= CPU_LOOP and _platform() == "cpu":
         # One head at a time stays in a CPU's cache: three times as fast at 640 tokens.
         heads = [rearrange(x, "b n s k -> (b n) s k") for x in (q, k, v)]
         out = jax.lax.map(lambda head: rows(*head), heads)

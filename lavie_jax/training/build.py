@@ -97,11 +97,6 @@ def check_stage(config: Any) -> None:
 def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
     """The task of a stage whose parameters come from `origin`; they may be ShapeDtypeStructs."""
     data, models = data_config(config), make_models(config, dtype, origin.scaling_factor)
-    height, width = data.whole
-    as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
-    if data.fps is not None:  # clips at their own rates say nothing of the rate of samples
-        as_trained["fps"] = data.fps
-    sampling = {**stages.STAGES[config.stage].sampling, **as_trained, **config.sampling}
     losses = diffusion.StageLoss(
         stage=stages.STAGES[config.stage],
         models=models,
@@ -116,9 +111,19 @@ def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
         regime=config.regime,
         start=origin.start,
         frozen=origin.frozen,
-        sampling=sampling,
+        sampling=sampling_defaults(config),
         tokenizer=origin.tokenizer,
     )
+
+
+def sampling_defaults(config: Any) -> dict[str, Any]:
+    """The settings that a model of this config is sampled with when nobody says otherwise: as it was trained."""
+    data = data_config(config)
+    height, width = data.whole
+    as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
+    if data.fps is not None:  # clips at their own rates say nothing of the rate of samples
+        as_trained["fps"] = data.fps
+    return {**stages.STAGES[config.stage].sampling, **as_trained, **config.sampling}
 
 
 def data_config(config: Any) -> DataConfig:

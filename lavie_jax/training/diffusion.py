@@ -210,7 +210,9 @@ def encode_frames(
         return vae.apply({"params": params}, images, method="encode")
 
     batch, count, height, width, _ = frames.shape
-    at_once = max(1, ENCODED_PIXELS * jax.device_count() // (batch * height * width))  # the rows are split over devices
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size  # over which the rows are split
+    at_once = max(1, ENCODED_PIXELS * devices // (batch * height * width))
     if at_once >= count:
         return encode(frames)
     moments = jax.lax.map(encode, einops.rearrange(frames, "b f ... -> f b ..."), batch_size=at_once)

@@ -1,0 +1,112 @@
+"""python -m lavie_jax.planner: see the package's docstring."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from lavie_jax.errors import UserError, one_line_errors, suggest
+from lavie_jax.evaluation.results import check_place
+from lavie_jax.planner import chips, report, tables
+from lavie_jax.planner.measure import measure
+from lavie_jax.planner.programs import Program
+from lavie_jax.planner.sampling import sampling_programs
+from lavie_jax.planner.search import search
+from lavie_jax.planner.training import training_program
+from lavie_jax.training import options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles what the command line names, and prints and keeps a row for each program."""
+    with one_line_errors():
+        args, config = _parse(argv)
+        if args.tables:
+            for path in tables.write_tables(args.tables):
+                print(path)
+            return
+        jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
+        devices = chips.devices(args.topology, args.slices)
+        if args.sample:
+            for program in _chosen(sampling_programs(config, args.sample, devices, args.per_chip_batch), args.program):
+                _record(args, program, args.sample, rows=args.per_chip_batch, remat="none")
+            return
+
+        def fits(rows: int, remat: str) -> bool:
+            config.remat = remat
+            return _record(args, training_program(config, devices, rows), "training", rows=rows, remat=remat)
+
+        if args.search:
+            best = search(fits, args.per_chip_batch)
+            print("nothing fits" if best is None else f"best: {best[0]} rows a chip, remat {best[1]}")
+        else:
+            fits(args.per_chip_batch, config.remat)
+
+
+def _chosen(programs: list[Program], name: str | None) -> list[Program]:
+    names = [program.name for program in programs]
+    if name is not None and name not in names:
+        raise UserError(f"--program: unknown {name!r}{suggest(name, names)}")
+    return [program for program in programs if name in (None, program.name)]
+
+
+def _record(args: argparse.Namespace, program: Program, kind: str, *, rows: int, remat: str) -> bool:
+    """Whether the program fits, which is printed and, with --json, kept."""
+    about = {
+        "kind": kind, "config": args.config, "changed": args.changed, "topology": args.topology,
+        "slices": args.slices, "per_chip_batch": rows, "remat": remat,
+    }  # fmt: skip
+    row = about | measure(program) | {"versions": chips.versions()}
+    print(report.lines(row), flush=True)
+    if args.json:
+        report.append(args.json, row)
+    return report.fits(row)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
+    """(the arguments, the config that they name; None with --tables)."""
+    parser = _Parser(
+        prog="python -m lavie_jax.planner", description="Compile the real programs for TPUs that are not there.",
+        epilog="--config.FIELD=VALUE changes a field of the config, as for train.py.", allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.py[:MODE]", help="the config of a stage")
+    parser.add_argument("--topology", default="v5e:1x1", help=f"such as {', '.join(chips.EXAMPLES)}")
+    parser.add_argument("--slices", type=int, default=1, help="of that topology, over which `data` is split")
+    parser.add_argument("--per-chip-batch", type=int, default=1, help="clips a chip")
+    parser.add_argument("--sample", metavar="STAGE", help="the stage's sampling in place of its training")
+    parser.add_argument("--program", metavar="NAME", help="with --sample: this one alone, such as 'VAE decode'")
+    parser.add_argument("--search", action="store_true", help="try up to four points of batch and remat")
+    parser.add_argument("--json", type=Path, help="add the rows to this file; a row of the same program is replaced")
+    parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if not re.match(r"--config\.[\w.]+=", word)]:
+        raise UserError(f"unexpected argument {unknown[0]!r}; see --help")
+    if args.tables:
+        return args, None
+    if not args.config:
+        raise UserError("--config is missing: a file such as configs/base.py")
+    for name in ("per_chip_batch", "slices"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: at least 1 is needed, given {getattr(args, name)}")
+    if args.sample and args.search:
+        raise UserError("--search is for training; --sample has nothing to choose")
+    if args.program and not args.sample:
+        raise UserError("--program goes with --sample: training is one program")
+    chips.parse(args.topology)
+    check_place(args.json, report.KIND)
+    args.changed = {word[len("--config.") :].partition("=")[0]: word.partition("=")[2] for word in rest}
+    config = options.load(args.config)
+    for field, text in args.changed.items():
+        options.override(config, field, text)
+    return args, config
+
+
+if __name__ == "__main__":
+    main()

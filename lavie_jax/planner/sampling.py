@@ -1,0 +1,157 @@
+"""What sampling runs on a chip, stage by stage, as `cascade/` compiles it, from shapes alone."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavie_jax import parallel
+from lavie_jax.cascade import default_dtype
+from lavie_jax.cascade.denoising import in_turn, predict_rows
+from lavie_jax.cascade.interpolation import RATE
+from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
+from lavie_jax.cascade.running import PASSES
+from lavie_jax.diffusion import make_sampler
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.planner.programs import Program, cast, placed
+from lavie_jax.samples.settings import Settings, Source
+from lavie_jax.stages import STAGES, Condition
+from lavie_jax.training import build
+from lavie_jax.weights import Part, Weights
+
+
+def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
+    """A guided denoising step and the VAE's work of a stage at its own settings, `rows` clips or windows a chip.
+
+    Weights are whole on every chip, as `cascade.StageModel` has them.
+
+    Raises:
+      UserError: an unknown stage, or a config of another one.
+    """
+    if stage not in STAGES:
+        raise UserError(f"--sample: unknown stage {stage!r}{suggest(stage, STAGES)}")
+    if config.stage != stage:
+        raise UserError(f"--sample {stage}: the config is of the stage {config.stage}; give configs/{stage}.py")
+    weights = abstract_weights(config)
+    mesh, dtype = parallel.make_mesh(devices=devices), default_dtype(devices)
+    unet, text_encoder, vae = networks(weights, dtype)
+    everywhere = parallel.replicated(mesh)
+    params = {
+        name: placed(cast(part.params, model.dtype), everywhere)
+        for name, part, model in (
+            ("unet", weights.unet, unet),
+            ("text_encoder", weights.text_encoder, text_encoder),
+            ("vae", weights.vae, vae),
+        )
+    }
+    settings = PASSES[stage].resolve(weights, {}, _source(weights))
+    step = _guided_step(weights, settings, (unet, text_encoder), params, mesh, rows)
+    return [step, *_vae_work(weights, settings, vae, params, mesh)]
+
+
+def _guided_step(
+    weights: Weights, settings: Settings, models: tuple, params: dict, mesh: jax.sharding.Mesh, rows: int
+) -> Program:
+    unet, text_encoder = models
+    passes, sharding = PASSES[weights.stage], parallel.batch_sharding(mesh)
+    shape = passes.latent_shape(weights, settings)
+    windows = passes.windows(shape, settings)
+    window = max(windows, key=lambda w: np.prod(w.shape))
+    sampler = make_sampler(settings.sampler, settings.steps, weights.schedule)
+    total = rows * mesh.size
+    channels = unet.config.in_channels - unet.config.out_channels
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((total, *shape), dtype, sharding=sharding)
+
+    state = jax.eval_shape(sampler.init, jax.ShapeDtypeStruct((*window.shape, shape[-1]), jnp.float32))
+    state = {name: array(*x.shape, dtype=x.dtype) for name, x in state.items()}
+    ids = jax.ShapeDtypeStruct((1, text_encoder.config.max_position_embeddings), jnp.int32)
+    text = jax.eval_shape(text_encoder.apply, {"params": params["text_encoder"]}, ids)
+    text = array(*text.shape[1:], dtype=text.dtype)
+    condition = Condition(
+        concat=array(*window.shape, channels) if channels else None,
+        noise_level=array(dtype=jnp.int32) if unet.config.num_class_embeds else None,
+    )
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
+    alone = in_turn(rows, window)
+    halves = "one after the other" if alone else "together"
+    sides = "x".join(str(n) for n in window.shape)
+    return Program(
+        name="guided step",
+        function=predict_rows,
+        arguments=(params["unet"], state, number, text, text, condition),
+        static={
+            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance), "image": False, "in_turn": alone,
+            "mesh": mesh,
+        },
+        mesh=mesh,
+        held={"parameters": params["unet"]},
+        beside=(params["text_encoder"], params["vae"]),
+        note=f"{rows} x {sides} latents a chip, halves {halves}; windows a clip: {len(windows)}",
+    )  # fmt: skip
+
+
+def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax.sharding.Mesh) -> list[Program]:
+    factor, channels = weights.vae.config.factor, weights.vae.config.latent_channels
+    sharding = parallel.batch_sharding(mesh)
+    beside = (params["unet"], params["text_encoder"])
+
+    def program(name, count, height, width, function, arguments):
+        _, size = pieces(count, height, width, devices=mesh.size)[0]
+        note = f"{size // mesh.size} frames of {height}x{width} a chip, {jnp.dtype(vae.dtype).name}"
+        arrays = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for shape, dtype in arguments]
+        return Program(
+            name=name, function=function, arguments=(params["vae"], *arrays), static={"vae": vae, "mesh": mesh},
+            mesh=mesh, held={"parameters": params["vae"]}, beside=beside, note=note,
+        )  # fmt: skip
+
+    height, width = (factor * side for side in PASSES[weights.stage].latent_shape(weights, settings)[1:3])
+    latents = ((height // factor, width // factor, channels), jnp.float32)
+    programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
+    if weights.stage == "interpolation":  # the one stage that encodes
+        frames = ((height, width, 3), jnp.uint8)
+        keys = (settings.frames - 1) // RATE + 1
+        programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
+    return programs
+
+
+def _source(weights: Weights) -> Source | None:
+    """The clip from which the stage makes one of its default size."""
+    if weights.stage == "base":
+        return None
+    made = weights.sampling
+    frames, factor = made["frames"], weights.vae.config.factor
+    if weights.stage == "interpolation":
+        frames, factor = (frames - 1) // RATE + 1, 1
+    return Source(frames=frames, height=made["height"] // factor, width=made["width"] // factor, fps=made["fps"])
+
+
+def abstract_weights(config: Any) -> Weights:
+    """The weights folder that a config's training would leave, its parameters ShapeDtypeStructs in float32."""
+    models = build.make_models(config, jnp.float32, 1.0)
+    rng, side, unet = jax.random.key(0), models.vae.config.factor, models.unet.config
+    t = jnp.zeros((1,), jnp.int32)
+    place = 2 ** (len(unet.block_out_channels) - 1)  # the smallest frame that every level halves
+    shapes = {
+        "unet": jax.eval_shape(
+            lambda: models.unet.init(
+                rng, jnp.zeros((1, 1, place, place, unet.in_channels)), t,
+                jnp.zeros((1, 2, unet.cross_attention_dim)), noise_level=t if unet.num_class_embeds else None,
+            )
+        ),
+        "vae": jax.eval_shape(models.vae.init, rng, jnp.zeros((1, side, side, 3))),
+        "text_encoder": jax.eval_shape(models.text_encoder.init, rng, jnp.zeros((1, 2), jnp.int32)),
+    }  # fmt: skip
+    parts = {name: Part(getattr(models, name).config, shape["params"]) for name, shape in shapes.items()}
+    return Weights(
+        path=Path(config.stage),
+        stage=config.stage,
+        sampling=build.sampling_defaults(config),
+        tokenizer_dir=None,
+        schedule=models.schedule,
+        low_res_schedule=None,
+        **parts,
+    )

@@ -1,0 +1,21 @@
+"""How many clips a chip can take: a few compilations, chosen one after the other."""
+
+from collections.abc import Callable
+
+MOST_BATCHES = 3
+
+
+def search(fits: Callable[[int, str], bool], first: int) -> tuple[int, str] | None:
+    """The best (rows a chip, remat) of at most four that are tried; None when the first does not fit.
+
+    Doubles the rows while they fit with every block recomputed; then asks whether as many fit without, which saves a
+    third of the arithmetic.
+    """
+    best, rows = None, first
+    for _ in range(MOST_BATCHES):
+        if not fits(rows, "block"):
+            break
+        best, rows = (rows, "block"), 2 * rows
+    if best is not None and fits(best[0], "none"):
+        best = (best[0], "none")
+    return best

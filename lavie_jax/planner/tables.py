@@ -1,0 +1,162 @@
+"""The tables of docs/planner.md and docs/memory.md, from the rows that the planner kept."""
+
+from pathlib import Path
+
+from lavie_jax.errors import UserError
+from lavie_jax.evaluation import results
+from lavie_jax.planner import chips
+from lavie_jax.planner.report import Row, collectives_text, fits, gib, read, total
+from lavie_jax.planner.roofline import bound
+
+# What the pages shall hold, measured or not: (config, topology, rows a chip), and the programs of each stage.
+TRAININGS = (
+    ("configs/base.py", "v5e:4x4", 1),
+    ("configs/interpolation.py", "v5e:4x4", 1),
+    ("configs/vsr.py", "v5e:4x4", 1),
+    ("configs/base.py", "v5p:2x4x4", 1),
+)
+SAMPLINGS = {
+    "base": ("guided step", "VAE decode"),
+    "interpolation": ("guided step", "VAE decode", "VAE encode"),
+    "vsr": ("guided step", "VAE decode"),
+}
+
+
+def write_tables(path: Path) -> list[Path]:
+    """planner.md and memory.md beside the JSON; returns where they are. UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"--tables {path}: no such file; --json writes it")
+    rows = read(path)
+    pages = {
+        "planner.md": _training_page([row for row in rows if row["kind"] == "training"], path.name),
+        "memory.md": _sampling_page([row for row in rows if row["kind"] != "training"], path.name),
+    }
+    for name, text in pages.items():
+        (path.parent / name).write_text(text)
+    return [path.parent / name for name in pages]
+
+
+def _training_page(rows: list[Row], source: str) -> str:
+    memory_header = [
+        "config", "topology", "mesh", "rows a chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
+        "total", "has", "fits",
+    ]  # fmt: skip
+    time_header = [
+        "config", "topology", "rows a chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
+        "bound, ms: arithmetic", "memory", "links", "at least", "compiled in",
+    ]  # fmt: skip
+    memory, time = [], []
+    for row in rows:
+        chip, _ = chips.parse(row["topology"])
+        memory.append([*_name(row), _mesh(row), str(row["per_chip_batch"]), row["remat"], *_memory_cells(row, chip)])
+        if row["fits"]:
+            time.append([*_name(row), str(row["per_chip_batch"]), *_time_cells(row, chip)])
+    there = {(row["config"], row["topology"], row["per_chip_batch"]) for row in rows}
+    for config, topology, count in TRAININGS:
+        if (config, topology, count) not in there:
+            memory.append(_missing([f"`{config}`", topology, "", str(count)], len(memory_header)))
+    return TRAINING.format(
+        source=source, memory=results.markdown(memory_header, memory), time=results.markdown(time_header, time),
+        versions=_versions(rows),
+    )  # fmt: skip
+
+
+def _sampling_page(rows: list[Row], source: str) -> str:
+    header = ["stage", "program", "size", "arguments", "temporary", "outputs", "beside", "total", "has", "fits"]
+    found = {(row["kind"], row["program"]): row for row in rows}
+    cells = []
+    for stage, program in ((stage, program) for stage, programs in SAMPLINGS.items() for program in programs):
+        row = found.get((stage, program))
+        if row is None:
+            cells.append(_missing([stage, program], len(header)))
+            continue
+        chip, _ = chips.parse(row["topology"])
+        plan = [gib(row.get(name)) for name in ("arguments", "temporary", "outputs", "beside")]
+        verdict = "yes" if fits(row) else "**no**"
+        cells.append([stage, program, row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
+    return SAMPLING.format(source=source, table=results.markdown(header, cells), versions=_versions(rows))
+
+
+def _missing(name: list[str], columns: int) -> list[str]:
+    return [*name, "not compiled yet", *[""] * (columns - len(name) - 1)]
+
+
+def _name(row: Row) -> list[str]:
+    changed = "".join(f" {name}={value}" for name, value in row["changed"].items())
+    where = row["topology"] if row["slices"] == 1 else f"{row['slices']} x {row['topology']}"
+    return [f"`{row['config']}`{changed}", where]
+
+
+def _mesh(row: Row) -> str:
+    return ", ".join(f"{name} {size}" for name, size in row["mesh"].items() if size > 1) or "1 device"
+
+
+def _memory_cells(row: Row, chip: chips.Chip) -> list[str]:
+    held = [gib(row["held"][name]) for name in ("parameters", "optimizer", "ema", "frozen")]
+    verdict = "yes" if fits(row) else "**no**"
+    return [*held, gib(row.get("temporary")), gib(total(row)), gib(chip.memory), verdict]
+
+
+def _time_cells(row: Row, chip: chips.Chip) -> list[str]:
+    least = bound(row, chip)
+    each = [f"{1e3 * seconds:.0f}" for seconds in (*least, least.seconds)]
+    operations = [f"{row[name] / 1e12:.2f}" for name in ("operations", "compiler_operations")]
+    return [*operations, collectives_text(row) or "none", *each, f"{row['seconds']['compile']:.0f} s"]
+
+
+def _versions(rows: list[Row]) -> str:
+    found = {f"jax {row['versions']['jax']}, libtpu {row['versions']['libtpu']}" for row in rows}
+    return "; ".join(sorted(found)) or "none yet"
+
+
+TRAINING = """\
+# Training: what fits on a TPU
+
+Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. A row is
+made by
+
+    python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
+
+which compiles the update of `train.py` for chips that are not there ({versions}).
+Nothing was run on a TPU. A full-size step takes a quarter of an hour of two free cores; a row that nobody has compiled
+says so.
+
+## Memory
+
+GiB of one chip, by the compiler's plan. `total` counts parameters, optimizer state, EMA, frozen models, the batch and
+temporaries; `has` is what the compiler gives a program of the chip.
+
+{memory}
+
+## Time: an estimate
+
+`TFLOP traced` is one chip's part of all matrix products and convolutions of the traced program, recomputed blocks and
+loops included. The compiler's own count takes a loop once and custom kernels (flash attention) not at all: it is too
+low. Collectives are read off the compiled program, loops as often as they run. The bound is a roofline: the largest
+of arithmetic at peak speed, memory traffic (the compiler's figure, loops once) at peak bandwidth, and the collectives'
+bytes over all links of the chip. A real step is slower; by how much is not known.
+
+{time}
+
+`--search` tries at most four points of batch and remat. `--slices N` splits the axis `data` over N slices. Names of
+topologies count chips: v5p:2x4x4 is what Google sells as v5p-64, which counts two cores a chip. libtpu writes a few
+lines about hosts that it does not find to stderr: they mean nothing here.
+"""
+
+SAMPLING = """\
+# Sampling: what fits on one TPU chip
+
+Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. The rows:
+
+    python -m lavie_jax.planner --config configs/base.py --sample base --json docs/{source}
+    python -m lavie_jax.planner --config configs/interpolation.py --sample interpolation --json docs/{source}
+    python -m lavie_jax.planner --config configs/vsr.py --sample vsr --json docs/{source}
+
+GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
+a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
+x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
+being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code. One
+stage's weights are on the chips at a time. Interpolation decodes with the same program as base.
+
+{table}
+"""

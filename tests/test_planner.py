@@ -1,0 +1,332 @@
+"""The planner: what it counts, what it says, what it refuses; compiling for a TPU only where libtpu is installed."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lavie_jax import parallel
+from lavie_jax.errors import UserError
+from lavie_jax.models.attention import attention
+from lavie_jax.planner import __main__ as command
+from lavie_jax.planner import chips, report, tables
+from lavie_jax.planner.hlo import collectives
+from lavie_jax.planner.measure import bytes_needed, measure
+from lavie_jax.planner.operations import count_operations
+from lavie_jax.planner.programs import Program, bytes_per_chip, placed
+from lavie_jax.planner.roofline import bound
+from lavie_jax.planner.sampling import sampling_programs
+from lavie_jax.planner.search import search
+from lavie_jax.planner.training import training_program
+from lavie_jax.training import options
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+# ---- operations ----
+
+
+def counted(f, *shapes) -> float:
+    return count_operations(jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes)))
+
+
+def test_a_matrix_product_and_a_convolution():
+    assert counted(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert counted(convolve, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
+
+
+def test_loops_count_as_often_as_they_run_and_branches_once():
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+    assert counted(loop, (2, 4), (4, 4)) == 5 * 2 * 2 * 4 * 4
+    assert counted(jax.checkpoint(loop), (2, 4), (4, 4)) == 5 * 2 * 2 * 4 * 4
+
+    def branches(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
+
+    assert counted(branches, (2, 4), (4, 4)) == 2 * 2 * 4 * 4
+
+
+def test_kernels_count_like_plain_attention():
+    """What each device does in its own part of a custom kernel is counted on all of them."""
+    shape = (4, 256, 2, 64)
+    mesh = parallel.make_mesh(data=4, tensor=2)
+    with jax.set_mesh(mesh):
+        flash = counted(lambda x: attention(x, x, x, kernel="flash"), shape)
+    assert flash == counted(lambda x: attention(x, x, x, kernel="xla"), shape) == 2 * 2 * 4 * 2 * 256 * 256 * 64
+
+
+# ---- collectives ----
+
+HLO = """\
+HloModule jit_step
+
+%more (a: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[] compare(%a, %limit), direction=LT
+}
+
+%all-reduce-scatter.1 (input: bf16[64,64]) -> bf16[16,64] {
+  %sum.1 = bf16[64,64]{1,0} all-reduce(%input), channel_id=6, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = bf16[16,64]{1,0} dynamic-slice(%sum.1, %i, %j), dynamic_slice_sizes={16,64}
+}
+
+%fused (p: bf16[16,64]) -> bf16[64,64] {
+  ROOT %gathered.1 = bf16[64,64]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=9, dimensions={0}
+}
+
+%body (a: s32[]) -> s32[] {
+  %begun = (bf16[16,64], bf16[64,64]{1,0}) all-gather-start(%p), channel_id=9, dimensions={0}
+  %fusion.1 = bf16[64,64]{1,0} fusion(%p), kind=kOutput, calls=%fused
+  %fusion.2 = bf16[16,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = s32[] add(%a, %one)
+}
+
+%unused (p: f32[8]) -> f32[8] {
+  ROOT %never = f32[8]{0} all-reduce(%p), channel_id=11, to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = s32[] while(%zero), condition=%more, body=%body, metadata={op_name="jit(step)/while"}
+  %known = s32[] while(%zero), condition=%other, body=%none, backend_config={"known_trip_count":{"n":"3"}}
+  %loss = f32[]{:T(128)} all-reduce(%x), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  %rows = f32[2,8]{1,0} reduce-scatter(%y), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  ROOT %x = f32[8]{0} copy(%x)
+}
+"""
+
+
+def test_collectives_of_a_loop_and_under_several_names():
+    whole = 64 * 64 * 2
+    assert collectives(HLO) == {
+        "all-gather": {"count": 6, "bytes": 6 * whole},
+        "all-reduce": {"count": 1, "bytes": 4},
+        "reduce-scatter": {"count": 7, "bytes": 6 * whole + 4 * 2 * 8 * 4},
+    }
+    assert collectives("") == {}
+
+
+def test_a_program_of_this_machine():
+    """Measured on 8 CPU devices: the shape of a row, and one all-reduce."""
+    mesh = parallel.make_mesh()
+    rows = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    whole = jax.ShapeDtypeStruct((32, 4), jnp.float32)
+    whole, rows = placed(whole, parallel.replicated(mesh)), placed(rows, parallel.batch_sharding(mesh))
+    row = measure(
+        Program(
+            name="loss", function=jax.jit(lambda w, x: (x @ w).sum()), mesh=mesh, arguments=(whole, rows),
+            held={"parameters": whole},
+        )
+    )  # fmt: skip
+    assert row["fits"] and row["operations"] == 2 * 16 * 32 * 4 / 8
+    assert row["held"] == {"parameters": 32 * 4 * 4}
+    assert row["arguments"] == 32 * 4 * 4 + 2 * 32 * 4
+    assert row["collectives"]["all-reduce"]["count"] == 1
+
+
+# ---- what is made of a row ----
+
+
+def row(**changes):
+    return {
+        "kind": "training", "config": "configs/base.py", "changed": {}, "topology": "v5e:4x4", "slices": 1,
+        "per_chip_batch": 1, "remat": "block", "program": "training step", "note": "16 x 20 frames", "chips": 16,
+        "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
+        "held": {"parameters": GIB, "optimizer": 2 * GIB, "ema": GIB, "frozen": 0, "batch": 0}, "beside": 0,
+        "operations": 197e12, "versions": {"jax": "0.10.2", "libtpu": "0.0.42.1"}, "fits": True, "arguments": 4 * GIB,
+        "outputs": 4 * GIB, "donated": 4 * GIB, "temporary": 6 * GIB, "code": 0, "needs": 10 * GIB,
+        "compiler_operations": 1e12, "compiler_traffic": 81.9e9, "seconds": {"trace": 1.0, "compile": 2.0},
+        "collectives": {"all-gather": {"count": 3, "bytes": 10**9}, "all-reduce": {"count": 1, "bytes": 10**9}},
+    } | changes  # fmt: skip
+
+
+def test_the_bound_is_the_largest_of_three():
+    found = bound(row(), chips.CHIPS["v5e"])
+    assert found == pytest.approx((1.0, 0.1, 3e9 / 200e9))
+    assert (found.seconds, found.reason) == (found.arithmetic, "arithmetic")
+    slow = bound(row(operations=0.0, compiler_traffic=0.0), chips.CHIPS["v5e"])
+    assert slow.memory == pytest.approx(8 * GIB / 819e9)  # each argument and result once, whatever the compiler says
+    assert slow.reason == "links"
+
+
+def test_lines_say_whether_it_fits_and_by_how_much():
+    text = report.lines(row())
+    assert "16 x v5e (data 1, fsdp 16, tensor 1)" in text and "total 10.00 of 15.75 GiB: fits, 5.75 GiB left" in text
+    assert "3 all-gather 0.93 GiB" in text and "estimate, roofline bound: at least 1000.0 ms (arithmetic" in text
+    full = row(fits=False, needs=20 * GIB)
+    for name in ("arguments", "outputs", "temporary", "collectives", "compiler_operations"):
+        full.pop(name)
+    assert "does not fit, by 4.25 GiB" in report.lines(full)
+    assert not report.fits(row(beside=6 * GIB))  # the other models do not leave
+    assert "does not fit into 15.75" in report.lines(full | {"needs": None})
+
+
+def test_the_compilers_complaint_is_read():
+    text = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: it wants (19.69G) exceeds available HBM (15.75G)"
+    assert bytes_needed(text) == int(19.69 * GIB)
+    assert bytes_needed("Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.") == int(512.5 * 2**20)
+    assert bytes_needed("something else") is None
+
+
+def test_rows_are_added_and_replaced_and_become_tables(tmp_path):
+    path = tmp_path / "planner.json"
+    report.append(path, row())
+    report.append(path, row(per_chip_batch=2, fits=False, needs=None))
+    report.append(path, row(needs=11 * GIB))
+    report.append(path, row(kind="base", program="guided step", topology="v5e:1x1", remat="none"))
+    assert [r["needs"] for r in report.read(path)] == [None, 11 * GIB, 10 * GIB]
+    command.main(["--tables", str(path)])
+    training, sampling = ((tmp_path / name).read_text() for name in ("planner.md", "memory.md"))
+    assert "| 1.00 | 2.00 | 1.00 | 0.00 | 6.00 | 11.00 | 15.75 | yes |" in training
+    assert "| ? | 15.75 | **no** |" in training
+    assert "| `configs/vsr.py` | v5e:4x4 |  | 1 | not compiled yet |" in training
+    assert "| base | guided step |" in sampling and "| vsr | VAE decode | not compiled yet |" in sampling
+    for page in (training, sampling):
+        widths = {line.count("|") for line in re.findall(r"(?:^\|.*\n?)+", page, re.M)[0].splitlines()}
+        assert len(widths) == 1
+
+
+def test_the_pages_in_docs_are_those_of_the_rows(tmp_path):
+    (tmp_path / "planner.json").write_text((ROOT / "docs/planner.json").read_text())
+    for path in tables.write_tables(tmp_path / "planner.json"):
+        assert path.read_text() == (ROOT / "docs" / path.name).read_text()
+
+
+def test_the_search_tries_at_most_four_points():
+    tried = []
+
+    def run(largest, without):
+        tried.clear()
+
+        def fits(rows, remat):
+            tried.append((rows, remat))
+            return rows <= (largest if remat == "block" else without)
+
+        return search(fits, 1)
+
+    assert run(8, 8) == (4, "none") and tried == [(1, "block"), (2, "block"), (4, "block"), (4, "none")]
+    assert run(2, 1) == (2, "block") and len(tried) == 4
+    assert run(0, 0) is None and tried == [(1, "block")]
+
+
+# ---- programs ----
+
+
+def test_the_training_step_of_a_config_from_shapes():
+    config = options.load("configs/base.py")
+    program = training_program(config, jax.devices(), 2)
+    assert program.mesh.shape == {"data": 1, "fsdp": 8, "tensor": 1}
+    state, _, batch = program.arguments
+    assert batch["video"].shape == (16, 16, 320, 512, 3)
+    parameters, moments = (bytes_per_chip(state[name]) for name in ("params", "opt_state"))
+    assert 909.1e6 * 4 / 8 < parameters < 1.01 * 909.1e6 * 4 / 8  # nearly all is split; norms and biases are not
+    assert moments == pytest.approx(2 * parameters, rel=1e-3)
+    assert {x.dtype for x in jax.tree.leaves(program.arguments[1])} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+def test_the_programs_of_sampling_from_shapes(stage):
+    step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
+    assert (step.name, *(p.name for p in others)) == tables.SAMPLINGS[stage]
+    sides = {"base": (16, 40, 64), "interpolation": (61, 40, 64), "vsr": (8, 320, 512)}[stage]
+    assert step.arguments[1]["x"].shape == (1, *sides, 4)
+    assert step.static["in_turn"] == (stage != "base")
+    frames = {"base": (4, 40, 64, 4), "interpolation": (4, 40, 64, 4), "vsr": (1, 320, 512, 4)}[stage]
+    assert others[0].arguments[1].shape == frames
+
+
+# ---- what is refused ----
+
+BASE = ["--config", "configs/base.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--config is missing"),
+        ([*BASE, "--topology", "v5:4x4"], "did you mean 'v5p'? Allowed: v4, v5e, v5p, v6e"),
+        ([*BASE, "--topology", "v5e:4x4x4"], "v5e has 2 axes, such as v5e:1x1"),
+        ([*BASE, "--topology", "v5p:4x0x4"], "v5p has 3 axes"),
+        ([*BASE, "--per-chip-batch", "0"], "--per-chip-batch: at least 1"),
+        ([*BASE, "--per-chip-batch", "two"], "invalid int value: 'two'"),
+        ([*BASE, "--search", "--sample", "base"], "--search is for training"),
+        ([*BASE, "--program", "VAE decode"], "--program goes with --sample"),
+        ([*BASE, "--config.batsh=3"], "did you mean 'batch'"),
+        ([*BASE, "extra"], "unexpected argument 'extra'"),
+        (["--config", "configs/nothing.py"], "does not exist"),
+        (["--tables", "nowhere.json"], "no such file"),
+        ([*BASE, "--json", "README.md"], "is no result of this command"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else object())
+    with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
+        chips.devices("v5e:1x1")
+
+
+def test_a_mesh_and_a_batch_that_do_not_fit():
+    config = options.load("configs/base.py")
+    config.mesh.fsdp = 3
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        training_program(config, jax.devices(), 1)
+    config.mesh.fsdp, config.accumulate = 8, 3
+    with pytest.raises(UserError, match="choose a multiple of 24"):
+        training_program(config, jax.devices(), 1)
+    with pytest.raises(UserError, match="cascade's stages"):
+        training_program(options.load("configs/moving_shapes/vae.py"), jax.devices(), 1)
+    with pytest.raises(UserError, match="give configs/vsr.py"):
+        sampling_programs(options.load("configs/base.py"), "vsr", jax.devices())
+
+
+# ---- with libtpu ----
+
+TINY_DECODE = 491008  # bytes, jax 0.10.2 and libtpu 0.0.42.1
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
+
+
+@needs_libtpu
+def test_meshes_on_chips_that_are_not_there():
+    assert len(chips.devices("v4:2x2x4")) == 16  # one a chip
+    two_slices = chips.devices("v5e:4x4", 2)
+    mesh = parallel.make_mesh(data=2, fsdp=-1, devices=two_slices)
+    assert mesh.shape == {"data": 2, "fsdp": 16, "tensor": 1}
+    assert [{d.slice_index for d in half.flat} for half in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="multiple of the slices"):
+        parallel.make_mesh(data=1, fsdp=-1, devices=two_slices)
+    with pytest.raises(UserError, match="product of whole axes"):
+        parallel.make_mesh(data=2, fsdp=4, tensor=2, devices=chips.devices("v6e:4x4"))
+    with pytest.raises(UserError, match="libtpu makes no topology"):
+        chips.devices("v5e:3x5")
+
+
+@needs_libtpu
+def test_the_committed_figure_of_the_tiny_stage_comes_out_again():
+    """The VAE's part: a UNet, however small, takes minutes to compile. Without the code, which versions change."""
+    programs = sampling_programs(options.load("configs/base.py:tiny"), "base", chips.devices("v5e:1x1"))
+    found = measure(programs[1])
+    assert json.dumps(found)
+    assert sum(found[part] for part in ("arguments", "outputs", "temporary")) == pytest.approx(TINY_DECODE, rel=0.1)
