@@ -122,6 +122,8 @@ def small_config(stage: str, base: Path | None = None):
             {k: v for k, v in found.text_encoder.config.to_dict().items() if k in config.text_encoder}
         )
         config.unet.cross_attention_dim = found.unet.config.cross_attention_dim
+        if stage == "interpolation":
+            config.unet.caption_modulation = found.unet.config.caption_modulation
     return config
 
 
