@@ -57,7 +57,8 @@ def random_params(unet, *inputs):
 def make(kind):
     """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
     config = UNetConfig.from_diffusers(KINDS[kind], kind)
-    config = dataclasses.replace(config, temporal_norm_groups=4, motion_embedding=kind == "base")
+    ours = dict.fromkeys(("motion_embedding", "caption_modulation"), kind == "base")
+    config = dataclasses.replace(config, temporal_norm_groups=4, **ours)
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -173,6 +174,23 @@ def test_only_numbered_frames_that_look_alike_can_differ():
 
     assert spread(UNet(dataclasses.replace(unet.config, motion_embedding=False))) < 1e-5
     assert spread(unet) > 1e-2
+
+
+def test_modulation_by_the_caption_changes_nothing_when_new():
+    unet, (x, t, text, *_) = make("base")
+    plain = UNet(dataclasses.replace(unet.config, caption_modulation=False))
+    params = random_params(unet, x, t, text)
+
+    def new(path, leaf):
+        return jnp.zeros_like(leaf) if "caption_proj" in jax.tree_util.keystr(path) else leaf
+
+    def without(tree):
+        return {k: without(v) for k, v in tree.items() if "caption_" not in k} if isinstance(tree, dict) else tree
+
+    before = jax.jit(plain.apply)({"params": without(params)}, x, t, text)
+    run = jax.jit(unet.apply)
+    assert relative_error(run({"params": jax.tree_util.tree_map_with_path(new, params)}, x, t, text), before) < 1e-6
+    assert relative_error(run({"params": params}, x, t, text), before) > 1e-3
 
 
 def test_kernels_and_remat_change_nothing():
