@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import Parser, UserError
 from lavie_jax.samples.outputs import (
     ContactSheets,
     Output,
@@ -58,13 +58,6 @@ FLAGS = {
         ("tile", int, "P", "side of spatial windows in low-resolution pixels; 0 is whole frames (default: by size)"),
     ),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes in the command line are errors like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -79,8 +79,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     task, tokenizer_dir = build.make_task(config, dtype, scratch)
     identity = config.to_dict() | {checkpoint.FROZEN: checkpoint.array_hash(task.frozen)}
-    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-    learning_rate = optimizer.learning_rate(optimizer.OptimizerConfig(**config.optimizer), config.steps)
+    optimizing = optimizer.OptimizerConfig(**config.optimizer)
+    tx = optimizer.make_optimizer(optimizing, config.steps)
+    learning_rate = optimizer.learning_rate(optimizing, config.steps)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Data: its position is the step, that of the newest checkpoint                    │

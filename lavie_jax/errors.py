@@ -1,9 +1,11 @@
 """Errors that a person's input can cause. Scripts print them as one line and exit with code 2."""
 
+import argparse
 import contextlib
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -16,6 +18,14 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Allowed: {', '.join(allowed)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in a command line are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a UserError, where argparse would print its usage and exit."""
+        raise UserError(f"{message}; see --help")
 
 
 @contextlib.contextmanager

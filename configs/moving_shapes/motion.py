@@ -6,7 +6,7 @@
 
 "Left" says where the shape is only together with the time: for long no gradient shows it, and then all at once. Six
 frames of a clip and high noise, where motion is decided, are enough, and so is the embedding
-(`models.unet.MotionEmbedding`); the rest of the network stays as it is, so that the rate can be high. Modes as in
+(`models.additions.MotionEmbedding`); the rest of the network stays as it is, so that the rate can be high. Modes as in
 `base.py`. Hardware, time and result: docs/moving_shapes.md.
 """
 

@@ -83,9 +83,13 @@ class StageModel:
         return np.array([[seed, list(STAGES).index(self.weights.stage), stream]], np.uint32)
 
     def encode(
-        self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"]
+        self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"] | None = None
     ) -> Float[np.ndarray, "t h w c"]:
-        """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`."""
+        """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`; without, its mean."""
+        if noise is None:
+            factor, (count, height, width) = self.vae.config.factor, frames.shape[:3]
+            shape = count, height // factor, width // factor, self.vae.config.latent_channels
+            noise = np.zeros(shape, np.float32)
         parts = [
             encode_rows(
                 self.vae_params, self._spread(frames[part], size), self._spread(noise[part], size), vae=self.vae,
@@ -171,6 +175,8 @@ def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Arr
 def encode_rows(
     params: dict, frames: UInt8[Array, "n H W 3"], noise: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh
 ) -> Float[Array, "n h w c"]:
+    """Scaled latents, rows split over the devices: `StageModel.encode` of one piece."""
+
     def encode(params, frames, noise):
         mean, logvar = vae.apply({"params": params}, to_float(frames), method="encode")
         return (mean + jnp.exp(0.5 * logvar) * noise) * vae.config.scaling_factor
@@ -180,6 +186,8 @@ def encode_rows(
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def decode_rows(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
+    """Frames, rows split over the devices: `StageModel.decode` of one piece."""
+
     def decode(params, latents):
         images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
         return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)

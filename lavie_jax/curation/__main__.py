@@ -17,11 +17,11 @@ from pathlib import Path
 
 from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.pipeline import Job, Outcome, curate
-from lavie_jax.errors import UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lavie_jax.curation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.moving_shapes import Sample
-from lavie_jax.errors import UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
 from lavie_jax.training.diffusion import image_as_video
@@ -63,10 +63,7 @@ def through_vae(pipe: cascade.Cascade, stage: str) -> Callable[[Clip], Clip]:
 
     def through(frames: Clip) -> Clip:
         model = pipe.model(stage)
-        factor, channels = model.vae.config.factor, model.vae.config.latent_channels
-        count, height, width = frames.shape[:3]
-        noise = np.zeros((count, height // factor, width // factor, channels), np.float32)
-        return np.concatenate(list(model.decode(model.encode(frames, noise))))
+        return np.concatenate(list(model.decode(model.encode(frames))))
 
     return through
 
@@ -178,7 +175,7 @@ def _table(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lavie_jax.evaluation.cascade",
         description="Interpolation and super-resolution against the truth, on Moving Shapes.",
     )

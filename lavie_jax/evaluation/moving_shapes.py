@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade
 from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.moving_shapes import Attributes, Sample
-from lavie_jax.errors import UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
@@ -119,7 +119,7 @@ def _generated(pipe: cascade.Cascade, samples: list[Sample], args: argparse.Name
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lavie_jax.evaluation.moving_shapes",
         description="Accuracy of background, colour, size, shape and direction in sampled videos.",
     )

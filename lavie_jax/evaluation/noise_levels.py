@@ -32,7 +32,7 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.data import moving_shapes as world
 from lavie_jax.data.moving_shapes import Sample
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.moving_shapes import true_samples
 from lavie_jax.models.unet import UNet
@@ -58,14 +58,14 @@ def measure(model: StageModel, *, count: int, seed: int) -> dict[int, Row]:
     stills = true_samples("image", count, model.weights.sampling)
     clips = true_samples("val", count, model.weights.sampling)
     rng = np.random.default_rng(seed)
-    still_x0, clip_x0 = (np.stack([encode(model, sample.pixels) for sample in of]) for of in (stills, clips))
+    still_x0, clip_x0 = (np.stack([model.encode(sample.pixels) for sample in of]) for of in (stills, clips))
     still_eps, clip_eps = (rng.standard_normal(x.shape, np.float32) for x in (still_x0, clip_x0))
     changed = {name: [exchanged(sample, name, i) for i, sample in enumerate(clips)] for name in WORDS}
     true_text = model.encode_text([sample.caption for sample in clips])
     changed_text = {name: model.encode_text(captions) for name, captions in changed.items()}
     still_text = model.encode_text([sample.caption for sample in stills])
     possible = [
-        encode(model, everywhere(sample, model.weights.sampling)) for sample in tqdm(stills, "places", unit="still")
+        model.encode(everywhere(sample, model.weights.sampling)) for sample in tqdm(stills, "places", unit="still")
     ]
     schedule, rows = model.weights.schedule, {}
     for t in tqdm(LEVELS, "levels", unit="level"):
@@ -95,13 +95,6 @@ def everywhere(sample: Sample, sampling: Mapping[str, Any]) -> np.ndarray:
     return np.concatenate(
         [world.render(sample.attributes, u, v, frames=1, fps=1.0, **side) for u in along for v in along]
     )
-
-
-def encode(model: StageModel, frames: np.ndarray) -> Float[np.ndarray, "t h w c"]:
-    """The means of the frames' posteriors, scaled: a draw whose noise is zero."""
-    factor, channels = model.vae.config.factor, model.vae.config.latent_channels
-    height, width = (side // factor for side in frames.shape[1:3])
-    return model.encode(frames, np.zeros((len(frames), height, width, channels), np.float32))
 
 
 def loss(
@@ -162,7 +155,7 @@ def least_loss(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lavie_jax.evaluation.noise_levels",
         description="Loss, least possible loss and the worth of each word, at several noise levels.",
     )

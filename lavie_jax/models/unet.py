@@ -9,7 +9,7 @@ stage, the down, mid and up blocks, and last the `UNet` itself.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Num
 
 from lavie_jax.models import layers
+from lavie_jax.models.additions import CaptionEmbedding, MotionEmbedding
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
 from lavie_jax.models.layers import (
     Downsample,
@@ -90,58 +91,6 @@ class RelativePositionBias(nn.Module):
     def __call__(self, length: int):
         table = nn.Embed(32, self.heads, embedding_init=nn.initializers.normal(1.0), name="relative_attention_bias")
         return rearrange(table(relative_position_buckets(length)), "q k n -> 1 n q k")
-
-
-class MotionEmbedding(nn.Module):
-    """What the caption says, times when in the clip, times where in the picture: (B, L, D) -> (B, T, H, W, C).
-
-    Attention whose positions are relative cannot tell frames apart that look alike, and under much noise, where the
-    motion of a clip is decided, all do. And "left" says something of a place in the picture only together with the
-    time: no two of the three do, so that a network of sums has no gradient to begin with. Hence the product. Zero at
-    first. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
-    transformers their places too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`,
-    however many frames or places lie between, so that what few of them taught holds for many.
-    """
-
-    SPAN: ClassVar[float] = 16.0
-    GAIN: ClassVar[float] = 30.0  # a product of three small numbers, brought to the size of what it is added to
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, text: Float[Array, "b l d"], size: tuple[int, int, int], channels: int
-    ) -> Float[Array, "b t h w c"]:
-        def dense(name, init=nn.linear.default_kernel_init):
-            return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name=name)
-
-        def positions(length):
-            return layers.timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
-
-        # the strongest of the words in each channel: one word of many is not averaged away
-        said = rearrange(dense("text")(text).max(axis=1), "b c -> b 1 1 1 c")
-        when = rearrange(dense("time")(positions(size[0])), "t c -> t 1 1 c")
-        rows, columns = dense("row")(positions(size[1])), dense("column")(positions(size[2]))
-        where = rearrange(rows, "h c -> h 1 c") + columns
-        return dense("out", nn.initializers.zeros)(self.GAIN * said * when * where)
-
-
-class CaptionEmbedding(nn.Module):
-    """What a whole caption says at this noise level: (B, items, L, D) and (B, items, E) -> (B, items, E).
-
-    Every residual block scales and shifts its features by it, as class-conditional diffusion models do with their
-    class (arXiv 2105.05233, sec. 3): an outline is a product of what the caption says and where in the shape a place
-    lies, and cross-attention alone is long in finding it.
-    """
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, text, temb):
-        width = temb.shape[-1]
-        # the strongest of the words in each channel: one word of many is not averaged away
-        said = nn.Dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
-        return temb + nn.Dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
 
 
 class FeedForward(nn.Module):

@@ -4,11 +4,11 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from lavie_jax.errors import UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation.results import check_place
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.measure import measure
@@ -17,11 +17,6 @@ from lavie_jax.planner.sampling import sampling_programs
 from lavie_jax.planner.search import search
 from lavie_jax.planner.training import training_program
 from lavie_jax.training import options
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +67,7 @@ def _record(args: argparse.Namespace, program: Program, kind: str, *, rows: int,
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     """(the arguments, the config that they name; None with --tables)."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m lavie_jax.planner", description="Compile the real programs for TPUs that are not there.",
         epilog="--config.FIELD=VALUE changes a field of the config, as for train.py.", allow_abbrev=False,
     )  # fmt: skip

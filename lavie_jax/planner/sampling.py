@@ -16,6 +16,7 @@ from lavie_jax.cascade.running import PASSES
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.planner.programs import Program, cast, placed
+from lavie_jax.planner.training import abstract_frozen
 from lavie_jax.samples.settings import Settings, Source
 from lavie_jax.stages import STAGES, Condition
 from lavie_jax.training import build
@@ -132,7 +133,7 @@ def _source(weights: Weights) -> Source | None:
 def abstract_weights(config: Any) -> Weights:
     """The weights folder that a config's training would leave, its parameters ShapeDtypeStructs in float32."""
     models = build.make_models(config, jnp.float32, 1.0)
-    rng, side, unet = jax.random.key(0), models.vae.config.factor, models.unet.config
+    rng, unet = jax.random.key(0), models.unet.config
     t = jnp.zeros((1,), jnp.int32)
     place = 2 ** (len(unet.block_out_channels) - 1)  # the smallest frame that every level halves
     shapes = {
@@ -141,11 +142,10 @@ def abstract_weights(config: Any) -> Weights:
                 rng, jnp.zeros((1, 1, place, place, unet.in_channels)), t,
                 jnp.zeros((1, 2, unet.cross_attention_dim)), noise_level=t if unet.num_class_embeds else None,
             )
-        ),
-        "vae": jax.eval_shape(models.vae.init, rng, jnp.zeros((1, side, side, 3))),
-        "text_encoder": jax.eval_shape(models.text_encoder.init, rng, jnp.zeros((1, 2), jnp.int32)),
+        )["params"],
+        **abstract_frozen(models),
     }  # fmt: skip
-    parts = {name: Part(getattr(models, name).config, shape["params"]) for name, shape in shapes.items()}
+    parts = {name: Part(getattr(models, name).config, shape) for name, shape in shapes.items()}
     return Weights(
         path=Path(config.stage),
         stage=config.stage,

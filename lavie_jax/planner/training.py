@@ -12,6 +12,7 @@ from lavie_jax.models.vae import VAEConfig
 from lavie_jax.planner.programs import Program, cast, mesh_of, placed
 from lavie_jax.stages import STAGES
 from lavie_jax.training import build, optimizer
+from lavie_jax.training.diffusion import Models
 from lavie_jax.training.step import make_state, make_update
 
 
@@ -61,14 +62,21 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
 def abstract_origin(config: Any) -> build.Origin:
     """Where a config's parameters would come from, as shapes: from random numbers, which changes no shape."""
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    side = models.vae.config.factor
-    frozen = {"vae": jax.eval_shape(models.vae.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]}
-    if not config.train_text_encoder:
-        text = jax.eval_shape(models.text_encoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        frozen["text_encoder"] = text["params"]
+    frozen = abstract_frozen(models)
+    if config.train_text_encoder:
+        del frozen["text_encoder"]
     return build.Origin(
         start=None, frozen=frozen, scaling_factor=models.vae.config.scaling_factor, tokenizer=Path("tokenizer")
     )
+
+
+def abstract_frozen(models: Models) -> dict[str, Any]:
+    """Parameters of VAE and text encoder, as shapes."""
+    rng, side = jax.random.key(0), models.vae.config.factor
+    return {
+        "vae": jax.eval_shape(models.vae.init, rng, jnp.zeros((1, side, side, 3)))["params"],
+        "text_encoder": jax.eval_shape(models.text_encoder.init, rng, jnp.zeros((1, 2), jnp.int32))["params"],
+    }
 
 
 def abstract_batch(config: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

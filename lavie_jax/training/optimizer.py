@@ -14,7 +14,7 @@ from lavie_jax.errors import UserError, suggest
 
 # LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on
 # images and videos (best), the whole UNet on videos only (forgets), the temporal layers only (poor). "motion_only"
-# is ours: the motion embedding alone, before the rest (see `models.unet.MotionEmbedding`).
+# is ours: the motion embedding alone, before the rest (see `models.additions.MotionEmbedding`).
 REGIMES = ("joint", "video_only", "temporal_only", "motion_only")
 
 
