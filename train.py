@@ -199,7 +199,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         watch.step(step, losses["skipped"], rows, state, wait=log)
         pace.step()
         if log:
-            values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(step - 1))}
+            applied = int(optimizer.updates_done(state["opt_state"]))
+            values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(max(applied - 1, 0)))}
             values |= pace.report(config.batch)
             if values["skipped"]:
                 say(f"skipped {values['skipped']} of {len(window)} steps up to {step}: loss or gradients not finite")

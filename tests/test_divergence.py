@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lavie_jax import parallel
-from lavie_jax.training import divergence
+from lavie_jax.training import divergence, optimizer
 from lavie_jax.training.step import Task, make_state, make_update
 
 
@@ -53,6 +53,24 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(accumulate):
     state, losses = update(state, {}, GOOD)
     assert losses["skipped"] == 0 and state["step"] == 4 and not same(learnt(state), before)
     assert np.isfinite(jax.tree.leaves(learnt(state))[0]).all()
+
+
+@pytest.mark.parametrize("kind", optimizer.KINDS)
+def test_the_learning_rate_waits_for_the_updates_that_are_applied(kind):
+    """After two skipped steps the third update has the rate of a third update, and is counted as such."""
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(kind=kind, warmup=4, learning_rate=1.0, clip=0.0), 10)
+    task = toy_task(lambda x: x)
+    update = jax.jit(make_update(task, tx, seed=3, ema_decay=0.5))
+
+    def learn(batches):
+        state = make_state(task.init(None), task, tx)
+        for batch in batches:
+            state, _ = update(state, {}, batch)
+        return state
+
+    without, skipping = learn([GOOD] * 3), learn([GOOD, BAD, GOOD, BAD, GOOD])
+    assert same(without["params"], skipping["params"])
+    assert optimizer.updates_done(skipping["opt_state"]) == 3 and skipping["step"] == 5
 
 
 def test_a_finite_loss_with_gradients_that_are_not_is_skipped():
