@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import threading
@@ -55,7 +56,10 @@ class Lock:
         silent = time.time() - self._path.stat().st_mtime
         if holder.get("host", platform.node()) != platform.node() and silent < STALE:
             file.close()
-            return self._in_use(holder)
+            return (
+                f"{self._in_use(holder)} If it was killed, the same command works in {math.ceil(STALE - silent)} s, "
+                f"after {STALE:.0f} s without a sign of its life; or now, if you are sure and delete {self._path}."
+            )
         file.seek(0)
         file.truncate()
         json.dump({"host": platform.node(), "pid": os.getpid()}, file)
