@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.schedule import Schedule
 
+KEY_FRAME_SPACING = 4  # frames for each key frame but the last
+
 
 class Condition(NamedTuple):
     """What goes into the UNet besides x_t, t and text."""
@@ -69,7 +71,7 @@ def key_frame_condition(inputs: dict) -> Condition:
     synthesised anew, the key frames too.
     """
     key_latents = inputs["key_latents"]
-    source = (np.arange(4 * (key_latents.shape[1] - 1) + 1) + 1) // 4
+    source = (np.arange(KEY_FRAME_SPACING * (key_latents.shape[1] - 1) + 1) + 1) // KEY_FRAME_SPACING
     return Condition(concat=key_latents[:, source])
 
 
