@@ -84,8 +84,8 @@ def _guided_step(
         function=predict_rows,
         arguments=(params["unet"], state, number, text, text, condition),
         static={
-            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance), "image": False, "in_turn": alone,
-            "mesh": mesh,
+            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance),
+            "rescale": float(settings.guidance_rescale), "image": False, "in_turn": alone, "mesh": mesh,
         },
         mesh=mesh,
         held={"parameters": params["unet"]},
