@@ -10,8 +10,8 @@ depends on its own seed alone.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -245,3 +245,18 @@ STAGES = {
         condition=low_res_condition,
     ),
 }  # fmt: skip
+
+
+def interpolated_sampling(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The interpolation stage's sampling settings for clips that a base stage with the settings `base` makes.
+
+    The released ones are for its 16 frames of 320x512, 8 a second.
+    """
+    settings, released = STAGES["interpolation"].sampling, STAGES["base"].sampling
+    return {
+        **settings,
+        "height": base["height"],
+        "width": base["width"],
+        "frames": KEY_FRAME_SPACING * (base["frames"] - 1) + 1,
+        "fps": base["fps"] * settings["fps"] / released["fps"],
+    }
