@@ -44,7 +44,7 @@ def test_another_host_is_dead_when_it_gives_no_sign_of_life(silent, tmp_path):
     if silent > lock.STALE:
         lock.Lock(tmp_path).release()
     else:
-        message = "in use by process 7 on host elsewhere.*works in [0-9]+ s, .*or now, if .*delete .*/lock"
+        message = "in use by process 7 on host elsewhere.*killed, delete .*/lock. Or wait [0-9]+ s"
         with pytest.raises(UserError, match=message):
             lock.Lock(tmp_path)
         (tmp_path / "lock").unlink()

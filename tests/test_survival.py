@@ -14,7 +14,6 @@ import train
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
 from lavie_jax.training import checkpoint, divergence, lock
-from lavie_jax.weights import folder_hash
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,20 +79,6 @@ def test_the_learning_rate_that_is_logged_is_the_one_that_was_applied(run, tmp_p
     rows = [row for row in lines(tmp_path / "run") if "skipped" in row]
     assert [row["skipped"] for row in rows] == [0, 1, 0, 0]
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [0, 0, 0.1, 0.2], atol=1e-7)
-
-
-def test_a_finished_run_writes_the_weights_that_it_was_killed_before(run, tmp_path, monkeypatch):
-    """Killed after its last checkpoint, and inside the export."""
-    workdir = tmp_path / "run"
-    run(workdir, steps=2)
-    whole = folder_hash(workdir / "weights")
-    (workdir / "weights").rename(workdir / ".weights.old-1")
-    (workdir / ".weights.writing-1").mkdir()
-    run(workdir, steps=2)
-    assert folder_hash(workdir / "weights") == whole
-    (workdir / "weights/config.json").unlink()  # an older one, as before the last checkpoint
-    run(workdir, steps=2)
-    assert folder_hash(workdir / "weights") == whole
 
 
 def test_a_full_disk_stops_nothing_but_the_last_checkpoint_is_missed(run, tmp_path, monkeypatch, caplog):
