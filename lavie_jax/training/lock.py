@@ -57,7 +57,7 @@ class Lock:
         if holder.get("host", platform.node()) != platform.node() and silent < STALE:
             file.close()
             left = math.ceil(STALE - silent)
-            return f"{self._in_use(holder)} Or wait {left} s: {STALE:.0f} s without a sign of life, and it counts as dead."
+            return f"{self._in_use(holder)} Or wait {left} s: after {STALE:.0f} s without a sign of life it is dead."
         file.seek(0)
         file.truncate()
         json.dump({"host": platform.node(), "pid": os.getpid()}, file)
