@@ -113,11 +113,11 @@ def complete(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Defaults do what was done before there was the setting.
     """
-    made = dict(request)
-    for stage in (name for name in request.get("stages", ()) if name in SETTINGS):
-        fields = dataclasses.fields(SETTINGS[stage])
+    made, stages = dict(request), request.get("stages")
+    for stage, kind in SETTINGS.items():
+        fields = dataclasses.fields(kind)
         defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        if stage == "base":
+        if stage == "base" and isinstance(stages, list) and stage in stages:
             made = defaults | made
         elif isinstance(made.get(stage), Mapping):
             made[stage] = defaults | dict(made[stage])
