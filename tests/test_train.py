@@ -281,7 +281,7 @@ def test_two_hosts_train_together_stop_together_and_one_goes_on(train, tmp_path)
         )
         for i in range(2)
     ]  # fmt: skip
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
         assert [host.poll() for host in hosts] == [None, None] and time.monotonic() < deadline
         time.sleep(0.05)
