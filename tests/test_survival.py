@@ -53,7 +53,7 @@ def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_
     capsys.readouterr()
     divergence.main([str(dump)])
     first, *rest = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"update {dump.name}, float32, on 8 x cpu: loss (nan|inf), .*gradient_norm (nan|inf)", first)
+    assert first.startswith(f"update {dump.name}, float32, on 8 x cpu: ") and re.search(r"[ ,]loss (nan|inf)", first)
     assert "the batch: all finite" in rest
     assert any(re.fullmatch(r"gradients: \d+ of \d+ arrays are not finite", line) for line in rest)
     assert any(re.fullmatch(r"  decoder/\S+/kernel: \d+ of \d+ numbers", line) for line in rest)
