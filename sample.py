@@ -19,11 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lavie_jax.errors import Parser, UserError
+from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.samples.outputs import (
     ContactSheets,
     Output,
-    check_folder,
     check_formats,
     make_request,
     of_stage,
@@ -37,6 +36,7 @@ COMMON = (
     ("sampler", str, "NAME", "ddpm, ddim, euler, respaced_ddim or dpm++2m"),
     ("steps", int, "N", "denoising steps"),
     ("guidance", float, "X", "classifier-free guidance; 1 is without"),
+    ("guidance_rescale", float, "X", "0 to 1: takes back the contrast that a large guidance adds; 0 is without"),
     ("fps", float, "X", "frames a second, written into the files"),
     ("negative_prompt", str, "TEXT", "what to stay away from"),
     ("prompt_suffix", str, "TEXT", "added to every prompt"),
@@ -120,7 +120,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
             raise UserError(f"{name.replace('_', '-')}: at least 1 is needed, given {value}")
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
-    check_folder(args.out)
+    check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
     args.seed = check_seed(args.seed, "seed")
     if any(not text.strip() for text in args.prompt):

@@ -74,15 +74,32 @@ def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tm
 
 def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):
     args = ("--seed", "11", "--steps", "2", "--negative-prompt", "a square", "--format", "npz")
+    args += ("--guidance-rescale", "0.7")
     assert run("--prompt", PROMPT, *args) == 0
     sidecar = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-11.json").read_text())
     request, made_with = sidecar["request"], sidecar["made_with"]
     assert {"lavie_jax", "jax", "flax", "python", "dtype", "device", "weights"} <= set(made_with)
     assert len(request["weights_sha256"]) == 64
     settings = ("seed", "negative_prompt", "frames", "height", "width", "sampler", "steps", "guidance")
+    settings += ("guidance_rescale",)
     video = lavie_jax.load(made_with["weights"])(request["prompt"], **{name: request[name] for name in settings})
     with np.load(tmp_path / "out" / "0000-a-red-circle-moving-left-11.npz") as arrays:
         np.testing.assert_array_equal(arrays["video"], video[0])
+    del request["guidance_rescale"]
+    without = lavie_jax.load(made_with["weights"])(request["prompt"], **{n: request[n] for n in settings[:-1]})
+    assert (without != video).any()
+
+
+def test_a_sample_of_before_there_was_a_setting_has_its_default(run, tmp_path, capsys):
+    assert run("--prompt", PROMPT) == 0
+    path = tmp_path / "out" / "0000-a-red-circle-moving-left-0.json"
+    sidecar = json.loads(path.read_text())
+    assert sidecar["request"].pop("guidance_rescale") == 0.0
+    path.write_text(json.dumps(sidecar))
+    assert run("--prompt", PROMPT) == 0
+    assert "1 of 1 samples are in" in capsys.readouterr().out
+    assert run("--prompt", PROMPT, "--guidance-rescale", "0.7") == 2
+    assert "guidance_rescale = 0.0, asked for is 0.7" in capsys.readouterr().err
 
 
 def test_another_request_for_the_same_name_is_refused_by_field(run, tmp_path, capsys):
@@ -354,6 +371,7 @@ BAD = {
     "too many steps": (["--steps", "2000"], "steps"),
     "num-videos": (["--num-videos", "0"], "num-videos: at least 1"),
     "guidance": (["--guidance", "nan"], "guidance: a finite number"),
+    "rescaled guidance": (["--guidance-rescale", "1.5"], "guidance_rescale: a number from 0 to 1 is needed, given 1.5"),
     "fps": (["--fps", "0"], "fps"),
     "fps that no encoder takes": (["--fps", "1e-5"], "fps: a number from 0.01 to 1000"),
     "bytes that are no text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),

@@ -200,6 +200,7 @@ class Cascade:
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_rescale: float | None = None,
         interpolation: Mapping[str, Any] | None = None,
         vsr: Mapping[str, Any] | None = None,
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
@@ -220,10 +221,13 @@ class Cascade:
         """
         stages = parse_stages(stages, own_clip=clip is not None)
         given = {
-            "base": dict(frames=frames, height=height, width=width, sampler=sampler, steps=steps, guidance=guidance),
+            "base": dict(
+                frames=frames, height=height, width=width, sampler=sampler, steps=steps, guidance=guidance,
+                guidance_rescale=guidance_rescale,
+            ),
             "interpolation": interpolation or {},
             "vsr": vsr or {},
-        }
+        }  # fmt: skip
         source = None
         if clip is not None:
             _check_clip(clip)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, contact_sheet, read_video, save_as
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.samples.settings import Settings
+from lavie_jax.samples.settings import Settings, complete
 from lavie_jax.samples.shelf import Shelf
 
 SIDECAR_VERSION = 1
@@ -60,17 +60,6 @@ def check_formats(formats: tuple[str, ...], *, frames: int, height: int, width: 
         raise UserError(f"format: one frame is an image, and {films[0]} is for videos; use png or npz")
     if "mp4" in formats and (height % 2 or width % 2):
         raise UserError(f"format: an mp4 has even sides, not {height}x{width}; use gif, png or npz")
-
-
-def check_folder(path: Path) -> None:
-    """UserError when nothing can be written into a folder `path`, or a parent of it is a file."""
-    for place in (path, *path.absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK):
-                raise UserError(f"out: no permission to write in {place}")
-            return
-        if place.exists() or place.is_symlink():
-            raise UserError(f"out: {place} is a file, so the folder {path} cannot be made")
 
 
 def slug(text: str) -> str:
@@ -256,7 +245,7 @@ def _read_request(path: Path) -> dict[str, Any] | None:
         request = json.loads(path.read_text(encoding="utf-8"))["request"]
     except (ValueError, KeyError, TypeError):
         return None
-    return request if isinstance(request, dict) else None
+    return complete(request) if isinstance(request, dict) else None
 
 
 def _replace(part: Path, path: Path) -> None:
