@@ -157,12 +157,12 @@ seed = 0  # @param {type:"integer"}
 # @markdown `all` is every stage that has weights.
 stages = "all"  # @param ["all", "base", "base,interpolation", "base,vsr", "base,interpolation,vsr"]
 
-# @markdown `None` is what the weights say.
-negative_prompt = None  # @param {type:"raw"}
+# @markdown What is empty or `None` is as the weights say.
+negative_prompt = ""  # @param {type:"string"}
 frames = None  # @param {type:"raw"}
 height = None  # @param {type:"raw"}
 width = None  # @param {type:"raw"}
-sampler = None  # @param {type:"raw"}
+sampler = ""  # @param ["", "ddpm", "ddim", "euler", "respaced_ddim", "dpm++2m"]
 base_steps = None  # @param {type:"raw"}
 base_guidance = None  # @param {type:"raw"}
 interpolation_steps = None  # @param {type:"raw"}
@@ -215,11 +215,11 @@ BASE = """
 clip = make(
     "base",
     {
-        "negative-prompt": negative_prompt,
+        "negative-prompt": negative_prompt or None,
         "frames": frames,
         "height": height,
         "width": width,
-        "sampler": sampler,
+        "sampler": sampler or None,
         "steps": base_steps,
         "guidance": base_guidance,
     },

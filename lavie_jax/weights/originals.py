@@ -81,7 +81,7 @@ def _from_hub(place: str, downloads: Path) -> Path:
             return Path(huggingface_hub.hf_hub_download(filename=match["file"], local_dir=folder, **where))
         files = wanted(huggingface_hub.HfApi().list_repo_files(**where))
         huggingface_hub.snapshot_download(allow_patterns=files, local_dir=folder, **where)
-    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+    except Exception as error:  # of the hub, the network or the disk, and each library below has its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{place} cannot be downloaded: {reason}") from error
     return folder
