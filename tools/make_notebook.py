@@ -40,15 +40,17 @@ hardware = "tpu"  # @param ["tpu", "cuda", "cpu"]
 
 CLONE = Path("lavie-clone").resolve()
 
-for folder in (Path.cwd(), Path.cwd().parent, CLONE):  # opened in a clone, or run again
+for folder in (Path.cwd(), Path.cwd().parent):  # opened in a clone
     if (folder / "sample.py").is_file():
         sys.path.insert(0, str(folder))
 if importlib.util.find_spec("lavie_jax") is None:
-    if not repository:
+    if not repository and not CLONE.exists():
         raise SystemExit("repository: give the address of the project's git repository")
     extra = {"tpu": "[tpu]", "cuda": "[cuda]", "cpu": ""}[hardware]
-    subprocess.run(["git", "clone", "--depth", "1", repository, str(CLONE)], check=True)
+    if not CLONE.exists():
+        subprocess.run(["git", "clone", "--depth", "1", repository, str(CLONE)], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{CLONE}{extra}"], check=True)
+if CLONE.exists():  # for sample.py and convert_torch.py, which are no part of the package
     sys.path.insert(0, str(CLONE))
 """
 
