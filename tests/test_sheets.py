@@ -40,7 +40,7 @@ def test_rows_show_the_same_moments_at_the_same_size():
     assert (first[1::2] == sheets.EMPTY).all()
     np.testing.assert_array_equal(second, enlarged(smooth[::2], 4))
     np.testing.assert_array_equal(third, large[::2])
-    assert said == "base: 4 frames of 16x24, shown 4 times as large; it has no frame where it is grey"
+    assert said == "base: 4 frames of 16x24, shown 4 times as large; empty where it has no frame"
     assert last == "vsr: 13 frames of 64x96"
 
 

@@ -13,7 +13,7 @@ from lavie_jax.data.video_files import contact_sheet
 COLUMNS = 7
 SIDE = 256  # pixels of a frame: a sheet of large ones would fill the host's memory
 DETAIL = 512  # pixels of a frame that was upscaled, which loses by being shown smaller: of large ones the middle
-EMPTY = 235  # the grey of a moment at which a clip has no frame
+EMPTY = 250  # a moment at which a clip has no frame: the sheet's own white
 
 
 class ContactSheets:
@@ -51,7 +51,7 @@ class ContactSheets:
 def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple[np.ndarray, str]]:
     """(frames, caption) of each clip, all at the same moments, and enlarged pixel by pixel to the size of the largest.
 
-    The sides of the clips are multiples of the smallest's. At a moment for which a clip has no frame it is grey.
+    The sides of the clips are multiples of the smallest's. At a moment for which a clip has no frame its row is empty.
     """
     times = moments([len(clip) for clip in clips.values()])
     small, large = ([pick(sides) for sides in zip(*(c.shape[1:3] for c in clips.values()))] for pick in (min, max))
@@ -74,7 +74,7 @@ def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple
             if number.denominator == 1:
                 cell[:] = clip[int(number), rows_of, columns_of]
         if any((time * (len(clip) - 1)).denominator > 1 for time in times):
-            caption += "; it has no frame where it is grey"
+            caption += "; empty where it has no frame"
         enlarged = repeat(cells, "t h w c -> t (h zh) (w zw) c", zh=zoom, zw=zoom)
         rows.append((enlarged if most > 1 else thinned(enlarged), caption))
     return rows
