@@ -69,11 +69,11 @@ def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple
         if zoom > 1:
             caption += f", shown {zoom} times as large"
         cells = np.full((len(times), scale * size[0], scale * size[1], 3), EMPTY, np.uint8)
-        for cell, time in zip(cells, times):
-            number = time * (len(clip) - 1)
+        numbers = [time * (len(clip) - 1) for time in times]
+        for cell, number in zip(cells, numbers):
             if number.denominator == 1:
                 cell[:] = clip[int(number), rows_of, columns_of]
-        if any((time * (len(clip) - 1)).denominator > 1 for time in times):
+        if any(number.denominator > 1 for number in numbers):
             caption += "; empty where it has no frame"
         enlarged = repeat(cells, "t h w c -> t (h zh) (w zw) c", zh=zoom, zw=zoom)
         rows.append((enlarged if most > 1 else thinned(enlarged), caption))
