@@ -112,20 +112,22 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     for stage in tiny.UNETS:
         files[f"lavie_{stage}"] = tmp_path / f"{stage}.pt"
         torch.save({"ema": checkpoints.lavie(stage)}, files[f"lavie_{stage}"])
-    sha256 = hashlib.sha256(files["lavie_base"].read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(files["lavie_vsr"].read_bytes()).hexdigest()
     weights = tmp_path / "weights"
     values = {
         **{name: str(path) for name, path in files.items()},
         "weights": str(weights),
         "results": str(tmp_path / "results"),
         **QUICK,
+        "delete_originals": True,
         **{"prompt": "a red circle", "frames": 2, "height": 16, "width": 24, "vsr_noise_level": 10},
     }
 
-    refused = run(tmp_path, {**values, "lavie_base_sha256": sha256[::-1]})
-    assert refused.returncode and "base.pt is damaged, or another file" in refused.stderr and not weights.exists()
+    refused = run(tmp_path, {**values, "lavie_vsr_sha256": sha256[::-1]})
+    assert refused.returncode and "vsr.pt is damaged, or another file" in refused.stderr
+    assert {path.name for path in weights.iterdir()} == {"base", "interpolation"} and files["lavie_vsr"].exists()
 
-    done = run(tmp_path, {**values, "lavie_base_sha256": sha256, "delete_originals": True})
+    done = run(tmp_path, {**values, "lavie_vsr_sha256": sha256})  # those that are converted are left alone
     assert done.returncode == 0, done.stderr
     assert {path.name for path in weights.iterdir()} == set(tiny.UNETS)
     assert load_folder(weights / "interpolation").stage == "interpolation"
