@@ -401,7 +401,10 @@ def contact_sheet(
     *,
     columns: int = 6,
 ) -> Path:
-    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last."""
+    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last.
+
+    A caption's own lines stay, long ones are broken.
+    """
     if not videos or len(videos) != len(captions):
         raise UserError(f"a contact sheet needs a caption a video; given {len(videos)} and {len(captions)}")
     strips = []
@@ -412,7 +415,11 @@ def contact_sheet(
         strips.append([f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames])
     gap, font = 4, ImageFont.load_default(size=14)
     width = max(sum(f.width + gap for f in strip) for strip in strips) + gap
-    texts = [textwrap.wrap(caption, max(16, width // 8)) or [""] for caption in captions]
+    broken = max(16, width // 8)
+    texts = [
+        [line for given in caption.splitlines() for line in textwrap.wrap(given, broken)] or [""]
+        for caption in captions
+    ]
     heights = [20 * len(text) + strip[0].height + 2 * gap for text, strip in zip(texts, strips)]
     sheet = Image.new("RGB", (width, sum(heights) + gap), (250, 250, 250))
     draw, y = ImageDraw.Draw(sheet), gap
