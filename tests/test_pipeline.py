@@ -148,6 +148,8 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"full_height": 8, "full_width": 64}, "patches of 16x24 do not fit into frames of 8x64"),
         ({"slowest_fps": 9.0}, "slowest_fps is above 0 and at most fps; given 9.0 and 8.0"),
         ({"source": "video_folder", "path": ".", "slowest_fps": 1.0}, "slowest_fps is for Moving Shapes"),
+        ({"source": "video_folder", "path": ".", "clip_stills": 0.5}, "clip_stills is for Moving Shapes"),
+        ({"clip_stills": 2.0}, "clip_stills is a probability"),
         ({"source": "video_folder"}, "needs a path"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
@@ -393,6 +395,17 @@ def test_the_share_of_stills_among_clips():
     captions = [examples[i]["caption"] for i in range(400)]
     stills = [text for text in captions if " moving " not in text and " standing " not in text]
     assert 70 < len(stills) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
+
+
+def test_the_share_of_frames_of_clips_among_stills():
+    config = DataConfig(frames=0, images=2, height=16, width=16, clip_stills=0.25, caption_drop=0)
+    examples = Examples(config, make_source(config))
+    captions = [text for i in range(200) for text in examples[i]["image_captions"]]
+    moving = [text for text in captions if " moving " in text or " standing " in text]
+    assert 70 < len(moving) < 130 and examples[0]["images"].shape == (2, 16, 16, 3)
+    none = dataclasses.replace(config, clip_stills=0.0)  # and the rest are those that there were
+    before = {text for i in range(200) for text in Examples(none, make_source(none))[i]["image_captions"]}
+    assert set(captions) - set(moving) <= before
 
 
 def test_clips_have_rates_of_their_own():

@@ -28,6 +28,8 @@ class DataConfig:
       fps: frames per second; None = each clip's own rate, of which every `stride`-th frame is taken.
       slowest_fps: each clip of Moving Shapes has a rate of its own between this and `fps`: more motion from frame to
         frame. 0 = `fps`.
+      clip_stills: the share of Moving Shapes' stills that are frames of clips, with the clips' captions: so an image
+        model knows the words of videos before it is inflated (AnimateDiff, arXiv 2307.04725, sec. 4.1).
       full_height, full_width: frames are scaled to this size, and `height` x `width` is a patch of them. 0 = no patch.
       handheld: the share of clips that are a still under a moving camera: how images join the training of networks
         that want clips (LaVie sec. 3.4).
@@ -49,6 +51,7 @@ class DataConfig:
     fps: float | None = 8.0
     stride: int = 1
     slowest_fps: float = 0.0
+    clip_stills: float = 0.0
     height: int = 64
     width: int = 64
     full_height: int = 0
@@ -88,7 +91,7 @@ def check(config: DataConfig) -> None:
         raise UserError(
             f"the data's seed must be at least 0, and max_unreadable; given {config.seed}, {config.max_unreadable}"
         )
-    for name in ("caption_drop", "detail_drop", "handheld"):
+    for name in ("caption_drop", "detail_drop", "handheld", "clip_stills"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} is a probability, 0 to 1; given {getattr(config, name)}")
     if config.source == "mixture":
@@ -165,12 +168,15 @@ def _one_source(config: DataConfig, clips: tuple[str, str | None], images: tuple
             raise UserError(f"split {config.split!r} of Moving Shapes has no images: use images=0, or train or val")
         if config.fps is None:
             raise UserError("Moving Shapes has no frame rate of its own: give fps")
-        rates = {"fps": config.fps, "slowest_fps": config.slowest_fps or config.fps}
-        return MovingShapes(split=config.split, drop=config.detail_drop, frames=config.frames, **rates, **shape)
+        fps = {"fps": config.fps, "slowest_fps": config.slowest_fps or config.fps}
+        shares = {"drop": config.detail_drop, "clip_stills": config.clip_stills}
+        return MovingShapes(split=config.split, frames=config.frames, **fps, **shares, **shape)
     if (clips[1] is None and images[1] is None) or (clips[0] and clips[1] is None and config.frames):
         raise UserError(f"the data source {kind} needs a path")
     if config.slowest_fps:
         raise UserError("slowest_fps is for Moving Shapes: clips of video files have one rate")
+    if config.clip_stills:
+        raise UserError("clip_stills is for Moving Shapes: without image_path, stills are frames of the clips")
     window = Window(frames=config.frames, fps=config.fps, stride=config.stride)
     given = {"split": config.split, "window": window}
     no_clips = clips[1] is None or not (config.frames or images[1] is None)

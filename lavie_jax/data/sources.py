@@ -58,14 +58,15 @@ class Source(Protocol):
 class MovingShapes:
     """The small world. `drop`: how often a caption leaves out the size, and how often the background.
 
-    Clips have rates between `slowest_fps` and `fps`. Frames are (height, width) patches of `whole` ones, which are of
-    that size where nothing larger is asked for.
+    Clips have rates between `slowest_fps` and `fps`; of the stills the share `clip_stills` are frames of clips. All are
+    (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
     """
 
     split: str = "train"
     frames: int = 16
     fps: float = 8.0
     slowest_fps: float = 8.0
+    clip_stills: float = 0.0
     height: int = 64
     width: int = 64
     whole: tuple[int, int] = (0, 0)
@@ -92,8 +93,14 @@ class MovingShapes:
         return Item(self._patch(sample.pixels, 0, rng), sample.caption)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
-        sample = moving_shapes.image(self.split, index + self.seed * _ENDLESS, drop=self.drop, **self._whole(margin))
-        return Item(self._patch(sample.pixels[None], margin, rng)[0], sample.caption)
+        number, how = index + self.seed * _ENDLESS, {"drop": self.drop, **self._whole(margin)}
+        if self.clip_stills and rng.random() < self.clip_stills:
+            sample = moving_shapes.clip(self.split, number, frames=1, **how)
+            pixels = sample.pixels
+        else:
+            sample = moving_shapes.image(self.split, number, **how)
+            pixels = sample.pixels[None]
+        return Item(self._patch(pixels, margin, rng)[0], sample.caption)
 
     def _whole(self, margin: int) -> dict[str, int]:
         """The size to draw."""
