@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from lavie_jax.data import mixture
+from lavie_jax.data.buckets import size_name
+from lavie_jax.data.latents import LatentRecords, LatentSet, LatentSource, open_set
 from lavie_jax.data.sources import KINDS, MovingShapes, RecordSource, Source, open_records
 from lavie_jax.data.video_files import Window
 from lavie_jax.errors import UserError, suggest
 
-SOURCES = ("moving_shapes", *KINDS, "mixture")
+LATENTS = "latents"
+SOURCES = ("moving_shapes", *KINDS, LATENTS, "mixture")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,31 @@ def check(config: DataConfig) -> None:
         _parts(config)
     elif config.videos or config.stills or config.video_weights or config.still_weights:
         raise UserError(f"videos, stills and their weights are for source='mixture'; given source={config.source!r}")
+    if latent_paths(config):
+        _check_latents(config)
+
+
+def _check_latents(config: DataConfig) -> None:
+    """Refuses what cannot be had of latents, which were made of whole frames at one place."""
+    others = [kind for kind, _ in _kinds(config) if kind != LATENTS]
+    if others:
+        raise UserError(f"clips and images are all latents, or none of them; given latents and {', '.join(others)}")
+    for name in ("handheld", "full_height", "full_width"):
+        if value := getattr(config, name):
+            raise UserError(f"{name} is for pixels, data.source is 'latents': set it to 0; given {value}")
+
+
+def latent_paths(config: DataConfig) -> list[str]:
+    """The sets of latents that a config names; all its data is in them, or none of it."""
+    return [path for kind, path in _kinds(config) if kind == LATENTS and path]
+
+
+def _kinds(config: DataConfig) -> list[tuple[str, str | None]]:
+    """(kind, path) of all that batches are made of."""
+    if config.source == "mixture":
+        return [*_split_kinds(config.videos + config.stills)]
+    clips = [(config.source, config.path)] if config.path or not config.image_path else []
+    return clips + ([(config.image_source or config.source, config.image_path)] if config.image_path else [])
 
 
 def make_source(config: DataConfig, *, batch_size: int = 1) -> Source:
@@ -172,8 +200,10 @@ def _one_source(config: DataConfig, clips: tuple[str, str | None], images: tuple
     if config.slowest_fps:
         raise UserError("slowest_fps is for Moving Shapes: clips of video files have one rate")
     window = Window(frames=config.frames, fps=config.fps, stride=config.stride)
-    given = {"split": config.split, "window": window}
     no_clips = clips[1] is None or not (config.frames or images[1] is None)
+    if kind == LATENTS:
+        return _latent_source(config, None if no_clips else clips[1], images[1], window)
+    given = {"split": config.split, "window": window}
     return RecordSource(
         clips=None if no_clips else open_records(kind, clips[1], medium="video", **given),
         pictures=None if images[1] is None else open_records(image_kind, images[1], medium="image", **given),
@@ -181,3 +211,40 @@ def _one_source(config: DataConfig, clips: tuple[str, str | None], images: tuple
         random_place=config.split == "train",
         **shape,
     )
+
+
+def _latent_source(config: DataConfig, clips: str | None, images: str | None, window: Window) -> Source:
+    """The source of sets of latents; a path that is None has none."""
+    found = {medium: open_set(path) for medium, path in (("video", clips), ("image", images)) if path is not None}
+    records, size = {}, (config.height, config.width)
+    for medium, one in found.items():
+        _check_set(config, one, medium)
+        records[medium] = LatentRecords(one, size, split=config.split)
+    first = next(iter(found.values()))
+    return LatentSource(
+        clips=records.get("video"),
+        pictures=records.get("image"),
+        window=window,
+        fps=first.fps,
+        null_text=first.null_text,
+        random_place=config.split == "train",
+        seed=config.seed,
+    )
+
+
+def _check_set(config: DataConfig, found: LatentSet, medium: str) -> None:
+    """Refuses a set of latents that a config cannot be trained on."""
+    where = repr(str(found.path))
+    if medium == "video" and found.medium == "image":
+        raise UserError(f"{where} holds latents of pictures: name it as data.image_path")
+    if medium == "video" and config.fps is not None and config.fps > found.fps:
+        raise UserError(f"data.fps = {config.fps:g}: {where} has latents of {found.fps:g} frames a second")
+    if found.null_caption != config.null_caption:
+        raise UserError(
+            f"{where} was made for a stage whose dropped captions are {found.null_caption!r}, not "
+            f"{config.null_caption!r}: make it again with --latents of this stage's weights"
+        )
+    size = (config.height, config.width)
+    if size not in found.sizes:
+        sizes = ", ".join(size_name(size) for size in found.sizes)
+        raise UserError(f"{where} has latents of frames of {sizes}; the config asks for {size_name(size)}")

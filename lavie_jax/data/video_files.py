@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.errors import UserError, suggest
@@ -209,6 +209,17 @@ class Window:
         room = (info.frames - 1) / info.fps - max(self.frames - 1, 0) / self.rate(info)
         return max(room, 0.0) if room > -1e-6 else room
 
+    def numbers(self, info: VideoInfo, start: float) -> Int[np.ndarray, " t"]:
+        """The frames of the clip that are shown at its times, from `start` seconds on."""
+        return shown_at(info, start=start, frames=self.frames, rate=self.rate(info))
+
+
+def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[np.ndarray, " t"]:
+    """The numbers of the frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds on."""
+    times = start + np.arange(frames) / rate
+    # A little slack for rates that divide each other but for rounding.
+    return np.floor(times * info.fps + 1e-3).astype(int)
+
 
 def read_window(
     source: str | Path | bytes, window: Window, *, place: float, name: str = ""
@@ -253,9 +264,7 @@ def _too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
 
 def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, rate: float, what: str) -> np.ndarray:
     """The frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds after the first frame on."""
-    times = start + np.arange(frames) / rate
-    # A little slack for rates that divide each other but for rounding.
-    wanted = np.floor(times * info.fps + 1e-3).astype(int)
+    wanted = shown_at(info, start=start, frames=frames, rate=rate)
     base, first = float(stream.time_base), stream.start_time or 0
     container.seek(first + int(wanted[0] / info.fps / base), stream=stream, backward=True)
     shown: list[np.ndarray] = []
