@@ -178,6 +178,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)
     window: list[Mapping[str, jax.Array]] = []
+    programs: set[tuple] = set()  # shapes of batches: one a bucket
     last = step >= config.steps
     if last:  # the run before may have been killed between its last checkpoint and these
         export(held_out())
@@ -187,6 +188,12 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             pace.resume()
         with pace.waiting():
             rows = next(batches)
+        shapes = tuple((name, x.shape) for name, x in rows.items())
+        if compiles := shapes not in programs:
+            programs.add(shapes)
+            if data.buckets:
+                said = ", ".join(f"{name} {shape}" for name, shape in shapes)
+                say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {said}")
         state, losses = update(state, frozen, parallel.put_batch(rows, mesh))
         step += 1
         bar.update()
@@ -197,7 +204,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
         watch.step(step, losses["skipped"], rows, state, wait=log)
-        pace.step()
+        pace.step(compiled=compiles)
         if log:
             values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(step - 1))}
             values |= pace.report(config.batch)

@@ -20,7 +20,7 @@ from lavie_jax.data import shards
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
-MANIFEST, CLIPS, DROPPED, NAME = "manifest.json", "clips.jsonl", "dropped.jsonl", "clips"
+MANIFEST, CLIPS, DROPPED, NAME = "manifest.json", shards.LIST, "dropped.jsonl", "clips"
 _INTERNAL = ("reason", "detail", "file", "fingerprint")  # fields of a Segment that a record has not
 
 Found = list[tuple[Video, Segment]]

@@ -48,7 +48,7 @@ def write(out: Path, manifest: Mapping, encoder: assemble.Encoder | None = None)
         _bars(categories, "clips", *at("categories", "Categories"))
     if dropped:
         _bars(manifest["dropped"], "segments or files", *at("dropped", "Reasons for drops"))
-    chosen = np.unique(np.linspace(0, len(clips) - 1, SHEET_CLIPS).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(clips) - 1, SHEET_CLIPS).round().astype(int)).tolist()
     samples = _latent_samples(out, chosen, encoder) if encoder else _samples(out, chosen)
     videos, captions = zip(*samples)
     video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
@@ -115,7 +115,7 @@ Sample = tuple[np.ndarray, str]  # a few small frames of a clip, uint8 (T, H, W,
 def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
     """Frames and captions of some clips."""
     records = shards.ShardRecords(out, medium="video", val_fraction=0.0)
-    for record in (records[int(i)] for i in chosen):
+    for record in (records[i] for i in chosen):
         info = video_files.video_info(record.content, name=record.name)
         apart = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
         window = video_files.Window(frames=min(SHEET_FRAMES, info.frames), stride=apart)
@@ -126,7 +126,7 @@ def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
 def _latent_samples(out: Path, chosen: Sequence[int], encoder: assemble.Encoder) -> Iterator[Sample]:
     """Likewise, of what the VAE makes of the latents: what training will see."""
     records = shards.ShardRecords(out, medium="latents", val_fraction=0.0)
-    for name, fields in (records.fields(int(i)) for i in chosen):
+    for name, fields in (records.fields(i) for i in chosen):
         record = latents.unpack_record(name, fields)
         count = len(record.latents)
         # As many of a short clip too: one program for each size.

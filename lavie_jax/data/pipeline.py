@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from lavie_jax.data import tokens, transforms
+from lavie_jax.data.buckets import Buckets
 from lavie_jax.data.config import DataConfig, latent_paths, make_source, mixture_weights
 from lavie_jax.data.sources import Item, Source
 from lavie_jax.errors import UserError
@@ -29,7 +30,7 @@ class Examples:
     """The global stream of examples as a random-access source, for grain or a plain loop."""
 
     config: DataConfig
-    source: Source
+    source: Source | Buckets
 
     def __len__(self) -> int:
         return _EXAMPLES
@@ -46,18 +47,22 @@ class Examples:
         """
         c, index = self.config, int(index)
         rng = np.random.default_rng([c.seed, index])
+        source = self.source
+        if isinstance(source, Buckets):
+            source, index, (height, width) = source.of(index)
+            c = dataclasses.replace(c, height=height, width=width)
         empty = np.zeros((0, c.height, c.width, 3), np.uint8)
         video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
             # Counted as the images beside clips are, so that a mixture finds the same step.
-            picture = self.source.image(index * max(c.images, 1), rng, margin=reach)
+            picture = source.image(index * max(c.images, 1), rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
             fps = c.fps or transforms.USUAL_FPS
             video = picture._replace(pixels=transforms.handheld(picture.pixels, **shape, fps=fps, rng=rng))
         elif c.frames:
-            video = self.source.video(index, rng)
-        stills = [self.source.image(index * c.images + j, rng) for j in range(c.images)]
+            video = source.video(index, rng)
+        stills = [source.image(index * c.images + j, rng) for j in range(c.images)]
         items, kept = [video, *stills], rng.random(1 + c.images) >= c.caption_drop
         captions = [item.caption if keep else c.null_caption for item, keep in zip(items, kept)]
         told = {
@@ -185,6 +190,9 @@ def batches(
     if config.split == "train" and len(source) < batch_size:  # held-out clips may come again
         where = config.path or config.image_path or ", ".join(config.videos + config.stills)
         raise UserError(f"a batch of {batch_size} needs as many clips; {where!r} has {len(source)} to train on")
+    if isinstance(source, Buckets):
+        # A warning, because a run must show what it compiles.
+        logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
     stream = Examples(config, source), batch_size // process_count, start_step, process_index, process_count
     raw = _grain(*stream, workers) if workers else _plain(*stream)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)

@@ -5,6 +5,7 @@ wanted to keep beside it. `write_shards` writes them, `write_tfds` makes a TFDS 
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
 SUFFIX = ".array_record"
+LIST = "clips.jsonl"  # of the records of the shards beside it, as the curation writes it
 
 
 class ShardRecords:
@@ -61,6 +63,23 @@ class ShardRecords:
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{name}: cannot be read: {error}") from error
         return name, unpack(packed, name)
+
+    def listed_sizes(self) -> list[tuple[int, int]] | None:
+        """(height, width) of each record, where the curation wrote a list beside every shard; else None."""
+        lists = {path: Path(path).parent / LIST for path in self.paths}
+        if not all(path.is_file() for path in lists.values()):
+            return None
+        sizes: dict[tuple[Path, str, int], tuple[int, int]] = {}
+        try:
+            for path in set(lists.values()):
+                with path.open(encoding="utf-8") as file:
+                    for row in map(json.loads, file):
+                        sizes[path.parent, row["shard"], row["index"]] = row["height"], row["width"]
+            shards = np.searchsorted(self.starts, self.indices, side="right") - 1
+            keys = [(Path(self.paths[n]), int(i - self.starts[n])) for n, i in zip(shards, self.indices)]
+            return [sizes[path.parent, path.name, number] for path, number in keys]
+        except (OSError, ValueError, KeyError, TypeError):  # of another set than the shards
+            return None
 
 
 def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:

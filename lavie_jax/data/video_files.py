@@ -303,6 +303,14 @@ def stored_size(path: str | Path) -> tuple[int, int]:
         return stream.height, stream.width
 
 
+def shown_size(source: str | Path | bytes, *, name: str = "") -> tuple[int, int]:
+    """(height, width) of a video as it is shown, by its first frame: the header does not say how it is turned."""
+    with _opened(source, name) as (container, stream):
+        for frame in container.decode(stream):
+            return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+    raise UserError(f"the video {_label(source, name)} has no frames")
+
+
 def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames shown at first / fps, (first + 1) / fps, ... to the end, one at a time; fps is the file's own.
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from lavie_jax import stages, weights
 from lavie_jax.data import moving_shapes, tokens
-from lavie_jax.data.config import DataConfig, latent_paths
+from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
 from lavie_jax.diffusion.samplers import make_sampler
 from lavie_jax.diffusion.schedule import Schedule
@@ -85,6 +85,8 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
 def check_stage(config: Any) -> None:
     """Refuses, before any file is read, fields of a stage's config that do not go together."""
     data, models = data_config(config), make_models(config, jnp.float32, 1.0)
+    if data.buckets:
+        check_buckets(data)
     if latent_paths(data):
         latents.check_stage(config.stage, train_text_encoder=config.train_text_encoder)
     check_frames(config.stage, data.frames)
@@ -98,8 +100,9 @@ def check_stage(config: Any) -> None:
     make_sampler(sampling["sampler"], sampling["steps"], models.schedule)  # raises for what cannot be sampled with
     check_number("sampling.guidance", sampling["guidance"], low=0)
     factor = models.vae.config.factor
-    if data.height % factor or data.width % factor:
-        raise UserError(f"frames of {data.height}x{data.width} are not multiples of the VAE's factor {factor}.")
+    for height, width in data.sizes:
+        if height % factor or width % factor:
+            raise UserError(f"frames of {height}x{width} are not multiples of the VAE's factor {factor}.")
 
 
 def _check_latents(sets: Sequence[LatentSet], config: Any, origin: Origin) -> None:
