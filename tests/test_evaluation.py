@@ -1,5 +1,6 @@
 """The detectors see what is there and nothing else; the command measures and refuses."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ def samples(split, count):
     return evaluation.true_samples(split, count, evaluation.DEFAULTS)
 
 
-def accuracies(clips, of):
-    return {row: cell["accuracy"] for row, cell in evaluation.score(clips, [s.attributes for s in of]).items()}
+def accuracies(clips, of, fps=8.0):
+    table = evaluation.score([detect(clip, fps=fps) for clip in clips], [s.attributes for s in of])
+    return {row: cell["accuracy"] for row, cell in table.items()}
 
 
 @pytest.mark.parametrize("split", evaluation.SPLITS)
@@ -51,7 +53,7 @@ def test_detectors_are_right_on_blurred_and_noisy_clips():
 def test_detectors_work_at_other_sizes_and_rates(height, width, frames, fps):
     size = {"height": height, "width": width, "frames": frames, "fps": fps}
     true = evaluation.true_samples("val", 40, size)
-    assert evaluation.score([s.pixels for s in true], [s.attributes for s in true], fps=fps)["all"]["accuracy"] == 1
+    assert accuracies([s.pixels for s in true], true, fps=fps)["all"] == 1
 
 
 def clip_of(**change):
@@ -97,13 +99,22 @@ def test_an_empty_clip_shows_nothing():
 
 def test_standard_errors_and_chance():
     true = samples("val", 60)
-    shifted = [s.pixels for s in true[1:] + true[:1]]  # every clip gets another's caption
-    table = evaluation.score(shifted, [s.attributes for s in true])
+    asked = [s.attributes for s in true]
+    seen = asked[1:] + asked[:1]  # every clip gets another's caption
+    table = evaluation.score(seen, asked)
     assert table["all"]["accuracy"] == 0 and table["shape"]["accuracy"] < 0.45
     for cell in table.values():
         assert cell["n"] == 60
         p = cell["accuracy"]
         assert cell["stderr"] == pytest.approx((p * (1 - p) / 60) ** 0.5)
+
+
+def test_mistakes_are_named_and_counted():
+    clip = clip_of(motion="up")
+    asked = [dataclasses.replace(detect(clip), motion=motion) for motion in ("left", "up", "down", "left")]
+    wrong = evaluation.mistakes([detect(clip)] * 4, asked)
+    assert list(wrong["direction"].items()) == [("up, not left", 2), ("up, not down", 1)]
+    assert not any(wrong[row] for row in wrong if row != "direction")
 
 
 def test_the_command_measures_writes_its_result_and_sheets(tmp_path, capsys):

@@ -89,7 +89,7 @@ def get_config(mode: str = "") -> ConfigDict:
             "min_snr_gamma": 0.0,
             "high_noise": 0.0,
             # Outlines are decided at t = 300 to 600, directions at 700 to 900.
-            "logit_normal": (0.0, 1.2),
+            "logit_normal": (0.5, 1.3),
             "held_out_timesteps": (100, 300, 500, 700, 900),
         }
     )
@@ -109,8 +109,8 @@ def get_config(mode: str = "") -> ConfigDict:
         config.unet.attention_levels = (False, True, True)
         config.unet.norm_num_groups = 8
         config.text_encoder.num_hidden_layers = 2
-        config.data.images, config.batch, config.steps = 8, 4, 5000
-        config.optimizer.warmup = 200
+        config.data.images, config.batch, config.steps = 3, 6, 1300
+        config.optimizer.warmup = 100
         config.ema_decay = 0.995
         config.checkpoint_every = config.sample_every = config.held_out_every = 500
     if mode == "tiny":

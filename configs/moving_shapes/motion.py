@@ -26,7 +26,7 @@ def get_config(mode: str = "") -> ConfigDict:
         # From the first to the last of the base's 16 frames.
         config.data.frames, config.data.fps = 6, 8.0 * 5 / 15
         config.batch = {"": 64, "cpu": 16}[mode]
-        config.steps = 600
+        config.steps = {"": 600, "cpu": 300}[mode]
         config.optimizer.kind = "adamw"  # the embedding was found with it
         config.optimizer.learning_rate, config.optimizer.warmup = 1e-2, 10
         config.optimizer.weight_decay = 0.0

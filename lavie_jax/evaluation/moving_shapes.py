@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -49,16 +50,13 @@ Table = dict[str, dict[str, float]]
 Videos = list[UInt8[np.ndarray, "t h w 3"]]
 
 
-def score(
-    clips: Sequence[UInt8[np.ndarray, "t h w 3"]], attributes: Sequence[Attributes], *, fps: float = 8.0
-) -> Table:
-    """Accuracy of each attribute, and of all at once: {row: {accuracy, stderr, n}}.
+def score(seen: Sequence[Attributes], attributes: Sequence[Attributes]) -> Table:
+    """Accuracy of each attribute, and of all at once, of what detectors saw: {row: {accuracy, stderr, n}}.
 
     `stderr` is the binomial standard error sqrt(p (1 - p) / n). Still images have no row `direction`.
     """
-    if not clips or len(clips) != len(attributes):
-        raise UserError(f"as many clips as attributes, at least 1; given {len(clips)} and {len(attributes)}")
-    seen = [detect(clip, fps=fps) for clip in clips]
+    if not seen or len(seen) != len(attributes):
+        raise UserError(f"as many clips as attributes, at least 1; given {len(seen)} and {len(attributes)}")
     rows = {
         row: [getattr(s, name) == getattr(a, name) for s, a in zip(seen, attributes)]
         for row, name in ROWS.items()
@@ -66,6 +64,16 @@ def score(
     }
     rows["all"] = [all(right) for right in zip(*rows.values())]
     return {row: _accuracy(right) for row, right in rows.items()}
+
+
+def mistakes(seen: Sequence[Attributes], attributes: Sequence[Attributes]) -> dict[str, dict[str, int]]:
+    """What was seen in place of what was asked for, the most frequent first: {row: {"left, not up": count}}."""
+    table = {}
+    for row, name in ROWS.items():
+        pairs = [(getattr(s, name), getattr(a, name)) for s, a in zip(seen, attributes)]
+        wrong = Counter(f"{got}, not {asked}" for got, asked in pairs if got != asked and asked is not None)
+        table[row] = dict(wrong.most_common())
+    return table
 
 
 def _accuracy(right: Sequence[bool]) -> dict[str, float]:
@@ -168,17 +176,20 @@ def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], 
 def _measure(args: argparse.Namespace) -> dict:
     """Samples and scores every split; writes the contact sheets."""
     sampling, make = _maker(args)
-    tables, begin = {}, time.perf_counter()
+    tables, wrong, begin = {}, {}, time.perf_counter()
     for split in dict.fromkeys(args.split or DEFAULT_SPLITS):
         logging.info("split %s", split)
         samples = true_samples(split, args.samples, sampling)
         clips = make(samples)
-        tables[split] = score(clips, [s.attributes for s in samples], fps=sampling["fps"])
+        seen = [detect(clip, fps=sampling["fps"]) for clip in clips]
+        attributes = [sample.attributes for sample in samples]
+        tables[split], wrong[split] = score(seen, attributes), mistakes(seen, attributes)
         if args.sheets:
             captions = [sample.caption for sample in samples[:SHEET_ROWS]]
             video_files.contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{split}.png")
     what = "truth" if args.truth else "vae" if args.vae else "samples"
-    result = {"kind": KIND, "what": what, "splits": tables, "seconds": round(time.perf_counter() - begin, 1)}
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {"kind": KIND, "what": what, "splits": tables, "mistakes": wrong, "seconds": seconds}
     if not args.truth:
         folder = cascade.base_folder(args.weights or cascade.SHIPPED)
         result |= {"weights": os.fspath(folder), "weights_hash": folder_hash(folder)}
