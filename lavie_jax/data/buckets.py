@@ -84,12 +84,12 @@ class Buckets:
         return ", ".join(f"{size_name(size)} {share:.1%}" for size, share in zip(self.sizes, shares))
 
 
-def make_buckets(sizes: Sequence[Size], sources: Sequence[Source], *, batch: int, whole: bool, seed: int) -> Buckets:
-    """Of the sources, each with clips of one size; those without any are left out.
+def make_buckets(parts: Sequence[tuple[Size, Source]], *, batch: int, whole: bool, seed: int) -> Buckets:
+    """Of sources, each of one size; those without clips are left out.
 
     `whole`: a batch holds no clip twice. Raises UserError for a source that has clips, and fewer than that needs.
     """
-    used = [(size, source) for size, source in zip(sizes, sources) if len(source)]
+    used = [(size, source) for size, source in parts if len(source)]
     for size, source in used:
         if whole and len(source) < batch:
             raise UserError(

@@ -164,9 +164,8 @@ def make_source(config: DataConfig, *, batch_size: int = 1) -> Source | Buckets:
     """
     check(config)
     if config.buckets:
-        sources = _bucket_sources(config)
         whole = config.split == "train"  # held-out clips may come again
-        return make_buckets(config.sizes, sources, batch=batch_size, whole=whole, seed=config.seed)
+        return make_buckets(_bucket_sources(config), batch=batch_size, whole=whole, seed=config.seed)
     if config.source != "mixture":
         return _one_source(config, (config.source, config.path), (config.image_source, config.image_path))
     sides: dict[str, tuple[Source, ...]] = {}
@@ -226,25 +225,27 @@ def _one_source(config: DataConfig, clips: tuple[str, str | None], images: tuple
     return _record_source(config, *_open(config, clips, images))
 
 
-def _bucket_sources(config: DataConfig) -> list[Source | Sequence]:
-    """The source of each bucket, or () for one without clips."""
+def _bucket_sources(config: DataConfig) -> list[tuple[Size, Source]]:
+    """The buckets and the source of each, which may be empty."""
     clips, images = (config.source, config.path), (config.image_source, config.image_path)
     kind, count = _kind(config, clips, images), len(config.sizes)
     each = [dataclasses.replace(config, height=height, width=width) for height, width in config.sizes]
     if kind == "moving_shapes":  # a clip of its own for each
-        return [_moving_shapes(dataclasses.replace(c, seed=c.seed * count + i)) for i, c in enumerate(each)]
+        own = [dataclasses.replace(c, seed=c.seed * count + i) for i, c in enumerate(each)]
+        return [((c.height, c.width), _moving_shapes(c)) for c in own]
     if kind == LATENTS:
         paths = _paths(config, clips, images)
-        _check_sizes(config, [open_set(path) for path in paths if path is not None])
-        first = open_set(next(path for path in paths if path is not None))
-        return [_latent_source(c, *paths) if (c.height, c.width) in first.sizes else () for c in each]
+        sets = [open_set(path) for path in paths if path is not None]
+        _check_sizes(config, sets)
+        there = [c for c in each if (c.height, c.width) in sets[0].sizes]
+        return [((c.height, c.width), _latent_source(c, *paths)) for c in there]
     opened = _open(config, clips, images)
     divided = [
         [None] * count if records is None else divide(records, medium, config.sizes)
         for records, medium in zip(opened, ("video", "image"))
     ]
-    sources = [_record_source(c, *mine) for c, *mine in zip(each, *divided)]
-    for source, size in zip(sources, config.sizes):
+    sources = [((c.height, c.width), _record_source(c, *mine)) for c, *mine in zip(each, *divided)]
+    for size, source in sources:
         if len(source) and config.images and source.pictures is not None and not len(source.pictures):
             raise UserError(
                 f"the bucket {size_name(size)} has clips and no image whose shape is nearest to it: add some, or leave "

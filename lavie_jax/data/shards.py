@@ -44,7 +44,7 @@ class ShardRecords:
         names = (f"{Path(shard).name}[{i}]" for shard, count in counts for i in range(count))
         self.indices = of_split(names, split, val_fraction)
         if not len(self.indices):
-            raise empty_split(path, medium, split, int(self.starts[-1]))
+            raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -172,8 +172,11 @@ class RecordSource:
         return transforms.resize_crop(frames, **size, rng=rng if self.random_place else None, whole=self.whole)
 
 
-def first_readable(records: Sequence, index: int, read: Callable[[Any], Item], *, kind: str, seed: int) -> Item:
-    """What `read` makes of record `index` in the shuffled order, or of the first after it that can be read."""
+def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kind: str, seed: int) -> Item:
+    """What `read` makes of record `index` in the shuffled order, or of the first after it that can be read.
+
+    `records` have a length and numbers, as `Records` do, and are what `read` takes.
+    """
     skipped: list[str] = []
     for attempt in range(ATTEMPTS):
         epoch, place = divmod(index + attempt, len(records))

@@ -58,4 +58,3 @@ def check_made_by(found: LatentSet, models: Mapping[str, str]) -> None:
                 f"SHA-256 {str(theirs)[:12]}..., of {found.made_from!r}; this run's is {digest[:12]}.... Train with "
                 "those weights, or make the set again with --latents of these"
             )
-
