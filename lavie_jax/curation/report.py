@@ -87,7 +87,7 @@ def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, wh
     axes.set(title=title, xlabel=unit, ylabel="clips")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=whole)
-    axes.legend()
+    axes.legend(loc="upper right")  # "best" warns where it takes long
     figure.savefig(path, dpi=100)
 
 
