@@ -19,6 +19,7 @@ from PIL import Image
 from lavie_jax import weights
 from lavie_jax.curation import __main__ as command
 from lavie_jax.curation import latents as encoding
+from lavie_jax.curation import pipeline as curation
 from lavie_jax.data import latents, pipeline, shards, tokens, transforms, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.tokens import load_tokenizer
@@ -36,6 +37,13 @@ CLIPS, SECONDS, RATE = 8, 1.5, 16
 WORDS = ("a red circle moving left", "a blue square moving right", "a blue circle", "red circle square")
 LENIENT = ("--min-height", "32", "--min-words", "0", "--min-motion", "0", "--max-overlay", "1", "--workers", "1",
            "--duplicate-bits", "-1", "--min-frames", "2")  # fmt: skip
+
+
+def curate(*words):
+    """The curation without its report, which takes longer than all the rest of these few clips."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curation.report, "write", lambda *args: None)
+        command.main([*map(str, words), *LENIENT])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +74,7 @@ def films(tmp_path_factory):
 def clips(films, tmp_path_factory):
     """The curated clips of `films`."""
     out = tmp_path_factory.mktemp("clips") / "out"
-    command.main(["--input", str(films), "--out", str(out), "--shard-clips", "3", *LENIENT])
+    curate("--input", films, "--out", out, "--shard-clips", "3")
     return out
 
 
@@ -179,8 +187,8 @@ def test_each_clip_goes_to_the_size_of_its_shape(base, tmp_path):
     for i, (height, width) in enumerate(((32, 48), (48, 32), (48, 34), (64, 98))):
         videos.encode(tmp_path / f"in/{i}.mp4", videos.pan(400 + i, 6, height=height, width=width), RATE)
         (tmp_path / f"in/{i}.txt").write_text("a blue circle")
-    words = ["--latents", str(base), "--latent-sizes", "16x24,24x16", "--latent-fps", "4"]
-    command.main(["--input", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *words, *LENIENT])
+    words = ("--latents", base, "--latent-sizes", "16x24,24x16", "--latent-fps", "4")
+    curate("--input", tmp_path / "in", "--out", tmp_path / "out", *words)
     found = latents.open_set(str(tmp_path / "out"))
     assert found.sizes == {(16, 24): 2, (24, 16): 2} and found.fps == 4
     shapes = [record.latents.shape for record in records_of(tmp_path / "out")]
@@ -200,8 +208,7 @@ def test_pictures_are_clips_of_one_frame_and_those_that_cannot_be_read_are_liste
 
 def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, base, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    words = ["--latents", str(base), "--latent-fps", "16", "--shard-clips", "3"]
-    words = ["--input", str(films), "--out", str(out), *words, *LENIENT]
+    words = ("--input", films, "--out", out, "--latents", base, "--latent-fps", "16", "--shard-clips", "3")
     seen, real = set(), encoding.Encoder.latents
 
     def stopping(self, frames, name):
@@ -213,7 +220,7 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
     with monkeypatch.context() as patch:
         patch.setattr(encoding.Encoder, "latents", stopping)
         with pytest.raises(KeyboardInterrupt):
-            command.main(words)
+            curate(*words)
     assert [p.name for p in out.glob("16x24/*")] == ["clips-00000.array_record"]
     assert not (out / "manifest.json").exists()
     (out / "16x24/.123-clips-00001.array_record").write_bytes(b"half")  # what a kill within a shard leaves
@@ -222,7 +229,7 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
     monkeypatch.setattr(
         encoding.Encoder, "latents", lambda self, frames, name: encoded.add(name) or real(self, frames, name)
     )
-    command.main(words)
+    curate(*words)
     assert len(encoded) == CLIPS - 3 and digests_of(out) == digests_of(made)
     assert sorted(p.name for p in (out / "16x24").iterdir()) == [f"clips-0000{i}.array_record" for i in range(3)]
 
@@ -259,8 +266,8 @@ def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
     """
     if stage == "interpolation":
         base, made = make_stage(tmp_path / "weights", "interpolation"), tmp_path / "out"
-        words = ["--latents", str(base), "--latent-fps", "16", "--shard-clips", "3"]
-        command.main(["--input", str(films), "--out", str(made), *words, *LENIENT])
+        words = ("--latents", base, "--latent-fps", "16", "--shard-clips", "3")
+        curate("--input", films, "--out", made, *words)
     common = {"stage": stage, "frames": {"base": 3, "interpolation": 5}[stage], "images": 2, "caption_drop": 0.4}
     pixels, encoded = (
         config_of(base, source=kind, path=str(path), image_path=str(pictures) if stage == "base" else None, **common)
