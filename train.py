@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from lavie_jax import parallel
 from lavie_jax.data import pipeline
+from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
 from lavie_jax.training import build, checkpoint, disk, divergence, grids, lock, metrics, optimizer, options
@@ -116,7 +117,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     origin = jax.random.key(config.seed) if task.start is None else task.start
     shapes = jax.eval_shape(create, origin)
     shardings = parallel.shardings(shapes, mesh)
-    frozen = jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
+    # What made the latents of a run on latents has no more work to do.
+    frozen = {} if latent_paths(data) else jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
 
     if step:

@@ -246,12 +246,13 @@ def trained(config, path):
     state = make_state(jax.tree.map(jnp.asarray, task.start), task, tx)
     update = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9))
     data, ids, losses = build.data_config(config), load_tokenizer(tokenizer), []
+    frozen = {} if data.source == "latents" else task.frozen  # which latents do not need
     with contextlib.closing(pipeline.batches(data, ids, batch_size=4)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, found = update(state, task.frozen, batch)
+            state, found = update(state, frozen, batch)
             losses.append(found)
     with contextlib.closing(pipeline.batches(build.held_out_data(data), ids, batch_size=4)) as rows:
-        held_out = jax.eval_shape(task.held_out, state["ema"], task.frozen, next(rows), jax.random.key(0))
+        held_out = jax.eval_shape(task.held_out, state["ema"], frozen, next(rows), jax.random.key(0))
     moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state["params"], task.start)
     return jax.device_get(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)]), held_out
 

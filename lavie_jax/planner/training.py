@@ -35,7 +35,7 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     shapes = jax.eval_shape(lambda rng: make_state(task.init(rng), task, tx), jax.random.key(0))
     shardings = parallel.shardings(shapes, mesh)
     state = placed(shapes, shardings)
-    frozen = cast(task.frozen, dtype)
+    frozen = {} if latent_paths(build.data_config(config)) else cast(task.frozen, dtype)
     frozen = placed(frozen, parallel.shardings(frozen, mesh))
     rows = placed(abstract_batch(config, batch), parallel.batch_sharding(mesh))
     update = make_update(
