@@ -11,29 +11,24 @@ code: 0; 1 when `--check` finds a difference; 2 for wrong input, after one messa
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import Parser, UserError
 from lavie_jax.samples.prompts import check_seed
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
+from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES, interpolated_sampling
+from lavie_jax.weights import load_folder
 from lavie_jax.weights.convert import Target, differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_base, inflate_pretrained
 from lavie_jax.weights.names import PARTS
 from lavie_jax.weights.pretrained import read_weights_file
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with code 2 when it is wrong."""
+    """The command line; UserError for what is wrong with it."""
     parser = Parser(prog="convert_torch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     into = commands.add_parser("import", help="a LaVie checkpoint -> a weights folder")
     into.add_argument("--stage", required=True, choices=sorted(STAGES))
@@ -84,6 +79,9 @@ def convert(args: argparse.Namespace) -> None:
             target, args.out, unet_file=args.unet, pretrained=args.pretrained, tokenizer=args.tokenizer, **common
         )
     elif args.base is not None:
+        base = load_folder(args.base, stage="base", params=False)
+        sampling = interpolated_sampling({**STAGES["base"].sampling, **base.sampling})
+        target = dataclasses.replace(target, sampling=sampling)
         inflate_base(target, args.out, base=args.base, seed=check_seed(args.seed), **common)
     else:
         seed = check_seed(args.seed)
@@ -109,8 +107,8 @@ def export(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = parse(argv)
     try:
+        args = parse(argv)
         if args.command == "export":
             return export(args)
         convert(args)

@@ -7,8 +7,9 @@
 
 Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
 says how to make it again; OUT/contact-sheet.png shows them all. Of several stages, and of a clip of yours, every
-stage's frames are in OUT/stages, exact (.npy). What is there already is skipped: a run that was stopped goes on at
-the prompt, the stage and the denoising step where it was. What is not given is as in the weights' config.json.
+stage's frames are in OUT/stages, exact (.npy), and a row each on the contact sheet, at the same moments. What is
+there already is skipped: a run that was stopped goes on at the prompt, the stage and the denoising step where it was.
+What is not given is as in the weights' config.json.
 Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 """
 
@@ -19,11 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lavie_jax.errors import Parser, UserError
+from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.samples.outputs import (
-    ContactSheets,
     Output,
-    check_folder,
     check_formats,
     make_request,
     of_stage,
@@ -31,12 +30,14 @@ from lavie_jax.samples.outputs import (
 )
 from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
 from lavie_jax.samples.settings import STAGES, Settings, Source, check_values, parse_stages
+from lavie_jax.samples.sheets import ContactSheets
 
 # What may be set of each stage, in the words of its settings: (name, type, metavar, help).
 COMMON = (
     ("sampler", str, "NAME", "ddpm, ddim, euler, respaced_ddim or dpm++2m"),
     ("steps", int, "N", "denoising steps"),
     ("guidance", float, "X", "classifier-free guidance; 1 is without"),
+    ("guidance_rescale", float, "X", "0 to 1: takes back the contrast that a large guidance adds; 0 is without"),
     ("fps", float, "X", "frames a second, written into the files"),
     ("negative_prompt", str, "TEXT", "what to stay away from"),
     ("prompt_suffix", str, "TEXT", "added to every prompt"),
@@ -120,7 +121,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
             raise UserError(f"{name.replace('_', '-')}: at least 1 is needed, given {value}")
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
-    check_folder(args.out)
+    check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
     args.seed = check_seed(args.seed, "seed")
     if any(not text.strip() for text in args.prompt):
@@ -239,7 +240,10 @@ def run(args: argparse.Namespace) -> None:
         if missing:
             next(shelves).clear()
         if not args.no_contact_sheet:
-            sheets.add(output.read() if video is None else video, output.request["prompt"])
+            before = {} if frames is None else {"input": frames}
+            shelf = output.shelf(dtype.name)
+            before |= {stage: made for stage in args.stages[:-1] if (made := shelf.get(stage)) is not None}
+            sheets.add({**before, args.stages[-1]: output.read() if video is None else video}, output.request["prompt"])
     sheets.flush()
 
 

@@ -10,7 +10,7 @@ resumes a run that was stopped; `--restore-step N` goes back to an older checkpo
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; tensorboard/ beside it when the config says so
     profile/         with `--profile`: a trace of a few steps
-    diverged/        a step that reproduces why the run stopped, if it did because of that
+    diverged/        the step at which a run stopped that broke down, for `python -m lavie_jax.training.divergence`
 
 Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 
@@ -171,7 +171,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Loop                                                                             │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     stop = StopRequest(multi_host=jax.process_count() > 1)
-    watch = divergence.Watch(workdir / "diverged", seed=config.seed, limit=config.skip_limit)
+    watch = divergence.Watch(workdir / "diverged", config=identity, dtype=dtype.name, limit=config.skip_limit)
     tracer = metrics.Profile(workdir / "profile" if profile and first else None, first=step + 3)
     cleanup.callback(tracer.close)
     writer = metrics.Metrics(workdir, step=step, tensorboard=config.tensorboard) if first else None
@@ -208,7 +208,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         watch.step(step, losses["skipped"], rows, state, wait=log)
         pace.step(compiled=compiles)
         if log:
-            values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(step - 1))}
+            applied = int(optimizer.updates_done(state["opt_state"]))
+            values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(max(applied - 1, 0)))}
             values |= pace.report(config.batch)
             if values["skipped"]:
                 say(f"skipped {values['skipped']} of {len(window)} steps up to {step}: loss or gradients not finite")

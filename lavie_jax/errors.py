@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -18,6 +20,17 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Allowed: {', '.join(allowed)}"
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """UserError, which begins with `what`, when nothing can be written into `folder`, be it there or to be made."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise UserError(f"{what} cannot be written: no permission in {place}.")
+            return
+        if os.path.lexists(place):
+            raise UserError(f"{what} cannot be written: {place} is a file, not a folder.")
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,8 +10,8 @@ depends on its own seed alone.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.schedule import Schedule
+
+KEY_FRAME_SPACING = 4  # frames for each key frame but the last
 
 
 class Condition(NamedTuple):
@@ -69,7 +71,7 @@ def key_frame_condition(inputs: dict) -> Condition:
     synthesised anew, the key frames too.
     """
     key_latents = inputs["key_latents"]
-    source = (np.arange(4 * (key_latents.shape[1] - 1) + 1) + 1) // 4
+    source = (np.arange(KEY_FRAME_SPACING * (key_latents.shape[1] - 1) + 1) + 1) // KEY_FRAME_SPACING
     return Condition(concat=key_latents[:, source])
 
 
@@ -243,3 +245,18 @@ STAGES = {
         condition=low_res_condition,
     ),
 }  # fmt: skip
+
+
+def interpolated_sampling(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The interpolation stage's sampling settings for clips that a base stage with the settings `base` makes.
+
+    The released ones are for its 16 frames of 320x512, 8 a second.
+    """
+    settings, released = STAGES["interpolation"].sampling, STAGES["base"].sampling
+    return {
+        **settings,
+        "height": base["height"],
+        "width": base["width"],
+        "frames": KEY_FRAME_SPACING * (base["frames"] - 1) + 1,
+        "fps": base["fps"] * settings["fps"] / released["fps"],
+    }

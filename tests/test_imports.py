@@ -19,7 +19,7 @@ KNOWS = {
     **dict.fromkeys(GROUND, set()),
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
     "cascade": GROUND | MIDDLE | {"samples"},
-    "training": GROUND | MIDDLE | {"cascade"},  # its sample grids show what a user would see
+    "training": GROUND | MIDDLE | {"cascade", "samples"},  # its sample grids show what a user would see
     **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER),
     "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
     "__init__": GROUND | MIDDLE | UPPER | {"samples"},

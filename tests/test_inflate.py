@@ -1,6 +1,8 @@
 """Inflated models start as the image model, and CompVis checkpoints can be what they start from."""
 
 import functools
+import json
+import shutil
 import zlib
 from argparse import Namespace
 
@@ -30,6 +32,7 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.compvis import Sizes, rename
 
@@ -75,12 +78,25 @@ def test_inflated_gives_what_the_image_model_gives(stage, frames, sd, x4, tmp_pa
 def test_inflated_interpolation_ignores_the_key_frames_at_first(base, tmp_path):
     """The base's spatial weights are those of the image model here, so the same image comes out."""
     assert run("inflate", "--stage", "interpolation", "--from", base[1], "--out", tmp_path / "init") == 0
-    unet = load_folder(tmp_path / "init", stage="interpolation").unet
+    made = load_folder(tmp_path / "init", stage="interpolation")
+    assert made.sampling == STAGES["interpolation"].sampling
+    unet = made.unet
     assert unet.config == STAGE_CONFIGS["interpolation"]
     x, _, expected = image_case("sd")
     keys = draw("keys", 2, 4, 4, 6, 4)  # four different frames: they must not matter
     video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, 4, axis=1), keys], axis=-1))
     np.testing.assert_allclose(video, np.repeat(expected, 4, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_interpolation_of_a_small_base_samples_at_its_size(base, tmp_path):
+    shutil.copytree(base[1], tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    config["sampling"] |= {"height": 64, "width": 96, "frames": 8, "fps": 4}
+    path.write_text(json.dumps(config))
+    assert run("inflate", "--stage", "interpolation", "--from", tmp_path / "base", "--out", tmp_path / "init") == 0
+    size = {"height": 64, "width": 96, "frames": 29, "fps": 12}
+    assert load_folder(tmp_path / "init").sampling == {**STAGES["interpolation"].sampling, **size}
 
 
 def test_new_parameters_are_drawn_as_pytorch_draws_them(x4, tmp_path):

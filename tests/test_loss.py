@@ -27,7 +27,8 @@ def test_min_snr_weighs_the_same_error_alike_in_every_prediction_type():
     for prediction in PREDICTIONS:
         schedule = Schedule(prediction=prediction)
         x_t = schedule.add_noise(x0, eps, t)
-        _, wrong_eps = Schedule(prediction="sample").to_x0_eps(wrong, x_t, t)
+        abar = schedule.alphas_cumprod[t][:, None]
+        wrong_eps = (x_t - abar**0.5 * wrong) / (1 - abar) ** 0.5
         error = schedule.target(wrong, wrong_eps, t) - schedule.target(x0, eps, t)
         losses[prediction] = min_snr_weight(schedule, t, 5.0) * jnp.square(error).mean(1)
     np.testing.assert_allclose(losses["epsilon"], losses["sample"], rtol=1e-3)

@@ -158,6 +158,8 @@ def test_nothing_that_matches_is_an_error(case, capsys):
     assert main([str(case), "--case", "large*"]) == 2
     assert main([str(case / "absent")]) == 2
     assert capsys.readouterr().err.count("no case matches") == 2
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: DIR; see --help\n"
 
 
 def test_the_formula(case):

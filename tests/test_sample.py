@@ -14,13 +14,14 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax import parallel
+from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, denoising
 from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
 from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
+from lavie_jax.samples.sheets import compared
 from lavie_jax.samples.shelf import Shelf
 
 ROOT = Path(__file__).parents[1]
@@ -74,15 +75,32 @@ def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tm
 
 def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):
     args = ("--seed", "11", "--steps", "2", "--negative-prompt", "a square", "--format", "npz")
+    args += ("--guidance-rescale", "0.7")
     assert run("--prompt", PROMPT, *args) == 0
     sidecar = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-11.json").read_text())
     request, made_with = sidecar["request"], sidecar["made_with"]
     assert {"lavie_jax", "jax", "flax", "python", "dtype", "device", "weights"} <= set(made_with)
     assert len(request["weights_sha256"]) == 64
     settings = ("seed", "negative_prompt", "frames", "height", "width", "sampler", "steps", "guidance")
+    settings += ("guidance_rescale",)
     video = lavie_jax.load(made_with["weights"])(request["prompt"], **{name: request[name] for name in settings})
     with np.load(tmp_path / "out" / "0000-a-red-circle-moving-left-11.npz") as arrays:
         np.testing.assert_array_equal(arrays["video"], video[0])
+    del request["guidance_rescale"]
+    without = lavie_jax.load(made_with["weights"])(request["prompt"], **{n: request[n] for n in settings[:-1]})
+    assert (without != video).any()
+
+
+def test_a_sample_of_before_there_was_a_setting_has_its_default(run, tmp_path, capsys):
+    assert run("--prompt", PROMPT) == 0
+    path = tmp_path / "out" / "0000-a-red-circle-moving-left-0.json"
+    sidecar = json.loads(path.read_text())
+    assert sidecar["request"].pop("guidance_rescale") == 0.0
+    path.write_text(json.dumps(sidecar))
+    assert run("--prompt", PROMPT) == 0
+    assert "1 of 1 samples are in" in capsys.readouterr().out
+    assert run("--prompt", PROMPT, "--guidance-rescale", "0.7") == 2
+    assert "guidance_rescale = 0.0, asked for is 0.7" in capsys.readouterr().err
 
 
 def test_another_request_for_the_same_name_is_refused_by_field(run, tmp_path, capsys):
@@ -284,6 +302,46 @@ def test_a_clip_of_the_users_is_upscaled_at_its_own_rate(cascaded, tmp_path):
     assert "steps" not in sidecar["request"] and sidecar["request"]["vsr"]["fps"] == 5
 
 
+def test_the_contact_sheet_of_a_cascade_has_a_row_for_each_stage(cascaded, tmp_path):
+    assert cascaded(stages="base,interpolation,vsr") == 0
+    shelf = tmp_path / "out" / "stages" / "0000-a-red-circle-moving-left-0"
+    rows = compared({stage: np.load(shelf / f"{stage}.npy") for stage in ("base", "interpolation", "vsr")})
+    height, width, gap = 128, 192, 4  # shown at twice their size, below a line of caption
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as image:
+        pixels = np.asarray(image)
+    for number, (frames, _) in enumerate(reversed(rows)):
+        bottom = len(pixels) - 2 * gap - number * (height + 2 * gap + 20)
+        for i, frame in enumerate(frames.repeat(2, 1).repeat(2, 2)):
+            assert frame.shape == (height, width, 3)
+            left = gap + i * (width + gap)
+            np.testing.assert_array_equal(pixels[bottom - height : bottom, left : left + width], frame)
+
+
+def test_a_clip_of_the_users_is_on_the_contact_sheet_beside_what_was_made_of_it(cascaded, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sample.ContactSheets, "add", lambda self, clips, prompt: shown.append(clips))
+    clip = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    path = lavie_jax.save_video(clip, tmp_path / "clip.npz", fps=5)
+    assert cascaded("--input", str(path), stages="vsr") == 0
+    assert list(shown[0]) == ["input", "vsr"] and shown[0]["vsr"].shape == (2, 64, 96, 3)
+    np.testing.assert_array_equal(shown[0]["input"], clip)
+
+
+def test_without_weights_the_shipped_cascade_is_sampled(stages_folder, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "base").symlink_to(stages_folder / "base")
+    monkeypatch.setattr(cascade, "SHIPPED", shipped)
+    args = ["--prompt", PROMPT, "--out", str(tmp_path / "out"), "--no-contact-sheet"]
+    assert sample.main([*args, "--stages", "base,vsr"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: stage vsr has no weights, there are those of: base; give --vsr-weights\n"
+    (shipped / "vsr").symlink_to(stages_folder / "vsr")
+    assert sample.main([*args, "--stages", "base,vsr"]) == 0
+    made_with = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-0.json").read_text())["made_with"]
+    assert made_with["weights"] == str(shipped / "base") and made_with["vsr_weights"] == str(shipped / "vsr")
+
+
 def video_without_frames(path: Path) -> None:
     import av
 
@@ -354,6 +412,7 @@ BAD = {
     "too many steps": (["--steps", "2000"], "steps"),
     "num-videos": (["--num-videos", "0"], "num-videos: at least 1"),
     "guidance": (["--guidance", "nan"], "guidance: a finite number"),
+    "rescaled guidance": (["--guidance-rescale", "1.5"], "guidance_rescale: a number from 0 to 1 is needed, given 1.5"),
     "fps": (["--fps", "0"], "fps"),
     "fps that no encoder takes": (["--fps", "1e-5"], "fps: a number from 0.01 to 1000"),
     "bytes that are no text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),

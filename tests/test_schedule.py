@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lavie_jax.diffusion import Schedule
-from lavie_jax.diffusion.schedule import PREDICTIONS
+from lavie_jax.diffusion.schedule import PREDICTIONS, split_prediction
 from lavie_jax.errors import UserError
 
 T = np.array([0, 1, 250, 999])
@@ -47,7 +47,10 @@ def test_a_right_prediction_gives_back_x0_and_eps(prediction):
     schedule = Schedule(prediction=prediction)
     x0, eps = draw(4, 5, 3)
     t = np.array([20, 250, 500, 900])  # at the ends x0 or eps is lost in rounding
-    found = schedule.to_x0_eps(schedule.target(x0, eps, t), schedule.add_noise(x0, eps, t), t)
+    abar = schedule.alphas_cumprod[t][:, None, None]
+    target, x_t = schedule.target(x0, eps, t), schedule.add_noise(x0, eps, t)
+    alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (abar, 1 - abar))
+    found = split_prediction(prediction, target, x_t, alpha, sigma)
     np.testing.assert_allclose(found[0], x0, atol=1e-4)
     np.testing.assert_allclose(found[1], eps, atol=1e-4)
 

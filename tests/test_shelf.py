@@ -37,6 +37,23 @@ def test_frames_are_exact_and_only_one_piece_is_held(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "stages" / "0000-a-0" / "vsr.npy"), FRAMES)
 
 
+def test_what_was_kept_before_there_was_a_setting_is_of_its_default(tmp_path):
+    def shelf(**settings):
+        record = {"stages": ["base", "vsr"], "seed": 0, "vsr": {"steps": 3, **settings}}
+        return Shelf(tmp_path / "stages" / "0000-a-0", {"vsr": record}, keep=True)
+
+    shelf().put("vsr", FRAMES.shape, [FRAMES])
+    everything = {"prompt_suffix": "", "negative_prompt": "", "noise_level": 50, "windows": "blended",
+                  "window_frames": 8, "overlap_frames": 2, "tile": None}  # fmt: skip
+    base = {"guidance_rescale": 0.0, "prompt_suffix": "", "negative_prompt": ""}
+    now = shelf(**everything, guidance_rescale=0.0)
+    now.records["vsr"] |= base
+    now.check()
+    now.records["vsr"]["vsr"]["guidance_rescale"] = 0.5
+    with pytest.raises(UserError, match="was made with vsr"):
+        now.check()
+
+
 def test_half_written_frames_leave_no_file(tmp_path):
     def pieces():
         yield FRAMES[:2]

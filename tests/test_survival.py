@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -38,7 +39,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_path):
+def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_path, capsys):
     workdir = tmp_path / "run"
     with pytest.raises(divergence.Diverged, match="2 steps in a row, up to step"):
         run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0, "skip_limit": 2})
@@ -48,6 +49,36 @@ def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_
     assert (dump / "state").is_dir() and not (workdir / "lock").exists()
     assert [row["loss"] for row in lines(workdir) if "loss" in row]  # good steps only are averaged
     assert sum(row.get("skipped", 0) for row in lines(workdir)) == 1  # the second one stopped the run
+
+    capsys.readouterr()
+    divergence.main([str(dump)])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"update {dump.name}, float32, on 8 x cpu: ") and re.search(r"[ ,]loss (nan|inf)", first)
+    assert "the batch: all finite" in rest
+    assert any(re.fullmatch(r"gradients: \d+ of \d+ arrays are not finite", line) for line in rest)
+    assert any(re.fullmatch(r"  decoder/\S+/kernel: \d+ of \d+ numbers", line) for line in rest)
+    (dump / "batch-0.npz").rename(dump / "batch-1.npz")
+    for wrong, message in ((workdir, "is no dump of a step"), (dump, "lacks batch-0.npz")):
+        with pytest.raises(SystemExit, match="2"):
+            divergence.main([str(wrong)])
+        assert message in capsys.readouterr().err
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_that_was_applied(run, tmp_path, monkeypatch):
+    """A batch that is not finite costs an update, and the warm-up takes a step longer."""
+    put, calls = parallel.put_batch, []
+
+    def spoilt(rows, mesh):
+        calls.append(rows)
+        if len(calls) == 3:  # the first is of the held-out loss
+            rows = {k: v * np.float32(np.nan) if v.dtype == np.float32 else v for k, v in rows.items()}
+        return put(rows, mesh)
+
+    monkeypatch.setattr(parallel, "put_batch", spoilt)
+    run(tmp_path / "run", held_out_batches=1, steps=4, **{"optimizer.learning_rate": 1.0, "optimizer.warmup": 10})
+    rows = [row for row in lines(tmp_path / "run") if "skipped" in row]
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 0]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], [0, 0, 0.1, 0.2], atol=1e-7)
 
 
 def test_a_full_disk_stops_nothing_but_the_last_checkpoint_is_missed(run, tmp_path, monkeypatch, caplog):

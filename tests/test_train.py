@@ -267,22 +267,35 @@ def test_a_stopped_and_resumed_vae_run_equals_an_uninterrupted_one(train, tmp_pa
     assert refused.returncode == 2 and "seed = 0, not 1" in err and err.count("error:") == 1
 
 
-def test_two_hosts_train_together(train, tmp_path):
-    """Two processes with a device each, parameters split between them: both come to the same end."""
+def test_two_hosts_train_together_stop_together_and_one_goes_on(train, tmp_path):
+    """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    fields = {"distributed": True, "steps": 2, "checkpoint_every": 2, "mesh__fsdp": 2}
+    config, fields = "configs/moving_shapes/vae.py:tiny", {"checkpoint_every": 100_000, "log_every": 1}
     hosts = [
-        train("configs/moving_shapes/vae.py:tiny", tmp_path, {**shared, "JAX_PROCESS_ID": str(i)}, **fields)
+        train(
+            config, tmp_path, {**shared, "JAX_PROCESS_ID": str(i)},
+            **fields, distributed=True, steps=100_000, mesh__fsdp=2,
+        )
         for i in range(2)
-    ]
+    ]  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+        assert [host.poll() for host in hosts] == [None, None] and time.monotonic() < deadline
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
     (out, err), (second_out, second_err) = (host.communicate(timeout=600) for host in hosts)
     assert [host.returncode for host in hosts] == [0, 0], err + second_err
     found = weights.load_part(tmp_path / "weights", "vae")
     assert len(out.splitlines()[-1]) == 64 and found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    (at,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert f"stopped at step {at} of 100000" in err
+
+    alone = train(config, tmp_path, **fields, steps=at + 1)
+    _, err = alone.communicate(timeout=600)
+    assert alone.returncode == 0 and f"resumed at step {at} of {at + 1}" in err, err
 
 
 def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
@@ -360,8 +373,9 @@ BAD = [
     (["--config.steps=1e999"], "takes a int"),
     (["--config.keep_checkpoints=0"], "at least 1"),
     (["--config.sampling.sampler=dimm"], "did you mean 'ddim'"),
-    (["--config.sampling.steps=0"], "steps must be a whole number from 1"),
-    (["--config.sampling.guidance=1e999"], "'sampling.guidance' must be finite"),
+    (["--config.sampling.steps=0"], "group 'sampling': steps: a whole number of at least 1"),
+    (["--config.sampling.steps=1001"], "group 'sampling': steps must be a whole number from 1 to 1000"),
+    (["--config.sampling.guidance=1e999"], "group 'sampling': guidance: a finite number"),
     (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
     (["--steps=3"], "unknown flag --steps"),

@@ -2,6 +2,7 @@
 
 import itertools
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +32,21 @@ def pixels_of(path):
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     return video_files.save_video(ramp(), tmp_path_factory.mktemp("video") / "deep" / "ramp.mp4", fps=12)
+
+
+@pytest.mark.parametrize(("codec", "options"), [("mpeg4", {"bf": "2"}), ("libx264", {"bf": "3", "g": "8"})])
+def test_an_avi_with_b_frames_shows_every_frame_at_its_time(codec, options, tmp_path):
+    """AVI has no times of presentation, and what a decoder makes up for them is off by frames."""
+    path, clip = tmp_path / "a.avi", ramp()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=12, options=options)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for pixels in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    assert numbers(video_files.read_video(path), clip) == list(range(12))
+    assert numbers(video_files.read_video(path, start=0.75, frames=3), clip) == [9, 10, 11]
+    assert numbers(np.stack(list(video_files.each_frame(path, first=5))), clip) == list(range(5, 12))
 
 
 def test_an_mp4_has_the_frames_and_the_rate_it_was_given(video):

@@ -56,6 +56,7 @@ class Plan:
     guidance: float
     windows: Sequence[Window]
     rows: int
+    rescale: float = 0.0  # of the guidance
     image: bool = False
 
 
@@ -123,8 +124,8 @@ def _predict_windows(
     return predict_rows(
         model.unet_params, state, i, stacked(clip.text for clip, _ in jobs),
         stacked(clip.null_text for clip, _ in jobs), condition, unet=model.unet, sampler=plan.sampler,
-        guidance=float(plan.guidance), image=plan.image, in_turn=in_turn(len(jobs) // model.mesh.size, jobs[0][1]),
-        mesh=model.mesh,
+        guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
+        in_turn=in_turn(len(jobs) // model.mesh.size, jobs[0][1]), mesh=model.mesh,
     )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 # ---- compiled ----
 
 
-@functools.partial(jax.jit, static_argnames=("unet", "sampler", "guidance", "image", "in_turn", "mesh"))
+@functools.partial(jax.jit, static_argnames=("unet", "sampler", "guidance", "rescale", "image", "in_turn", "mesh"))
 def predict_rows(
     params: dict,
     state: dict[str, Array],
@@ -174,6 +175,7 @@ def predict_rows(
     unet,
     sampler: Sampler,
     guidance: float,
+    rescale: float,
     image: bool,
     in_turn: bool,
     mesh: Mesh,
@@ -181,7 +183,9 @@ def predict_rows(
     """Every device runs the same program on its own windows."""
 
     def predict(params, state, i, text, null_text, condition):
-        denoise = denoiser(unet, params, text, null_text, condition, guidance=guidance, image=image, in_turn=in_turn)
+        denoise = denoiser(
+            unet, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image, in_turn=in_turn
+        )
         answers = []
 
         def asked(x_t, t):

@@ -17,10 +17,9 @@ from lavie_jax.cascade.pixels import check_memory, padded
 from lavie_jax.cascade.windows import Window, grid, overlapping, whole
 from lavie_jax.errors import UserError
 from lavie_jax.samples.settings import InterpolationSettings, Source, check_given
-from lavie_jax.stages import STAGES
+from lavie_jax.stages import KEY_FRAME_SPACING, STAGES
 from lavie_jax.weights import Weights
 
-RATE = 4  # frames for each key frame but the last
 WINDOW_KEYS, SHARED_KEYS = 16, 4
 
 
@@ -31,14 +30,14 @@ def resolve(weights: Weights, given: Mapping[str, Any], source: Source) -> Inter
     """
     if source.frames < 2:
         raise UserError(f"interpolation needs at least 2 key frames, given {source.frames}")
-    size = {"frames": RATE * (source.frames - 1) + 1, "height": source.height, "width": source.width}
+    size = {"frames": KEY_FRAME_SPACING * (source.frames - 1) + 1, "height": source.height, "width": source.width}
     check_given(given, size)
     if source.own and given.get("fps") is None:
-        size["fps"] = min(RATE * source.fps, 1000)
+        size["fps"] = min(KEY_FRAME_SPACING * source.fps, 1000)
     settings = InterpolationSettings.make(weights.sampling, {**given, **size})
     # of each frame: its pixels, and in float32 at the latents' size state, prediction, new state and condition
     latent = 4 * weights.unet.config.out_channels * 5 / weights.vae.config.factor**2
-    check_memory(source, 3 + RATE * (3 + latent))
+    check_memory(source, 3 + KEY_FRAME_SPACING * (3 + latent))
     return settings
 
 
@@ -56,8 +55,8 @@ def latent_shape(weights: Weights, settings: InterpolationSettings) -> tuple[int
 
 def windows(shape: Sequence[int], settings: InterpolationSettings) -> list[Window]:
     """Of latents (T, h, w, C). Windows start at key frames, so that each is a clip as in training."""
-    size, overlap = (RATE * (keys - 1) + 1 for keys in (WINDOW_KEYS, SHARED_KEYS))
-    return grid(overlapping(shape[0], size, overlap, stride=RATE), whole(shape[1]), whole(shape[2]))
+    size, overlap = (KEY_FRAME_SPACING * (keys - 1) + 1 for keys in (WINDOW_KEYS, SHARED_KEYS))
+    return grid(overlapping(shape[0], size, overlap, stride=KEY_FRAME_SPACING), whole(shape[1]), whole(shape[2]))
 
 
 def prepare(
@@ -94,7 +93,7 @@ def finish(
     made = made[:, : settings.height, : settings.width]
     if settings.keep_key_frames:
         made = made.copy()
-        first = -start % RATE
-        keys = range((start + first) // RATE, (start + len(made) - 1) // RATE + 1)
-        made[first::RATE] = frames[keys.start : keys.stop]
+        first = -start % KEY_FRAME_SPACING
+        keys = range((start + first) // KEY_FRAME_SPACING, (start + len(made) - 1) // KEY_FRAME_SPACING + 1)
+        made[first::KEY_FRAME_SPACING] = frames[keys.start : keys.stop]
     return made

@@ -20,11 +20,10 @@ from lavie_jax.data import tokens
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
-from lavie_jax.models.vae import VAE
+from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
 from lavie_jax.weights import Part, Weights
 
-VAE_PIXELS = 4 * 320 * 512  # that a device's VAE takes at a time: 4 frames of the base stage
 CONDITION_STREAM = 2**32 - 1  # of the noise in a stage's condition; stream 0 starts denoising, i + 1 is for step i
 
 BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()

@@ -53,6 +53,7 @@ def run_stage(
     plan = Plan(
         sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule),
         guidance=settings.guidance,
+        rescale=settings.guidance_rescale,
         windows=passes.windows(passes.latent_shape(model.weights, settings), settings),
         rows=rows,
         image=stage == "base" and settings.frames == 1,

@@ -10,6 +10,7 @@ import math
 import os
 import textwrap
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -262,11 +263,34 @@ def _too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
 
+def _numbered(container, stream, info: VideoInfo, *, first: int) -> Iterator[tuple[int, object]]:
+    """(number, frame) from a key frame at or before number `first` on; number n is shown at n / fps."""
+    base, start, number = float(stream.time_base), stream.start_time or 0, -1
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        # AVI keeps the order of decoding alone, and the times that decoders make up are off. Frames come out in the
+        # order of showing: the n-th has the n-th packet's place. After a seek some are missing, so all are decoded.
+        places: deque[int] = deque()
+        for packet in container.demux(stream):
+            if packet.size and packet.dts is not None:
+                places.append(round((packet.dts - start) * base * info.fps))
+            for frame in packet.decode():
+                number = places.popleft() if places else number + 1
+                yield number, frame
+        return
+    container.seek(start + int(first / info.fps / base), stream=stream, backward=True)
+    for frame in container.decode(stream):
+        number = number + 1 if frame.pts is None else round((frame.pts - start) * base * info.fps)
+        yield number, frame
+
+
+def _lasts(stream, frame, info: VideoInfo) -> float:
+    """How many numbers long a frame is shown, by its own account."""
+    return (frame.duration or 0) * float(stream.time_base) * info.fps
+
+
 def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, rate: float, what: str) -> np.ndarray:
     """The frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds after the first frame on."""
     wanted = shown_at(info, start=start, frames=frames, rate=rate)
-    base, first = float(stream.time_base), stream.start_time or 0
-    container.seek(first + int(wanted[0] / info.fps / base), stream=stream, backward=True)
     shown: list[np.ndarray] = []
     size: dict[str, int] = {}  # a stream whose size changes is brought to the first one
     before, before_pixels, until = None, None, -1.0
@@ -276,8 +300,8 @@ def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, ra
             size.update(height=frame.height, width=frame.width)
         return _upright(frame, **size)
 
-    for frame in container.decode(stream):
-        number, frame_pixels = round((frame.pts - first) * base * info.fps), None
+    for number, frame in _numbered(container, stream, info, first=int(wanted[0])):
+        frame_pixels = None
         # A stream of varying rate skips numbers: the frame before is still shown.
         while len(shown) < len(wanted) and wanted[len(shown)] < number:
             if before_pixels is None:
@@ -288,7 +312,7 @@ def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, ra
             shown.append(frame_pixels)
         if len(shown) == len(wanted):
             break
-        before, before_pixels, until = frame, frame_pixels, number + (frame.duration or 0) * base * info.fps
+        before, before_pixels, until = frame, frame_pixels, number + _lasts(stream, frame, info)
     while before is not None and len(shown) < len(wanted) and wanted[len(shown)] < until - 1e-3:
         before_pixels = pixels(before) if before_pixels is None else before_pixels
         shown.append(before_pixels)  # the last frame lasts as long as it says
@@ -319,13 +343,10 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
     """
     what = _label(path, "")
     with _opened(path) as (container, stream):
-        info, base, start = _info(container, stream, what), float(stream.time_base), stream.start_time or 0
-        container.seek(start + int(first / info.fps / base), stream=stream, backward=True)
+        info = _info(container, stream, what)
         size: dict[str, int] = {}
-        due, number, until, before = first, 0, 0, None
-        for frame in container.decode(stream):
-            if frame.pts is not None:
-                number = round((frame.pts - start) * base * info.fps)
+        due, until, before = first, 0, None
+        for number, frame in _numbered(container, stream, info, first=first):
             if not size:
                 zoom = min(1.0, shorter_side / min(frame.height, frame.width)) if shorter_side else 1.0
                 size = {"height": round(frame.height * zoom), "width": round(frame.width * zoom)}
@@ -337,8 +358,7 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
                     yield pixels
                 due = number
             # Of frames within one moment, the last is shown.
-            before, until = frame, number + max(1, round((frame.duration or 0) * base * info.fps))
-            number += 1
+            before, until = frame, number + max(1, round(_lasts(stream, frame, info)))
         if before is not None and due < until:
             pixels = _upright(before, **size)
             for _ in range(due, until):
@@ -398,7 +418,10 @@ def contact_sheet(
     *,
     columns: int = 6,
 ) -> Path:
-    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last."""
+    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last.
+
+    A caption's own lines stay, long ones are broken.
+    """
     if not videos or len(videos) != len(captions):
         raise UserError(f"a contact sheet needs a caption a video; given {len(videos)} and {len(captions)}")
     strips = []
@@ -409,7 +432,11 @@ def contact_sheet(
         strips.append([f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames])
     gap, font = 4, ImageFont.load_default(size=14)
     width = max(sum(f.width + gap for f in strip) for strip in strips) + gap
-    texts = [textwrap.wrap(caption, max(16, width // 8)) or [""] for caption in captions]
+    broken = max(16, width // 8)
+    texts = [
+        [line for given in caption.splitlines() for line in textwrap.wrap(given, broken)] or [""]
+        for caption in captions
+    ]
     heights = [20 * len(text) + strip[0].height + 2 * gap for text, strip in zip(texts, strips)]
     sheet = Image.new("RGB", (width, sum(heights) + gap), (250, 250, 250))
     draw, y = ImageDraw.Draw(sheet), gap

@@ -5,7 +5,7 @@ Nothing here knows the network: a model is any function `denoise(x_t, t)`.
 
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
-from lavie_jax.diffusion.samplers import SAMPLERS, Sampler, make_sampler, sample
+from lavie_jax.diffusion.samplers import SAMPLERS, Sampler, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "joint_loss",
     "make_sampler",
     "min_snr_weight",
-    "sample",
 ]

@@ -27,7 +27,6 @@ import functools
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -267,29 +266,6 @@ def make_sampler(name: str, steps: int, schedule: Schedule) -> Sampler:
     if not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
         raise UserError(f"steps must be a whole number from 1 to {schedule.steps}, not {steps!r}")
     return _SAMPLERS[name](steps, schedule)
-
-
-def sample(
-    sampler: Sampler,
-    denoise: Denoise,
-    noise: Float[ArrayLike, "b ..."],
-    noise_at: Callable[[Array], Float[Array, "b ..."]] | None = None,
-) -> Float[Array, "b ..."]:
-    """The whole chain as one `lax` loop: x0 `(B, ...)`, float32.
-
-    Args:
-        sampler: from `make_sampler`.
-        denoise: see `Sampler.step`.
-        noise: standard normal `(B, ...)`.
-        noise_at: `noise_at(i)`, standard normal like `noise`, for step i (traced); only where `needs_noise`.
-    """
-    if sampler.needs_noise and noise_at is None:
-        raise ValueError("this sampler draws noise at every step: give noise_at(i) -> array")
-
-    def body(i, state):
-        return sampler.step(state, i, denoise, noise_at(i) if sampler.needs_noise else None)
-
-    return jax.lax.fori_loop(0, sampler.steps, body, sampler.init(noise))["x"]
 
 
 def _leading(steps: int, train_steps: int, *, offset: int) -> np.ndarray:

@@ -125,13 +125,6 @@ class Schedule:
         alpha, sigma = self._alpha_sigma(t, x0.ndim)
         return alpha * eps - sigma * x0
 
-    def to_x0_eps(
-        self, prediction: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
-    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-        """The estimates of (x0, eps) that the network's raw `prediction` at (x_t, t) implies."""
-        alpha, sigma = self._alpha_sigma(t, x_t.ndim)
-        return split_prediction(self.prediction, prediction, x_t, alpha, sigma)
-
     def snr(self, t: Int[ArrayLike, "*times"]) -> Float[Array, "*times"]:
         """Signal-to-noise ratio abar_t / (1 - abar_t), float32, one for each entry of `t`."""
         return jnp.asarray(self.alphas_cumprod / (1 - self.alphas_cumprod), jnp.float32)[t]

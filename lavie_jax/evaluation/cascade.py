@@ -31,13 +31,14 @@ from lavie_jax.data.moving_shapes import Sample
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
+from lavie_jax.stages import KEY_FRAME_SPACING
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import folder_hash
 
 KIND = "cascade"  # what marks our own JSON, which may be written anew
 SPLITS = ("val", "held_out", "image_only")
-FEW_FRAMES = 17  # as long as 61 at RATE times the frame rate
-RATE = 4  # frames for each key frame, and pixels of a side for each low-resolution pixel
+FEW_FRAMES = 17  # as long as 61 at KEY_FRAME_SPACING times the frame rate
+SCALE = 4  # pixels of a side for each low-resolution pixel
 
 Clip = UInt8[np.ndarray, "t h w 3"]
 Longer = UInt8[np.ndarray, "frames H W 3"]  # or larger
@@ -86,28 +87,28 @@ def without_temporal_layers(pipe: cascade.Cascade, stage: str) -> cascade.Cascad
 
 def repeated(keys: Clip) -> Longer:
     """Each frame is the nearest key frame, the earlier of two."""
-    frames = np.arange(RATE * (len(keys) - 1) + 1)
-    return keys[(frames + RATE // 2 - 1) // RATE]
+    frames = np.arange(KEY_FRAME_SPACING * (len(keys) - 1) + 1)
+    return keys[(frames + KEY_FRAME_SPACING // 2 - 1) // KEY_FRAME_SPACING]
 
 
 def blended(keys: Clip) -> Longer:
     """Each frame is the mean of the key frames around it, weighted by nearness."""
-    place = np.arange(RATE * (len(keys) - 1) + 1) / RATE
+    place = np.arange(KEY_FRAME_SPACING * (len(keys) - 1) + 1) / KEY_FRAME_SPACING
     before = np.minimum(place.astype(int), len(keys) - 2)
     share = (place - before).astype(np.float32)[:, None, None, None]
     return ((1 - share) * keys[before] + share * keys[before + 1] + 0.5).astype(np.uint8)
 
 
 def smaller(clip: Longer) -> Clip:
-    """Each pixel is the mean of a square of RATE x RATE, as in training."""
+    """Each pixel is the mean of a square of SCALE x SCALE, as in training."""
     count, height, width = clip.shape[:3]
-    squares = clip.reshape(count, height // RATE, RATE, width // RATE, RATE, 3).astype(np.float32)
+    squares = clip.reshape(count, height // SCALE, SCALE, width // SCALE, SCALE, 3).astype(np.float32)
     return (squares.mean((2, 4)) + 0.5).astype(np.uint8)
 
 
 def bicubic(clip: Clip) -> Longer:
-    """RATE times the size, frame by frame."""
-    size = RATE * clip.shape[2], RATE * clip.shape[1]
+    """SCALE times the size, frame by frame."""
+    size = SCALE * clip.shape[2], SCALE * clip.shape[1]
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
 
 
@@ -124,11 +125,11 @@ def interpolation(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -
     }
 
     def measure(made: Clip, true: Clip) -> dict[str, float]:
-        between = np.arange(len(true)) % RATE != 0
+        between = np.arange(len(true)) % KEY_FRAME_SPACING != 0
         made, true = made[between], true[between]
         return {"psnr": psnr(made, true), "psnr_in_box": psnr(made, true, object_box(true))}
 
-    return _table(rows, vae, samples, seed, lambda clip: clip[::RATE], measure)
+    return _table(rows, vae, samples, seed, lambda clip: clip[::KEY_FRAME_SPACING], measure)
 
 
 def super_resolution(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
@@ -219,11 +220,12 @@ def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
         logging.info("stage %s", stage)
         pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
         sampling, factor = pipe.weights[stage].sampling, pipe.weights[stage].vae.config.factor
-        side = {name: sampling[name] - sampling[name] % (RATE * factor) for name in ("height", "width")}
+        side = {name: sampling[name] - sampling[name] % (SCALE * factor) for name in ("height", "width")}
         lengths = {stage: (args.vsr_frames, sampling["fps"])}
         if stage == "interpolation":
             frames, fps = sampling["frames"], sampling["fps"]
-            lengths = {stage: (frames, fps), f"{stage}, {RATE} times the motion": (FEW_FRAMES, fps / RATE)}
+            slower = f"{stage}, {KEY_FRAME_SPACING} times the motion"
+            lengths = {stage: (frames, fps), slower: (FEW_FRAMES, fps / KEY_FRAME_SPACING)}
         for name, (frames, fps) in lengths.items():
             samples = moving_samples(args.split, args.clips, frames=frames, fps=fps, **side)
             tables[name] = MEASURES[stage](pipe, samples, args.seed)

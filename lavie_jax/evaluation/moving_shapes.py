@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade
 from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.moving_shapes import Attributes, Sample
-from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
@@ -158,7 +158,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UserError(f"seed: at least 0 is needed, given {args.seed}")
     results.check_place(args.json, KIND)
-    results.check_folder(args.sheets)
+    if args.sheets is not None:
+        check_folder(args.sheets, f"--sheets {args.sheets}")
 
 
 def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], Videos]]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, check_folder
 
 
 def check_place(path: Path | None, kind: str) -> None:
@@ -14,16 +14,7 @@ def check_place(path: Path | None, kind: str) -> None:
         return
     if path.exists() and not (path.is_file() and _kind(path) == kind):
         raise UserError(f"{os.fspath(path)!r} exists and is no result of this command: name another")
-    check_folder(path.parent)
-
-
-def check_folder(folder: Path | None) -> None:
-    """UserError when nothing can be written below `folder`, because a file is in the way."""
-    above = folder and next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if above and not above.is_dir():
-        raise UserError(f"cannot write below {os.fspath(above)!r}: it is a file")
-    if above and not os.access(above, os.W_OK):
-        raise UserError(f"cannot write below {os.fspath(above)!r}: no permission")
+    check_folder(path.parent, f"{path}")
 
 
 def _kind(path: Path) -> str | None:

@@ -23,6 +23,7 @@ from lavie_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every group norm in a VAE; the UNet's resnets have 1e-5
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+VAE_PIXELS = 4 * 320 * 512  # that callers give a device's VAE at a time, for memory: 4 frames of the base stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,22 @@
 """python -m lavie_jax.parity DIR [--case GLOB]: see the package's docstring."""
 
-import argparse
 import fnmatch
 import gc
 import sys
 from pathlib import Path
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import Parser, UserError
 from lavie_jax.parity.cases import read_case
 from lavie_jax.parity.judge import judge
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases that the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lavie_jax.parity", description="Reproduce golden cases.")
+    parser = Parser(prog="python -m lavie_jax.parity", description="Reproduce golden cases.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of CASE.json and CASE.npz pairs")
     parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         paths = [p for p in sorted(options.dir.glob("*.json")) if fnmatch.fnmatchcase(p.stem, options.case)]
         if not paths:
             raise UserError(f"no case matches {options.case!r} in {options.dir} (pairs of CASE.json and CASE.npz)")

@@ -10,7 +10,6 @@ import numpy as np
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
 from lavie_jax.cascade.denoising import in_turn, predict_rows
-from lavie_jax.cascade.interpolation import RATE
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.cascade.running import PASSES
 from lavie_jax.diffusion import make_sampler
@@ -18,7 +17,7 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.planner.programs import Program, cast, placed
 from lavie_jax.planner.training import abstract_frozen
 from lavie_jax.samples.settings import Settings, Source
-from lavie_jax.stages import STAGES, Condition
+from lavie_jax.stages import KEY_FRAME_SPACING, STAGES, Condition
 from lavie_jax.training import build
 from lavie_jax.weights import Part, Weights
 
@@ -85,8 +84,8 @@ def _guided_step(
         function=predict_rows,
         arguments=(params["unet"], state, number, text, text, condition),
         static={
-            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance), "image": False, "in_turn": alone,
-            "mesh": mesh,
+            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance),
+            "rescale": float(settings.guidance_rescale), "image": False, "in_turn": alone, "mesh": mesh,
         },
         mesh=mesh,
         held={"parameters": params["unet"]},
@@ -114,7 +113,7 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
     programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
     if weights.stage == "interpolation":  # the one stage that encodes
         frames = ((height, width, 3), jnp.uint8)
-        keys = (settings.frames - 1) // RATE + 1
+        keys = (settings.frames - 1) // KEY_FRAME_SPACING + 1
         programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
     return programs
 
@@ -126,7 +125,7 @@ def _source(weights: Weights) -> Source | None:
     made = weights.sampling
     frames, factor = made["frames"], weights.vae.config.factor
     if weights.stage == "interpolation":
-        frames, factor = (frames - 1) // RATE + 1, 1
+        frames, factor = (frames - 1) // KEY_FRAME_SPACING + 1, 1
     return Source(frames=frames, height=made["height"] // factor, width=made["width"] // factor, fps=made["fps"])
 
 

@@ -1,8 +1,7 @@
 """Where samples go: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON that says how to make it again.
 
-One contact sheet shows all samples of a run. The JSON's `request` is what makes two samples the same, its
-`made_with` tells versions and hardware. A sample that is there is not made again, one that is there but
-differs is never overwritten unasked.
+The JSON's `request` is what makes two samples the same, its `made_with` tells versions and hardware. A sample that is
+there is not made again, one that is there but differs is never overwritten unasked. Contact sheets are in `sheets.py`.
 """
 
 import dataclasses
@@ -19,9 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from lavie_jax.data.video_files import FORMATS, contact_sheet, read_video, save_as
+from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.samples.settings import Settings
+from lavie_jax.samples.settings import Settings, complete
 from lavie_jax.samples.shelf import Shelf
 
 SIDECAR_VERSION = 1
@@ -60,17 +59,6 @@ def check_formats(formats: tuple[str, ...], *, frames: int, height: int, width: 
         raise UserError(f"format: one frame is an image, and {films[0]} is for videos; use png or npz")
     if "mp4" in formats and (height % 2 or width % 2):
         raise UserError(f"format: an mp4 has even sides, not {height}x{width}; use gif, png or npz")
-
-
-def check_folder(path: Path) -> None:
-    """UserError when nothing can be written into a folder `path`, or a parent of it is a file."""
-    for place in (path, *path.absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK):
-                raise UserError(f"out: no permission to write in {place}")
-            return
-        if place.exists() or place.is_symlink():
-            raise UserError(f"out: {place} is a file, so the folder {path} cannot be made")
 
 
 def slug(text: str) -> str:
@@ -224,39 +212,13 @@ class Output:
         return read_video(next(path for name in ("mp4", "gif") if (path := self.path(name)).exists()))
 
 
-class ContactSheets:
-    """`OUT/contact-sheet.png`, a row for each sample; after `ROWS` of them comes contact-sheet-2.png."""
-
-    ROWS, COLUMNS, SIDE = 24, 6, 256
-
-    def __init__(self, folder: Path):
-        self.folder, self.count, self.rows = folder, 0, []
-
-    def add(self, video: UInt8[np.ndarray, "t h w 3"], caption: str) -> None:
-        """A row: a few frames of a video under its caption."""
-        picks = np.unique(np.round(np.linspace(0, len(video) - 1, self.COLUMNS)).astype(int))
-        step = -(-max(video.shape[1:3]) // self.SIDE)  # a sheet of large frames would fill the host's memory
-        self.rows.append((video[picks, ::step, ::step].copy(), caption))
-        if len(self.rows) == self.ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows that are waiting."""
-        if self.rows:
-            self.count += 1
-            name = "contact-sheet.png" if self.count == 1 else f"contact-sheet-{self.count}.png"
-            videos, captions = zip(*self.rows)
-            contact_sheet(videos, captions, self.folder / name, columns=self.COLUMNS)
-            self.rows = []
-
-
 def _read_request(path: Path) -> dict[str, Any] | None:
     """What a sample's JSON says was asked for; None when it does not."""
     try:
         request = json.loads(path.read_text(encoding="utf-8"))["request"]
     except (ValueError, KeyError, TypeError):
         return None
-    return request if isinstance(request, dict) else None
+    return complete(request) if isinstance(request, dict) else None
 
 
 def _replace(part: Path, path: Path) -> None:

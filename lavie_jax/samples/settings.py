@@ -40,6 +40,7 @@ class Settings:
     sampler: str
     steps: int
     guidance: float
+    guidance_rescale: float = 0.0  # see `diffusion.guidance.guide`
     prompt_suffix: str = ""
     negative_prompt: str = ""
 
@@ -107,6 +108,22 @@ class VSRSettings(Settings):
 SETTINGS = {"base": Settings, "interpolation": InterpolationSettings, "vsr": VSRSettings}
 
 
+def complete(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request as it would be written now: a setting that an older version did not know has its default.
+
+    Defaults do what was done before there was the setting.
+    """
+    made, stages = dict(request), request.get("stages")
+    for stage, kind in SETTINGS.items():
+        fields = dataclasses.fields(kind)
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        if stage == "base" and isinstance(stages, list) and stage in stages:
+            made = defaults | made
+        elif isinstance(made.get(stage), Mapping):
+            made[stage] = defaults | dict(made[stage])
+    return made
+
+
 def check_given(given: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
     """UserError for a setting that the frames before the stage decide, and that is given another value."""
     for name, value in decided.items():
@@ -150,9 +167,11 @@ def check_values(values: Mapping[str, Any]) -> None:
                 raise UserError(f"noise_level: a whole number from 0 to {MAX_NOISE_LEVEL} is needed, given {value}")
             if name == "tile" and 0 < value < MIN_TILE:
                 raise UserError(f"tile: at least {MIN_TILE} pixels, or 0 for whole frames, are needed, given {value}")
-        elif name in ("fps", "guidance"):
+        elif name in ("fps", "guidance", "guidance_rescale"):
             if not number or not math.isfinite(value):
                 raise UserError(f"{name}: a finite number is needed, given {value!r}")
+            if name == "guidance_rescale" and not 0 <= value <= 1:
+                raise UserError(f"guidance_rescale: a number from 0 to 1 is needed, given {value}")
             if name == "fps" and not MIN_FPS <= value <= MAX_FPS:
                 raise UserError(f"fps: a number from {MIN_FPS} to {MAX_FPS} is needed, given {value}")
         elif name == "keep_key_frames":

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
+from lavie_jax.samples.settings import complete
 
 
 class Memory:
@@ -67,6 +68,7 @@ class Shelf(Memory):
                 raise UserError(
                     f"{path} is there but does not say how its stage was made; choose another --out, or --overwrite"
                 )
+            found = complete(found)
             if name := next((n for n in sorted({*found, *record}) if found.get(n) != record.get(n)), None):
                 raise UserError(
                     f"{path} was made with {name} = {json.dumps(found.get(name))}, asked for is "

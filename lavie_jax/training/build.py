@@ -23,11 +23,11 @@ from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.samples.settings import SETTINGS
 from lavie_jax.training import diffusion, latents
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.inputs import check_frames
-from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
 from lavie_jax.weights.inflate import TEMPORAL, inflate
@@ -96,9 +96,11 @@ def check_stage(config: Any) -> None:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
     if config.regime == "video_only" and data.images:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
-    sampling = {**stages.STAGES[config.stage].sampling, **config.sampling}
-    make_sampler(sampling["sampler"], sampling["steps"], models.schedule)  # raises for what cannot be sampled with
-    check_number("sampling.guidance", sampling["guidance"], low=0)
+    try:
+        settings = SETTINGS[config.stage].make(sampling_defaults(config), {})
+        make_sampler(settings.sampler, settings.steps, models.schedule)
+    except UserError as error:
+        raise UserError(f"config group 'sampling': {error}") from None
     factor = models.vae.config.factor
     for height, width in data.sizes:
         if height % factor or width % factor:

@@ -24,13 +24,11 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
-from lavie_jax.models.vae import VAE
+from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.training.inputs import INPUTS, Clips
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
-
-ENCODED_PIXELS = 4 * 320 * 512  # that a device's VAE encodes at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +220,7 @@ def encode_frames(
     batch, count, height, width, _ = frames.shape
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.empty else mesh.size  # over which the rows are split
-    at_once = max(1, ENCODED_PIXELS * devices // (batch * height * width))
+    at_once = max(1, VAE_PIXELS * devices // (batch * height * width))
     if at_once >= count:
         return encode(frames)
     moments = jax.lax.map(encode, einops.rearrange(frames, "b f ... -> f b ..."), batch_size=at_once)

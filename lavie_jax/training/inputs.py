@@ -18,9 +18,8 @@ from jaxtyping import Array, Float
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig, sample_posterior
-
-KEY_FRAME_SPACING = 4
-MAX_NOISE_LEVEL = 350  # the largest that sampling allows
+from lavie_jax.samples.settings import MAX_NOISE_LEVEL
+from lavie_jax.stages import KEY_FRAME_SPACING
 
 
 class Clips(NamedTuple):
@@ -80,5 +79,5 @@ def check_frames(stage: str, frames: int) -> None:
         low = frames - (frames - 1) % KEY_FRAME_SPACING
         raise UserError(
             f"data.frames = {frames}: interpolation trains on clips that begin and end with a key frame, of "
-            f"4 (K - 1) + 1 frames, such as {low} or {low + KEY_FRAME_SPACING}."
+            f"{KEY_FRAME_SPACING} (K - 1) + 1 frames, such as {low} or {low + KEY_FRAME_SPACING}."
         )

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import threading
@@ -55,7 +56,8 @@ class Lock:
         silent = time.time() - self._path.stat().st_mtime
         if holder.get("host", platform.node()) != platform.node() and silent < STALE:
             file.close()
-            return self._in_use(holder)
+            left = math.ceil(STALE - silent)
+            return f"{self._in_use(holder)} Or wait {left} s: after {STALE:.0f} s without a sign of life it is dead."
         file.seek(0)
         file.truncate()
         json.dump({"host": platform.node(), "pid": os.getpid()}, file)
@@ -65,10 +67,13 @@ class Lock:
         return ""
 
     def _in_use(self, holder: dict) -> str:
-        return (
-            f"--workdir {self._path.parent} is in use by process {holder.get('pid', '?')} on host "
-            f"{holder.get('host', '?')}: wait for it, stop it, or name another --workdir."
+        host = holder.get("host", "?")
+        text = (
+            f"--workdir {self._path.parent} is in use by process {holder.get('pid', '?')} on host {host}: wait for it, "
+            "stop it, or name another --workdir."
         )
+        # Disks that several hosts share may keep a lock whose host is gone.
+        return text if host == platform.node() else f"{text} If you are sure that it was killed, delete {self._path}."
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 from flax import traverse_util
@@ -65,6 +66,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         if config.warmup
         else (optax.constant_schedule(config.learning_rate))
     )
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """How many updates were applied: what the learning rate is a function of. Steps that are skipped do not count."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -7,12 +7,11 @@ The ConfigDict stops at the script: below it there are dataclasses and plain val
 
 import ast
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.training.optimizer import REGIMES
 
@@ -117,13 +116,7 @@ def check(config: Any, workdir: Path) -> None:
             f"--workdir {workdir} has weights/ and no checkpoints/: training would overwrite what it did not write. "
             "Name another --workdir."
         )
-    for place in (workdir.absolute(), *workdir.absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK):
-                raise UserError(f"--workdir {workdir} cannot be written: no permission in {place}.")
-            return
-        if place.exists() or place.is_symlink():
-            raise UserError(f"--workdir {workdir} cannot be made: {place} is a file.")
+    check_folder(workdir, f"--workdir {workdir}")
 
 
 def load(spec: str) -> Any:

@@ -73,30 +73,16 @@ def make_state(params: Any, task: Task, tx: optax.GradientTransformation) -> dic
     }
 
 
-def make_update(
-    task: Task,
-    tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    ema_decay: float,
-    accumulate: int = 1,
-    skip_limit: int = 10,
-) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
-    """The function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
+def step_rng(seed: int, step: int | jax.Array) -> jax.Array:
+    """The randomness of update number `step` (from 0) of a run."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
-    A loss or gradient that is not finite changes nothing but the counters. The randomness of a step is keyed by
-    (seed, step), so that a resumed run draws what an uninterrupted one does, and by nothing that depends on the
-    number of devices.
 
-    Args:
-      task: what is trained.
-      tx: the optimizer; it sees the trained parameters as a flat dict.
-      seed: of the run.
-      ema_decay: see `ema.update`.
-      accumulate: the batch is worked off in this many parts, one after the other, whose gradients are
-        averaged: the memory of a part, the update of the whole.
-      skip_limit: after this many skipped steps in a row all further ones are skipped as well: the state
-        stays what it was when things went wrong, until somebody looks.
+def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Batch, jax.Array], tuple[dict, Losses]]:
+    """The function (params, frozen, batch, rng) -> (gradients of what is trained by path, mean losses and their norm).
+
+    The batch is worked off in `accumulate` parts, one after the other, whose gradients are averaged: the memory of a
+    part, the gradients of the whole.
     """
 
     def gradients(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
@@ -123,10 +109,43 @@ def make_update(
         total, _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return jax.tree.map(lambda x: x / accumulate, total)
 
+    def whole(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
+        grads, losses = accumulated(*task.split(params), frozen, batch, rng)
+        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
+        return grads, {**losses, "gradient_norm": norm}
+
+    return whole
+
+
+def make_update(
+    task: Task,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int = 1,
+    skip_limit: int = 10,
+) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
+    """The function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
+
+    A loss or gradient that is not finite changes nothing but the counters. The randomness of a step is keyed by
+    (seed, step), so that a resumed run draws what an uninterrupted one does, and by nothing that depends on the
+    number of devices.
+
+    Args:
+      task: what is trained.
+      tx: the optimizer; it sees the trained parameters as a flat dict.
+      seed: of the run.
+      ema_decay: see `ema.update`.
+      accumulate: see `make_gradients`.
+      skip_limit: after this many skipped steps in a row all further ones are skipped as well: the state
+        stays what it was when things went wrong, until somebody looks.
+    """
+    gradients = make_gradients(task, accumulate=accumulate)
+
     def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
-        rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, losses = gradients(state["params"], frozen, batch, step_rng(seed, state["step"]))
         trained, untouched = task.split(state["params"])
-        grads, losses = accumulated(trained, untouched, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state["opt_state"], trained)
         params = optimizer.merge(optax.apply_updates(trained, updates), untouched)
         new = {
@@ -134,11 +153,11 @@ def make_update(
             "opt_state": opt_state,
             "ema": ema.update(state["ema"], params, state["step"], decay=ema_decay),
         }
-        norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
-        good = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm) & (state["skipped"] < skip_limit)
+        finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(losses["gradient_norm"])
+        good = finite & (state["skipped"] < skip_limit)
         new = {k: jax.tree.map(lambda n, old: jnp.where(good, n, old), new[k], state[k]) for k in new}
         skipped = jnp.where(good, 0, state["skipped"] + 1)
         new |= {"step": state["step"] + 1, "skipped": skipped}
-        return new, {**losses, "gradient_norm": norm, "skipped": skipped}
+        return new, {**losses, "skipped": skipped}
 
     return update

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.weights.expected import CONFIGS, compare, refuse
 from lavie_jax.weights.names import PARTS, is_buffer
 from lavie_jax.weights.safetensors_io import (
@@ -290,13 +290,7 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     path = Path(path)
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} exists already; remove it, choose another name, or say --overwrite.")
-    for parent in path.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise UserError(f"{path} cannot be written: {parent} is a file, not a folder.")
-            if not os.access(parent, os.W_OK):
-                raise UserError(f"{path} cannot be written: no permission to write in {parent}.")
-            return
+    check_folder(path.parent, f"{path}")
 
 
 @contextmanager
