@@ -61,11 +61,11 @@ def test_video_image_and_caption_belong_together(tokenizer):
     source = make_source(config)
     rng = np.random.default_rng(0)
     for i in range(4):
-        pixels, caption, _ = source.video(i, rng)
+        pixels, caption, *_ = source.video(i, rng)
         np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
         np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
         for j in range(2):
-            pixels, caption, _ = source.image(2 * i + j, rng)
+            pixels, caption, *_ = source.image(2 * i + j, rng)
             np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
             np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
 
@@ -207,7 +207,7 @@ def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
     source = source_of(folder, height=32, width=48)
     starts = set()
     for i in range(24):
-        frames, caption, _ = source.video(i, np.random.default_rng(i))
+        frames, caption, *_ = source.video(i, np.random.default_rng(i))
         whole = video_files.read_video(next(folder.rglob(f"{caption}.mp4")))
         (start,) = [s for s in range(6) if np.array_equal(whole[s : s + 4], frames)]
         starts.add(start)
