@@ -26,7 +26,7 @@ demo: $(VENV)/requirements.stamp
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py

@@ -7,8 +7,9 @@
 
 Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
 says how to make it again; OUT/contact-sheet.png shows them all. Of several stages, and of a clip of yours, every
-stage's frames are in OUT/stages, exact (.npy). What is there already is skipped: a run that was stopped goes on at
-the prompt, the stage and the denoising step where it was. What is not given is as in the weights' config.json.
+stage's frames are in OUT/stages, exact (.npy), and a row each on the contact sheet, at the same moments. What is
+there already is skipped: a run that was stopped goes on at the prompt, the stage and the denoising step where it was.
+What is not given is as in the weights' config.json.
 Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 """
 
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.samples.outputs import (
-    ContactSheets,
     Output,
     check_formats,
     make_request,
@@ -30,6 +30,7 @@ from lavie_jax.samples.outputs import (
 )
 from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
 from lavie_jax.samples.settings import STAGES, Settings, Source, check_values, parse_stages
+from lavie_jax.samples.sheets import ContactSheets
 
 # What may be set of each stage, in the words of its settings: (name, type, metavar, help).
 COMMON = (
@@ -239,7 +240,10 @@ def run(args: argparse.Namespace) -> None:
         if missing:
             next(shelves).clear()
         if not args.no_contact_sheet:
-            sheets.add(output.read() if video is None else video, output.request["prompt"])
+            before = {} if frames is None else {"input": frames}
+            shelf = output.shelf(dtype.name)
+            before |= {stage: made for stage in args.stages[:-1] if (made := shelf.get(stage)) is not None}
+            sheets.add({**before, args.stages[-1]: output.read() if video is None else video}, output.request["prompt"])
     sheets.flush()
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from lavie_jax import parallel
 from lavie_jax.data import pipeline
+from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
 from lavie_jax.training import build, checkpoint, disk, divergence, grids, lock, metrics, optimizer, options
@@ -116,7 +117,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     origin = jax.random.key(config.seed) if task.start is None else task.start
     shapes = jax.eval_shape(create, origin)
     shardings = parallel.shardings(shapes, mesh)
-    frozen = jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
+    # What made the latents of a run on latents has no more work to do.
+    frozen = {} if latent_paths(data) else jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
     frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
 
     if step:
@@ -178,6 +180,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)
     window: list[Mapping[str, jax.Array]] = []
+    programs: set[tuple] = set()  # shapes of batches: one a bucket
     last = step >= config.steps
     if last:  # the run before may have been killed between its last checkpoint and these
         export(held_out())
@@ -187,6 +190,12 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             pace.resume()
         with pace.waiting():
             rows = next(batches)
+        shapes = tuple((name, x.shape) for name, x in rows.items())
+        if compiles := shapes not in programs:
+            programs.add(shapes)
+            if data.buckets:
+                said = ", ".join(f"{name} {shape}" for name, shape in shapes)
+                say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {said}")
         state, losses = update(state, frozen, parallel.put_batch(rows, mesh))
         step += 1
         bar.update()
@@ -197,7 +206,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
         watch.step(step, losses["skipped"], rows, state, wait=log)
-        pace.step()
+        pace.step(compiled=compiles)
         if log:
             applied = int(optimizer.updates_done(state["opt_state"]))
             values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(max(applied - 1, 0)))}

@@ -69,6 +69,7 @@ def _data(**fields: object) -> ConfigDict:
     return ConfigDict(
         {
             **fields,
+            "buckets": (),  # ((height, width), ...), so that clips keep their shape; () = all of height x width
             "image_source": "",  # another kind than `source`
             "videos": (),  # of a mixture, source="mixture": ("KIND:PATH", ...)
             "stills": (),

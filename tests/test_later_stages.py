@@ -270,3 +270,30 @@ def test_a_cascades_folder_gives_its_stages(folder, tmp_path):
     assert cascade.stage_folders(None, {"vsr": tmp_path}) == {"vsr": tmp_path}
     with pytest.raises(UserError, match="'base', but 'vsr' is needed"):
         lavie_jax.load(folders={"vsr": folder / "base"})
+
+
+def test_a_stage_that_a_folder_lacks_is_refused(folder):
+    with pytest.raises(UserError, match="stage vsr has no weights, there are those of: base; give --vsr-weights"):
+        lavie_jax.load(stages=["base", "vsr"], folders={"base": folder / "base"})
+
+
+def test_without_a_path_the_shipped_cascade_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(cascade, "SHIPPED", folder)
+    assert set(lavie_jax.load().weights) == set(tiny.UNETS)
+    assert set(lavie_jax.load(stages=["vsr"]).weights) == {"vsr"}
+
+
+def test_of_the_shipped_stages_some_may_be_missing(folder, tmp_path, monkeypatch):
+    (tmp_path / "base").symlink_to(folder / "base")
+    monkeypatch.setattr(cascade, "SHIPPED", tmp_path)
+    pipe = lavie_jax.load(devices=jax.devices()[:1])
+    assert set(pipe.weights) == {"base"}
+    with pytest.raises(UserError, match="stage vsr has no weights, there are those of: base; give --vsr-weights"):
+        pipe(PROMPT, stages="base,vsr")
+
+
+def test_what_is_shipped_with_the_package_can_be_loaded():
+    found = cascade.stage_folders()
+    assert "base" in found
+    for stage, folder in found.items():
+        assert load_folder(folder, params=False).stage == stage

@@ -61,11 +61,11 @@ def test_video_image_and_caption_belong_together(tokenizer):
     source = make_source(config)
     rng = np.random.default_rng(0)
     for i in range(4):
-        pixels, caption, _ = source.video(i, rng)
+        pixels, caption, *_ = source.video(i, rng)
         np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
         np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
         for j in range(2):
-            pixels, caption, _ = source.image(2 * i + j, rng)
+            pixels, caption, *_ = source.image(2 * i + j, rng)
             np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
             np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
 
@@ -148,6 +148,8 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"full_height": 8, "full_width": 64}, "patches of 16x24 do not fit into frames of 8x64"),
         ({"slowest_fps": 9.0}, "slowest_fps is above 0 and at most fps; given 9.0 and 8.0"),
         ({"source": "video_folder", "path": ".", "slowest_fps": 1.0}, "slowest_fps is for Moving Shapes"),
+        ({"source": "video_folder", "path": ".", "clip_stills": 0.5}, "clip_stills is for Moving Shapes"),
+        ({"clip_stills": 2.0}, "clip_stills is a probability"),
         ({"source": "video_folder"}, "needs a path"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
@@ -205,7 +207,7 @@ def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
     source = source_of(folder, height=32, width=48)
     starts = set()
     for i in range(24):
-        frames, caption, _ = source.video(i, np.random.default_rng(i))
+        frames, caption, *_ = source.video(i, np.random.default_rng(i))
         whole = video_files.read_video(next(folder.rglob(f"{caption}.mp4")))
         (start,) = [s for s in range(6) if np.array_equal(whole[s : s + 4], frames)]
         starts.add(start)
@@ -393,6 +395,17 @@ def test_the_share_of_stills_among_clips():
     captions = [examples[i]["caption"] for i in range(400)]
     stills = [text for text in captions if " moving " not in text and " standing " not in text]
     assert 70 < len(stills) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
+
+
+def test_the_share_of_frames_of_clips_among_stills():
+    config = DataConfig(frames=0, images=2, height=16, width=16, clip_stills=0.25, caption_drop=0)
+    examples = Examples(config, make_source(config))
+    captions = [text for i in range(200) for text in examples[i]["image_captions"]]
+    moving = [text for text in captions if " moving " in text or " standing " in text]
+    assert 70 < len(moving) < 130 and examples[0]["images"].shape == (2, 16, 16, 3)
+    none = dataclasses.replace(config, clip_stills=0.0)  # and the rest are those that there were
+    before = {text for i in range(200) for text in Examples(none, make_source(none))[i]["image_captions"]}
+    assert set(captions) - set(moving) <= before
 
 
 def test_clips_have_rates_of_their_own():

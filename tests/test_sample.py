@@ -14,13 +14,14 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax import parallel
+from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, denoising
 from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
 from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
+from lavie_jax.samples.sheets import compared
 from lavie_jax.samples.shelf import Shelf
 
 ROOT = Path(__file__).parents[1]
@@ -299,6 +300,46 @@ def test_a_clip_of_the_users_is_upscaled_at_its_own_rate(cascaded, tmp_path):
     sidecar = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
     assert len(sidecar["request"]["input_sha256"]) == 64 and sidecar["made_with"]["input"] == str(path)
     assert "steps" not in sidecar["request"] and sidecar["request"]["vsr"]["fps"] == 5
+
+
+def test_the_contact_sheet_of_a_cascade_has_a_row_for_each_stage(cascaded, tmp_path):
+    assert cascaded(stages="base,interpolation,vsr") == 0
+    shelf = tmp_path / "out" / "stages" / "0000-a-red-circle-moving-left-0"
+    rows = compared({stage: np.load(shelf / f"{stage}.npy") for stage in ("base", "interpolation", "vsr")})
+    height, width, gap = 128, 192, 4  # shown at twice their size, below a line of caption
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as image:
+        pixels = np.asarray(image)
+    for number, (frames, _) in enumerate(reversed(rows)):
+        bottom = len(pixels) - 2 * gap - number * (height + 2 * gap + 20)
+        for i, frame in enumerate(frames.repeat(2, 1).repeat(2, 2)):
+            assert frame.shape == (height, width, 3)
+            left = gap + i * (width + gap)
+            np.testing.assert_array_equal(pixels[bottom - height : bottom, left : left + width], frame)
+
+
+def test_a_clip_of_the_users_is_on_the_contact_sheet_beside_what_was_made_of_it(cascaded, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sample.ContactSheets, "add", lambda self, clips, prompt: shown.append(clips))
+    clip = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    path = lavie_jax.save_video(clip, tmp_path / "clip.npz", fps=5)
+    assert cascaded("--input", str(path), stages="vsr") == 0
+    assert list(shown[0]) == ["input", "vsr"] and shown[0]["vsr"].shape == (2, 64, 96, 3)
+    np.testing.assert_array_equal(shown[0]["input"], clip)
+
+
+def test_without_weights_the_shipped_cascade_is_sampled(stages_folder, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "base").symlink_to(stages_folder / "base")
+    monkeypatch.setattr(cascade, "SHIPPED", shipped)
+    args = ["--prompt", PROMPT, "--out", str(tmp_path / "out"), "--no-contact-sheet"]
+    assert sample.main([*args, "--stages", "base,vsr"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: stage vsr has no weights, there are those of: base; give --vsr-weights\n"
+    (shipped / "vsr").symlink_to(stages_folder / "vsr")
+    assert sample.main([*args, "--stages", "base,vsr"]) == 0
+    made_with = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-0.json").read_text())["made_with"]
+    assert made_with["weights"] == str(shipped / "base") and made_with["vsr_weights"] == str(shipped / "vsr")
 
 
 def video_without_frames(path: Path) -> None:

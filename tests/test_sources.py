@@ -464,7 +464,7 @@ def test_pictures_that_break_the_reader_in_odd_ways_are_skipped(tmp_path):
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "odd.jpg", exif=exif)
     with pytest.raises(UserError, match="cannot read the image"):
-        sources._read_image(Record("odd.jpg", "a caption", tmp_path / "odd.jpg"))
+        sources.read_image(Record("odd.jpg", "a caption", tmp_path / "odd.jpg"))
 
 
 def test_a_tar_without_pairs_says_so(tmp_path):

@@ -57,17 +57,20 @@ def load(
 
     Args:
         path: one stage's folder, or a cascade's with some of `base/ interpolation/ vsr/`. Without it and `folders`,
-            the small models that are shipped.
+            the small cascade that is shipped.
         stages: those to load; default: all that there are.
         folders: {stage: folder} of stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: `default_dtype`.
         devices: to spread samples and windows over. Default: all of this process.
 
     Raises:
-        UserError: a folder is missing, incomplete, damaged or of another stage.
+        UserError: a folder is missing, incomplete, damaged or of another stage, or there is none of a stage.
     """
     found = stage_folders(path, folders, stages)
-    weights = {stage: load_folder(found[stage], stage=stage) for stage in stages or found if stage in found}
+    for stage in stages or ():
+        if stage not in found:
+            raise _no_weights(stage, found)
+    weights = {stage: load_folder(found[stage], stage=stage) for stage in stages or found}
     return Cascade(weights, dtype=dtype, devices=devices)
 
 
@@ -91,6 +94,11 @@ def stage_folders(
             found = {stages[0] if stages and len(stages) == 1 else load_folder(path, params=False).stage: path}
     found |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
     return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def _no_weights(stage: str, there: Iterable[str]) -> UserError:
+    has = ", ".join(there) or "none"
+    return UserError(f"stage {stage} has no weights, there are those of: {has}; give --{stage}-weights")
 
 
 def base_folder(path: str | os.PathLike) -> Path:
@@ -127,8 +135,7 @@ def plan(
     settings = {}
     for stage in stages:
         if stage not in weights:
-            has = ", ".join(weights) or "none"
-            raise UserError(f"stage {stage} has no weights, there are those of: {has}; give --{stage}-weights")
+            raise _no_weights(stage, weights)
         try:
             settings[stage] = made = PASSES[stage].resolve(weights[stage], given.get(stage, {}), source)
             make_sampler(made.sampler, made.steps, weights[stage].schedule)

@@ -25,10 +25,27 @@ from lavie_jax.curation.filters import Thresholds
 from lavie_jax.curation.inputs import Video, find_videos
 from lavie_jax.curation.models import Captioner
 from lavie_jax.curation.video import Summary, curate_video, read_result
+from lavie_jax.data.buckets import Size
 from lavie_jax.errors import UserError
 from lavie_jax.training.disk import is_full
 
 WORK = ".work"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentJob:
+    """What latents are made with.
+
+    Attributes:
+      weights: the weights folder whose VAE and text encoder make them.
+      sizes: (height, width) of frames; each clip is brought to the one that is nearest to its shape. () = the size
+        that the weights sample.
+      fps: frames of a second of a clip that are kept; 0 = as many as the weights sample.
+    """
+
+    weights: str
+    sizes: tuple[Size, ...] = ()
+    fps: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +56,13 @@ class Job:
       captioner: for scenes that no given caption covers: a model's folder, "module:function", or a function of sample
         frames, uint8 (T, H, W, 3), that can be pickled.
       aesthetic: (folder of CLIP, file of its head), or None.
+      latents: what latents are made with, which are written in the clips' place; None = the clips.
     """
 
     thresholds: Thresholds = Thresholds()
     captioner: str | Captioner | None = None
     aesthetic: tuple[str, str] | None = None
+    latents: LatentJob | None = None
 
     def settings(self) -> dict[str, object]:
         """What decides the results, for JSON."""
@@ -87,17 +106,17 @@ def curate(
     videos = find_videos(folder, table)
     if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {os.fspath(out)!r} lies in the input folder: name one outside")
-    if (out / assemble.MANIFEST).exists():
-        shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was stopped in its last moment
-        raise UserError(f"{os.fspath(out)!r} holds a finished set: name another --out, or remove it")
+    refuse_finished(out)
     _make_tools(job)  # fails here, once, rather than in every worker
-    with _started(out, job.settings() | {"shard_clips": shard_clips}) as work, _full_disk_told(out):
+    encoder = None if job.latents is None else _make_encoder(job.latents)
+    settings = job.settings() | ({} if encoder is None else {"latents": encoder.settings()})
+    with started(out, settings | {"shard_clips": shard_clips}) as work, full_disk_told(out):
         summaries = _curate_all(videos, work, job, workers)
         bits = job.thresholds.duplicate_bits
         manifest = assemble.write(
-            videos, work, out, settings=job.settings(), duplicate_bits=bits, shard_clips=shard_clips
+            videos, work, out, settings=settings, duplicate_bits=bits, shard_clips=shard_clips, encoder=encoder
         )
-        report.write(out, manifest)
+        report.write(out, manifest, encoder)
         assemble.finish(out, manifest)
     shutil.rmtree(work)
     return Outcome(
@@ -109,8 +128,22 @@ def curate(
     )
 
 
+def _make_encoder(job: LatentJob) -> assemble.Encoder:
+    from lavie_jax.curation.latents import Encoder  # here: the workers, who import this file, need no jax
+
+    return Encoder(job)
+
+
+def refuse_finished(out: Path) -> None:
+    """UserError where a whole set is already."""
+    if (out / assemble.MANIFEST).exists():
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was stopped in its last moment
+        raise UserError(f"{os.fspath(out)!r} holds a finished set: name another --out, or remove it")
+
+
 @contextlib.contextmanager
-def _full_disk_told(out: Path) -> Iterator[None]:
+def full_disk_told(out: Path) -> Iterator[None]:
+    """Around what writes to `out`: a full disk becomes a UserError."""
     try:
         yield
     except Exception as error:
@@ -128,7 +161,7 @@ def _check_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _started(out: Path, settings: dict[str, object]) -> Iterator[Path]:
+def started(out: Path, settings: dict[str, object]) -> Iterator[Path]:
     """The folder for results, which this run holds alone. Raises UserError if one with other settings has begun."""
     work = out / WORK
     try:

@@ -6,7 +6,7 @@ Everything is read back from the lists and shards, so the report shows what was 
 import html
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,15 @@ from PIL import Image
 
 from lavie_jax.curation import assemble
 from lavie_jax.curation.video import REASONS
-from lavie_jax.data import shards, video_files
+from lavie_jax.data import latents, shards, video_files
 
 PAGE, PICTURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
 _BAR = "#3a6ea5"
 
 
-def write(out: Path, manifest: Mapping) -> None:
-    """Writes `out/report.html` and the PNGs in `out/report/` that it shows."""
+def write(out: Path, manifest: Mapping, encoder: assemble.Encoder | None = None) -> None:
+    """Writes `out/report.html` and the PNGs in `out/report/` that it shows; sets of latents need their `encoder`."""
     clips, dropped = (_lines(out / name) for name in (assemble.CLIPS, assemble.DROPPED))
     folder = out / PICTURES
     folder.mkdir(exist_ok=True)
@@ -48,7 +48,10 @@ def write(out: Path, manifest: Mapping) -> None:
         _bars(categories, "clips", *at("categories", "Categories"))
     if dropped:
         _bars(manifest["dropped"], "segments or files", *at("dropped", "Reasons for drops"))
-    _sheet(out, at("samples", "Sample clips")[0], len(clips))
+    chosen = np.unique(np.linspace(0, len(clips) - 1, SHEET_CLIPS).round().astype(int)).tolist()
+    samples = _latent_samples(out, chosen, encoder) if encoder else _samples(out, chosen)
+    videos, captions = zip(*samples)
+    video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
     page = _page(manifest, dropped, pictures)
     with video_files.finished(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -84,7 +87,7 @@ def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, wh
     axes.set(title=title, xlabel=unit, ylabel="clips")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.get_major_locator().set_params(integer=whole)
-    axes.legend()
+    axes.legend(loc="upper right")  # "best" warns where it takes long
     figure.savefig(path, dpi=100)
 
 
@@ -106,19 +109,29 @@ def _bars(counts: Mapping[str, int], unit: str, path: Path, title: str, *, most:
     figure.savefig(path, dpi=100)
 
 
-def _sheet(out: Path, path: Path, count: int) -> None:
-    """Frames and captions of clips that are spread over the set."""
+Sample = tuple[np.ndarray, str]  # a few small frames of a clip, uint8 (T, H, W, 3), and its caption
+
+
+def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
+    """Frames and captions of some clips."""
     records = shards.ShardRecords(out, medium="video", val_fraction=0.0)
-    chosen = np.unique(np.linspace(0, count - 1, SHEET_CLIPS).round().astype(int))
-    videos, captions = [], []
-    for record in (records[int(i)] for i in chosen):
+    for record in (records[i] for i in chosen):
         info = video_files.video_info(record.content, name=record.name)
         apart = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
         window = video_files.Window(frames=min(SHEET_FRAMES, info.frames), stride=apart)
         frames = video_files.read_window(record.content, window, place=0.0, name=record.name)
-        videos.append(np.stack([_small(frame) for frame in frames]))
-        captions.append(record.caption)
-    video_files.contact_sheet(videos, captions, path, columns=SHEET_FRAMES)
+        yield np.stack([_small(frame) for frame in frames]), record.caption
+
+
+def _latent_samples(out: Path, chosen: Sequence[int], encoder: assemble.Encoder) -> Iterator[Sample]:
+    """Likewise, of what the VAE makes of the latents: what training will see."""
+    records = shards.ShardRecords(out, medium="latents", val_fraction=0.0)
+    for name, fields in (records.fields(i) for i in chosen):
+        record = latents.unpack_record(name, fields)
+        count = len(record.latents)
+        # As many of a short clip too: one program for each size.
+        shown = encoder.pictures(record.latents[np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)])
+        yield np.stack([_small(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
 
 
 def _small(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:

@@ -8,6 +8,7 @@ and grain is not imported.
 """
 
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ import numpy as np
 from absl import logging
 
 from lavie_jax.data import tokens, transforms
-from lavie_jax.data.config import DataConfig, make_source, mixture_weights
+from lavie_jax.data.buckets import Buckets
+from lavie_jax.data.config import DataConfig, latent_paths, make_source, mixture_weights
 from lavie_jax.data.sources import Item, Source
 from lavie_jax.errors import UserError
 
@@ -28,44 +30,61 @@ class Examples:
     """The global stream of examples as a random-access source, for grain or a plain loop."""
 
     config: DataConfig
-    source: Source
+    source: Source | Buckets
 
     def __len__(self) -> int:
         return _EXAMPLES
 
+    @functools.cached_property
+    def encoded(self) -> bool:
+        """Whether clips and images are latents."""
+        return bool(latent_paths(self.config))
+
     def __getitem__(self, index: int) -> dict:
-        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions`, dropped or not, `skipped`."""
+        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions`, dropped or not, `skipped`.
+
+        Of sets of latents float16 `video_latents`, `image_latents`, `text` and `image_text`, each where there is any.
+        """
         c, index = self.config, int(index)
         rng = np.random.default_rng([c.seed, index])
+        source = self.source
+        if isinstance(source, Buckets):
+            source, index, (height, width) = source.of(index)
+            c = dataclasses.replace(c, height=height, width=width)
         empty = np.zeros((0, c.height, c.width, 3), np.uint8)
         video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
             # Counted as the images beside clips are, so that a mixture finds the same step.
-            picture = self.source.image(index * max(c.images, 1), rng, margin=reach)
+            picture = source.image(index * max(c.images, 1), rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
             fps = c.fps or transforms.USUAL_FPS
             video = picture._replace(pixels=transforms.handheld(picture.pixels, **shape, fps=fps, rng=rng))
         elif c.frames:
-            video = self.source.video(index, rng)
-        stills = [self.source.image(index * c.images + j, rng) for j in range(c.images)]
-        kept = rng.random(1 + c.images) >= c.caption_drop
-        captions = [item.caption if keep else c.null_caption for item, keep in zip([video, *stills], kept)]
-        return {
-            "video": video.pixels,
-            "images": np.stack([item.pixels for item in stills]) if stills else empty,
+            video = source.video(index, rng)
+        stills = [source.image(index * c.images + j, rng) for j in range(c.images)]
+        items, kept = [video, *stills], rng.random(1 + c.images) >= c.caption_drop
+        captions = [item.caption if keep else c.null_caption for item, keep in zip(items, kept)]
+        told = {
             "caption": captions[0],
             "image_captions": captions[1:],
-            "skipped": [text for item in [video, *stills] for text in item.skipped],
+            "skipped": [text for item in items for text in item.skipped],
         }
+        if self.encoded:
+            texts = [item.text if keep else item.null_text for item, keep in zip(items, kept)]
+            if c.frames:
+                told |= {"video_latents": video.pixels, "text": texts[0]}
+            if c.images:
+                told |= {"image_latents": np.stack([item.pixels for item in stills]), "image_text": np.stack(texts[1:])}
+            return told
+        images = np.stack([item.pixels for item in stills]) if stills else empty
+        return {"video": video.pixels, "images": images, **told}
 
 
 def _collate(examples: Sequence[dict]) -> dict:
-    """Pixels stacked; captions stay lists."""
-    return {
-        key: np.stack([e[key] for e in examples]) if key in ("video", "images") else [e[key] for e in examples]
-        for key in examples[0]
-    }
+    """Arrays stacked; captions stay lists."""
+    columns = {key: [example[key] for example in examples] for key in examples[0]}
+    return {key: np.stack(rows) if isinstance(rows[0], np.ndarray) else rows for key, rows in columns.items()}
 
 
 def _plain(examples: Examples, local: int, start: int, process: int, processes: int) -> Iterator[dict]:
@@ -155,7 +174,9 @@ def batches(
       prefetch: batches that are made ahead.
 
     Returns an iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise,
-    `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, B = batch_size / process_count; close it to end
+    `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, B = batch_size / process_count; of sets of latents, all
+    float32, `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
+    `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Close it to end
     its thread and workers. Raises UserError, at once, for a batch that the processes do not divide, data
     that cannot be read, and a folder with fewer clips than a batch.
     """
@@ -169,6 +190,9 @@ def batches(
     if config.split == "train" and len(source) < batch_size:  # held-out clips may come again
         where = config.path or config.image_path or ", ".join(config.videos + config.stills)
         raise UserError(f"a batch of {batch_size} needs as many clips; {where!r} has {len(source)} to train on")
+    if isinstance(source, Buckets):
+        # A warning, because a run must show what it compiles.
+        logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
     stream = Examples(config, source), batch_size // process_count, start_step, process_index, process_count
     raw = _grain(*stream, workers) if workers else _plain(*stream)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)
@@ -201,9 +225,12 @@ def _watched(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterat
 
 
 def _arrays(raw: Iterator[dict], ids: tokens.CachedTokens | None) -> Iterator[dict[str, np.ndarray]]:
-    """Pixels as floats, captions as tokens: here, so that workers send bytes and load no tokenizer."""
+    """Pixels and latents as floats, captions as tokens: here, so that workers send bytes and load no tokenizer."""
     try:
         for batch in raw:
+            if "video" not in batch:  # latents, whose captions are encoded already
+                yield {key: rows.astype(np.float32) for key, rows in batch.items() if isinstance(rows, np.ndarray)}
+                continue
             out = {key: transforms.to_float(batch[key]) for key in ("video", "images")}
             if ids is not None:
                 out["tokens"] = ids(batch["caption"])

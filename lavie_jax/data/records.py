@@ -75,7 +75,7 @@ def shard_files(path: str | Path, suffix: str) -> list[Path]:
     return found
 
 
-def empty_split(where: str | Path, medium: Medium, split: str, of: int, why: str = "") -> UserError:
+def empty_split(where: str | Path, medium: str, split: str, of: int, why: str = "") -> UserError:
     """The error for a split without records. `of` is how many there are in all."""
     if not of:
         return UserError(f"no {medium} with a caption in {os.fspath(where)!r}; docs/data.md says how files are named")

@@ -5,17 +5,20 @@ wanted to keep beside it. `write_shards` writes them, `write_tfds` makes a TFDS 
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lavie_jax.data.records import VAL_FRACTION, Medium, Record, empty_split, of_split, one_line, shard_files
+from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
 SUFFIX = ".array_record"
+LIST = "clips.jsonl"  # of the records of the shards beside it, as the curation writes it
 
 
 class ShardRecords:
@@ -25,7 +28,14 @@ class ShardRecords:
     medium, or of another kind than those of the first shard.
     """
 
-    def __init__(self, path: str | Path, *, medium: Medium, split: str = "train", val_fraction: float = VAL_FRACTION):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        medium: Medium | Literal["latents"],
+        split: str = "train",
+        val_fraction: float = VAL_FRACTION,
+    ):
         self.medium = medium
         # One reader for all shards, which is opened in each process that uses it.
         self.reader, counts = _open(shard_files(path, SUFFIX))
@@ -34,12 +44,17 @@ class ShardRecords:
         names = (f"{Path(shard).name}[{i}]" for shard, count in counts for i in range(count))
         self.indices = of_split(names, split, val_fraction)
         if not len(self.indices):
-            raise empty_split(path, medium, split, int(self.starts[-1]))
+            raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
+        name, fields = self.fields(index)
+        return _record(fields, self.medium, name)
+
+    def fields(self, index: int) -> tuple[str, dict[str, Any]]:
+        """(its name for messages, all that a record holds)."""
         place = int(self.indices[index])
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
         name = f"{self.paths[shard]}[{place - self.starts[shard]}]"
@@ -47,7 +62,24 @@ class ShardRecords:
             packed = self.reader[place]
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{name}: cannot be read: {error}") from error
-        return _record(unpack(packed, name), self.medium, name)
+        return name, unpack(packed, name)
+
+    def listed_sizes(self) -> list[tuple[int, int]] | None:
+        """(height, width) of each record, where the curation wrote a list beside every shard; else None."""
+        lists = {path: Path(path).parent / LIST for path in self.paths}
+        if not all(path.is_file() for path in lists.values()):
+            return None
+        sizes: dict[tuple[Path, str, int], tuple[int, int]] = {}
+        try:
+            for path in set(lists.values()):
+                with path.open(encoding="utf-8") as file:
+                    for row in map(json.loads, file):
+                        sizes[path.parent, row["shard"], row["index"]] = row["height"], row["width"]
+            shards = np.searchsorted(self.starts, self.indices, side="right") - 1
+            keys = [(Path(self.paths[n]), int(i - self.starts[n])) for n, i in zip(shards, self.indices)]
+            return [sizes[path.parent, path.name, number] for path, number in keys]
+        except (OSError, ValueError, KeyError, TypeError):  # of another set than the shards
+            return None
 
 
 def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:
@@ -90,7 +122,7 @@ def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
     return Record(name, one_line(caption), content)
 
 
-def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: Medium) -> None:
+def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: str) -> None:
     """The first record of every shard has the same fields, a caption and the medium among them."""
     first, start = None, 0
     for path, count in counts:
@@ -115,27 +147,29 @@ def write_shards(
     A shard has a temporary name until it is whole. Returns the paths. Raises UserError where shards of this name
     are already, and without records.
     """
-    import msgpack
-    from array_record.python import array_record_module
-
-    from lavie_jax.data.video_files import finished
-
     folder, paths, records = Path(folder), [], iter(records)
     if list(folder.glob(f"{name}-*{SUFFIX}")):
         raise UserError(f"{os.fspath(folder)!r} has shards named {name!r} already: name another folder")
     for first in records:
-        path = folder / f"{name}-{len(paths):05d}{SUFFIX}"
-        with finished(path) as temporary:
-            writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
-            try:
-                for fields in itertools.chain([first], itertools.islice(records, shard_records - 1)):
-                    writer.write(msgpack.packb(dict(fields)))
-            finally:
-                writer.close()
-        paths.append(path)
+        paths.append(folder / f"{name}-{len(paths):05d}{SUFFIX}")
+        write_shard(itertools.chain([first], itertools.islice(records, shard_records - 1)), paths[-1])
     if not paths:
         raise UserError(f"no records to write to {os.fspath(folder)!r}")
     return paths
+
+
+def write_shard(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes one shard, which has a temporary name until it is whole."""
+    import msgpack
+    from array_record.python import array_record_module
+
+    with finished(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
+        try:
+            for fields in records:
+                writer.write(msgpack.packb(dict(fields)))
+        finally:
+            writer.close()
 
 
 # ---- TFDS ----

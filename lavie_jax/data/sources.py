@@ -13,10 +13,10 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_shapes, transforms, video_files
@@ -32,11 +32,16 @@ _ENDLESS = 2**40
 
 
 class Item(NamedTuple):
-    """A clip's `pixels` uint8 (T, H, W, 3), or a still's (H, W, 3), with its caption, and what was skipped for it."""
+    """A clip's `pixels` uint8 (T, H, W, 3), or a still's (H, W, 3), with its caption, and what was skipped for it.
 
-    pixels: UInt8[np.ndarray, "*t h w 3"]
+    Sets of latents have in their place float16 (T, h, w, 2 C), and encoded captions (L, D): see `latents.py`.
+    """
+
+    pixels: UInt8[np.ndarray, "*t h w 3"] | Float16[np.ndarray, "*t h w c"]
     caption: str
     skipped: tuple[str, ...] = ()
+    text: Float16[np.ndarray, "l d"] | None = None
+    null_text: Float16[np.ndarray, "l d"] | None = None  # that takes its place when the caption is dropped
 
 
 @runtime_checkable
@@ -58,14 +63,15 @@ class Source(Protocol):
 class MovingShapes:
     """The small world. `drop`: how often a caption leaves out the size, and how often the background.
 
-    Clips have rates between `slowest_fps` and `fps`. Frames are (height, width) patches of `whole` ones, which are of
-    that size where nothing larger is asked for.
+    Clips have rates between `slowest_fps` and `fps`; of the stills the share `clip_stills` are frames of clips. All are
+    (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
     """
 
     split: str = "train"
     frames: int = 16
     fps: float = 8.0
     slowest_fps: float = 8.0
+    clip_stills: float = 0.0
     height: int = 64
     width: int = 64
     whole: tuple[int, int] = (0, 0)
@@ -92,8 +98,14 @@ class MovingShapes:
         return Item(self._patch(sample.pixels, 0, rng), sample.caption)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
-        sample = moving_shapes.image(self.split, index + self.seed * _ENDLESS, drop=self.drop, **self._whole(margin))
-        return Item(self._patch(sample.pixels[None], margin, rng)[0], sample.caption)
+        number, how = index + self.seed * _ENDLESS, {"drop": self.drop, **self._whole(margin)}
+        if self.clip_stills and rng.random() < self.clip_stills:
+            sample = moving_shapes.clip(self.split, number, frames=1, **how)
+            pixels = sample.pixels
+        else:
+            sample = moving_shapes.image(self.split, number, **how)
+            pixels = sample.pixels[None]
+        return Item(self._patch(pixels, margin, rng)[0], sample.caption)
 
     def _whole(self, margin: int) -> dict[str, int]:
         """The size to draw."""
@@ -106,7 +118,7 @@ class MovingShapes:
         return transforms.resize_crop(frames, height=height, width=width, rng=rng, whole=frames.shape[1:3])
 
 
-def _read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
+def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
     """One picture, as a clip of one frame, turned as its camera was held."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
@@ -142,11 +154,12 @@ class RecordSource:
         return 0 if records is None else len(records)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
-        def read(record: Record) -> np.ndarray:
+        def read(record: Record) -> Item:
             place = rng.random() if self.random_place else 0.5
-            return video_files.read_window(record.content, self.window, place=place, name=record.name)
+            frames = video_files.read_window(record.content, self.window, place=place, name=record.name)
+            return Item(self._cut(frames, 0, rng), record.caption)
 
-        return self._readable(self.clips, index, "video", read, 0, rng)
+        return first_readable(self.clips, index, read, kind="video", seed=self.seed)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
         def frame(record: Record) -> np.ndarray:
@@ -154,34 +167,33 @@ class RecordSource:
             return video_files.read_window(record.content, one, place=rng.random(), name=record.name)
 
         pictures = self.pictures is not None
-        records, read = (self.pictures, _read_image) if pictures else (self.clips, frame)
-        item = self._readable(records, index, "image", read, margin, rng)
-        return item._replace(pixels=item.pixels[0])
+        records, decode = (self.pictures, read_image) if pictures else (self.clips, frame)
 
-    def _readable(
-        self,
-        records: Records,
-        index: int,
-        kind: str,
-        read: Callable[[Record], np.ndarray],
-        margin: int,
-        rng: np.random.Generator,
-    ) -> Item:
-        """Record `index` in the shuffled order, or the first after it that can be read."""
-        skipped: list[str] = []
-        for attempt in range(ATTEMPTS):
-            epoch, place = divmod(index + attempt, len(records))
-            try:
-                record = records[int(_epoch_order(len(records), kind, self.seed, epoch)[place])]
-                frames = read(record)
-            except UserError as error:
-                skipped.append(str(error))
-                continue
-            size = {"height": self.height + margin, "width": self.width + margin}
-            place_rng = rng if self.random_place else None
-            frames = transforms.resize_crop(frames, **size, rng=place_rng, whole=self.whole)
-            return Item(frames, record.caption, tuple(skipped))
-        raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
+        def read(record: Record) -> Item:
+            return Item(self._cut(decode(record), margin, rng)[0], record.caption)
+
+        return first_readable(records, index, read, kind="image", seed=self.seed)
+
+    def _cut(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
+        size = {"height": self.height + margin, "width": self.width + margin}
+        return transforms.resize_crop(frames, **size, rng=rng if self.random_place else None, whole=self.whole)
+
+
+def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kind: str, seed: int) -> Item:
+    """What `read` makes of record `index` in the shuffled order, or of the first after it that can be read.
+
+    `records` have a length and numbers, as `Records` do, and are what `read` takes.
+    """
+    skipped: list[str] = []
+    for attempt in range(ATTEMPTS):
+        epoch, place = divmod(index + attempt, len(records))
+        try:
+            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[place])])
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        return item._replace(skipped=tuple(skipped))
+    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821

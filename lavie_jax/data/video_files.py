@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.errors import UserError, suggest
@@ -210,6 +210,17 @@ class Window:
         room = (info.frames - 1) / info.fps - max(self.frames - 1, 0) / self.rate(info)
         return max(room, 0.0) if room > -1e-6 else room
 
+    def numbers(self, info: VideoInfo, start: float) -> Int[np.ndarray, " t"]:
+        """The frames of the clip that are shown at its times, from `start` seconds on."""
+        return shown_at(info, start=start, frames=self.frames, rate=self.rate(info))
+
+
+def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[np.ndarray, " t"]:
+    """The numbers of the frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds on."""
+    times = start + np.arange(frames) / rate
+    # A little slack for rates that divide each other but for rounding.
+    return np.floor(times * info.fps + 1e-3).astype(int)
+
 
 def read_window(
     source: str | Path | bytes, window: Window, *, place: float, name: str = ""
@@ -279,9 +290,7 @@ def _lasts(stream, frame, info: VideoInfo) -> float:
 
 def _decode(container, stream, info: VideoInfo, *, start: float, frames: int, rate: float, what: str) -> np.ndarray:
     """The frames that are shown at `frames` times, 1 / `rate` apart, from `start` seconds after the first frame on."""
-    times = start + np.arange(frames) / rate
-    # A little slack for rates that divide each other but for rounding.
-    wanted = np.floor(times * info.fps + 1e-3).astype(int)
+    wanted = shown_at(info, start=start, frames=frames, rate=rate)
     shown: list[np.ndarray] = []
     size: dict[str, int] = {}  # a stream whose size changes is brought to the first one
     before, before_pixels, until = None, None, -1.0
@@ -316,6 +325,14 @@ def stored_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of a video file as it is stored; a camera that was turned shows it the other way."""
     with _opened(path) as (_, stream):
         return stream.height, stream.width
+
+
+def shown_size(source: str | Path | bytes, *, name: str = "") -> tuple[int, int]:
+    """(height, width) of a video as it is shown, by its first frame: the header does not say how it is turned."""
+    with _opened(source, name) as (container, stream):
+        for frame in container.decode(stream):
+            return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+    raise UserError(f"the video {_label(source, name)} has no frames")
 
 
 def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -401,7 +418,10 @@ def contact_sheet(
     *,
     columns: int = 6,
 ) -> Path:
-    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last."""
+    """Writes a PNG with a row for each video: its caption, below it up to `columns` frames, first to last.
+
+    A caption's own lines stay, long ones are broken.
+    """
     if not videos or len(videos) != len(captions):
         raise UserError(f"a contact sheet needs a caption a video; given {len(videos)} and {len(captions)}")
     strips = []
@@ -412,7 +432,11 @@ def contact_sheet(
         strips.append([f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames])
     gap, font = 4, ImageFont.load_default(size=14)
     width = max(sum(f.width + gap for f in strip) for strip in strips) + gap
-    texts = [textwrap.wrap(caption, max(16, width // 8)) or [""] for caption in captions]
+    broken = max(16, width // 8)
+    texts = [
+        [line for given in caption.splitlines() for line in textwrap.wrap(given, broken)] or [""]
+        for caption in captions
+    ]
     heights = [20 * len(text) + strip[0].height + 2 * gap for text, strip in zip(texts, strips)]
     sheet = Image.new("RGB", (width, sum(heights) + gap), (250, 250, 250))
     draw, y = ImageDraw.Draw(sheet), gap

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lavie_jax import parallel
+from lavie_jax.data.config import latent_paths
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.planner.programs import Program, cast, mesh_of, placed
@@ -34,7 +35,7 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     shapes = jax.eval_shape(lambda rng: make_state(task.init(rng), task, tx), jax.random.key(0))
     shardings = parallel.shardings(shapes, mesh)
     state = placed(shapes, shardings)
-    frozen = cast(task.frozen, dtype)
+    frozen = {} if latent_paths(build.data_config(config)) else cast(task.frozen, dtype)
     frozen = placed(frozen, parallel.shardings(frozen, mesh))
     rows = placed(abstract_batch(config, batch), parallel.batch_sharding(mesh))
     update = make_update(
@@ -80,8 +81,21 @@ def abstract_frozen(models: Models) -> dict[str, Any]:
 
 
 def abstract_batch(config: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of the config's size, as shapes."""
+    """A batch of the config's size, as shapes: of pixels and tokens, or of latents and encoded captions."""
     data, length = config.data, config.text_encoder.max_position_embeddings
+    if latent_paths(build.data_config(config)):
+        vae, width = VAEConfig.from_dict(config.vae.to_dict()), config.text_encoder.hidden_size
+        frame = (data.height // vae.factor, data.width // vae.factor, 2 * vae.latent_channels)
+        found = {
+            "video_latents": (rows, data.frames, *frame),
+            "text": (rows, length, width),
+            "image_latents": (rows, data.images, *frame),
+            "image_text": (rows, data.images, length, width),
+        }
+        there = (["video_latents", "text"] if data.frames else []) + (
+            ["image_latents", "image_text"] if data.images else []
+        )
+        return {name: jax.ShapeDtypeStruct(found[name], jnp.float32) for name in there}
     shapes = {
         "video": ((rows, data.frames, data.height, data.width, 3), jnp.float32),
         "images": ((rows, data.images, data.height, data.width, 3), jnp.float32),

@@ -1,8 +1,7 @@
 """Where samples go: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON that says how to make it again.
 
-One contact sheet shows all samples of a run. The JSON's `request` is what makes two samples the same, its
-`made_with` tells versions and hardware. A sample that is there is not made again, one that is there but
-differs is never overwritten unasked.
+The JSON's `request` is what makes two samples the same, its `made_with` tells versions and hardware. A sample that is
+there is not made again, one that is there but differs is never overwritten unasked. Contact sheets are in `sheets.py`.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from lavie_jax.data.video_files import FORMATS, contact_sheet, read_video, save_as
+from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.samples.settings import Settings, complete
 from lavie_jax.samples.shelf import Shelf
@@ -211,32 +210,6 @@ class Output:
             pages = sorted(path.glob("*.png")) if path.is_dir() else [path]
             return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
         return read_video(next(path for name in ("mp4", "gif") if (path := self.path(name)).exists()))
-
-
-class ContactSheets:
-    """`OUT/contact-sheet.png`, a row for each sample; after `ROWS` of them comes contact-sheet-2.png."""
-
-    ROWS, COLUMNS, SIDE = 24, 6, 256
-
-    def __init__(self, folder: Path):
-        self.folder, self.count, self.rows = folder, 0, []
-
-    def add(self, video: UInt8[np.ndarray, "t h w 3"], caption: str) -> None:
-        """A row: a few frames of a video under its caption."""
-        picks = np.unique(np.round(np.linspace(0, len(video) - 1, self.COLUMNS)).astype(int))
-        step = -(-max(video.shape[1:3]) // self.SIDE)  # a sheet of large frames would fill the host's memory
-        self.rows.append((video[picks, ::step, ::step].copy(), caption))
-        if len(self.rows) == self.ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows that are waiting."""
-        if self.rows:
-            self.count += 1
-            name = "contact-sheet.png" if self.count == 1 else f"contact-sheet-{self.count}.png"
-            videos, captions = zip(*self.rows)
-            contact_sheet(videos, captions, self.folder / name, columns=self.COLUMNS)
-            self.rows = []
 
 
 def _read_request(path: Path) -> dict[str, Any] | None:

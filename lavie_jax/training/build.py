@@ -1,7 +1,7 @@
 """From a config (`configs/`) to the task that it describes: models, their first parameters, the loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from lavie_jax import stages, weights
 from lavie_jax.data import moving_shapes, tokens
-from lavie_jax.data.config import DataConfig
+from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
+from lavie_jax.data.latents import LatentSet, open_set
 from lavie_jax.diffusion.samplers import make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
@@ -23,7 +24,7 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.samples.settings import SETTINGS
-from lavie_jax.training import diffusion
+from lavie_jax.training import diffusion, latents
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.inputs import check_frames
@@ -59,6 +60,8 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
       UserError: fields that do not go together; folders that are missing or hold another model.
     """
     if config.stage == "vae":
+        if latent_paths(data_config(config)):
+            raise UserError("a VAE is trained on pixels: data.source='latents' is what a trained one makes of them")
         return (
             make_autoencoder_task(
                 VAEConfig.from_dict(_plain(config.vae)),
@@ -72,13 +75,20 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
     if config.stage not in stages.STAGES:
         raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *stages.STAGES))}")
     check_stage(config)
+    sets = [open_set(path) for path in latent_paths(data_config(config))]  # refused before weights are read
     origin = load_origin(config, scratch)
+    if sets:
+        _check_latents(sets, config, origin)
     return stage_task(config, dtype, origin), origin.tokenizer
 
 
 def check_stage(config: Any) -> None:
     """Refuses, before any file is read, fields of a stage's config that do not go together."""
     data, models = data_config(config), make_models(config, jnp.float32, 1.0)
+    if data.buckets:
+        check_buckets(data)
+    if latent_paths(data):
+        latents.check_stage(config.stage, train_text_encoder=config.train_text_encoder)
     check_frames(config.stage, data.frames)
     if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
         raise UserError(f"data.frames = {data.frames} and data.images = {data.images} leave nothing to train on.")
@@ -92,8 +102,19 @@ def check_stage(config: Any) -> None:
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
     factor = models.vae.config.factor
-    if data.height % factor or data.width % factor:
-        raise UserError(f"frames of {data.height}x{data.width} are not multiples of the VAE's factor {factor}.")
+    for height, width in data.sizes:
+        if height % factor or width % factor:
+            raise UserError(f"frames of {height}x{width} are not multiples of the VAE's factor {factor}.")
+
+
+def _check_latents(sets: Sequence[LatentSet], config: Any, origin: Origin) -> None:
+    """UserError unless the models of `origin` made all these sets."""
+    models = make_models(config, jnp.float32, origin.scaling_factor)
+    vae = weights.Part(models.vae.config, origin.frozen["vae"])
+    text_encoder = weights.Part(models.text_encoder.config, origin.frozen["text_encoder"])
+    identity = latents.identity(vae, text_encoder, origin.tokenizer)
+    for found in sets:
+        latents.check_made_by(found, identity)
 
 
 def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:

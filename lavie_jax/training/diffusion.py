@@ -92,7 +92,7 @@ class StageLoss:
     def train(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
         """The loss at random timesteps, and its parts."""
         input_rng, pair_rng = jax.random.split(rng)
-        latents, inputs, image_inputs = self._encode(frozen["vae"], batch, input_rng)
+        latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         schedule = self.models.schedule
         pair = self.stage.training_pair(
             latents, inputs, pair_rng, images=self.images, image_inputs=image_inputs, schedule=schedule,
@@ -103,7 +103,7 @@ class StageLoss:
     def held_out(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
         """The losses at each of the fixed timesteps, with the same noise every time; and their mean."""
         input_rng, noise_rng = jax.random.split(rng)
-        latents, inputs, image_inputs = self._encode(frozen["vae"], batch, input_rng)
+        latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         text = self._text(params, frozen, batch)
         eps = jax.random.normal(noise_rng, latents.shape)
 
@@ -119,12 +119,10 @@ class StageLoss:
         each = {f"{k}_t{t}": v[i] for k, v in by_t.items() for i, t in enumerate(self.loss.held_out_timesteps)}
         return {**{k: v.mean() for k, v in by_t.items()}, **each}
 
-    def _encode(self, params: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
+    def _encode(self, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
         """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
         vae, make_inputs = self.models.vae, INPUTS[self.stage.name]
-        kinds = {"video": self.frames, "images": self.images}
-        pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
-        every = Clips(pixels, *encode_frames(vae, params, pixels))
+        every = self._clips(frozen, batch)
         latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
         latents = every.draw(latent_rng, vae.config)
         video, images = every.cut(slice(None, self.frames)), every.cut(slice(self.frames, None), None)
@@ -132,7 +130,19 @@ class StageLoss:
         image_inputs = make_inputs(images, vae.config, image_rng, level_rng) if self.images else None
         return jax.lax.stop_gradient((latents, inputs, image_inputs))
 
+    def _clips(self, frozen: Any, batch: Batch) -> Clips:
+        """The clip's frames, then the images: encoded here, or, without any use of `frozen`, when the data was made."""
+        encoded = [batch[key] for key in ("video_latents", "image_latents") if key in batch]
+        if encoded:
+            mean, std = jnp.split(jnp.concatenate(encoded, axis=1), 2, axis=-1)
+            return Clips(None, mean, 2 * jnp.log(std))
+        kinds = {"video": self.frames, "images": self.images}
+        pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
+        return Clips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
+
     def _text(self, params: Any, frozen: Any, batch: Batch) -> stages.Text:
+        if "text" in batch or "image_text" in batch:
+            return stages.Text(batch.get("text"), batch.get("image_text"))
         return encode_text(
             self.models.text_encoder,
             (params if self.train_text_encoder else frozen)["text_encoder"],

@@ -23,15 +23,15 @@ from lavie_jax.stages import KEY_FRAME_SPACING
 
 
 class Clips(NamedTuple):
-    """Frames as pixels in [-1, 1], and the VAE's posterior of each, unscaled."""
+    """Frames as pixels in [-1, 1], None of sets of latents, and the VAE's posterior of each, unscaled."""
 
-    pixels: Float[Array, "*n t H W 3"]
+    pixels: Float[Array, "*n t H W 3"] | None
     mean: Float[Array, "*n t h w c"]
     logvar: Float[Array, "*n t h w c"]
 
     def cut(self, *index: slice | None) -> "Clips":
         """Behind the batch axis, as arrays are indexed."""
-        return Clips(*(x[:, *index] for x in self))
+        return jax.tree.map(lambda x: x[:, *index], self)
 
     def draw(self, rng: Array, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
         """Scaled latents: one draw from the posterior of every frame."""
@@ -48,7 +48,7 @@ def key_frames(clips: Clips, vae: VAEConfig, rng: Array, level_rng: Array) -> di
 
     They are draws of their own, not those of the targets: sampling, too, encodes the key frames once more.
     """
-    keys = Clips(*(x[..., ::KEY_FRAME_SPACING, :, :, :] for x in clips))
+    keys = jax.tree.map(lambda x: x[..., ::KEY_FRAME_SPACING, :, :, :], clips)
     return {"key_latents": keys.draw(rng, vae)}
 
 

@@ -121,8 +121,7 @@ class Pace:
 
     def __init__(self):
         self._born = self._mark = time.monotonic()
-        self._compiled = False
-        self._in_steps = 0.0
+        self._in_steps, self._waiting = 0.0, 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -134,17 +133,16 @@ class Pace:
         """Around the wait for a batch."""
         start = time.monotonic()
         yield
-        self._waited += time.monotonic() - start
+        self._waiting += time.monotonic() - start
 
-    def step(self) -> None:
-        """After each step. The first compiled, which is not training."""
+    def step(self, *, compiled: bool) -> None:
+        """After each step; one that `compiled` a program is no training."""
         now = time.monotonic()
-        if self._compiled:
+        if not compiled:
             self._steps.append(now - self._mark)
             self._in_steps += now - self._mark
-        else:
-            self._compiled, self._waited = True, 0.0
-        self._mark = now
+            self._waited += self._waiting
+        self._mark, self._waiting = now, 0.0
 
     def resume(self) -> None:
         """After other work between two steps: checkpoints, samples, held-out losses."""

@@ -262,7 +262,7 @@ def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
         other = part_dir(share, name)
         if final.resolve() in other.resolve().parents:
             continue
-        if other.is_dir() and (folder / name).is_dir() and _hash_dir(other) == _hash_dir(folder / name):
+        if other.is_dir() and (folder / name).is_dir() and hash_dir(other) == hash_dir(folder / name):
             shutil.rmtree(folder / name)
             found[name] = os.path.relpath(other.resolve(), final.resolve())
     return found
@@ -338,11 +338,11 @@ def folder_hash(path: str | Path) -> str:
         folder = _part_dir(path, config, name)
         if not folder.is_dir():
             raise UserError(f"{path} is incomplete: {folder} is missing.")
-        digest.update(f"{name} {_hash_dir(folder)}\n".encode())
+        digest.update(f"{name} {hash_dir(folder)}\n".encode())
     return digest.hexdigest()
 
 
-def _hash_dir(folder: Path) -> str:
+def hash_dir(folder: Path) -> str:
     """SHA-256 of the names and contents of all files in a folder, read in pieces."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -1,0 +1,104 @@
+"""Contact sheets: all samples of a run on one page, and of a cascade the stages of each sample below each other."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from einops import repeat
+from jaxtyping import UInt8
+
+from lavie_jax.data.video_files import contact_sheet
+
+COLUMNS = 7
+SIDE = 256  # pixels of a frame: a sheet of large ones would fill the host's memory
+DETAIL = 512  # pixels of a frame that was upscaled, which loses by being shown smaller: of large ones the middle
+EMPTY = 250  # a moment at which a clip has no frame: the sheet's own white
+
+
+class ContactSheets:
+    """`OUT/contact-sheet.png`, a row for each sample or each of its stages; after `ROWS` comes contact-sheet-2.png."""
+
+    ROWS = 24
+
+    def __init__(self, folder: Path):
+        self.folder, self.count, self.rows = folder, 0, []
+
+    def add(self, clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]], prompt: str) -> None:
+        """A sample: {name: frames} of its clips, from the one that it started from to the last stage's.
+
+        One clip is a row under its prompt, several are a row each, at the same moments (`compared`).
+        """
+        if len(clips) > 1:
+            first, *others = compared(clips)
+            self.rows += [(first[0], f"{prompt}\n{first[1]}"), *others]
+        else:
+            (frames,) = clips.values()
+            self.rows.append((thinned(frames[evenly(len(frames), COLUMNS)]), prompt))
+        if len(self.rows) >= self.ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that are waiting."""
+        if self.rows:
+            self.count += 1
+            name = "contact-sheet.png" if self.count == 1 else f"contact-sheet-{self.count}.png"
+            videos, captions = zip(*self.rows)
+            contact_sheet(videos, captions, self.folder / name, columns=COLUMNS)
+            self.rows = []
+
+
+def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple[np.ndarray, str]]:
+    """(frames, caption) of each clip, all at the same moments, and enlarged pixel by pixel to the size of the largest.
+
+    The sides of the clips are multiples of the smallest's. At a moment for which a clip has no frame its row is empty.
+    """
+    times = moments([len(clip) for clip in clips.values()])
+    small, large = ([pick(sides) for sides in zip(*(c.shape[1:3] for c in clips.values()))] for pick in (min, max))
+    most = large[0] // small[0]
+    size = [min(side, DETAIL // most) if most > 1 else side for side in small]
+    start = [(side - kept) // 2 for side, kept in zip(small, size)]
+    rows = []
+    for name, clip in clips.items():
+        scale = clip.shape[1] // small[0]
+        zoom = most // scale
+        rows_of, columns_of = (slice(scale * a, scale * (a + n)) for a, n in zip(start, size))
+        caption = f"{name}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}"
+        if size != small:
+            caption += f", the middle {scale * size[0]}x{scale * size[1]}"
+        if zoom > 1:
+            caption += f", shown {zoom} times as large"
+        cells = np.full((len(times), scale * size[0], scale * size[1], 3), EMPTY, np.uint8)
+        numbers = [time * (len(clip) - 1) for time in times]
+        for cell, number in zip(cells, numbers):
+            if number.denominator == 1:
+                cell[:] = clip[int(number), rows_of, columns_of]
+        if any(number.denominator > 1 for number in numbers):
+            caption += "; empty where it has no frame"
+        enlarged = repeat(cells, "t h w c -> t (h zh) (w zw) c", zh=zoom, zw=zoom)
+        rows.append((enlarged if most > 1 else thinned(enlarged), caption))
+    return rows
+
+
+def moments(lengths: Sequence[int]) -> list[Fraction]:
+    """Moments of a video, 0 its first frame and 1 its last, to look at clips of these numbers of frames.
+
+    They are frames of the shortest clip, and, where another has frames in between, some of those in turn.
+    """
+    few, many = min(lengths), max(lengths)
+    if few == many or few == 1:
+        return [Fraction(int(number), max(many - 1, 1)) for number in evenly(many, COLUMNS)]
+    keys = [int(number) for number in evenly(few, (COLUMNS + 1) // 2)]
+    between = [(a + b) // 2 + Fraction(1, 2) for a, b in zip(keys, keys[1:])]
+    return [Fraction(number) / (few - 1) for number in sorted([*keys, *between])]
+
+
+def evenly(length: int, count: int) -> np.ndarray:
+    """Up to `count` of `length` frames, from the first to the last."""
+    return np.unique(np.round(np.linspace(0, length - 1, count)).astype(int))
+
+
+def thinned(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t _h _w 3"]:
+    """Frames of at most SIDE pixels a side, rows and columns left out."""
+    step = -(-max(frames.shape[1:3]) // SIDE)
+    return frames[:, ::step, ::step].copy()

@@ -1,0 +1,251 @@
+"""Buckets of aspect ratios: each batch of one size, nothing distorted, the same for any processes and from any step."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lavie_jax.data import buckets, pipeline, shards, video_files
+from lavie_jax.data.buckets import nearest, parse_sizes
+from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.pipeline import Examples
+from lavie_jax.errors import UserError
+from tests import videos
+
+ROOT = Path(__file__).parents[1]
+WIDE, TALL, SQUARE = (16, 24), (24, 16), (20, 20)
+SIZES = (WIDE, TALL, SQUARE)
+# of 30 clips: two thirds wide, a fifth tall, the rest square
+SHAPES = [(32, 48)] * 10 + [(36, 56)] * 10 + [(48, 32)] * 6 + [(40, 40)] * 4
+
+
+def ramp(height, width, frames=5):
+    """Columns rise from left to right and rows from top to bottom, all the way: what is cut off or squeezed shows."""
+    rows, columns = np.linspace(0, 250, height), np.linspace(0, 250, width)
+    one = np.stack(np.broadcast_arrays(rows[:, None], columns[None, :], 128.0), axis=-1)
+    return np.repeat(one[None], frames, axis=0).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """{kind: path} of the same clips, and {"pictures": path} of pictures of the same shapes."""
+    root = tmp_path_factory.mktemp("stores")
+    rows, pictures = [], []
+    for i, (height, width) in enumerate(SHAPES):
+        path = videos.encode(root / f"folder-{i:02d}.mp4", ramp(height, width), 8, crf="4")
+        (root / "folder").mkdir(exist_ok=True)
+        path.rename(root / "folder" / path.name)
+        (root / "folder" / f"{path.stem}.txt").write_text(f"clip {i} is {height}x{width}")
+        content = (root / "folder" / path.name).read_bytes()
+        rows.append({"video": content, "caption": f"clip {i} is {height}x{width}", "height": height, "width": width})
+        file = io.BytesIO()
+        Image.fromarray(ramp(height, width, 1)[0]).save(file, "png")
+        pictures.append({"image": file.getvalue(), "caption": f"picture of {height}x{width}"})
+    shards.write_shards(rows, root / "shards", shard_records=20)
+    shards.write_shards(rows, root / "listed", shard_records=20)
+    with (root / "listed/clips.jsonl").open("w") as file:
+        for i, (height, width) in enumerate(SHAPES):
+            place = {"shard": f"clips-{i // 20:05d}.array_record", "index": i % 20}
+            file.write(json.dumps({**place, "height": height, "width": width}) + "\n")
+    shards.write_shards(pictures, root / "pictures")
+    return {"video_folder": root / "folder", "array_record": root / "shards", "listed": root / "listed",
+            "pictures": root / "pictures"}  # fmt: skip
+
+
+def config_of(stores, kind="array_record", **change):
+    source = "array_record" if kind == "listed" else kind
+    common = {"source": source, "path": str(stores[kind]), "frames": 3, "fps": 8.0, "images": 1, "caption_drop": 0.0}
+    return DataConfig(**{**common, "height": 16, "width": 24, "buckets": SIZES, **change})
+
+
+def take(count, config, batch_size=2, **where):
+    with contextlib.closing(pipeline.batches(config, None, batch_size=batch_size, **where)) as rows:
+        return [next(rows) for _ in range(count)]
+
+
+def size_of(batch):
+    return batch["video"].shape[2:4]
+
+
+# ---- which bucket ----
+
+
+@pytest.mark.parametrize(
+    "size, bucket",
+    [
+        ((720, 1280), (320, 512)),
+        ((1280, 720), (512, 320)),
+        ((500, 480), (416, 416)),
+        ((240, 320), (320, 416)),
+        ((1, 1000), (320, 512)),
+    ],
+)
+def test_a_clip_goes_where_most_of_it_is_kept(size, bucket):
+    sizes = ((320, 512), (320, 416), (416, 416), (512, 320))
+    assert sizes[nearest(size, sizes)] == bucket
+
+
+def test_of_buckets_of_one_shape_a_clip_goes_to_the_largest_that_it_fills():
+    sizes = ((320, 512), (160, 256), (640, 1024))
+    assert [sizes[nearest(size, sizes)] for size in ((200, 320), (320, 512), (500, 800), (700, 1120), (90, 144))] == [
+        (160, 256), (320, 512), (320, 512), (640, 1024), (160, 256),
+    ]  # fmt: skip
+
+
+def test_sizes_as_words():
+    assert parse_sizes("320x512,512x320") == ((320, 512), (512, 320))
+    for wrong in ("", "320", "320x", "axb", "1x2x3", "320x512,"):
+        with pytest.raises(UserError, match="sizes are HEIGHTxWIDTH"):
+            parse_sizes(wrong)
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("kind", ["video_folder", "array_record", "listed"])
+def test_each_batch_is_of_one_bucket_that_its_clips_and_images_belong_to(stores, kind, monkeypatch):
+    if kind == "listed":  # the curation's list says all sizes: no clip is opened for it
+        monkeypatch.setattr(buckets, "_measured", None)
+    source = make_source(config_of(stores, kind), batch_size=2)
+    examples = Examples(config_of(stores, kind), source)
+    seen = collections.Counter()
+    for step in range(20):
+        rows = [examples[2 * step + place] for place in range(2)]
+        (size,) = {row["video"].shape[1:3] for row in rows}
+        assert {row["images"].shape[1:3] for row in rows} == {size}
+        shapes = [tuple(map(int, row["caption"].split()[-1].split("x"))) for row in rows]
+        assert {SIZES[nearest(shape, SIZES)] for shape in shapes} == {size}
+        seen[size] += 1
+    assert set(seen) == set(SIZES) and seen[WIDE] > seen[TALL] >= seen[SQUARE]
+
+
+def test_every_clip_of_every_bucket_is_shown_once_an_epoch(stores):
+    config = config_of(stores, images=0)
+    source = make_source(config, batch_size=2)
+    for bucket in source.sources:
+        captions = [bucket.video(i, np.random.default_rng(i)).caption for i in range(len(bucket))]
+        assert len(set(captions)) == len(bucket)
+    train = shards.ShardRecords(config.path, medium="video", split="train")
+    assert len(source) == len(train)
+
+
+def test_each_bucket_has_its_share_of_the_steps(stores):
+    source = make_source(config_of(stores), batch_size=2)
+    steps = collections.Counter(source.of(2 * step)[2] for step in range(10 * len(source)))
+    assert steps == {size: 10 * len(one) for size, one in zip(source.sizes, source.sources)}
+
+
+def test_nothing_is_distorted(stores):
+    """Scaled by one number both ways, and no more cut off than one of the two sides needs."""
+    config = config_of(stores, images=0, split="val")
+    examples = Examples(config, make_source(config, batch_size=1))
+    for i in range(12):
+        example = examples[i]
+        height, width = map(int, example["caption"].split()[-1].split("x"))
+        frame = example["video"][0].astype(float)
+        down, across = np.diff(frame[..., 0], axis=0)[2:-2].mean(), np.diff(frame[..., 1], axis=1)[:, 2:-2].mean()
+        zoom = max(frame.shape[0] / height, frame.shape[1] / width)
+        assert down == pytest.approx(250 / (height - 1) / zoom, rel=0.06)
+        assert across == pytest.approx(250 / (width - 1) / zoom, rel=0.06)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
+def test_buckets_are_the_same_for_any_processes_and_workers_and_from_any_step(stores):
+    config = config_of(stores, image_path=str(stores["pictures"]))
+    whole = take(8, config)
+    assert len({size_of(batch) for batch in whole}) > 1
+    for start, rest in ((5, {}), (3, {"workers": 1})):
+        for a, b in zip(take(8 - start, config, start_step=start, **rest), whole[start:]):
+            assert all(np.array_equal(a[key], b[key]) for key in b)
+    parts = [take(8, config, process_index=p, process_count=2) for p in range(2)]
+    for batch, *shares in zip(whole, *parts):
+        for key in batch:
+            joined = np.stack([share[key] for share in shares], axis=1).reshape(batch[key].shape)
+            np.testing.assert_array_equal(joined, batch[key], err_msg=key)
+
+
+def test_moving_shapes_are_drawn_in_every_size():
+    config = DataConfig(frames=2, height=16, width=24, images=1, buckets=SIZES)
+    sizes = [size_of(batch) for batch in take(6, config)]
+    assert collections.Counter(sizes) == dict.fromkeys(SIZES, 2)
+
+
+def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
+    upright = videos.encode(tmp_path / "a.mp4", ramp(32, 48), 8)
+    assert video_files.shown_size(upright) == (32, 48)
+    assert video_files.shown_size(videos.turned(upright.read_bytes())) == (48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp(32, 48, 1)[0]).save(tmp_path / "a.jpg", exif=exif)
+    record = buckets.Record("a.jpg", "a", tmp_path / "a.jpg")
+    assert buckets._shown_size(record, "image") == (48, 32)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    "change, batch_size, message",
+    [
+        ({"buckets": (16, 24)}, 2, r"buckets are \(\(height, width\), ...\), each once"),
+        ({"buckets": (WIDE, WIDE)}, 2, "each once"),
+        ({"buckets": (WIDE, (0, 16))}, 2, "each once"),
+        ({"buckets": (TALL, SQUARE)}, 2, "buckets hold the size that is sampled, height x width = 16x24; given 24x16"),
+        ({"full_height": 32, "full_width": 48}, 2, "buckets are of whole frames"),
+        ({"source": "mixture", "videos": ("moving_shapes",), "path": None}, 2, "buckets need one source"),
+        ({}, 8, "the bucket 24x16 has . clips to train on, fewer than a batch of 8: leave it out"),
+    ],
+)
+def test_buckets_that_cannot_be_used_are_refused(stores, change, batch_size, message):
+    with pytest.raises(UserError, match=message):
+        take(1, config_of(stores, **change), batch_size)
+
+
+def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(ramp(32, 48, 1)[0]).save(file, "png")
+    rows = [{"image": file.getvalue(), "caption": f"wide {i}"} for i in range(9)]
+    shards.write_shards(rows, tmp_path / "wide")
+    with pytest.raises(UserError, match="the bucket 24x16 has clips and no image whose shape is nearest to it"):
+        take(1, config_of(stores, image_path=str(tmp_path / "wide")))
+
+
+def test_a_bucket_without_clips_is_left_out(stores):
+    config = dataclasses.replace(config_of(stores), buckets=(*SIZES, (8, 64)))
+    assert make_source(config, batch_size=2).sizes == SIZES
+
+
+# ---- training ----
+
+
+def test_a_run_compiles_a_program_for_each_bucket_and_says_so(tmp_path):
+    """train.py, stopped and resumed, on Moving Shapes in two shapes: as one run in one go, losses of every bucket."""
+    words = ["--config.data.buckets=((32,32),(16,32))", "--config.held_out_batches=2", "--config.log_every=1",
+             "--config.checkpoint_every=2", "--config.held_out_every=2", "--config.sample_every=4",
+             "--config.prompts=()"]  # fmt: skip
+
+    def run(workdir, steps):
+        line = [sys.executable, "train.py", "--config", "configs/moving_shapes/base.py:tiny", "--workdir", workdir]
+        done = subprocess.run([*line, f"--config.steps={steps}", *words], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run(tmp_path / "parts", 2)
+    resumed, whole = run(tmp_path / "parts", 4), run(tmp_path / "whole", 4)
+    assert resumed.stdout == whole.stdout  # the hash of the parameters
+    said = re.findall(r"step (\d) compiles program (\d) of 2: video \(2, 4, (\d+), (\d+), 3\)", whole.stderr)
+    assert [row[:2] for row in said] == [("1", "1"), ("2", "2")] and {row[2:] for row in said} == {
+        ("32", "32"), ("16", "32"),
+    }  # fmt: skip
+    assert "buckets of split train: 32x32 50.0%, 16x32 50.0%; a program is compiled for each" in whole.stderr
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line.get("loss", line.get("held_out/video_loss"))) for line in lines)
