@@ -1,9 +1,10 @@
-"""Copy a trained base model into the package, in half precision.
+"""Copy a trained model into the package, in half precision.
 
     python -m tools.ship_weights runs/base/weights lavie_jax/assets/base
+    python -m tools.ship_weights runs/vsr/weights lavie_jax/assets/vsr --share lavie_jax/assets/base
 
-Refuses more than 24 MiB, what the package may carry for this stage. What is at the destination is replaced only
-if it is a weights folder.
+Parts that the folder `--share` has too are named, not repeated. Refuses more than the package may carry for a stage.
+What is at the destination is replaced only if it is a weights folder.
 """
 
 import argparse
@@ -14,20 +15,24 @@ import numpy as np
 from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.weights import folder_hash, load_folder, save_folder
 
-LIMIT = 24 * 2**20
+LIMITS = {"base": 24, "interpolation": 12, "vsr": 12}  # MiB
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="weights folder of a training run")
     parser.add_argument("destination", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--share", type=Path, help="a weights folder with some of the same parts")
+    args = parser.parse_args(argv)
     model = load_folder(args.source, dtype=np.float16)
+    if model.stage not in LIMITS:
+        raise UserError(f"{args.source} is of stage {model.stage}; shipped are {', '.join(LIMITS)}")
     parts = {name: getattr(model, name) for name in ("unet", "vae", "text_encoder")}
     size = sum(2 * array.size for part in parts.values() for array in _leaves(part.params))
-    if size > LIMIT:
+    if size > LIMITS[model.stage] * 2**20:
         raise UserError(
-            f"{args.source} has {size / 2**20:.1f} MiB in half precision; at most {LIMIT >> 20} may be shipped"
+            f"{args.source} has {size / 2**20:.1f} MiB in half precision; "
+            f"at most {LIMITS[model.stage]} may be shipped of stage {model.stage}"
         )
     save_folder(
         args.destination,
@@ -35,6 +40,8 @@ def main() -> None:
         sampling=model.sampling,
         tokenizer=model.tokenizer_dir,
         schedule=model.schedule,
+        low_res_schedule=model.low_res_schedule,
+        share=args.share,
         overwrite=True,
         **{name: (part.config, part.params) for name, part in parts.items()},
     )
