@@ -21,6 +21,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
+from lavie_jax.samples.settings import complete
 from lavie_jax.samples.sheets import compared
 from lavie_jax.samples.shelf import Shelf
 
@@ -130,7 +131,7 @@ def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
 
     def output(steps, *formats):
         request = {"prompt": "a", "seed": 0, "stages": ["base"], "frames": 2, "fps": 8, "steps": steps}
-        return Output(folder=tmp_path, index=0, formats=formats, request=request)
+        return Output(folder=tmp_path, index=0, formats=formats, request=complete(request))
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
