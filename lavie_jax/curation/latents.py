@@ -34,6 +34,7 @@ from lavie_jax.training.latents import check_stage, identity
 
 MOST_FRAMES = 16  # that a device encodes at a time: a clip is padded to a multiple
 
+
 class Encoder:
     """The frozen models of a weights folder, on all devices of this machine; they compute in float32.
 
