@@ -1,7 +1,7 @@
 """What it costs to feed training: clips a second and core of each source, where the time goes, and memory.
 
     python benchmarks/data_loading.py                            # sources, memory and demand
-    python benchmarks/data_loading.py --clips 4 --records 200    # a smoke test
+    python benchmarks/data_loading.py --clips 1 --records 200    # a smoke test
 
 Makes clips of 10 seconds, 24 frames a second, of a panning texture with grain, H.264 crf 23, of 360x640 (nearly
 WebVid's size) and 720x1280; a training clip is 16 frames at 8 fps of 320x512, without images. Sets of latents hold
@@ -52,11 +52,11 @@ def film(seed: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
         yield np.clip(view + np.roll(grain, 7 * i, axis=1), 0, 255).astype(np.uint8)
 
 
-def make_clips(folder: Path, count: int) -> None:
-    """`folder/KIND-SIZE` for each kind of storage and size; only a few clips differ, the caption always does."""
+def make_clips(folder: Path, count: int, different: int) -> None:
+    """`folder/KIND-SIZE` for each kind of storage and size; only so many clips are `different`, all captions are."""
     for name, (height, width) in STORED.items():
         files = []
-        for seed in range(min(count, 4)):
+        for seed in range(different):
             path = folder / f"{name}-{seed}.mp4"
             frames = film(seed, (height, width))
             video_files.encode(frames, path, height=height, width=width, fps=RATE, options={"crf": "23", "g": "48"})
@@ -141,7 +141,7 @@ def measure_workers(config: DataConfig, workers: int, batch: int) -> float:
 def sources(folder: Path, clips: int) -> dict[str, float]:
     """Prints the table; returns clips a second and core by the name of the row."""
     count = max(32, clips)
-    make_clips(folder, count)
+    make_clips(folder, count, min(clips, 4))
     common = {"frames": FRAMES, "fps": FPS, "height": SIZE[0], "width": SIZE[1], "images": 0}
     configs = {
         f"`{kind}`, {name}": DataConfig(source=kind, path=str(path), **common)
