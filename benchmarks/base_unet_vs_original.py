@@ -21,35 +21,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from memory import AnonymousPeak
 
 ROOT = Path(__file__).parents[1]
 CASE = ROOT / "tests" / "golden" / "base_unet_full.json"
 SHAPES = {"sample": [1, 4, 8, 20, 32], "context": [1, 77, 768], "timesteps": [501]}  # b c t h w
 BOUND = 1e-5  # relative error of outputs worth timing
-
-
-class AnonymousPeak:
-    """Highest RssAnon of a process, GiB, while the block runs; pages of mapped files do not count."""
-
-    def __init__(self, pid: int):
-        self.status, self.peak, self.done = Path(f"/proc/{pid}/status"), 0.0, threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-
-    def watch(self) -> None:
-        while not self.done.wait(0.01):
-            line = next(line for line in self.status.read_text().splitlines() if line.startswith("RssAnon"))
-            self.peak = max(self.peak, int(line.split()[1]) / 2**20)
-
-    def __enter__(self) -> "AnonymousPeak":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.done.set()
-        self.thread.join()
 
 
 class Original:
@@ -125,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         for name, side in (("original", original), ("ours", ours)):
             with AnonymousPeak(side.pid) as memory:
                 times[name].append(side.seconds())
-            peaks[name] = max(peaks[name], memory.peak)
+            peaks[name] = max(peaks[name], memory.bytes / 2**30)
     original.process.stdin.close()
     median = {name: statistics.median(values) for name, values in times.items()}
     return {

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import AnonymousPeak
 
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
@@ -69,16 +70,13 @@ def make_files(folder: Path) -> None:
 
 def peak_memory(*args: str | Path) -> tuple[int, float]:
     """(highest RssAnon in bytes, seconds) of one run of convert_torch.py."""
-    start, peak = time.perf_counter(), 0
+    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, ROOT / "convert_torch.py", *args], cwd=ROOT)
-    while process.poll() is None:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.01)
+    with AnonymousPeak(process.pid) as memory:
+        process.wait()
     if process.returncode:
         raise SystemExit(f"convert_torch.py ended with {process.returncode}")
-    return peak, time.perf_counter() - start
+    return memory.bytes, time.perf_counter() - start
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from memory import anonymous_bytes
 from PIL import Image
 
 from lavie_jax.curation import assemble
@@ -166,14 +167,6 @@ def sources(folder: Path, clips: int) -> dict[str, float]:
     return rates
 
 
-def anonymous_memory() -> float:
-    """MB of this process that are its own."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1000
-    raise OSError("no RssAnon in /proc/self/status: Linux only")
-
-
 def memory(folder: Path, records: int) -> None:
     """Prints the memory at ten moments on the way through all records, of small clips and of latents."""
     path = folder / "small.mp4"
@@ -190,7 +183,7 @@ def memory(folder: Path, records: int) -> None:
             for step in range(records // 4):
                 next(batches)
                 if (step + 1) % max(1, records // 40) == 0:
-                    found.append(f"{anonymous_memory():.0f}")
+                    found.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
         print(f"`{kind}`: {', '.join(found)}", flush=True)
 
 

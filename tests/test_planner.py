@@ -210,18 +210,19 @@ def test_the_pages_in_docs_are_those_of_the_rows(tmp_path):
 def test_the_search_tries_at_most_four_points():
     tried = []
 
-    def run(largest, without):
+    def run(block, none, full=0):
         tried.clear()
 
         def fits(rows, remat):
             tried.append((rows, remat))
-            return rows <= (largest if remat == "block" else without)
+            return rows <= {"block": block, "none": none, "full": full}[remat]
 
         return search(fits, 1)
 
     assert run(8, 8) == (4, "none") and tried == [(1, "block"), (2, "block"), (4, "block"), (4, "none")]
     assert run(2, 1) == (2, "block") and len(tried) == 4
-    assert run(0, 0) is None and tried == [(1, "block")]
+    assert run(0, 0) is None and tried == [(1, "block"), (1, "full")]
+    assert run(0, 0, full=1) == (1, "full")
 
 
 # ---- programs ----

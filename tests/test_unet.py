@@ -205,7 +205,8 @@ def test_kernels_and_remat_change_nothing():
         return jax.jit(jax.value_and_grad(value(network)))(params)
 
     expected = value_and_gradients(unet)
-    assert relative_error(value_and_gradients(unet.clone(remat="block")), expected) < 1e-5
+    for remat in ("block", "full"):
+        assert relative_error(value_and_gradients(unet.clone(remat=remat)), expected) < 1e-5
     for kernel in ("blockwise", "dot_product"):  # their gradients: test_attention.py
         assert relative_error(jax.jit(value(unet.clone(attention_kernel=kernel)))(params), expected[0]) < 1e-5
 

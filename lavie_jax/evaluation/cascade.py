@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from einops import reduce
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm.auto import tqdm
@@ -69,7 +70,7 @@ def through_vae(pipe: cascade.Cascade, stage: str) -> Callable[[Clip], Clip]:
     return through
 
 
-def by_model(pipe: cascade.Cascade, stage: str, **settings: str) -> Make:
+def by_model(pipe: cascade.Cascade, stage: str, **settings: str | int) -> Make:
     """The stage as a user samples it, with the settings of its weights but for `settings`."""
 
     def make(clip: Clip, caption: str, seed: int) -> Longer:
@@ -101,9 +102,8 @@ def blended(keys: Clip) -> Longer:
 
 def smaller(clip: Longer) -> Clip:
     """Each pixel is the mean of a square of SCALE x SCALE, as in training."""
-    count, height, width = clip.shape[:3]
-    squares = clip.reshape(count, height // SCALE, SCALE, width // SCALE, SCALE, 3).astype(np.float32)
-    return (squares.mean((2, 4)) + 0.5).astype(np.uint8)
+    means = reduce(clip.astype(np.float32), "t (h rows) (w columns) c -> t h w c", "mean", rows=SCALE, columns=SCALE)
+    return (means + 0.5).astype(np.uint8)
 
 
 def bicubic(clip: Clip) -> Longer:
@@ -129,7 +129,7 @@ def interpolation(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -
         made, true = made[between], true[between]
         return {"psnr": psnr(made, true), "psnr_in_box": psnr(made, true, object_box(true))}
 
-    return _table(rows, vae, samples, seed, lambda clip: clip[::KEY_FRAME_SPACING], measure)
+    return compare(rows, vae, samples, seed, lambda clip: clip[::KEY_FRAME_SPACING], measure)
 
 
 def super_resolution(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
@@ -141,18 +141,20 @@ def super_resolution(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int
         "bicubic": lambda clip, *_: bicubic(clip),
     }
 
-    def measure(made: Clip, true: Clip) -> dict[str, float]:
-        return {
-            "psnr": psnr(made, true),
-            "psnr_in_box": psnr(made, true, object_box(true)),
-            "sharpness": sharpness(made, true),
-            "flicker": flicker(made, true),
-        }
-
-    return _table(rows, through_vae(pipe, "vsr"), samples, seed, smaller, measure)
+    return compare(rows, through_vae(pipe, "vsr"), samples, seed, smaller, enlargement)
 
 
-def _table(
+def enlargement(made: Clip, true: Clip) -> dict[str, float]:
+    """What is measured of an enlarged clip."""
+    return {
+        "psnr": psnr(made, true),
+        "psnr_in_box": psnr(made, true, object_box(true)),
+        "sharpness": sharpness(made, true),
+        "flicker": flicker(made, true),
+    }
+
+
+def compare(
     rows: Mapping[str, Make],
     vae: Callable[[Clip], Clip],
     samples: Sequence[Sample],

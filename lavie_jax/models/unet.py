@@ -31,6 +31,7 @@ from lavie_jax.models.layers import (
 from lavie_jax.models.unet_config import UNetConfig
 
 ROTARY_WIDTH = 32  # channels of every head that the rotary embedding turns, or the whole head where it is narrower
+REMAT = ("none", "block", "full")
 TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer and in the temporal modules; elsewhere it is `norm_eps`
 
 
@@ -42,12 +43,20 @@ class Setting:
     frames: Frames
     dtype: Any
     kernel: str
+    remat: str = "none"
 
     def resnet(self, features: int, name: str) -> ResnetBlock:
         """A residual block of this call; adds its parameters to the calling module."""
-        return ResnetBlock(
+        return self._layer(ResnetBlock)(
             features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name
         )
+
+    def transformer(self, level: int, only_text: bool, name: str) -> "Transformer":
+        """A transformer of this call, likewise."""
+        return self._layer(Transformer)(self, level, only_text, name=name)
+
+    def _layer(self, module):
+        return nn.remat(module) if self.remat == "full" else module
 
 
 class Attention(nn.Module):
@@ -257,7 +266,7 @@ class DownBlock(nn.Module):
             x = self.s.resnet(width, f"resnets_{i}")(x, temb, caption)
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
-                x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
+                x = self.s.transformer(self.level, only_text, f"attentions_{i}")(x, text)
             skips.append(x)
         if self.level < len(config.block_out_channels) - 1:
             x = Downsample(width, dtype=self.s.dtype, name="downsamplers_0")(x)
@@ -275,7 +284,7 @@ class MidBlock(nn.Module):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
         x = self.s.resnet(width, "resnets_0")(x, temb, caption)
         # whatever `only_cross_attention` says of the deepest level, the mid block keeps its self-attention
-        x = Transformer(self.s, deepest, only_text=False, name="attentions_0")(x, text)
+        x = self.s.transformer(deepest, only_text=False, name="attentions_0")(x, text)
         return self.s.resnet(width, "resnets_1")(x, temb, caption)
 
 
@@ -295,7 +304,7 @@ class UpBlock(nn.Module):
             x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb, caption)
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
-                x = Transformer(self.s, self.level, only_text, name=f"attentions_{i}")(x, text)
+                x = self.s.transformer(self.level, only_text, f"attentions_{i}")(x, text)
         if self.level > 0:
             x = Upsample(width, dtype=self.s.dtype, name="upsamplers_0")(x, size)
         return x
@@ -304,7 +313,8 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """Predicts the noise (or v, or x0) in x_t, for a video and for images beside it.
 
-    `remat="block"` recomputes each down, mid and up block in the backward pass instead of keeping its activations.
+    `remat` says what of the activations is recomputed in the backward pass, for memory, instead of being kept: "none";
+    "block", those inside each down, mid and up block; "full", in these blocks those inside each layer once more.
     """
 
     config: UNetConfig
@@ -330,9 +340,9 @@ class UNet(nn.Module):
         if it were alone.
         """
         config, dtype = self.config, self.dtype
-        if self.remat not in ("none", "block"):
-            raise ValueError(f"Unknown remat: {self.remat!r}. Choose from none, block.")
-        wrap = nn.remat if self.remat == "block" else lambda module, static_argnums=(): module
+        if self.remat not in REMAT:
+            raise ValueError(f"Unknown remat: {self.remat!r}. Choose from {', '.join(REMAT)}.")
+        wrap = (lambda module, static_argnums=(): module) if self.remat == "none" else nn.remat
         images = 0 if image_text is None else image_text.shape[1]
         frames = Frames(x.shape[1] - images, images)
         if frames.video < 0 or (frames.video > 0) != (text is not None):
@@ -341,7 +351,7 @@ class UNet(nn.Module):
             )
         if (noise_level is None) != (config.num_class_embeds is None):
             raise ValueError("noise_level goes with a UNet that has num_class_embeds, and only with it.")
-        s = Setting(config, frames, dtype, self.attention_kernel)
+        s = Setting(config, frames, dtype, self.attention_kernel, self.remat)
 
         # One timestep and one text for each item: the video, when there is one, then the images.
         if image_t is None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.models.attention import KERNELS
+from lavie_jax.models.unet import REMAT
 from lavie_jax.training.optimizer import REGIMES
 
 USAGE = (
@@ -100,7 +101,7 @@ def check(config: Any, workdir: Path) -> None:
         )
     choices = {
         "dtype": ("auto", "float32", "bfloat16"),
-        "remat": ("none", "block"),
+        "remat": REMAT,
         "regime": REGIMES,
         "attention_kernel": [name for name in KERNELS if name != "flash"],  # no kernel for 77 words: "auto" knows
     }
