@@ -6,15 +6,17 @@
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
 Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
-says how to make it again; OUT/contact-sheet.png shows them all. Of several stages, and of a clip of yours, every
-stage's frames are in OUT/stages, exact (.npy), and a row each on the contact sheet, at the same moments. What is
-there already is skipped: a run that was stopped goes on at the prompt, the stage and the denoising step where it was.
+says how to make it again; OUT/contact-sheet.png shows those of the last command. Of several stages, and of a clip
+of yours, every stage's frames are in OUT/stages, exact (.npy), and a row each on the contact sheet, at the same
+moments. What is there already is skipped: a run that was stopped goes on at the prompt, the stage and the denoising
+step where it was. `--part I/N` makes a part of the samples, for several machines with the same command and OUT.
 What is not given is as in the weights' config.json.
 Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
 """
 
 import argparse
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -76,6 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images and odd sides png); png, a "
         "folder of frames, and npz, an array, are exact")
     add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
+    add("--part", default="0/1", metavar="I/N", help="make only every N-th sample, from number I on: hosts 0 to N-1 of "
+        "a slice with the same command and OUT make all of them (default 0/1)")
     add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default one a device)")
     add("--weights", type=Path, metavar="DIR", help="one stage's weights folder, or one with base/, interpolation/, "
         "vsr/ in it (default: shipped)")
@@ -113,6 +117,14 @@ def given_settings(args: argparse.Namespace) -> dict[str, dict]:
     return given
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """`"1/4"` as (1, 4)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"part: I/N with I from 0 to N-1 is needed, such as 0/4 to 3/4, given {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of the command line, then those of the file; everything else about the arguments is checked, too."""
     for name in ("num_videos", "batch_size"):
@@ -124,6 +136,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
     args.seed = check_seed(args.seed, "seed")
+    args.part = parse_part(args.part)
     if any(not text.strip() for text in args.prompt):
         raise UserError("prompt: an empty one was given")
     for text in args.prompt:
@@ -201,11 +214,14 @@ def run(args: argparse.Namespace) -> None:
     frames, source, clip_hash = read_input(args.input) if args.input else (None, None, None)
     settings = cascade.plan(weights, args.stages, args.given, source)
     outputs = plan(args, prompts, settings, {stage: folder_hash(folders[stage]) for stage in settings}, clip_hash)
+    part, parts = args.part
+    outputs = outputs[part::parts]
+    sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
     todo = [output for output, missing in zip(outputs, formats) if missing]
     if len(todo) < len(outputs):
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples are in {args.out} already")
-    if not todo:
+    if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
     dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
     shelves = [output.shelf(dtype.name) for output in todo]
@@ -217,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
         texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]
         warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
-    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype)
+    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype) if todo else None
     for shelf in shelves if args.overwrite else ():
         shelf.renew()
     requests = [
@@ -228,11 +244,13 @@ def run(args: argparse.Namespace) -> None:
         for output in todo
     ]  # fmt: skip
     where = {"weights" if stage == "base" else f"{stage}_weights": str(folders[stage]) for stage in settings}
-    made_with = {**where, **({"input": str(args.input)} if args.input else {}), **pipe.made_with()}
-    videos = pipe.videos(
-        requests, settings, clip=frames, shelves=shelves, batch_size=args.batch_size, progress=True
-    )
-    sheets, shelves = ContactSheets(args.out), iter(shelves)
+    made_with, videos = {**where, **({"input": str(args.input)} if args.input else {})}, iter(())
+    if pipe is not None:
+        made_with |= pipe.made_with()
+        videos = pipe.videos(
+            requests, settings, clip=frames, shelves=shelves, batch_size=args.batch_size, progress=True
+        )
+    shelves = iter(shelves)
     for output, missing in zip(outputs, formats):
         video = next(videos) if missing else None
         for path in output.write(video, missing, made_with) if missing else ():
@@ -243,7 +261,12 @@ def run(args: argparse.Namespace) -> None:
             before = {} if frames is None else {"input": frames}
             shelf = output.shelf(dtype.name)
             before |= {stage: made for stage in args.stages[:-1] if (made := shelf.get(stage)) is not None}
-            sheets.add({**before, args.stages[-1]: output.read() if video is None else video}, output.request["prompt"])
+            try:
+                video = output.read() if video is None else video
+            except UserError as error:  # of an older run, damaged since: no reason to lose this one
+                warn([str(error)])
+            else:
+                sheets.add({**before, args.stages[-1]: video}, output.request["prompt"])
     sheets.flush()
 
 

@@ -75,27 +75,36 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     dtype = jnp.dtype({"auto": "bfloat16" if accelerator else "float32"}.get(config.dtype, config.dtype))
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
+    # │ Data: found before gigabytes of weights are read                                 │
+    # └──────────────────────────────────────────────────────────────────────────────────┘
+    data = build.data_config(config)
+    examples, held_out_examples = (
+        pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
+    )
+    rows = parallel.local_rows(config.batch, mesh)  # of each batch, that this host brings
+    if jax.process_count() > 1:
+        found = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
+        parallel.check_agreement(options.facts(config) | found)
+
+    # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Task: models, loss, parameters to start from                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     task, tokenizer_dir = build.make_task(config, dtype, scratch)
     identity = config.to_dict() | {checkpoint.FROZEN: checkpoint.array_hash(task.frozen)}
+    if jax.process_count() > 1:
+        start = checkpoint.array_hash(task.start or {})
+        parallel.check_agreement({"frozen models": identity[checkpoint.FROZEN], "parameters to start from": start})
     optimizing = optimizer.OptimizerConfig(**config.optimizer)
     tx = optimizer.make_optimizer(optimizing, config.steps)
     learning_rate = optimizer.learning_rate(optimizing, config.steps)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
-    # │ Data: its position is the step, that of the newest checkpoint                    │
+    # │ Batches: their position is the step, that of the newest checkpoint               │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
-    sharing = {
-        "batch_size": config.batch,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    data = build.data_config(config)
-    with closing(pipeline.batches(build.held_out_data(data), tokenizer, **sharing)) as rows:
-        held_out_batches = [parallel.put_batch(next(rows), mesh) for _ in range(config.held_out_batches)]
+    with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
+        held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in range(config.held_out_batches)]
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         keep=config.keep_checkpoints,
@@ -105,7 +114,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     )
     cleanup.callback(checkpoints.close)
     step = checkpoints.latest() or 0
-    batches = pipeline.batches(data, tokenizer, start_step=step, workers=config.workers, **sharing)
+    batches = pipeline.batches(examples, tokenizer, rows=rows, start_step=step, workers=config.workers)
     cleanup.callback(batches.close)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
@@ -160,7 +169,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
 
     def export(measured: Mapping[str, float]) -> bool:
         """The EMA as a weights folder, by the first host. False elsewhere, and when the disk is full."""
-        ema = parallel.gather(state["ema"])
+        ema = parallel.gather(state["ema"], keep=first)
         if not first:
             return False
         with disk.outlive("weights/") as written:
@@ -189,14 +198,14 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         if tracer.before(step):
             pace.resume()
         with pace.waiting():
-            rows = next(batches)
-        shapes = tuple((name, x.shape) for name, x in rows.items())
+            batch = next(batches)
+        shapes = tuple((name, x.shape) for name, x in batch.items())
         if compiles := shapes not in programs:
             programs.add(shapes)
             if data.buckets:
                 said = ", ".join(f"{name} {shape}" for name, shape in shapes)
                 say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {said}")
-        state, losses = update(state, frozen, parallel.put_batch(rows, mesh))
+        state, losses = update(state, frozen, parallel.put_batch(batch, mesh))
         step += 1
         bar.update()
         window.append(losses)
@@ -205,7 +214,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
 
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
-        watch.step(step, losses["skipped"], rows, state, wait=log)
+        watch.step(step, losses["skipped"], batch, state, wait=log)
         pace.step(compiled=compiles)
         if log:
             applied = int(optimizer.updates_done(state["opt_state"]))

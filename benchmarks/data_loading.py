@@ -130,7 +130,9 @@ def measure_source(config: DataConfig, clips: int) -> tuple[float, float, float]
 
 def measure_workers(config: DataConfig, workers: int, batch: int) -> float:
     """Clips a second of wall time, behind a batch that starts the workers and fills what they prepare ahead."""
-    with contextlib.closing(pipeline.batches(config, None, batch_size=batch, workers=workers)) as rows:
+    with contextlib.closing(
+        pipeline.batches(pipeline.open_examples(config, batch_size=batch), None, workers=workers)
+    ) as rows:
         for _ in range(2 + 2 * workers):
             next(rows)
         start = time.perf_counter()
@@ -179,7 +181,7 @@ def memory(folder: Path, records: int) -> None:
     print(f"MB of anonymous memory after each tenth of {records} records")
     for kind, where in (("array_record", folder / "many"), ("latents", many)):
         config, found = DataConfig(source=kind, path=str(where), **common), []
-        with contextlib.closing(pipeline.batches(config, None, batch_size=4)) as batches:
+        with contextlib.closing(pipeline.batches(pipeline.open_examples(config, batch_size=4), None)) as batches:
             for step in range(records // 4):
                 next(batches)
                 if (step + 1) % max(1, records // 40) == 0:

@@ -1,6 +1,6 @@
 """LaVie's temporal interpolation at full size (arXiv 2309.15103, section 3.3): 61 frames from 16 key frames.
 
-    python convert_torch.py inflate --stage interpolation --base weights/base --out weights/interpolation-init
+    python convert_torch.py inflate --stage interpolation --from weights/base --out weights/interpolation-init
     python train.py --config configs/interpolation.py --workdir runs/interpolation \\
         --config.data.path=CLIPS --config.distributed=True
     python train.py --config configs/interpolation.py:tiny --workdir runs/interpolation-tiny    # a minute on a CPU
@@ -34,7 +34,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.unet.temporal_attention = "after_ff"
     config.unet.temporal_position = False
     config.sampling = ConfigDict({"sampler": "respaced_ddim", "steps": 50, "guidance": 4.0, "frames": 61, "fps": 24.0})
-    config.data.frames, config.data.fps, config.data.images = 61, 24.0, 0
+    config.data.frames, config.data.fps, config.data.images, config.data.image_path = 61, 24.0, 0, None
     config.data.height = config.data.width = 256
     config.data.full_height, config.data.full_width = 320, 512
     config.batch = 32

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
 
 def check_folder(folder: Path, what: str) -> None:
     """UserError, which begins with `what`, when nothing can be written into `folder`, be it there or to be made."""
+    if address := re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(folder)):
+        raise UserError(f"{what} cannot be written: {address[1]}:// is no folder of this machine: name a mount.")
     for place in (folder.absolute(), *folder.absolute().parents):
         if place.is_dir():
             if not os.access(place, os.W_OK | os.X_OK):

@@ -11,9 +11,10 @@ Not here: which parameters are trained (`training/optimizer.py`).
 """
 
 import functools
+import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,17 @@ def make_mesh(
 def spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
     """The placement of the array at `path`, e.g. `params/unet/conv_in/kernel`.
 
-    An axis that its mesh axis does not divide is replicated: conv_in has 4 input channels.
+    Where `fsdp` does not divide the axis that it should, it takes the largest other one that it does; with none, as
+    for conv_in, which has 4 input channels, the array is replicated.
     """
     last = next(s for pattern, s in rules if re.search(pattern, path))
-    full = (None,) * (len(shape) - len(last)) + tuple(last)[max(0, len(last) - len(shape)) :]
-    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape, strict=True)))
+    wanted = (None,) * (len(shape) - len(last)) + tuple(last)[max(0, len(last) - len(shape)) :]
+    placed = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(wanted, shape, strict=True)]
+    if "fsdp" in wanted and "fsdp" not in placed:
+        free = [i for i, n in enumerate(shape) if placed[i] is None and n % mesh.shape["fsdp"] == 0]
+        if free:
+            placed[max(free, key=lambda i: shape[i])] = "fsdp"
+    return P(*placed)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -153,17 +160,53 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(one, tree, sharding)
 
 
+def local_rows(batch: int, mesh: Mesh) -> list[int]:
+    """The rows of a batch that this process's devices hold, and that it has to bring."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch))})
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of the batch (numpy) -> global arrays, first axis split over devices."""
+    """This process's rows of the batch (numpy, in the order of `local_rows`) -> arrays over all devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def gather(tree: Any) -> Any:
-    """Device arrays, however sharded -> the whole arrays in numpy on every process."""
+def gather(tree: Any, *, keep: bool = True) -> Any:
+    """Device arrays, however sharded -> the whole arrays in numpy on every process, one after the other.
+
+    Every process must call it; those that do not `keep` what they get have None in its place.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+
+    def one(x):
+        whole = multihost_utils.process_allgather(x, tiled=True)
+        return whole if keep else None
+
+    return jax.tree.map(one, tree)
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Refuses to start hosts that differ in any of `facts`, {name: value whose `str` tells it}, and names those."""
+    if jax.process_count() == 1:
+        return
+
+    def same(values: Sequence[Any]) -> np.ndarray:
+        digests = [hashlib.sha256(str(value).encode()).digest()[:4] for value in values]
+        everywhere = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32))
+        return (everywhere == everywhere[0]).all(axis=0)
+
+    names = sorted(facts)
+    if not same([names]).all():
+        raise UserError("the hosts differ in the fields of their configs: give all the same code and the same command.")
+    agreed = same([facts[name] for name in names])
+    if differ := [name for name, fine in zip(names, agreed) if not fine]:
+        own = ", ".join(f"{name} = {str(facts[name])[:100]}" for name in differ[:5])
+        raise UserError(
+            f"the hosts differ in {', '.join(differ)}; on host {jax.process_index()}: {own}. All need the same code, "
+            "command and data."
+        )
 
 
 def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
@@ -179,9 +222,16 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if distributed:
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
+        try:
+            jax.distributed.initialize(
+                num_processes=int(count) if count else None, process_id=int(index) if index else None
+            )
+        except ValueError as error:
+            raise UserError(
+                f"the other hosts cannot be joined: {error} On a TPU pod or under Slurm they are found; elsewhere "
+                "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. On one "
+                "machine leave distributed out."
+            ) from error
 
 
 def keep_compiled_programs() -> None:

@@ -126,6 +126,16 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
     assert kept(tmp_path) == {1} and len(list(tmp_path.glob("newer-*"))) == 2
 
 
+def test_going_back_to_what_is_refused_leaves_newer_checkpoints_in_place(tmp_path):
+    saved(tmp_path, [1, 2, 3], keep=5)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, restore_step=1)
+    assert checkpoints.latest() == 1
+    with pytest.raises(UserError, match="seed = 0, not 5"):
+        checkpoints.restore(1, abstract(parallel.make_mesh()), {**CONFIG, "seed": 5})
+    checkpoints.close()
+    assert kept(tmp_path) == {1, 2, 3} and read(tmp_path) == (3, 3.0)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 5 MB."""

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from lavie_jax import weights
+from lavie_jax.data import pipeline
+from lavie_jax.data.config import latent_paths
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
@@ -148,6 +150,16 @@ def test_the_small_interpolation_and_upscaler_fit_what_they_start_from():
             assert later.unet[field] == base.unet[field]
         a, b = (options.load(f"configs/moving_shapes/{name}.py{mode}") for name in ("upscaler", "vsr"))
         assert (a.unet, a.vae, a.text_encoder) == (b.unet, b.vae, b.text_encoder)
+        shipped = weights.load_part(a.text_from, "text_encoder").config
+        assert CLIPTextConfig.from_dict(a.text_encoder.to_dict()) == shipped
+
+
+def test_no_config_opens_images_that_it_does_not_show(tmp_path):
+    """The folder of images is the default's, `data/images`, and is not there."""
+    config = build.data_config(options.load("configs/interpolation.py"))
+    with pytest.raises(UserError, match="data/clips"):
+        pipeline.open_examples(config, batch_size=1)
+    assert latent_paths(dataclasses.replace(config, source="latents", path="here", image_path="there")) == ["here"]
 
 
 def test_tiny_trains_and_leaves_a_model_and_samples(tmp_path):

@@ -63,7 +63,7 @@ def image_case(name):
     return x, level, apply(image, params, x, level)
 
 
-@pytest.mark.parametrize("stage, frames", [("base", (1, 3)), ("vsr", (2,))])
+@pytest.mark.parametrize("stage, frames", [("base", (1, 3)), ("vsr", (1, 3))])
 def test_inflated_gives_what_the_image_model_gives(stage, frames, sd, x4, tmp_path):
     pretrained, name = (sd, "sd") if stage == "base" else (x4, "x4")
     assert run("inflate", "--stage", stage, "--pretrained", pretrained, "--out", tmp_path / "init") == 0
@@ -83,9 +83,10 @@ def test_inflated_interpolation_ignores_the_key_frames_at_first(base, tmp_path):
     unet = made.unet
     assert unet.config == STAGE_CONFIGS["interpolation"]
     x, _, expected = image_case("sd")
-    keys = draw("keys", 2, 4, 4, 6, 4)  # four different frames: they must not matter
-    video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, 4, axis=1), keys], axis=-1))
-    np.testing.assert_allclose(video, np.repeat(expected, 4, axis=1), rtol=1e-4, atol=1e-5)
+    for count in (1, 4):
+        keys = draw("keys", 2, count, 4, 6, 4)  # different frames: they must not matter
+        video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, count, axis=1), keys], axis=-1))
+        np.testing.assert_allclose(video, np.repeat(expected, count, axis=1), rtol=1e-4, atol=1e-5)
 
 
 def test_interpolation_of_a_small_base_samples_at_its_size(base, tmp_path):
@@ -119,6 +120,14 @@ def test_new_parameters_are_drawn_as_pytorch_draws_them(x4, tmp_path):
     biases = np.concatenate([a.ravel() for p, a in new.items() if "relative_attention_bias" in p])
     assert abs(biases.std() - 1) < 0.1
     assert all((a == 1).all() for p, a in new.items() if p.endswith("scale"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "other", "needed"), [("base", "x4", "Stable Diffusion"), ("vsr", "sd", "x4-upscaler")]
+)
+def test_a_model_of_another_kind_is_not_inflated(stage, other, needed, sd, x4, tmp_path, capsys):
+    code = run("inflate", "--stage", stage, "--pretrained", {"x4": x4, "sd": sd}[other], "--out", tmp_path / "out")
+    assert needed in refused(capsys, tmp_path / "out", code)
 
 
 def test_inflation_is_strict(sd, tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
     config = config_of(video_weights=((0, (1, 0)), (2, (1, 1))), stills=("moving_shapes",))
 
     def run(count, **where):
-        stream = pipeline.batches(config, None, batch_size=4, **where)
+        stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
         try:
             return [next(stream) for _ in range(count)]
         finally:

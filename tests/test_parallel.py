@@ -30,7 +30,9 @@ def test_mesh_refuses_what_does_not_fit(axes):
         ("params/unet/mid_block/attentions_0/transformer_blocks_0/attn1/to_q/kernel", (8, 8), P("fsdp", "tensor")),
         ("opt_state/1/0/mu/unet/mid_block/attn1/to_out_0/kernel", (8, 8), P("tensor", "fsdp")),
         ("ema/unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 8, 16), P(None, None, None, "fsdp")),
-        ("params/unet/conv_out/kernel", (3, 3, 8, 3), P(None, None, None, None)),  # 3 channels cannot be split
+        ("params/unet/conv_out/kernel", (3, 3, 8, 3), P(None, None, "fsdp", None)),  # 3 channels cannot be split
+        ("params/unet/conv_in/kernel", (3, 3, 5, 3), P(None, None, None, None)),
+        ("params/unet/ff/net_0/proj/kernel", (5, 8), P(None, "tensor")),  # both axes are spoken for
         ("params/unet/conv_in/bias", (16,), P(None)),
         ("step", (), P()),
     ],
@@ -75,6 +77,29 @@ def test_batch_is_split_over_data_and_fsdp():
     mesh = parallel.make_mesh(data=2, fsdp=4)
     batch = parallel.put_batch({"video": np.zeros((8, 2, 4, 4, 3), np.float32)}, mesh)
     assert batch["video"].addressable_shards[0].data.shape == (1, 2, 4, 4, 3)
+
+
+def test_a_host_brings_the_rows_that_its_devices_hold():
+    assert parallel.local_rows(16, parallel.make_mesh(data=2, fsdp=4)) == list(range(16))
+    half = jax.sharding.NamedSharding(parallel.make_mesh(data=2, fsdp=4), P(("data", "fsdp")))
+    held = {s.device: s.index[0] for s in jax.device_put(jnp.arange(16), half).addressable_shards}
+    assert sorted((rows.start, rows.stop) for rows in held.values()) == [(i, i + 2) for i in range(0, 16, 2)]
+
+
+def test_hosts_that_differ_are_told_in_what(monkeypatch):
+    """The other host's digests are simulated; tests/test_train.py has two real ones."""
+    ours, theirs = {"config.seed": 0, "code": "a", "data": "x"}, {"config.seed": 1, "code": "a", "data": "y"}
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda x: sent.append(x) or np.stack([x, x]))
+    parallel.check_agreement(theirs)
+    others = iter(list(sent))
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda x: np.stack([x, next(others)]))
+    with pytest.raises(UserError, match=r"differ in config.seed, data; on host 0: config.seed = 0, data = x"):
+        parallel.check_agreement(ours)
+    others = iter(list(sent))
+    with pytest.raises(UserError, match="differ in the fields of their configs"):
+        parallel.check_agreement({**ours, "config.more": 1})
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2), (0, 1), (8, 0)])

@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory):
 
 
 def take(count, config=SMALL, tokenizer=None, batch_size=4, **where):
-    stream = pipeline.batches(config, tokenizer, batch_size=batch_size, **where)
+    stream = pipeline.batches(pipeline.open_examples(config, batch_size=batch_size), tokenizer, **where)
     try:
         return [next(stream) for _ in range(count)]
     finally:
@@ -79,17 +79,16 @@ def test_a_resumed_stream_goes_on_where_it_was(tokenizer):
 def test_worker_processes_give_the_same_batches_as_none(tokenizer):
     whole = take(4, tokenizer=tokenizer)
     assert_same(take(3, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
-    mine = take(2, tokenizer=tokenizer, start_step=1, workers=1, process_index=1, process_count=2)
-    assert_same(mine, take(2, tokenizer=tokenizer, start_step=1, process_index=1, process_count=2))
+    mine = take(2, tokenizer=tokenizer, start_step=1, workers=1, rows=[1, 3])
+    assert_same(mine, [{key: rows[[1, 3]] for key, rows in batch.items()} for batch in whole[1:3]])
 
 
 def test_processes_share_the_batch_of_one(tokenizer):
     whole = take(3, tokenizer=tokenizer)
-    parts = [take(3, tokenizer=tokenizer, process_index=p, process_count=2) for p in range(2)]
-    for batch, *shares in zip(whole, *parts):
-        for key in batch:
-            joined = np.stack([share[key] for share in shares], axis=1).reshape(batch[key].shape)
-            np.testing.assert_array_equal(joined, batch[key], err_msg=key)
+    for mine in ([0, 3], [1, 2], [2]):
+        for batch, share in zip(whole, take(3, tokenizer=tokenizer, rows=mine)):
+            for key in batch:
+                np.testing.assert_array_equal(share[key], batch[key][mine], err_msg=key)
 
 
 def test_the_seed_changes_the_data_and_the_split_too():
@@ -156,12 +155,7 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
 )
 def test_wrong_settings_are_refused_at_once(change, message):
     with pytest.raises(UserError, match=message):
-        pipeline.batches(dataclasses.replace(SMALL, **change), None, batch_size=4)
-
-
-def test_a_batch_that_the_processes_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="batch of 6 cannot be divided among 4"):
-        pipeline.batches(SMALL, None, batch_size=6, process_count=4)
+        pipeline.open_examples(dataclasses.replace(SMALL, **change), batch_size=4)
 
 
 # ---- a folder of videos ----
@@ -266,19 +260,23 @@ def test_an_images_folder_gives_the_images(folder, tmp_path):
 )
 def test_an_unusable_video_folder_is_refused_at_once(folder, change, batch_size, message):
     with pytest.raises(UserError, match=message):
-        pipeline.batches(config_of(folder, **change), None, batch_size=batch_size)
+        pipeline.open_examples(config_of(folder, **change), batch_size=batch_size)
 
 
 def test_a_folder_without_captions_is_refused_and_says_so(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="of 1 videos 1 have no caption .clip.mp4 needs clip.txt"):
-        pipeline.batches(config_of(tmp_path), None, batch_size=1)
+        pipeline.open_examples(config_of(tmp_path), batch_size=1)
 
 
 def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="no image .* of 1 images 1 have no caption"):
-        pipeline.batches(config_of(folder, image_path=str(tmp_path)), None, batch_size=1)
+        pipeline.open_examples(config_of(folder, image_path=str(tmp_path), images=1), batch_size=1)
+
+
+def test_a_folder_of_images_that_nobody_asks_for_is_not_opened(folder, tmp_path):
+    pipeline.open_examples(config_of(folder, image_path=str(tmp_path / "none"), images=0), batch_size=1)
 
 
 # ---- transforms ----

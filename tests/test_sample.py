@@ -167,6 +167,25 @@ def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
     }
 
 
+def test_parts_are_the_whole_and_the_sheet_comes_back_without_a_model(run, tmp_path, monkeypatch, capsys):
+    args = ("--prompt", PROMPT, "--prompt", "a blue square", "--num-videos", "2", "--format", "npz")
+    assert run(*args, "--part", "1/2", "--no-contact-sheet") == 0
+    stems = [f"{i:04d}-{name}-{seed}" for i, name in enumerate((slug(PROMPT), "a-blue-square")) for seed in (0, 1)]
+    assert names(tmp_path / "out") == {f"{stem}.{ending}" for stem in stems[1::2] for ending in ("npz", "json")}
+    assert run(*args, "--part", "0/2") == 0
+    assert names(tmp_path / "out") == {f"{s}.{e}" for s in stems for e in ("npz", "json")} | {
+        "contact-sheet-part-0.png"
+    }
+    monkeypatch.setattr(Cascade, "__init__", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
+    (tmp_path / "out" / f"{stems[0]}.npz").write_bytes(b"damaged since")
+    capsys.readouterr()
+    assert run(*args) == 0
+    assert f"{stems[0]}.npz cannot be read: delete it" in capsys.readouterr().err
+    sheet = np.asarray(Image.open(tmp_path / "out/contact-sheet.png"))
+    part = np.asarray(Image.open(tmp_path / "out/contact-sheet-part-0.png"))
+    assert sheet.shape[1] == part.shape[1] and sheet.shape[0] > part.shape[0]  # three rows, two
+
+
 def test_prompt_files_bring_their_own_seeds_and_negative_prompts(run, folder, tmp_path):
     lines = [{"prompt": PROMPT, "seed": 9, "negative_prompt": "a square"}, {"prompt": "a blue square"}]
     file = tmp_path / "prompts.jsonl"
@@ -428,6 +447,9 @@ BAD = {
     "prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt does not exist"),
     "weights": (["--weights", "nowhere"], "nowhere does not exist"),
     "out": (["--out", "{file}/below"], "is a file"),
+    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is no folder of this machine"),
+    "part": (["--part", "2/2"], "part: I/N with I from 0 to N-1 is needed"),
+    "PyTorch file for a folder": (["--weights", "{file}"], "PyTorch files become one by convert_torch.py import"),
 }
 
 

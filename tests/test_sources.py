@@ -146,11 +146,22 @@ def test_the_splits_share_no_record(kind, stores):
 @pytest.mark.parametrize("kind", sources.KINDS)
 def test_a_batch_is_refused_that_has_more_clips_than_there_are(kind, stores):
     with pytest.raises(UserError, match="batch of 6 needs as many clips; .* has 5 to train on"):
-        pipeline.batches(config_of(kind, stores), None, batch_size=6)
+        pipeline.open_examples(config_of(kind, stores), batch_size=6)
+
+
+def test_a_part_of_a_mixture_is_refused_that_has_fewer_clips_than_its_share(stores):
+    parts = (f"video_folder:{stores['video_folder'][0]}", "moving_shapes")
+    config = DataConfig(
+        source="mixture", videos=parts, frames=2, images=0, height=16, width=16,
+        video_weights=((0, (1, 9)), (5, (1, 1))),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="of 12, of which 6 are its share, .* 'video_folder:.* has 5 to train on"):
+        pipeline.open_examples(config, batch_size=12)
+    pipeline.open_examples(config, batch_size=10)
 
 
 def batches(config, count, **where):
-    stream = pipeline.batches(config, None, batch_size=4, **where)
+    stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
     try:
         return [next(stream) for _ in range(count)]
     finally:
@@ -168,13 +179,12 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
     )  # fmt: skip
     whole = batches(config, 5)
     again = batches(config, 3, start_step=2, workers=1)
-    halves = [batches(config, 5, process_index=p, process_count=2) for p in range(2)]
+    halves = [batches(config, 5, rows=rows) for rows in (range(2), range(2, 4))]
     for step, batch in enumerate(whole):
         for key in ("video", "images"):
             if step >= 2:
                 np.testing.assert_array_equal(again[step - 2][key], batch[key])
-            np.testing.assert_array_equal(halves[0][step][key], batch[key][::2])
-            np.testing.assert_array_equal(halves[1][step][key], batch[key][1::2])
+            np.testing.assert_array_equal(np.concatenate([half[step][key] for half in halves]), batch[key])
 
 
 def test_images_alone_need_no_clips(stores):

@@ -211,10 +211,12 @@ def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch
     state, frozen = make_state(started(task), task, tx), task.frozen
     update, held_out = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9)), jax.jit(task.held_out)
     data, ids = build.data_config(config), load_tokenizer(tokenizer)
-    with contextlib.closing(pipeline.batches(build.held_out_data(data), ids, batch_size=4)) as rows:
+    with contextlib.closing(
+        pipeline.batches(pipeline.open_examples(build.held_out_data(data), batch_size=4), ids)
+    ) as rows:
         unseen = next(rows)
     before = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]
-    with contextlib.closing(pipeline.batches(data, ids, batch_size=4)) as rows:
+    with contextlib.closing(pipeline.batches(pipeline.open_examples(data, batch_size=4), ids)) as rows:
         for _, batch in zip(range(STEPS), rows):
             state, losses = update(state, frozen, batch)
     after = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]

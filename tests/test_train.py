@@ -43,9 +43,7 @@ def toy_task(regime: str = "joint", images_only: bool = False) -> Task:
         return value, {"draw": jax.random.normal(rng)}
 
     bias = {"bias": jnp.ones(2)}
-    params = {
-        "unet": {"conv": {"kernel": jnp.ones((3, 2))}, "attn_temporal": bias, "motion_embedding_temporal": bias}
-    }
+    params = {"unet": {"conv": {"kernel": jnp.ones((3, 2))}, "attn_temporal": bias, "motion_embedding_temporal": bias}}
     return Task(
         init=lambda rng: params, start=None, frozen={"target": jnp.arange(2.0)}, loss=loss, held_out=loss,
         export=lambda *_: None, regime=regime, images_only=images_only,
@@ -282,7 +280,7 @@ def test_two_hosts_train_together_stop_together_and_one_goes_on(train, tmp_path)
         for i in range(2)
     ]  # fmt: skip
     deadline = time.monotonic() + 600
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 4:
         assert [host.poll() for host in hosts] == [None, None] and time.monotonic() < deadline
         time.sleep(0.05)
     hosts[1].send_signal(signal.SIGTERM)
@@ -296,6 +294,29 @@ def test_two_hosts_train_together_stop_together_and_one_goes_on(train, tmp_path)
     alone = train(config, tmp_path, **fields, steps=at + 1)
     _, err = alone.communicate(timeout=600)
     assert alone.returncode == 0 and f"resumed at step {at} of {at + 1}" in err, err
+
+    finished(train(config, tmp_path / "one", log_every=1, steps=3))  # one host, one device, from the start
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path)):
+        assert one["step"] == two["step"]
+        assert one.get("loss") == pytest.approx(two.get("loss"), rel=1e-4)
+
+
+def test_hosts_that_were_started_differently_stop_and_say_so(train, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = [
+        train(
+            "configs/moving_shapes/vae.py:tiny", tmp_path / "run",
+            {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)},
+            distributed=True, seed=i,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    for i, (host, error) in enumerate(zip(hosts, errors)):
+        assert host.returncode == 2 and f"differ in config.seed; on host {i}: config.seed = {i}" in error, error
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
@@ -312,7 +333,9 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
     )
     state = jax.device_get(make_state(params, task, tx))
     with contextlib.closing(
-        pipeline.batches(pipeline.DataConfig(**config.data), load_tokenizer(tokenizer), batch_size=8)
+        pipeline.batches(
+            pipeline.open_examples(pipeline.DataConfig(**config.data), batch_size=8), load_tokenizer(tokenizer)
+        )
     ) as data:
         batches = [next(data) for _ in range(10)]
 

@@ -26,7 +26,7 @@ def get_config(mode: str = "") -> ConfigDict:
     common.check_mode(mode, ("cpu", "tiny"))
     config = base.get_config(mode)
     config.stage = "interpolation"
-    config.init_from = "" if mode == "tiny" else "lavie_jax/assets/base"
+    config.init_from = "lavie_jax/assets/base" if mode == "cpu" else ""  # the shipped one is of that size
     config.inflate = True  # what init_from holds is a base model: its spatial weights are taken over
     config.train_text_encoder = mode == "tiny"  # from random weights, there is none to start from
     config.unet.in_channels = 8

@@ -27,10 +27,11 @@ def get_config(mode: str = "") -> ConfigDict:
         config.batch = {"": 64, "cpu": 16}[mode]
         config.steps = {"": 600, "cpu": 300}[mode]
         config.optimizer.kind = "adamw"  # the embedding was found with it
-        config.optimizer.learning_rate, config.optimizer.warmup = 1e-2, 10
+        # At twice this rate it may drown all else for good: one run of three did (docs/moving_shapes.md).
+        config.optimizer.learning_rate, config.optimizer.warmup = 5e-3, 20
         config.optimizer.weight_decay = 0.0
-        # High noise, where motion is decided; with none of the rest the embedding would drown what is known there.
-        config.loss.logit_normal = (1.0, 1.3)
+        # High noise, where motion is decided, and enough of the rest that the embedding leaves it alone.
+        config.loss.logit_normal = (0.5, 1.5)
         config.ema_decay = 0.95
         config.held_out_every = config.checkpoint_every = config.sample_every = 100
     return config

@@ -32,6 +32,8 @@ def get_config(mode: str = "") -> ConfigDict:
     config.inflate = True  # what init_from holds is the image upscaler: temporal layers change nothing at first
     config.regime = "joint" if mode == "tiny" else "temporal_only"
     config.train_text_encoder = mode == "tiny"  # from random weights, there is none to start from
+    if not mode:
+        config.text_encoder = base.get_config("cpu").text_encoder  # the shipped one, whatever else the mode enlarges
     config.unet = ConfigDict(
         {
             "in_channels": 7,

@@ -91,7 +91,10 @@ def stage_folders(
         if path == SHIPPED and not found:
             raise UserError(f"no model is shipped in {path} yet: give a weights folder with --weights")
         if (path / "config.json").exists() or not found:
-            found = {stages[0] if stages and len(stages) == 1 else load_folder(path, params=False).stage: path}
+            stage = stages[0] if stages and len(stages) == 1 else load_folder(path, params=False).stage
+            if stage not in STAGES:
+                raise UserError(f"{path} holds a {stage}, which makes no videos by itself; {', '.join(STAGES)} do")
+            found = {stage: path}
     found |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
     return {stage: found[stage] for stage in STAGES if stage in found}
 
@@ -279,8 +282,8 @@ class Cascade:
             later = list(settings)[number:]
             for job in jobs:  # what comes after it may be on the shelf already
                 job.needed = all(job.shelf.get(name) is None for name in later)
-            for job, frames in zip(jobs, self._stage(stage, jobs, settings[stage], batch_size, progress)):
-                job.source = frames
+            for job, _ in zip(jobs, self._stage(stage, jobs, settings[stage], batch_size, progress)):
+                job.before = stage
         for job in jobs:
             job.needed = True
         yield from self._stage(last, jobs, settings[last], batch_size, progress)

@@ -33,12 +33,18 @@ class Request:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One sample in work: what a stage starts from, and where its results are kept."""
+    """One sample in work: the user's clip, where results are kept, and the stage that is done (`before`)."""
 
     request: Request
     shelf: Memory
-    source: UInt8[np.ndarray, "t h w 3"] | None
+    clip: UInt8[np.ndarray, "t h w 3"] | None
+    before: str | None = None
     needed: bool = True
+
+    @property
+    def source(self) -> UInt8[np.ndarray, "t h w 3"] | None:
+        """What the next stage starts from. Not kept open: a system gives a process a few hundred files."""
+        return self.clip if self.before is None else self.shelf.get(self.before)
 
 
 def run_stage(

@@ -77,6 +77,11 @@ class DataConfig:
         return self.full_height or self.height, self.full_width or self.width
 
     @property
+    def pictures(self) -> bool:
+        """Whether batches hold pictures, beside clips or in their place."""
+        return bool(self.images or self.handheld or not self.frames)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """(H, W) of the batches that there are."""
         return tuple((height, width) for height, width in self.buckets) or ((self.height, self.width),)
@@ -156,8 +161,9 @@ def _kinds(config: DataConfig) -> list[tuple[str, str | None]]:
     """(kind, path) of all that batches are made of."""
     if config.source == "mixture":
         return [*_split_kinds(config.videos + config.stills)]
-    clips = [(config.source, config.path)] if config.path or not config.image_path else []
-    return clips + ([(config.image_source or config.source, config.image_path)] if config.image_path else [])
+    image_path = config.image_path if config.pictures else None
+    clips = [(config.source, config.path)] if config.path or not image_path else []
+    return clips + ([(config.image_source or config.source, image_path)] if image_path else [])
 
 
 def make_source(config: DataConfig, *, batch_size: int = 1) -> Source | Buckets:
@@ -248,13 +254,18 @@ def _bucket_sources(config: DataConfig) -> list[tuple[Size, Source]]:
         for records, medium in zip(opened, ("video", "image"))
     ]
     sources = [((c.height, c.width), _record_source(c, *mine)) for c, *mine in zip(each, *divided)]
-    for size, source in sources:
-        if len(source) and config.images and source.pictures is not None and not len(source.pictures):
-            raise UserError(
-                f"the bucket {size_name(size)} has clips and no image whose shape is nearest to it: add some, or leave "
-                "the bucket out of data.buckets"
-            )
-    return sources
+    bare = [
+        size
+        for size, source in sources
+        if len(source) and config.images and source.pictures is not None and not len(source.pictures)
+    ]
+    # Held-out images are few: a bucket without any is not measured.
+    if bare and (config.split == "train" or len(bare) == len([size for size, source in sources if len(source)])):
+        raise UserError(
+            f"the bucket {size_name(bare[0])} has clips and no image whose shape is nearest to it in split "
+            f"{config.split!r}: add some, or leave the bucket out of data.buckets"
+        )
+    return [(size, source) for size, source in sources if size not in bare]
 
 
 def _kind(config: DataConfig, clips: tuple[str, str | None], images: tuple[str, str | None]) -> str:
@@ -281,7 +292,8 @@ def _paths(
     config: DataConfig, clips: tuple[str, str | None], images: tuple[str, str | None]
 ) -> tuple[str | None, str | None]:
     """Where clips and images are; None of what is not needed."""
-    return clips[1] if config.frames or images[1] is None else None, images[1]
+    pictures = images[1] if config.pictures else None
+    return clips[1] if config.frames or pictures is None else None, pictures
 
 
 def _moving_shapes(config: DataConfig) -> MovingShapes:

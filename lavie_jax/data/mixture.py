@@ -43,6 +43,11 @@ def shares_at(weights: Weights, step: int) -> tuple[float, ...]:
     return tuple(w / sum(row) for w in row)
 
 
+def largest_shares(weights: Weights) -> tuple[float, ...]:
+    """The largest share that each part has at any step."""
+    return tuple(max(shares) for shares in zip(*(shares_at(weights, step) for step, _ in weights)))
+
+
 def _counts(number: int, shares: Sequence[Fraction]) -> list[int]:
     """How many of the first `number` examples come from each part."""
     counts, rest, left = [], number, Fraction(1)
@@ -63,7 +68,7 @@ def _part_of(number: int, shares: Sequence[Fraction]) -> int:
 class Order:
     """Which part each example comes from: parts in turn by their shares, then shuffled within each batch.
 
-    The shuffle spreads a slow part over all processes, which take every P-th example.
+    The shuffle spreads a slow part over all processes, each of which makes some rows of a batch.
 
     Attributes:
       weights: see `check_weights`.

@@ -1,15 +1,18 @@
 """Batches for training: `batches(...)` gives dicts of numpy arrays from a step on, for ever.
 
 Example i of the global stream is a pure function of (config, i): the clip, the stills beside it, the random
-crop and the dropped captions. Process p of P takes examples p, p + P, ... and the position in the data is
-the step, one integer: any number of worker processes gives the same batches, and a resumed run starts at
-`start_step`. grain runs the worker processes; without workers a thread of this process does the same work,
-and grain is not imported.
+crop and the dropped captions. Row r of step s is example s B + r, and a process makes the rows that its devices
+hold. So the position in the data is the step, one integer, and a batch is the same for any number of processes
+and of their workers; a resumed run starts at `start_step`. grain runs the workers; without them a thread of this
+process does the same work, and grain is not imported.
 """
 
 import dataclasses
 import functools
+import hashlib
+import math
 import queue
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +22,7 @@ from absl import logging
 from lavie_jax.data import tokens, transforms
 from lavie_jax.data.buckets import Buckets
 from lavie_jax.data.config import DataConfig, latent_paths, make_source, mixture_weights
+from lavie_jax.data.mixture import Mixture, largest_shares
 from lavie_jax.data.sources import Item, Source
 from lavie_jax.errors import UserError
 
@@ -27,13 +31,25 @@ _EXAMPLES = 2**50  # endless, and still far from overflow after slicing and batc
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The global stream of examples as a random-access source, for grain or a plain loop."""
+    """The global stream of examples as a random-access source; `batch` of them are a step's."""
 
     config: DataConfig
     source: Source | Buckets
+    batch: int = 1
 
     def __len__(self) -> int:
         return _EXAMPLES
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the number of clips and of the first example, by which hosts tell whether they have one data set.
+
+        UserError when the example cannot be read.
+        """
+        digest = hashlib.sha256(str(len(self.source)).encode())
+        for name, value in sorted(self[0].items()):
+            digest.update(name.encode())
+            digest.update(value.tobytes() if isinstance(value, np.ndarray) else str(value).encode())
+        return digest.hexdigest()
 
     @functools.cached_property
     def encoded(self) -> bool:
@@ -87,16 +103,36 @@ def _collate(examples: Sequence[dict]) -> dict:
     return {key: np.stack(rows) if isinstance(rows[0], np.ndarray) else rows for key, rows in columns.items()}
 
 
-def _plain(examples: Examples, local: int, start: int, process: int, processes: int) -> Iterator[dict]:
+@dataclasses.dataclass(frozen=True)
+class _Mine:
+    """Of the examples of every step only the `rows` of this process, one after the other."""
+
+    examples: Examples
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.examples.batch * len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        step, place = divmod(int(index), len(self.rows))
+        return self.examples[step * self.examples.batch + self.rows[place]]
+
+
+def _plain(mine: _Mine, start: int) -> Iterator[dict]:
     """What `_grain` gives, in this thread."""
-    step = start
+    count, step = len(mine.rows), start
     while True:
-        first = step * local
-        yield _collate([examples[process + processes * (first + i)] for i in range(local)])
+        yield _collate([mine[step * count + i] for i in range(count)])
         step += 1
 
 
-def _grain(examples: Examples, local: int, start: int, process: int, processes: int, workers: int) -> Iterator[dict]:
+def _leave_signals_to_the_run(*_: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM reach the whole group, and the run still needs data until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _grain(mine: _Mine, start: int, workers: int) -> Iterator[dict]:
     """Batches by grain's worker processes, in order."""
     try:
         import grain  # needed by those who ask for workers only
@@ -107,11 +143,10 @@ def _grain(examples: Examples, local: int, start: int, process: int, processes: 
     # grain's workers read absl flags, which a program that never parses them leaves unparsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    dataset = grain.MapDataset.source(examples)[process::processes]
-    dataset = dataset.batch(local, drop_remainder=True, batch_fn=_collate)[start:]
+    dataset = grain.MapDataset.source(mine).batch(len(mine.rows), drop_remainder=True, batch_fn=_collate)[start:]
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(dataset.to_iter_dataset(read).mp_prefetch(options))
+    return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_leave_signals_to_the_run))
 
 
 def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
@@ -151,52 +186,70 @@ def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
         thread.join(timeout=5)
 
 
+def open_examples(config: DataConfig, *, batch_size: int) -> Examples:
+    """The examples that a config names, `batch_size` a step, of all processes together.
+
+    Raises UserError for data that cannot be read, and with fewer clips than a batch.
+    """
+    if batch_size < 1:
+        raise UserError(f"a batch holds at least 1 example; given {batch_size}")
+    source = make_source(config, batch_size=batch_size)
+    if config.split == "train":  # held-out clips may come again
+        _check_enough(config, source, batch_size)
+    if isinstance(source, Buckets):
+        # A warning, because a run must show what it compiles.
+        logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
+    return Examples(config, source, batch_size)
+
+
+def _check_enough(config: DataConfig, source: Source | Buckets, batch_size: int) -> None:
+    """Refuses a set of clips, or a part of a mixture, that would show a clip twice in a step."""
+    where = config.path or config.image_path or ", ".join(config.videos + config.stills)
+    parts = [(where, source, batch_size)]
+    if isinstance(source, Mixture) and config.frames:
+        shares = largest_shares(source.video_order.weights)
+        parts = [(name, part, math.ceil(batch_size * w)) for name, part, w in zip(config.videos, source.videos, shares)]
+    for name, part, needed in parts:
+        if len(part) < needed:
+            share = f", of which {needed} are its share," if needed < batch_size else ""
+            raise UserError(
+                f"a batch of {batch_size}{share} needs as many clips; {name!r} has {len(part)} to train on"
+            )
+
+
 def batches(
-    config: DataConfig,
+    examples: Examples,
     tokenizer,
     *,
-    batch_size: int,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches `start_step`, `start_step` + 1, ... of this process, without end.
 
     Args:
-      config: what a batch holds.
+      examples: what batches are made of (`open_examples`).
       tokenizer: a CLIP tokenizer (`lavie_jax.data.tokens`), or None for batches without tokens (a VAE's).
-      batch_size: examples of all processes together.
+      rows: those that this process makes of each batch (`parallel.local_rows`); default: all.
       start_step: the first batch's number; a resumed run gives the step it resumes at.
-      process_index, process_count: this process among those that share a batch.
       workers: worker processes, by grain; 0 is a thread of this process.
       prefetch: batches that are made ahead.
 
     Returns an iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise,
-    `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, B = batch_size / process_count; of sets of latents, all
+    `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, B = the number of `rows`; of sets of latents, all
     float32, `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
     `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Close it to end
-    its thread and workers. Raises UserError, at once, for a batch that the processes do not divide, data
-    that cannot be read, and a folder with fewer clips than a batch.
+    its thread and workers.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} cannot be divided among {process_count} processes")
     if workers < 0 or prefetch < 1 or start_step < 0:
         raise UserError(
             f"workers and start_step are at least 0 and prefetch 1; given {workers}, {start_step}, {prefetch}"
         )
-    source = make_source(config, batch_size=batch_size)
-    if config.split == "train" and len(source) < batch_size:  # held-out clips may come again
-        where = config.path or config.image_path or ", ".join(config.videos + config.stills)
-        raise UserError(f"a batch of {batch_size} needs as many clips; {where!r} has {len(source)} to train on")
-    if isinstance(source, Buckets):
-        # A warning, because a run must show what it compiles.
-        logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
-    stream = Examples(config, source), batch_size // process_count, start_step, process_index, process_count
-    raw = _grain(*stream, workers) if workers else _plain(*stream)
+    mine = _Mine(examples, range(examples.batch) if rows is None else rows)
+    raw = _grain(mine, start_step, workers) if workers else _plain(mine, start_step)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)
-    watched = _watched(raw, config, start_step)
+    watched = _watched(raw, examples.config, start_step)
     return _prefetched(_arrays(watched, ids), prefetch)
 
 

@@ -58,11 +58,7 @@ class ShardRecords:
         place = int(self.indices[index])
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
         name = f"{self.paths[shard]}[{place - self.starts[shard]}]"
-        try:
-            packed = self.reader[place]
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{name}: cannot be read: {error}") from error
-        return name, unpack(packed, name)
+        return name, _fields(self.reader, place, name)
 
     def listed_sizes(self) -> list[tuple[int, int]] | None:
         """(height, width) of each record, where the curation wrote a list beside every shard; else None."""
@@ -93,6 +89,15 @@ def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"the shard {os.fspath(path)!r} is cut short or damaged: {error}. Leave it out.") from error
     return array_record_data_source.ArrayRecordDataSource([path for path, _ in counts]), counts
+
+
+def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
+    """All that the record at `place` holds."""
+    try:
+        packed = reader[place]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from error
+    return unpack(packed, name)
 
 
 def unpack(packed: bytes, name: str) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: str) -
     for path, count in counts:
         if not count:
             raise UserError(f"the shard {path!r} has no records: leave it out")
-        fields = sorted(unpack(reader[start], f"{path}[0]"))
+        fields = sorted(_fields(reader, start, f"{path}[0]"))
         if not {medium, "caption"} <= set(fields):
             raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; needed are {medium} and caption")
         if first is not None and fields != first[1]:

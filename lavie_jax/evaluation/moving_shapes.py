@@ -170,7 +170,7 @@ def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], 
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
         return sampling, lambda samples: _reconstructed(weights, samples)
-    pipe = cascade.load(weights)
+    pipe = cascade.load(weights, stages=("base",))
     return pipe.base.weights.sampling, lambda samples: _generated(pipe, samples, args)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import unicodedata
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -202,14 +203,18 @@ class Output:
             _remove(path)
 
     def read(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """The sample, from the most exact of its files."""
-        if (path := self.path("npz")).exists():
-            with np.load(path) as arrays:
-                return arrays["video"]
-        if (path := self.path("png")).exists():
-            pages = sorted(path.glob("*.png")) if path.is_dir() else [path]
-            return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
-        return read_video(next(path for name in ("mp4", "gif") if (path := self.path(name)).exists()))
+        """The sample, from the most exact of its files. UserError when that is damaged."""
+        path = next(path for name in ("npz", "png", "mp4", "gif") if (path := self.path(name)).exists())
+        try:
+            if path.suffix == ".npz":
+                with np.load(path) as arrays:
+                    return arrays["video"]
+            if path == self.path("png"):
+                pages = sorted(path.glob("*.png")) if path.is_dir() else [path]
+                return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
+            return read_video(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read: delete it, and the same command makes it anew") from error
 
 
 def _read_request(path: Path) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ class Settings:
         for name in [*defaults, *given]:
             if name not in names:
                 raise UserError(f"sampling settings: unknown {name!r}{suggest(name, names)}")
-        values = {**defaults, **{n: v for n, v in given.items() if v is not None}}
+        values = {n: v for group in (defaults, given) for n, v in group.items() if v is not None}
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
         if missing := [n for n in required if n not in values]:
             raise UserError(f"sampling settings: the weights' config.json has no {', '.join(missing)}")

@@ -17,12 +17,17 @@ EMPTY = 250  # a moment at which a clip has no frame: the sheet's own white
 
 
 class ContactSheets:
-    """`OUT/contact-sheet.png`, a row for each sample or each of its stages; after `ROWS` comes contact-sheet-2.png."""
+    """`OUT/{stem}.png`, a row for each sample or each of its stages; after `ROWS` comes `OUT/{stem}-2.png`."""
 
     ROWS = 24
 
-    def __init__(self, folder: Path):
-        self.folder, self.count, self.rows = folder, 0, []
+    def __init__(self, folder: Path, stem: str = "contact-sheet"):
+        self.folder, self.stem, self.count, self.rows = folder, stem, 0, []
+
+    @property
+    def first(self) -> Path:
+        """The first page."""
+        return self.folder / f"{self.stem}.png"
 
     def add(self, clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]], prompt: str) -> None:
         """A sample: {name: frames} of its clips, from the one that it started from to the last stage's.
@@ -42,9 +47,9 @@ class ContactSheets:
         """Write the rows that are waiting."""
         if self.rows:
             self.count += 1
-            name = "contact-sheet.png" if self.count == 1 else f"contact-sheet-{self.count}.png"
+            path = self.first if self.count == 1 else self.folder / f"{self.stem}-{self.count}.png"
             videos, captions = zip(*self.rows)
-            contact_sheet(videos, captions, self.folder / name, columns=COLUMNS)
+            contact_sheet(videos, captions, path, columns=COLUMNS)
             self.rows = []
 
 

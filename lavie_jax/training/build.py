@@ -1,6 +1,7 @@
 """From a config (`configs/`) to the task that it describes: models, their first parameters, the loss."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ def load_origin(config: Any, scratch: Path) -> Origin:
         frozen["text_encoder"] = text
     elif start is not None:
         start["text_encoder"] = text
-    if tokenizer is None:
+    if tokenizer is not None:  # every export writes it, whatever becomes of the folder that it came from
+        tokenizer = shutil.copytree(tokenizer, scratch / "tokenizer")
+    else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
         tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
         known = len(tokens.load_tokenizer(tokenizer))

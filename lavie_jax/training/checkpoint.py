@@ -51,7 +51,8 @@ class Checkpoints:
       keep: how many of the newest are kept, at least 1.
       best: how many more of those with the lowest `held_out` are kept, however old.
       every: multiples of this step are kept for ever; 0 = none.
-      restore_step: go back to this step; newer checkpoints are set aside, not deleted. None = the newest.
+      restore_step: go back to this step; newer checkpoints are set aside, not deleted, and put back where it cannot be
+        restored. None = the newest.
 
     Raises:
       UserError: the checkpoint to resume from is incomplete or not there; names those that are.
@@ -59,11 +60,14 @@ class Checkpoints:
 
     def __init__(self, path: Path, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
         self._path = path.absolute()
-        aside = _choose(self._path, restore_step)
+        self._aside: dict[Path, Path] = {}  # {its name now: its name}, until the run goes on without them
+        chosen = _choose(self._path, restore_step)
         _all_hosts("checkpoints: chosen")
         if jax.process_index() == 0:
-            for step, why in aside.items():
-                _set_aside(self._path / str(step), why)
+            for step, why in chosen.items():
+                before = self._path / str(step)
+                now = before.with_name(f"{why}-{step}-{os.getpid()}")
+                self._aside[before.rename(now)] = before
         _all_hosts("checkpoints: set aside")
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(keep)]
@@ -138,6 +142,9 @@ class Checkpoints:
                     "give the same value to resume it, or another --workdir to start a new run."
                 )
         state = self._read(step, state=ocp.args.StandardRestore(_lasting(abstract))).state
+        for now, before in self._aside.items():
+            logging.warning("checkpoint %s is not gone on with; moved to %s", before, now.name)
+        self._aside.clear()
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
         return state | {k: parallel.put(np.zeros(x.shape, x.dtype), x.sharding) for k, x in counters.items()}
 
@@ -157,9 +164,12 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits for the last save."""
+        """Waits for the last save. Checkpoints that were set aside for one that was then refused are put back."""
         self.settle()
         self._manager.close()
+        for now, before in self._aside.items():
+            now.rename(before)
+        self._aside.clear()
 
 
 def _lasting(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,13 +229,6 @@ def _offer(steps: list[int]) -> str:
     if not steps:
         return "There is no other: complete the copy, or name another --workdir."
     return f"Complete the copy, or resume with --restore-step {max(steps)} (there are {', '.join(map(str, steps))})."
-
-
-def _set_aside(step: Path, why: str) -> None:
-    """Renames a step directory to a name that Orbax does not read."""
-    aside = step.with_name(f"{why}-{step.name}-{os.getpid()}")
-    logging.warning("checkpoint %s is %s; moved to %s", step, why, aside.name)
-    step.rename(aside)
 
 
 class Unsaved(RuntimeError):

@@ -6,11 +6,15 @@ The ConfigDict stops at the script: below it there are dataclasses and plain val
 """
 
 import ast
+import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lavie_jax
 from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.models.unet import REMAT
@@ -89,7 +93,7 @@ def check(config: Any, workdir: Path) -> None:
                   "held_out_batches", "sample_every", "keep_checkpoints", "skip_limit"):  # fmt: skip
         if config[field] < 1:
             raise UserError(f"config field {field!r} must be at least 1, not {config[field]}.")
-    for field in ("keep_best", "keep_every"):
+    for field in ("keep_best", "keep_every", "workers"):
         if config[field] < 0:
             raise UserError(f"config field {field!r} must be at least 0, not {config[field]}.")
     if config.prompts and config.stage != "base":
@@ -172,6 +176,16 @@ def fields(config: Any, prefix: str = "") -> list[str]:
         value = config[key]
         out += fields(value, f"{prefix}{key}.") if _is_group(value) else [prefix + key]
     return out
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """{name: value} of what hosts that train together have in common: every field, the code, the libraries."""
+    root, code = Path(lavie_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    values = {name: functools.reduce(lambda node, key: node[key], name.split("."), config) for name in fields(config)}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+    return {f"config.{name}": value for name, value in values.items()} | {"code": code.hexdigest()} | versions
 
 
 def _is_group(value: Any) -> bool:

@@ -157,11 +157,17 @@ def read_json(path: Path) -> dict:
 
 
 def _read_config(path: Path, stage: str | None) -> dict:
+    if path.is_file():
+        raise UserError(f"{path} is a file, no weights folder. PyTorch files become one by convert_torch.py import.")
     if not path.is_dir():
         raise UserError(f"weights folder {path} does not exist.")
     if not (path / "config.json").is_file():
-        inside = sorted(p.parent.name for p in path.glob("*/config.json"))
-        hint = f" It holds {', '.join(inside)}; name one of them." if inside else ""
+        inside = [name for name in (*CONTENTS, *CONFIGS) if (path / name / "config.json").is_file()]
+        hint = ""
+        if set(inside) & set(CONTENTS):
+            hint = f" It holds {', '.join(inside)}; name one of them."
+        elif inside:
+            hint = " It looks like one of diffusers, which becomes a weights folder by convert_torch.py import."
         raise UserError(f"{path} is no weights folder: it has no config.json.{hint}")
     config = read_json(path / "config.json")
     if "format_version" not in config or "stage" not in config:

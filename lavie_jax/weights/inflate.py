@@ -51,9 +51,23 @@ def inflate_pretrained(
     parts = import_image_parts(source, target.stage)
     image = import_part("unet", source.unet, image_config(source))
     refuse([line for part in (image, *parts.values()) for line in part.problems] + list(source.unknown))
+    _check_kind(pretrained, target.stage, image.config, parts["vae"].config.latent_channels)
     config = video_config(image.config, target.stage, parts["vae"].config.latent_channels)
     parts["unet"] = Imported(config, inflate(image.tensors, config, seed=seed), image.dialect, [])
     save(target, out, parts, source, share=share, overwrite=overwrite)
+
+
+def _check_kind(pretrained: Path, stage: str, unet: UNetConfig, latent_channels: int) -> None:
+    """Refuses an upscaler for the base stage, a model that is none for super-resolution, and others (inpainting)."""
+    wanted = {"base": (latent_channels, False, "Stable Diffusion 1.x"), "vsr": (latent_channels + 3, True,
+              "stable-diffusion-x4-upscaler")}  # fmt: skip
+    channels, levels, name = wanted[stage]
+    if (unet.in_channels, unet.num_class_embeds is not None) != (channels, levels):
+        has = "with" if unet.num_class_embeds is not None else "without"
+        raise UserError(
+            f"{pretrained} has a UNet of {unet.in_channels} input channels, {has} noise levels; the stage {stage} "
+            f"starts from {name}: {channels} channels, {'with' if levels else 'without'} them."
+        )
 
 
 def inflate_base(
