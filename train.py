@@ -39,10 +39,22 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
-from lavie_jax.training import build, checkpoint, disk, divergence, grids, lock, metrics, optimizer, options
+from lavie_jax.training import (
+    build,
+    checkpoint,
+    disk,
+    divergence,
+    grids,
+    lock,
+    metrics,
+    operations,
+    optimizer,
+    options,
+)
 from lavie_jax.training.step import make_state, make_update
 from lavie_jax.weights.folder import recover_folder
 
+SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the bar, beside losses
 HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
 
 
@@ -189,7 +201,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)
     window: list[Mapping[str, jax.Array]] = []
-    programs: set[tuple] = set()  # shapes of batches: one a bucket
+    programs: dict[tuple, float] = {}  # {shapes of batches: operations of a step}, one a bucket
+    peak = operations.peak(mesh, config.peak_tflops)
     last = step >= config.steps
     if last:  # the run before may have been killed between its last checkpoint and these
         export(held_out())
@@ -200,12 +213,14 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         with pace.waiting():
             batch = next(batches)
         shapes = tuple((name, x.shape) for name, x in batch.items())
+        placed = parallel.put_batch(batch, mesh)
         if compiles := shapes not in programs:
-            programs.add(shapes)
+            counted = (task, state["params"], frozen, placed, mesh)
+            programs[shapes] = operations.of_step(*counted, accumulate=config.accumulate) if peak else 0.0
             if data.buckets:
                 said = ", ".join(f"{name} {shape}" for name, shape in shapes)
                 say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {said}")
-        state, losses = update(state, frozen, parallel.put_batch(batch, mesh))
+        state, losses = update(state, frozen, placed)
         step += 1
         bar.update()
         window.append(losses)
@@ -215,15 +230,15 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
         watch.step(step, losses["skipped"], batch, state, wait=log)
-        pace.step(compiled=compiles)
+        pace.step(compiled=compiles, operations=programs[shapes])
         if log:
             applied = int(optimizer.updates_done(state["opt_state"]))
             values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(max(applied - 1, 0)))}
-            values |= pace.report(config.batch)
+            values |= pace.report(config.batch, peak) | metrics.memory()
             if values["skipped"]:
                 say(f"skipped {values['skipped']} of {len(window)} steps up to {step}: loss or gradients not finite")
             window.clear()
-            shown = [k for k in values if "loss" in k or k in ("psnr", "data_wait", "step_seconds_p95", "goodput")]
+            shown = [k for k in values if "loss" in k or k in SHOWN]
             bar.set_postfix({k: f"{values[k]:.3g}" for k in shown}, refresh=False)
             if writer:
                 writer.write(step, values)

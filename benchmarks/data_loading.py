@@ -195,9 +195,9 @@ def demand(rates: dict[str, float]) -> None:
     import jax.numpy as jnp
 
     from lavie_jax.planner.chips import CHIPS
-    from lavie_jax.planner.operations import count_operations
     from lavie_jax.planner.training import abstract_batch, abstract_origin
     from lavie_jax.training import build, optimizer, options
+    from lavie_jax.training.operations import count_operations
     from lavie_jax.training.step import make_state, make_update
 
     needs = {}

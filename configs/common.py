@@ -35,6 +35,8 @@ def training() -> ConfigDict:
     config.distributed = False  # True on pods: all hosts train together
     config.workers = 0  # processes that prepare data, by grain; 0 is a thread
 
+    config.peak_tflops = 0.0  # of a device, for the utilisation that is logged; 0: known for TPUs, else none is logged
+
     config.log_every = 50
     config.held_out_every = 500
     config.held_out_batches = 4

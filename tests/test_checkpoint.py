@@ -251,7 +251,7 @@ def test_pace_tells_steps_data_and_the_rest_apart(monkeypatch):
         with pace.waiting():
             now[0] += wait
         now[0] += work
-        pace.step(compiled=compiled)
+        pace.step(compiled=compiled, operations=6e12)
 
     step(1.0, 9.0, compiled=True)  # no step of training
     for work in (0.5, 1.5, 1.5, 3.5):
@@ -260,12 +260,25 @@ def test_pace_tells_steps_data_and_the_rest_apart(monkeypatch):
     now[0] += 6.0  # a checkpoint
     pace.resume()
     step(0.5, 0.5)
-    values = pace.report(batch=8)
+    values = pace.report(batch=8, peak=12e12)
     assert values == {
         "goodput": 10 / 34, "clips_per_second": 4.0, "step_seconds_p50": 2.0, "step_seconds_p95": pytest.approx(3.6),
-        "data_wait": 0.25,
+        "data_wait": 0.25, "mfu": 5 * 6e12 / 10 / 12e12,
     }  # fmt: skip
-    assert pace.report(batch=8) == {"goodput": 10 / 34}  # nothing since
+    assert pace.report(batch=8, peak=12e12) == {"goodput": 10 / 34}  # nothing since
+    step(0.0, 1.0)
+    assert "mfu" not in pace.report(batch=8, peak=0.0)
+
+
+def test_memory_is_told_where_devices_tell_it(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(None), Device({"peak_bytes_in_use": 3 * 2**30})])
+    assert metrics.memory() == {"memory_gib": 3.0}
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
+    assert metrics.memory() == {}
 
 
 def test_event_files_survive_a_full_disk(tmp_path, monkeypatch):

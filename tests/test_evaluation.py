@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import repeat
 
 from lavie_jax.data import moving_shapes as world
 from lavie_jax.diffusion.schedule import Schedule
@@ -13,7 +14,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.evaluation import cascade, fidelity, noise_levels
 from lavie_jax.evaluation import moving_shapes as evaluation
 from lavie_jax.evaluation.detectors import detect
-from tests.tiny import make_stage
+from tests.tiny import make_cascade, make_stage
 
 
 def samples(split, count):
@@ -229,6 +230,31 @@ def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message,
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_detectors_read_what_later_stages_made_of_the_base_s_frames():
+    base = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), np.uint8)
+    longer = np.zeros((13, 6, 8, 3), np.uint8)
+    longer[::4] = base
+    large = repeat(longer, "t h w c -> t (h a) (w b) c", a=4, b=4)
+    for made, stages in ((longer, ("base", "interpolation")), (large, ("base", "interpolation", "vsr"))):
+        np.testing.assert_array_equal(evaluation._as_base_makes_them(made, stages), base)
+
+
+@pytest.mark.parametrize("words", [["--stages", "base,vsr", "--truth"], ["--stages", "base,vsr", "--split", "image"]])
+def test_later_stages_are_for_sampled_videos(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(words)
+    assert stopped.value.code == 2 and "later ones are for sampled videos" in capsys.readouterr().err
+
+
+def test_prompts_are_followed_through_the_whole_cascade(tmp_path):
+    """With networks of random weights: it samples all stages and scores every row."""
+    folder, out = make_cascade(tmp_path / "cascade"), tmp_path / "result.json"
+    words = ["--weights", str(folder), "--stages", "base,interpolation,vsr", "--samples", "3", "--batch-size", "2"]
+    evaluation.main([*words, "--split", "val", "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["splits"]["val"]["all"]["n"] == 3 and result["stages"] == ["base", "interpolation", "vsr"]
 
 
 # ---- noise levels ----

@@ -20,7 +20,7 @@ KNOWS = {
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
     "cascade": GROUND | MIDDLE | {"samples"},
     "training": GROUND | MIDDLE | {"cascade", "samples"},  # its sample grids show what a user would see
-    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER),
+    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples"}),
     "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
     "__init__": GROUND | MIDDLE | UPPER | {"samples"},
 }

@@ -16,13 +16,13 @@ from lavie_jax.planner import __main__ as command
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.hlo import collectives
 from lavie_jax.planner.measure import bytes_needed, measure
-from lavie_jax.planner.operations import count_operations
 from lavie_jax.planner.programs import Program, bytes_per_chip, placed
 from lavie_jax.planner.roofline import bound
 from lavie_jax.planner.sampling import sampling_programs
 from lavie_jax.planner.search import search
-from lavie_jax.planner.training import training_program
-from lavie_jax.training import options
+from lavie_jax.planner.training import abstract_batch, abstract_origin, training_program
+from lavie_jax.training import build, operations, options
+from lavie_jax.training.operations import count_operations
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -47,6 +47,27 @@ def test_a_matrix_product_and_a_convolution():
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert counted(convolve, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
+
+
+def test_a_step_counts_the_same_however_much_is_recomputed(tmp_path):
+    """And three times the forward pass of what is trained: gradients of inputs and of parameters."""
+    found = {}
+    for remat in ("none", "block"):
+        config = options.load("configs/moving_shapes/base.py:tiny")
+        config.remat, config.cpu_devices = remat, 0
+        task = build.stage_task(config, jnp.float32, abstract_origin(config))
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        batch, mesh = abstract_batch(config, 1), parallel.make_mesh(devices=jax.devices()[:1])
+        found[remat] = operations.of_step(task, params, task.frozen, batch, mesh)
+        loss = jax.make_jaxpr(lambda p, b, task=task: task.loss(p, task.frozen, b, jax.random.key(0)))(params, batch)
+        forward = operations.count_operations(loss)
+    assert found["none"] == found["block"] and 2.2 * forward < found["none"] < 3 * forward
+
+
+def test_the_peak_is_what_is_given_or_what_a_tpu_has():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    assert operations.peak(mesh, 0.5) == 8 * 0.5e12 and operations.peak(mesh, 0.0) == 0
+    assert set(operations.KINDS.values()) == set(operations.PEAKS) == set(chips.CHIPS)
 
 
 def test_loops_count_as_often_as_they_run_and_branches_once():

@@ -320,7 +320,7 @@ def test_hosts_that_were_started_differently_stop_and_say_so(train, tmp_path):
 
 
 def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
-    """Ten steps of joint training: the same losses to 1e-5, whatever the mesh, with parameters split or not."""
+    """Joint training on every kind of mesh, parameters split or not: the same losses, and the same parameters."""
     monkeypatch.chdir(ROOT)
     config = options.load("configs/moving_shapes/base.py:tiny")
     config.data.frames, config.batch = 2, 8
@@ -337,9 +337,9 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
             pipeline.open_examples(pipeline.DataConfig(**config.data), batch_size=8), load_tokenizer(tokenizer)
         )
     ) as data:
-        batches = [next(data) for _ in range(10)]
+        batches = [next(data) for _ in range(20)]
 
-    def losses(mesh):
+    def trained(mesh):
         shardings = parallel.shardings(jax.eval_shape(lambda: state), mesh)
         update = jax.jit(
             make_update(task, tx, seed=0, ema_decay=0.9), out_shardings=(shardings, parallel.replicated(mesh)),
@@ -350,11 +350,18 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
         for batch in batches:
             now, values = update(now, frozen, parallel.put_batch(batch, mesh))
             out.append([values[name] for name in ("loss", "video_loss", "image_loss")])
-        return np.array(out)
+        return np.array(out), parallel.gather(now["params"])
 
-    one = losses(parallel.make_mesh(devices=jax.devices()[:1]))
-    assert np.ptp(one[:, 0]) > 0.01  # something happens in those steps
-    np.testing.assert_allclose(losses(parallel.make_mesh(data=2, fsdp=4)), one, rtol=1e-5)
+    def distance(a, b):
+        return np.sqrt(sum(np.square(x - y).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))
+
+    expected, end = trained(parallel.make_mesh(devices=jax.devices()[:1]))
+    assert np.ptp(expected[:, 0]) > 0.01  # something happens in those steps
+    for axes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
+        losses, found = trained(parallel.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2]))
+        np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-5, err_msg=str(axes))
+        np.testing.assert_allclose(losses, expected, rtol=1e-4, err_msg=str(axes))
+        assert distance(found, end) <= 1e-3 * distance(end, state["params"]), axes
 
 
 def test_fields_that_may_be_none_are_unset_on_the_command_line():

@@ -28,8 +28,11 @@ from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.moving_shapes import Attributes, Sample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, suggest
 from lavie_jax.evaluation import results
+from lavie_jax.evaluation.cascade import smaller
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
+from lavie_jax.samples.settings import parse_stages
+from lavie_jax.stages import KEY_FRAME_SPACING
 from lavie_jax.weights import folder_hash, load_part
 from lavie_jax.weights.folder import read_json
 
@@ -110,17 +113,29 @@ def _reconstructed(weights: Path, samples: list[Sample]) -> Videos:
 
 def _generated(pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace) -> Videos:
     """Samples for the captions; images where the captions are of stills."""
-    videos = pipe(
-        [sample.caption for sample in samples],
-        seed=list(range(args.seed, args.seed + len(samples))),
-        frames=1 if samples[0].attributes.motion is None else None,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-        batch_size=args.batch_size,
-        progress=True,
-    )
-    return list(videos)
+    together = len(samples) if args.stages == ("base",) else args.batch_size  # those of later stages are large
+    clips = []
+    for start in range(0, len(samples), together):
+        some = samples[start : start + together]
+        videos = pipe(
+            [sample.caption for sample in some],
+            stages=args.stages,
+            seed=list(range(args.seed + start, args.seed + start + len(some))),
+            frames=1 if some[0].attributes.motion is None else None,
+            sampler=args.sampler,
+            steps=args.steps,
+            guidance=args.guidance,
+            batch_size=args.batch_size,
+            progress=True,
+        )
+        clips += [_as_base_makes_them(video, args.stages) for video in videos]
+    return clips
+
+
+def _as_base_makes_them(video: UInt8[np.ndarray, "t H W 3"], stages: Sequence[str]) -> UInt8[np.ndarray, "k h w 3"]:
+    """Only the key frames, at the base stage's size: what the detectors know."""
+    key_frames = video[::KEY_FRAME_SPACING] if "interpolation" in stages else video
+    return smaller(key_frames) if "vsr" in stages else key_frames
 
 
 # ---- the command ----
@@ -135,6 +150,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--truth", action="store_true", help="measure the detectors on true clips")
     what.add_argument("--vae", action="store_true", help="measure true clips after the weights' VAE")
+    parser.add_argument("--stages", default="base", help="base (default), or with later ones, base,interpolation,vsr: "
+                        "does what the base made come through them?")  # fmt: skip
     parser.add_argument("--split", action="append", help=f"one of {', '.join(SPLITS)}; may repeat")
     parser.add_argument("--samples", type=int, default=256, help="captions a split")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -155,6 +172,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}: at least 1 is needed, given {getattr(args, name)}")
+    args.stages = parse_stages(args.stages, own_clip=False)
+    if args.stages != ("base",) and (args.truth or args.vae or "image" in (args.split or ())):
+        raise UserError("stages: later ones are for sampled videos, not for --truth, --vae or stills")
     if args.seed < 0:
         raise UserError(f"seed: at least 0 is needed, given {args.seed}")
     results.check_place(args.json, KIND)
@@ -170,8 +190,8 @@ def _maker(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample]], 
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
         return sampling, lambda samples: _reconstructed(weights, samples)
-    pipe = cascade.load(weights, stages=("base",))
-    return pipe.base.weights.sampling, lambda samples: _generated(pipe, samples, args)
+    pipe = cascade.load(args.weights, stages=args.stages)
+    return pipe.weights["base"].sampling, lambda samples: _generated(pipe, samples, args)
 
 
 def _measure(args: argparse.Namespace) -> dict:
@@ -197,7 +217,7 @@ def _measure(args: argparse.Namespace) -> dict:
     if what == "samples":
         given = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
         asked = {name: value for name, value in given.items() if value is not None}
-        result |= {"seed": args.seed, "sampling": {**sampling, **asked}}
+        result |= {"stages": args.stages, "seed": args.seed, "sampling": {**sampling, **asked}}
     return result
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.training.operations import PEAKS
 
 GIB = 2**30
 
@@ -45,12 +46,12 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(
-        flops=275e12, memory_bandwidth=1228e9, link_bandwidth=300e9, memory=30.75 * GIB, axes=3,
+        flops=PEAKS["v4"], memory_bandwidth=1228e9, link_bandwidth=300e9, memory=30.75 * GIB, axes=3,
         options={"chip_config_name": "megacore"},
     ),
-    "v5e": Chip(flops=197e12, memory_bandwidth=819e9, link_bandwidth=200e9, memory=15.75 * GIB, axes=2),
-    "v5p": Chip(flops=459e12, memory_bandwidth=2765e9, link_bandwidth=600e9, memory=95.73 * GIB, axes=3),
-    "v6e": Chip(flops=918e12, memory_bandwidth=1640e9, link_bandwidth=400e9, memory=31.24 * GIB, axes=2),
+    "v5e": Chip(flops=PEAKS["v5e"], memory_bandwidth=819e9, link_bandwidth=200e9, memory=15.75 * GIB, axes=2),
+    "v5p": Chip(flops=PEAKS["v5p"], memory_bandwidth=2765e9, link_bandwidth=600e9, memory=95.73 * GIB, axes=3),
+    "v6e": Chip(flops=PEAKS["v6e"], memory_bandwidth=1640e9, link_bandwidth=400e9, memory=31.24 * GIB, axes=2),
 }  # fmt: skip
 EXAMPLES = ("v4:2x2x4", "v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x4x4", "v6e:4x4")
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from lavie_jax.planner.hlo import collectives
-from lavie_jax.planner.operations import count_operations
 from lavie_jax.planner.programs import Program, bytes_per_chip
+from lavie_jax.training.operations import count_operations
 
 OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM|[Uu]sed ([\d.]+)([KMGT]) of \S+ hbm")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

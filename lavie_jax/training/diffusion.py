@@ -198,8 +198,9 @@ def make_diffusion_task(
             overwrite=True,
         )
 
+    plain = dataclasses.replace(losses, models=dataclasses.replace(models, unet=models.unet.clone(remat="none")))
     return Task(
-        init=lambda rng: losses.init(rng, size), start=start, frozen=frozen, loss=losses.train,
+        init=lambda rng: losses.init(rng, size), start=start, frozen=frozen, loss=losses.train, plain_loss=plain.train,
         held_out=losses.held_out, export=export, regime=regime, images_only=losses.frames == 0,
         judged_by="video_loss" if losses.frames else "image_loss",
     )  # fmt: skip

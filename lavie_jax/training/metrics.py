@@ -126,7 +126,7 @@ class Pace:
 
     def _clear(self) -> None:
         self._steps: list[float] = []
-        self._waited = 0.0
+        self._waited, self._operations = 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -135,10 +135,11 @@ class Pace:
         yield
         self._waiting += time.monotonic() - start
 
-    def step(self, *, compiled: bool) -> None:
-        """After each step; one that `compiled` a program is no training."""
+    def step(self, *, compiled: bool, operations: float) -> None:
+        """After each step, which took so many operations; one that `compiled` a program is no training."""
         now = time.monotonic()
         if not compiled:
+            self._operations += operations
             self._steps.append(now - self._mark)
             self._in_steps += now - self._mark
             self._waited += self._waiting
@@ -148,8 +149,11 @@ class Pace:
         """After other work between two steps: checkpoints, samples, held-out losses."""
         self._mark = time.monotonic()
 
-    def report(self, batch: int) -> dict[str, float]:
-        """Since the last report; `goodput`, the share of the wall time that steps took, since the start."""
+    def report(self, batch: int, peak: float) -> dict[str, float]:
+        """Since the last report; `goodput`, the share of the wall time that steps took, since the start.
+
+        `peak` is how many operations a second the devices could do, 0 where nobody knows.
+        """
         values = {"goodput": self._in_steps / (time.monotonic() - self._born)}
         if self._steps:
             total = sum(self._steps)
@@ -159,8 +163,17 @@ class Pace:
                 "step_seconds_p95": float(np.percentile(self._steps, 95)),
                 "data_wait": self._waited / total,
             }
+            if peak:
+                values["mfu"] = self._operations / total / peak
         self._clear()
         return values
+
+
+def memory() -> dict[str, float]:
+    """The most memory that a device of this host has had in use, where devices tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"memory_gib": max(used) / 2**30} if used else {}
 
 
 class Profile:

@@ -112,6 +112,8 @@ def check(config: Any, workdir: Path) -> None:
     for field, allowed in choices.items():
         if config[field] not in allowed:
             raise UserError(f"unknown {field} {config[field]!r}{suggest(config[field], allowed)}")
+    if not 0 <= config.peak_tflops < float("inf"):
+        raise UserError(f"config field 'peak_tflops' must be at least 0, not {config.peak_tflops}.")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"config field 'ema_decay' must be from 0 to below 1, not {config.ema_decay}.")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:

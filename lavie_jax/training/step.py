@@ -32,6 +32,7 @@ class Task:
       frozen: parameters that the loss needs and nobody trains.
       loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch.
       held_out: (params, frozen, batch, rng) -> {name: value}, the same whenever it is called.
+      plain_loss: `loss` without recomputing anything in the backward pass; None = the same.
       export: (path, params in numpy, held-out values) writes a weights folder.
       judged_by: the held-out value by which checkpoints are compared; lower is better.
       regime: which parameters are trained, see `training/optimizer.py`.
@@ -44,6 +45,7 @@ class Task:
     loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Losses]]
     held_out: Callable[[Any, Any, Batch, jax.Array], Losses]
     export: Callable[[Path, Any, Mapping[str, float]], None]
+    plain_loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Losses]] | None = None
     judged_by: str = "loss"
     regime: str = "joint"
     images_only: bool = False

@@ -4,12 +4,36 @@ Counted before any compiler: loops as often as they run, custom kernels as often
 devices together. The compiler's own count knows neither.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.extend.core
 import numpy as np
+from jax.sharding import Mesh
+
+from lavie_jax import parallel
+from lavie_jax.training.step import Task, make_gradients
+
+# bfloat16 operations a second of a chip, at best, as Google's documentation gives it (docs.cloud.google.com/tpu/docs).
+PEAKS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}  # jax's names
+
+
+def peak(mesh: Mesh, tflops: float) -> float:
+    """Operations a second of all devices of a mesh, at best: `tflops` x 1e12 each, or with 0 as `PEAKS` has it.
+
+    0 where that does not know them.
+    """
+    return mesh.size * (tflops * 1e12 or PEAKS.get(KINDS.get(mesh.devices.flat[0].device_kind, ""), 0.0))
+
+
+def of_step(task: Task, params: Any, frozen: Any, batch: Any, mesh: Mesh, *, accumulate: int = 1) -> float:
+    """Operations of a step of training, of all devices together: those of frozen models too, recomputed ones not."""
+    gradients = make_gradients(dataclasses.replace(task, loss=task.plain_loss or task.loss), accumulate=accumulate)
+    trace = parallel.on_mesh(jax.make_jaxpr(gradients), mesh)
+    return count_operations(trace(params, frozen, batch, jax.random.key(0)))
 
 
 def count_operations(jaxpr: Any) -> float:
