@@ -9,11 +9,10 @@ from lavie_jax.planner.report import Row, collectives_text, fits, gib, read, tot
 from lavie_jax.planner.roofline import bound
 
 # What the pages shall hold, measured or not: (config, topology, rows a chip), and the programs of each stage.
+_STAGES, _MORE = ("base", "interpolation", "vsr"), ("v4:2x2x4", "v5e:16x16", "v6e:4x4")
 TRAININGS = (
-    ("configs/base.py", "v5e:4x4", 1),
-    ("configs/interpolation.py", "v5e:4x4", 1),
-    ("configs/vsr.py", "v5e:4x4", 1),
-    ("configs/base.py", "v5p:2x4x4", 1),
+    *((f"configs/{stage}.py", topology, 1) for topology in ("v5e:4x4", "v5p:2x4x4") for stage in _STAGES),
+    *(("configs/base.py", topology, 1) for topology in _MORE),
 )
 SAMPLINGS = {
     "base": ("guided step", "VAE decode"),
