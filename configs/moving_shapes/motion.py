@@ -27,7 +27,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.batch = {"": 64, "cpu": 16}[mode]
         config.steps = {"": 600, "cpu": 300}[mode]
         config.optimizer.kind = "adamw"  # the embedding was found with it
-        # At twice this rate it may drown all else for good: one run of three did (docs/moving_shapes.md).
+        # At twice this rate it may drown all else for good: one run of two did (docs/moving_shapes.md).
         config.optimizer.learning_rate, config.optimizer.warmup = 5e-3, 20
         config.optimizer.weight_decay = 0.0
         # High noise, where motion is decided, and enough of the rest that the embedding leaves it alone.
