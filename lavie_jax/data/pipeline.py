@@ -126,10 +126,9 @@ def _plain(mine: _Mine, start: int) -> Iterator[dict]:
         step += 1
 
 
-def _leave_signals_to_the_run(*_: int) -> None:
-    """In a worker: Ctrl-C and SIGTERM reach the whole group, and the run still needs data until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_ctrl_c_to_the_run(*_: int) -> None:
+    """In a worker: Ctrl-C reaches the whole group, and the run still needs data until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _grain(mine: _Mine, start: int, workers: int) -> Iterator[dict]:
@@ -146,7 +145,7 @@ def _grain(mine: _Mine, start: int, workers: int) -> Iterator[dict]:
     dataset = grain.MapDataset.source(mine).batch(len(mine.rows), drop_remainder=True, batch_fn=_collate)[start:]
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_leave_signals_to_the_run))
+    return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_run))
 
 
 def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
