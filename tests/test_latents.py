@@ -350,7 +350,8 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeyp
     command_line = [
         sys.executable, "train.py", "--config", "configs/moving_shapes/base.py:tiny", "--workdir", str(tmp_path / "w"),
         "--config.init_from=lavie_jax/assets/base", "--config.vae_from=", "--config.train_text_encoder=False",
-        "--config.data.source=latents", f"--config.data.path={made}",
+        "--config.data.source=latents", f"--config.data.path={made}", "--config.data.height=16",
+        "--config.data.width=24", "--config.data.fps=16",
     ]  # fmt: skip
     own = options.load("configs/moving_shapes/base.py:cpu")  # the shipped model's
     for group in ("unet", "text_encoder", "vae"):
@@ -369,7 +370,7 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeyp
         ({"path": "nowhere"}, "no finished set of latents in 'nowhere'"),
         ({"path": "CLIPS"}, "holds encoded clips, not latents: use the data source array_record"),
         ({"path": "STILLS"}, "holds latents of pictures: name it as data.image_path"),
-        ({"image_source": "array_record", "image_path": "CLIPS"}, "all latents, or none of them; given latents and"),
+        ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "all latents, or none of them; given lat"),
         ({"handheld": 0.5}, "handheld is for pixels"),
         ({"full_height": 32, "full_width": 48}, "full_height is for pixels"),
         ({"height": 32}, "has latents of 16x24; the config asks for 32x24"),

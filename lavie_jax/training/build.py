@@ -198,7 +198,7 @@ def load_origin(config: Any, scratch: Path) -> Origin:
     elif start is not None:
         start["text_encoder"] = text
     if tokenizer is not None:  # every export writes it, whatever becomes of the folder that it came from
-        tokenizer = shutil.copytree(tokenizer, scratch / "tokenizer")
+        tokenizer = shutil.copytree(tokenizer, scratch / "tokenizer of origin", dirs_exist_ok=True)
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
         tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
