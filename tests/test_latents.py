@@ -370,7 +370,7 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeyp
         ({"path": "nowhere"}, "no finished set of latents in 'nowhere'"),
         ({"path": "CLIPS"}, "holds encoded clips, not latents: use the data source array_record"),
         ({"path": "STILLS"}, "holds latents of pictures: name it as data.image_path"),
-        ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "all latents, or none of them; given lat"),
+        ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "all latents, or none of them"),
         ({"handheld": 0.5}, "handheld is for pixels"),
         ({"full_height": 32, "full_width": 48}, "full_height is for pixels"),
         ({"height": 32}, "has latents of 16x24; the config asks for 32x24"),
