@@ -1,5 +1,6 @@
 # make demo         install, sample three prompts with the shipped model into demo/
 # make test         the test-suite
+# make mesh-test    training on more kinds of meshes than `make test` compiles
 # make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
 # make lint         ruff
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
@@ -15,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test crash-test lint parity-full train-demo
+.PHONY: demo test mesh-test crash-test lint parity-full train-demo
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -27,6 +28,9 @@ demo: $(VENV)/requirements.stamp
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+mesh-test: $(VENV)/test.stamp
+	$(PY) -m pytest -m heavy tests/test_train.py
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from lavie_jax import parallel, weights
 from lavie_jax.data import pipeline
@@ -296,9 +297,8 @@ def test_two_hosts_train_together_stop_together_and_one_goes_on(train, tmp_path)
     assert alone.returncode == 0 and f"resumed at step {at} of {at + 1}" in err, err
 
     finished(train(config, tmp_path / "one", log_every=1, steps=3))  # one host, one device, from the start
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path)):
-        assert one["step"] == two["step"]
-        assert one.get("loss") == pytest.approx(two.get("loss"), rel=1e-4)
+    one, two = ({r["step"]: r["loss"] for r in lines(where) if "loss" in r} for where in (tmp_path / "one", tmp_path))
+    assert one == pytest.approx({step: two[step] for step in (1, 2, 3)}, rel=1e-4)
 
 
 def test_hosts_that_were_started_differently_stop_and_say_so(train, tmp_path):
@@ -319,13 +319,21 @@ def test_hosts_that_were_started_differently_stop_and_say_so(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "meshes", [((2, 4, 1), (2, 2, 2)), pytest.param(((8, 1, 1), (1, 8, 1)), marks=pytest.mark.heavy)], ids=str
+)
+def test_one_device_and_eight_train_alike(meshes, tmp_path, monkeypatch):
     """Joint training on every kind of mesh, parameters split or not: the same losses, and the same parameters."""
     monkeypatch.chdir(ROOT)
     config = options.load("configs/moving_shapes/base.py:tiny")
     config.data.frames, config.batch = 2, 8
+    one_level = {"block_out_channels": (16,), "attention_levels": (False,), "attention_heads": (2,),
+                 "only_cross_attention": (False,), "norm_num_groups": 4}  # fmt: skip
+    config.unet.update(one_level)  # compiled for each mesh
+    # Muon makes all directions of a gradient equally long, those too that are nothing but rounding.
+    config.optimizer.kind = "adamw"
     task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
-    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), 10)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), 20)
     rng = np.random.default_rng(0)
     # Filled by numpy: compiling the initialisation takes longer than the rest of the test.
     params = jax.tree.map(
@@ -353,11 +361,13 @@ def test_one_device_and_eight_train_alike(tmp_path, monkeypatch):
         return np.array(out), parallel.gather(now["params"])
 
     def distance(a, b):
-        return np.sqrt(sum(np.square(x - y).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))))
+        """But for the biases of keys, whose gradient is zero but for rounding, which AdamW enlarges."""
+        a, b = (traverse_util.flatten_dict(tree, sep="/") for tree in (a, b))
+        return np.sqrt(sum(np.square(a[k] - b[k]).sum() for k in a if not k.endswith("k_proj/bias")))
 
     expected, end = trained(parallel.make_mesh(devices=jax.devices()[:1]))
     assert np.ptp(expected[:, 0]) > 0.01  # something happens in those steps
-    for axes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)):
+    for axes in meshes:
         losses, found = trained(parallel.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2]))
         np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-5, err_msg=str(axes))
         np.testing.assert_allclose(losses, expected, rtol=1e-4, err_msg=str(axes))
