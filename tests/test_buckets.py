@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -234,9 +235,15 @@ def test_a_run_compiles_a_program_for_each_bucket_and_says_so(tmp_path):
              "--config.checkpoint_every=2", "--config.held_out_every=2", "--config.sample_every=4",
              "--config.prompts=()"]  # fmt: skip
 
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles fast
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    }  # fmt: skip
+
     def run(workdir, steps):
         line = [sys.executable, "train.py", "--config", "configs/moving_shapes/base.py:tiny", "--workdir", workdir]
-        done = subprocess.run([*line, f"--config.steps={steps}", *words], cwd=ROOT, text=True, capture_output=True)
+        line += [f"--config.steps={steps}", *words]
+        done = subprocess.run(line, cwd=ROOT, env=env, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done
 
