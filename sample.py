@@ -187,6 +187,20 @@ def plan(
     return outputs
 
 
+def add_to_sheet(
+    sheets: ContactSheets, output: Output, video, stages: tuple[str, ...], clips: dict, dtype: str
+) -> None:
+    """A row each for what the sample started from (`clips`) and for its stages; `video` None is read from its files."""
+    shelf = output.shelf(dtype)
+    before = {stage: made for stage in stages[:-1] if (made := shelf.get(stage)) is not None}
+    try:
+        video = output.read() if video is None else video
+    except UserError as error:  # of an older run, damaged since: no reason to lose this one
+        warn([str(error)])
+    else:
+        sheets.add({**clips, **before, stages[-1]: video}, output.request["prompt"])
+
+
 def warn(lines: list[str]) -> None:
     """One line each, on stderr."""
     for line in lines:
@@ -258,15 +272,7 @@ def run(args: argparse.Namespace) -> None:
         if missing:
             next(shelves).clear()
         if not args.no_contact_sheet:
-            before = {} if frames is None else {"input": frames}
-            shelf = output.shelf(dtype.name)
-            before |= {stage: made for stage in args.stages[:-1] if (made := shelf.get(stage)) is not None}
-            try:
-                video = output.read() if video is None else video
-            except UserError as error:  # of an older run, damaged since: no reason to lose this one
-                warn([str(error)])
-            else:
-                sheets.add({**before, args.stages[-1]: video}, output.request["prompt"])
+            add_to_sheet(sheets, output, video, args.stages, {} if frames is None else {"input": frames}, dtype.name)
     sheets.flush()
 
 

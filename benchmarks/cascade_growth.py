@@ -26,10 +26,12 @@ from lavie_jax.stages import KEY_FRAME_SPACING
 
 ROOT = Path(__file__).parents[1]
 FPS = {"interpolation": 8, "vsr": 32}
+INDEX = 1  # of the clip in `val`
 ENLARGED = {"interpolation": 1, "vsr": 4}  # sides, by the stage
 
 
 def whole_numbers(text: str) -> list[int]:
+    """`"17,61"` as [17, 61]."""
     return [int(word) for word in text.split(",")]
 
 
@@ -60,7 +62,7 @@ def measured(call: list[str], caption: str, cache: Path) -> dict[str, float]:
 def later_stage(stage: str, frames: int, side: int, args: argparse.Namespace, folder: Path) -> dict:
     """One row: `frames` frames that come out, from a clip of side x side pixels."""
     given = (frames - 1) // KEY_FRAME_SPACING + 1 if stage == "interpolation" else frames
-    clip = moving_shapes.clip("val", args.index, frames=given, fps=FPS[stage], height=side, width=side)
+    clip = moving_shapes.clip("val", INDEX, frames=given, fps=FPS[stage], height=side, width=side)
     path = folder / f"{stage}-{frames}-{side}.npz"
     lavie_jax.save_video(clip.pixels, path, fps=FPS[stage])
     call = [*command(stage, args, folder / path.stem), "--input", str(path)]
@@ -71,15 +73,15 @@ def later_stage(stage: str, frames: int, side: int, args: argparse.Namespace, fo
 
 def rows(args: argparse.Namespace, folder: Path):
     """Every row, as soon as it is measured."""
-    caption = moving_shapes.clip("val", args.index, frames=2, fps=8, height=64, width=64).caption
+    caption = moving_shapes.clip("val", INDEX, frames=2, fps=8, height=64, width=64).caption
     for stages in ("base", "base,interpolation,vsr"):
         call = command(stages, args, folder / "from-text")
         yield {"stages": stages} | measured(call, caption, folder / "cache")
     for frames in args.frames:
-        for stage in ("interpolation", "vsr"):
+        for stage in FPS:
             yield later_stage(stage, frames, args.sides[0], args, folder)
     for side in args.sides[1:]:
-        for stage in ("interpolation", "vsr"):
+        for stage in FPS:
             yield later_stage(stage, args.frames[0], side, args, folder)
 
 
@@ -91,7 +93,7 @@ def plot(found: list[dict], path: Path, args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col")
-    for stage in ("interpolation", "vsr"):
+    for stage in FPS:
         later = [row for row in found if row["stages"] == stage]
         least = min(row["side"] for row in later)
         longer = [row for row in later if row["side"] == least]
@@ -120,7 +122,6 @@ def main() -> None:
     parser.add_argument("--sides", type=whole_numbers, default=[64, 96, 128], help="of input frames; the first with "
                         "every number of frames, the others with the first number (default 64,96,128)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="of every stage (default: the weights' own)")
-    parser.add_argument("--index", type=int, default=1, help="of the clip in `val` (default 1)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Seconds and memory of `make demo` after the install: with an empty compilation cache, and again with a full one.
 
-    python benchmarks/demo_times.py [--rounds 1]
+    python benchmarks/demo_times.py
 
 Runs the sampling command of the Makefile's target `demo`, but for its folder, with the Python that runs this script,
 start of Python and loading included. Linux only; a busy machine is named.
@@ -44,16 +44,13 @@ def measured(cache: Path, out: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="each with an empty cache at first (default 1)")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"The machine is busy (load {load:.1f}): measure again.")
-    for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("empty", "full"):
-                seconds, memory = measured(Path(folder) / "cache", Path(folder) / "demo")
-                print(f"{name} cache: {seconds:.1f} s, at most {memory:.2f} GB", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("empty", "full"):
+            seconds, memory = measured(Path(folder) / "cache", Path(folder) / "demo")
+            print(f"{name} cache: {seconds:.1f} s, at most {memory:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

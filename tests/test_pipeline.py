@@ -287,7 +287,8 @@ def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
 
 
 def test_a_folder_of_images_that_nobody_asks_for_is_not_opened(folder, tmp_path):
-    pipeline.open_examples(config_of(folder, image_path=str(tmp_path / "none"), images=0), batch_size=1)
+    examples = pipeline.open_examples(config_of(folder, image_path=str(tmp_path / "none"), images=0), batch_size=1)
+    assert len(examples.source) == 7 and examples[0]["images"].shape[0] == 0  # one clip is for val
 
 
 # ---- transforms ----

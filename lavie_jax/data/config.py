@@ -254,13 +254,10 @@ def _bucket_sources(config: DataConfig) -> list[tuple[Size, Source]]:
         for records, medium in zip(opened, ("video", "image"))
     ]
     sources = [((c.height, c.width), _record_source(c, *mine)) for c, *mine in zip(each, *divided)]
-    bare = [
-        size
-        for size, source in sources
-        if len(source) and config.images and source.pictures is not None and not len(source.pictures)
-    ]
+    there = [(size, source.pictures) for size, source in sources if len(source)]
+    bare = [size for size, pictures in there if config.images and pictures is not None and not len(pictures)]
     # Held-out images are few: a bucket without any is not measured.
-    if bare and (config.split == "train" or len(bare) == len([size for size, source in sources if len(source)])):
+    if bare and (config.split == "train" or len(bare) == len(there)):
         raise UserError(
             f"the bucket {size_name(bare[0])} has clips and no image whose shape is nearest to it in split "
             f"{config.split!r}: add some, or leave the bucket out of data.buckets"

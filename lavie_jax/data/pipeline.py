@@ -207,7 +207,8 @@ def _check_enough(config: DataConfig, source: Source | Buckets, batch_size: int)
     parts = [(where, source, batch_size)]
     if isinstance(source, Mixture) and config.frames:
         shares = largest_shares(source.video_order.weights)
-        parts = [(name, part, math.ceil(batch_size * w)) for name, part, w in zip(config.videos, source.videos, shares)]
+        counts = [math.ceil(batch_size * share - 1e-9) for share in shares]  # 7 x (1 / 7) may be a little over 1
+        parts = list(zip(config.videos, source.videos, counts))
     for name, part, needed in parts:
         if len(part) < needed:
             share = f", of which {needed} are its share," if needed < batch_size else ""
