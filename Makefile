@@ -27,7 +27,7 @@ demo: $(VENV)/requirements.stamp
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
-	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 mesh-test: $(VENV)/test.stamp
 	$(PY) -m pytest -m heavy tests/test_train.py
