@@ -10,9 +10,11 @@ import pytest
 from einops import rearrange, repeat
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.additions import ConditionSkip
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
+from lavie_jax.stages import STAGES
 
 TINY = {
     "block_out_channels": [16, 32],
@@ -41,6 +43,12 @@ ONE_LEVEL = {
 }
 KINDS = {"base": TINY | ONE_LEVEL, "interpolation": TINY | ONE_LEVEL | {"in_channels": 8}, "vsr": TINY | VSR}
 
+OURS = {  # what released models have not
+    "base": ("motion_embedding", "caption_modulation"),
+    "interpolation": ("key_frame_skip",),
+    "vsr": ("low_res_skip",),
+}
+
 
 def random_params(unet, *inputs):
     """Parameters of the right shapes, none of them zero, so that no part of the network is switched off."""
@@ -57,8 +65,7 @@ def random_params(unet, *inputs):
 def make(kind):
     """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
     config = UNetConfig.from_diffusers(KINDS[kind], kind)
-    ours = dict.fromkeys(("motion_embedding", "caption_modulation"), kind == "base")
-    config = dataclasses.replace(config, temporal_norm_groups=4, **ours)
+    config = dataclasses.replace(config, temporal_norm_groups=4, **dict.fromkeys(OURS.get(kind, ()), True))
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -174,6 +181,21 @@ def test_only_numbered_frames_that_look_alike_can_differ():
 
     assert spread(UNet(dataclasses.replace(unet.config, motion_embedding=False))) < 1e-5
     assert spread(unet) > 1e-2
+
+
+def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
+    """What `ConditionSkip` starts interpolation from, with the key frames as the stage gives them to the frames."""
+    keys = np.random.default_rng(0).normal(size=(1, 5, 2, 3, 4)).astype(np.float32)
+    condition = STAGES["interpolation"].condition({"key_latents": jnp.asarray(keys)}).concat
+    x = jnp.concatenate([jnp.ones_like(condition), condition], axis=-1)
+    skip = ConditionSkip(ConditionSkip.BETWEEN_KEYS)
+    params = skip.init(jax.random.key(0), x, jnp.ones((1, 17, 6)), 4)["params"]
+    assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # new, it says nothing
+    mean = np.concatenate([np.zeros((4, 4)), *[np.eye(4) / 4] * 4]).reshape(-1)
+    made = skip.apply({"params": {"matrix": {**params["matrix"], "bias": mean}}}, x, jnp.ones((1, 17, 6)), 4)
+    place = np.arange(17) / 4
+    faded = [np.interp(place, range(5), keys[0, :, i, j, c]) for i, j, c in np.ndindex(2, 3, 4)]
+    np.testing.assert_allclose(made[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
 
 
 def test_modulation_by_the_caption_changes_nothing_when_new():

@@ -46,6 +46,7 @@ def get_config(mode: str = "") -> ConfigDict:
             "only_cross_attention": (True, True, False),
             "norm_num_groups": 8,
             "num_class_embeds": 1000,
+            "low_res_skip": True,
             "temporal_attention": "before_ff",
             "temporal_position": True,
             "temporal_resblocks": True,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Array, Float
 
 from lavie_jax.models.layers import timestep_features
@@ -63,3 +63,31 @@ class CaptionEmbedding(nn.Module):
         # the strongest of the words in each channel: one word of many is not averaged away
         said = nn.Dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
         return temb + nn.Dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
+
+
+class ConditionSkip(nn.Module):
+    """What a linear map of x_t and the condition beside it predicts: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
+
+    Key frames, or low-resolution frames, say nearly all of what is to be made, but norms and gates carry a picture
+    through only roughly, and of a plain background nothing may be lost. So the network starts from this map and adds
+    what it cannot say. Each noise level has a map of its own: the share of x0 in what v-prediction predicts grows with
+    the noise. EDM (arXiv 2206.00364, sec. 5) has such a path for x_t alone. Zero at first; in float32 whatever the
+    network computes in.
+
+    It sees x_t of each frame and the condition of the frames at `offsets` from it. Of key frames, each given to the
+    four frames nearest to it, the mean over `BETWEEN_KEYS` is the cross-fade between two of them.
+    """
+
+    BETWEEN_KEYS: ClassVar[tuple[int, ...]] = (-1, 0, 1, 2)
+
+    offsets: tuple[int, ...] = (0,)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c_in"], temb: Float[Array, "b f e"], features: int):
+        x_t, condition = jnp.split(x.astype(jnp.float32), [features], axis=-1)
+        frame = jnp.arange(x.shape[1])
+        seen = [condition[:, jnp.clip(frame + offset, 0, x.shape[1] - 1)] for offset in self.offsets]
+        inputs = jnp.concatenate([x_t, *seen], axis=-1)
+        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
+        matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
+        return einsum(inputs, matrix, "b f h w c, b f c d -> b f h w d")

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Num
 
 from lavie_jax.models import layers
-from lavie_jax.models.additions import CaptionEmbedding, MotionEmbedding
+from lavie_jax.models.additions import CaptionEmbedding, ConditionSkip, MotionEmbedding
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
 from lavie_jax.models.layers import (
     Downsample,
@@ -26,6 +26,7 @@ from lavie_jax.models.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    items_to_frames,
     on_video,
 )
 from lavie_jax.models.unet_config import UNetConfig
@@ -390,6 +391,13 @@ class UNet(nn.Module):
             h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
-        return layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h)).astype(
-            jnp.float32
-        )
+        h = layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h))
+        h = h.astype(jnp.float32)
+        frame_temb, width = items_to_frames(temb, frames), config.out_channels
+        if config.low_res_skip:
+            h = h + ConditionSkip(name="low_res_skip")(x, frame_temb, width)
+        if config.key_frame_skip:
+            skip = ConditionSkip(ConditionSkip.BETWEEN_KEYS, name="key_frame_skip_temporal")
+            video = slice(frames.video)
+            h = on_video(lambda clip: clip + skip(x[:, video], frame_temb[:, video], width), h, frames)
+        return h

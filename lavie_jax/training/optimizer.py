@@ -99,11 +99,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
     """Which of the parameters Muon takes, as matrices (inputs of a place, outputs); None: Adam's.
 
-    First and last convolutions are Adam's, as the inventor has it: their inputs or outputs are no hidden features.
+    First and last layers are Adam's, as the inventor has it: their inputs or outputs are no hidden features.
     """
 
     def inside(path: str) -> bool:
-        return path.endswith("/kernel") and not re.search(r"/conv_(in|out)/", path)
+        first_or_last = re.search(r"/(conv_in|conv_out|key_frame_skip_temporal|low_res_skip)/", path)
+        return path.endswith("/kernel") and not first_or_last
 
     return {
         path: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if inside(path) else None
