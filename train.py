@@ -20,6 +20,7 @@ any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
 import dataclasses
+import math
 import signal
 import sys
 import tempfile
@@ -225,7 +226,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         bar.update()
         window.append(losses)
         # Asked once a step: a signal may come at any line.
-        last = step == config.steps or stop.requested(checkpoints, step)
+        stopped = step < config.steps and stop.requested(checkpoints, step)
+        last = step == config.steps or stopped
 
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
@@ -243,12 +245,16 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
+        if stopped:  # saved at once: whoever takes the machine back may not wait for the rest
+            checkpoints.save(step, state, identity, held_out=math.inf)
+            checkpoints.settle()
         if save or step % config.held_out_every == 0:
             measured = held_out()
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
-            checkpoints.save(step, state, identity, held_out=measured[task.judged_by])
+            if not stopped:
+                checkpoints.save(step, state, identity, held_out=measured[task.judged_by])
             exported = export(measured)
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             with disk.outlive("samples/"):

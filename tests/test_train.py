@@ -246,6 +246,8 @@ def test_a_stopped_and_resumed_vae_run_equals_an_uninterrupted_one(train, tmp_pa
     stopped = finished(process)
     at = max(int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir())
     assert 0 < at < 60 and stopped != whole
+    judged = json.loads((tmp_path / f"parts/checkpoints/{at}/metrics/metrics").read_text())
+    assert judged == {"held_out": float("inf")}  # it was saved before anything was measured: there may be no time
     assert weights.load_folder(tmp_path / "parts/weights", stage="vae")
 
     assert finished(train(config, tmp_path / "parts", **settings)) == whole

@@ -45,7 +45,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.prompts = ()
     if mode == "cpu":
-        config.batch, config.steps = 2, 2000
+        config.batch, config.steps = 2, 1400
         config.optimizer.learning_rate = 1e-3
     if mode == "tiny":
         config.data.frames, config.batch, config.steps = 5, 2, 20

@@ -70,7 +70,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.prompts = ()
     if mode == "cpu":
-        config.batch, config.steps = 2, 2000
+        config.batch, config.steps = 2, 1200
     if mode == "tiny":
         config.unet.block_out_channels, config.unet.attention_heads = (16, 32), (2, 2)
         config.unet.attention_levels, config.unet.only_cross_attention = (False, False), (True, False)

@@ -93,7 +93,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, config: Mapping[str, Any], *, held_out: float) -> None:
         """Starts writing; the caller may donate `state` at once.
 
-        A full disk is no error: it is reported, what was written before stays, and the next save tries again.
+        `held_out` is infinite for a step that was not measured: never among the best. A full disk is no error: it is
+        reported, what was written before stays, and the next save tries again.
         """
         self.settle()
         self._lost = False
