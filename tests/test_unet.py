@@ -10,7 +10,7 @@ import pytest
 from einops import rearrange, repeat
 
 from lavie_jax.errors import UserError
-from lavie_jax.models.additions import ConditionSkip
+from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
@@ -45,7 +45,7 @@ KINDS = {"base": TINY | ONE_LEVEL, "interpolation": TINY | ONE_LEVEL | {"in_chan
 
 OURS = {  # what released models have not
     "base": ("motion_embedding", "caption_modulation"),
-    "interpolation": ("key_frame_skip",),
+    "interpolation": ("key_frames_around",),
     "vsr": ("low_res_skip",),
 }
 
@@ -188,7 +188,7 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     keys = np.random.default_rng(0).normal(size=(1, 5, 2, 3, 4)).astype(np.float32)
     condition = STAGES["interpolation"].condition({"key_latents": jnp.asarray(keys)}).concat
     x = jnp.concatenate([jnp.ones_like(condition), condition], axis=-1)
-    skip = ConditionSkip(ConditionSkip.BETWEEN_KEYS)
+    skip = ConditionSkip(BETWEEN_KEYS)
     params = skip.init(jax.random.key(0), x, jnp.ones((1, 17, 6)), 4)["params"]
     assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # new, it says nothing
     mean = np.concatenate([np.zeros((4, 4)), *[np.eye(4) / 4] * 4]).reshape(-1)

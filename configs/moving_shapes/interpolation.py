@@ -33,7 +33,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.unet.spatial_attention = "sparse_causal"
     config.unet.temporal_attention = "after_ff"
     config.unet.motion_embedding = False
-    config.unet.key_frame_skip = True
+    config.unet.key_frames_around = True
     # The key frames say all: no guidance, which would take twice the time.
     config.sampling = ConfigDict(
         {"sampler": "respaced_ddim", "steps": 8, "guidance": 1.0, "frames": 61, "fps": 32.0,
@@ -45,7 +45,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.prompts = ()
     if mode == "cpu":
-        config.batch, config.steps = 2, 1400
+        config.batch, config.steps = 2, 1100
         config.optimizer.learning_rate = 1e-3
     if mode == "tiny":
         config.data.frames, config.batch, config.steps = 5, 2, 20

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import einsum, rearrange
 from jaxtyping import Array, Float
 
-from lavie_jax.models.layers import timestep_features
+from lavie_jax.models.layers import conv, timestep_features
 
 
 class MotionEmbedding(nn.Module):
@@ -65,6 +65,32 @@ class CaptionEmbedding(nn.Module):
         return temb + nn.Dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
 
 
+BETWEEN_KEYS = (-1, 0, 1, 2)  # offsets of frames; the mean of their key frames is the cross-fade between two of them
+
+
+def conditions_at(x: Float[Array, "b f h w c_in"], width: int, offsets: tuple[int, ...]) -> Float[Array, "b f h w c"]:
+    """The channels of x behind the first `width`, of the frames at `offsets` from each; the ends of a clip repeat."""
+    frame = jnp.arange(x.shape[1])
+    seen = [x[:, jnp.clip(frame + offset, 0, x.shape[1] - 1), ..., width:] for offset in offsets]
+    return jnp.concatenate(seen, axis=-1)
+
+
+class KeyFrameEmbedding(nn.Module):
+    """The key frames on both sides of each frame, for the first features: (B, T, H, W, C_in) -> (B, T, H, W, features).
+
+    The stage gives a frame the key frame nearest to it; of the other one it hears through temporal attention alone,
+    which sees a picture coarsely and is long in learning where to look. With both, and by how many of `BETWEEN_KEYS`
+    are which, moving what lies between them is a matter of convolutions. Zero at first.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int):
+        keys = conditions_at(x, width, BETWEEN_KEYS).astype(self.dtype)
+        return conv(features, (3, 3), name="conv", dtype=self.dtype, zero=True)(keys)
+
+
 class ConditionSkip(nn.Module):
     """What a linear map of x_t and the condition beside it predicts: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
 
@@ -72,22 +98,15 @@ class ConditionSkip(nn.Module):
     through only roughly, and of a plain background nothing may be lost. So the network starts from this map and adds
     what it cannot say. Each noise level has a map of its own: the share of x0 in what v-prediction predicts grows with
     the noise. EDM (arXiv 2206.00364, sec. 5) has such a path for x_t alone. Zero at first; in float32 whatever the
-    network computes in.
-
-    It sees x_t of each frame and the condition of the frames at `offsets` from it. Of key frames, each given to the
-    four frames nearest to it, the mean over `BETWEEN_KEYS` is the cross-fade between two of them.
+    network computes in. It sees x_t of each frame and the condition of the frames at `offsets` from it.
     """
-
-    BETWEEN_KEYS: ClassVar[tuple[int, ...]] = (-1, 0, 1, 2)
 
     offsets: tuple[int, ...] = (0,)
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c_in"], temb: Float[Array, "b f e"], features: int):
-        x_t, condition = jnp.split(x.astype(jnp.float32), [features], axis=-1)
-        frame = jnp.arange(x.shape[1])
-        seen = [condition[:, jnp.clip(frame + offset, 0, x.shape[1] - 1)] for offset in self.offsets]
-        inputs = jnp.concatenate([x_t, *seen], axis=-1)
+        x = x.astype(jnp.float32)
+        inputs = jnp.concatenate([x[..., :features], conditions_at(x, features, self.offsets)], axis=-1)
         dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
         matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
         return einsum(inputs, matrix, "b f h w c, b f c d -> b f h w d")

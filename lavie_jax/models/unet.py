@@ -17,7 +17,13 @@ from einops import rearrange
 from jaxtyping import Array, Float, Num
 
 from lavie_jax.models import layers
-from lavie_jax.models.additions import CaptionEmbedding, ConditionSkip, MotionEmbedding
+from lavie_jax.models.additions import (
+    BETWEEN_KEYS,
+    CaptionEmbedding,
+    ConditionSkip,
+    KeyFrameEmbedding,
+    MotionEmbedding,
+)
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
 from lavie_jax.models.layers import (
     Downsample,
@@ -372,6 +378,9 @@ class UNet(nn.Module):
             return wrap(TemporalModule)(s, name=name)(h, temb) if there else h
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
+        if config.key_frames_around:
+            keys = KeyFrameEmbedding(dtype, name="key_frame_embedding_temporal")
+            h = on_video(lambda y: y + keys(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
         levels = range(len(config.block_out_channels))
         skips = [[h]]  # conv_in's output belongs to the outermost level
         for level in levels:
@@ -393,11 +402,11 @@ class UNet(nn.Module):
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
         h = layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h))
         h = h.astype(jnp.float32)
-        frame_temb, width = items_to_frames(temb, frames), config.out_channels
+        frame_temb = items_to_frames(temb, frames)
         if config.low_res_skip:
-            h = h + ConditionSkip(name="low_res_skip")(x, frame_temb, width)
-        if config.key_frame_skip:
-            skip = ConditionSkip(ConditionSkip.BETWEEN_KEYS, name="key_frame_skip_temporal")
+            h = h + ConditionSkip(name="low_res_skip")(x, frame_temb, config.out_channels)
+        if config.key_frames_around:
+            skip = ConditionSkip(BETWEEN_KEYS, name="key_frame_skip_temporal")
             video = slice(frames.video)
-            h = on_video(lambda clip: clip + skip(x[:, video], frame_temb[:, video], width), h, frames)
+            h = on_video(lambda y: y + skip(x[:, video], frame_temb[:, video], config.out_channels), h, frames)
         return h

@@ -27,8 +27,8 @@ class UNetConfig:
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
     motion_embedding: bool = False  # caption x time x place, added before temporal attention; no released model has it
     caption_modulation: bool = False  # the caption scales and shifts features in every resnet; no released model has it
-    key_frame_skip: bool = False  # the prediction starts from a linear map of the key frames; no released model has it
-    low_res_skip: bool = False  # likewise from one of the low-resolution frame
+    key_frames_around: bool = False  # each frame sees those on both sides and starts from them; no released model does
+    low_res_skip: bool = False  # the prediction starts from the low-resolution frame; no released model's does
     spatial_attention: str = "self"  # "self", or "sparse_causal": the first and the previous frame (interpolation)
     temporal_resblocks: bool = False  # each transformer begins with convolutions over time (super-resolution)
     down_temporal_idx: tuple[int, ...] = ()  # down blocks that a TemporalModule follows (super-resolution)
@@ -127,7 +127,7 @@ TEMPORAL_FIELDS = (
     "temporal_attention",
     "temporal_position",
     "motion_embedding",
-    "key_frame_skip",
+    "key_frames_around",
     "spatial_attention",
     "temporal_resblocks",
     "down_temporal_idx",

@@ -103,7 +103,7 @@ def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensio
     """
 
     def inside(path: str) -> bool:
-        first_or_last = re.search(r"/(conv_in|conv_out|key_frame_skip_temporal|low_res_skip)/", path)
+        first_or_last = re.search(r"/(conv_in|conv_out|key_frame_(embedding|skip)_temporal|low_res_skip)/", path)
         return path.endswith("/kernel") and not first_or_last
 
     return {
