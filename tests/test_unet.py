@@ -10,7 +10,7 @@ import pytest
 from einops import rearrange, repeat
 
 from lavie_jax.errors import UserError
-from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip
+from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip, conditions_around
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
@@ -188,7 +188,7 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     keys = np.random.default_rng(0).normal(size=(1, 5, 2, 3, 4)).astype(np.float32)
     condition = STAGES["interpolation"].condition({"key_latents": jnp.asarray(keys)}).concat
     x = jnp.concatenate([jnp.ones_like(condition), condition], axis=-1)
-    skip = ConditionSkip(BETWEEN_KEYS)
+    skip = ConditionSkip(frames=BETWEEN_KEYS)
     params = skip.init(jax.random.key(0), x, jnp.ones((1, 17, 6)), 4)["params"]
     assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # new, it says nothing
     mean = np.concatenate([np.zeros((4, 4)), *[np.eye(4) / 4] * 4]).reshape(-1)
@@ -196,6 +196,14 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     place = np.arange(17) / 4
     faded = [np.interp(place, range(5), keys[0, :, i, j, c]) for i, j, c in np.ndindex(2, 3, 4)]
     np.testing.assert_allclose(made[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
+
+
+def test_places_around_are_the_neighbours_and_borders_repeat():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4, 5)), jnp.float32)
+    around = conditions_around(x, 2, reach=1)
+    padded = np.pad(x[0, 0, ..., 2:], ((1, 1), (1, 1), (0, 0)), mode="edge")
+    for i, j in np.ndindex(3, 4):
+        np.testing.assert_array_equal(around[0, 0, i, j], padded[i : i + 3, j : j + 3].reshape(-1))
 
 
 def test_modulation_by_the_caption_changes_nothing_when_new():

@@ -21,5 +21,5 @@ def get_config(mode: str = "") -> ConfigDict:
     if mode != "tiny":
         config.text_from = "lavie_jax/assets/base"
     config.data.frames, config.data.images, config.data.handheld = 0, 4, 0.0
-    config.steps = {"": 20_000, "cpu": 2000, "tiny": 20}[mode]
+    config.steps = {"": 20_000, "cpu": 3000, "tiny": 20}[mode]
     return config

@@ -3,6 +3,7 @@
 Each is a field of `UNetConfig`, off for every released model, and starts as nothing.
 """
 
+import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -66,12 +67,21 @@ class CaptionEmbedding(nn.Module):
 
 
 BETWEEN_KEYS = (-1, 0, 1, 2)  # offsets of frames; the mean of their key frames is the cross-fade between two of them
+CUBIC = 2  # places on each side that bicubic enlargement weighs
 
 
-def conditions_at(x: Float[Array, "b f h w c_in"], width: int, offsets: tuple[int, ...]) -> Float[Array, "b f h w c"]:
-    """The channels of x behind the first `width`, of the frames at `offsets` from each; the ends of a clip repeat."""
-    frame = jnp.arange(x.shape[1])
-    seen = [x[:, jnp.clip(frame + offset, 0, x.shape[1] - 1), ..., width:] for offset in offsets]
+def conditions_around(
+    x: Float[Array, "b f h w c_in"], width: int, *, frames: tuple[int, ...] = (0,), reach: int = 0
+) -> Float[Array, "b f h w c"]:
+    """The channels of x behind the first `width`, of the places around each: everything outside repeats the border.
+
+    `frames` are offsets in time, `reach` is the number of places on each side in height and width.
+    """
+    condition, size = x[..., width:], x.shape[1:4]
+    far = max(abs(offset) for offset in frames)
+    padded = jnp.pad(condition, ((0, 0), (far, far), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    corners = itertools.product([far + offset for offset in frames], *[range(2 * reach + 1)] * 2)
+    seen = [padded[:, i : i + size[0], j : j + size[1], k : k + size[2]] for i, j, k in corners]
     return jnp.concatenate(seen, axis=-1)
 
 
@@ -87,7 +97,7 @@ class KeyFrameEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int):
-        keys = conditions_at(x, width, BETWEEN_KEYS).astype(self.dtype)
+        keys = conditions_around(x, width, frames=BETWEEN_KEYS).astype(self.dtype)
         return conv(features, (3, 3), name="conv", dtype=self.dtype, zero=True)(keys)
 
 
@@ -98,15 +108,18 @@ class ConditionSkip(nn.Module):
     through only roughly, and of a plain background nothing may be lost. So the network starts from this map and adds
     what it cannot say. Each noise level has a map of its own: the share of x0 in what v-prediction predicts grows with
     the noise. EDM (arXiv 2206.00364, sec. 5) has such a path for x_t alone. Zero at first; in float32 whatever the
-    network computes in. It sees x_t of each frame and the condition of the frames at `offsets` from it.
+    network computes in. It sees x_t of each place and the condition of those that `conditions_around` gives.
     """
 
-    offsets: tuple[int, ...] = (0,)
+    frames: tuple[int, ...] = (0,)
+    reach: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c_in"], temb: Float[Array, "b f e"], features: int):
         x = x.astype(jnp.float32)
-        inputs = jnp.concatenate([x[..., :features], conditions_at(x, features, self.offsets)], axis=-1)
+        around = conditions_around(x, features, frames=self.frames, reach=self.reach)
+        around = around / (2 * self.reach + 1)  # neighbours are alike, and Adam moves all their weights together
+        inputs = jnp.concatenate([x[..., :features], around], axis=-1)
         dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
         matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
         return einsum(inputs, matrix, "b f h w c, b f c d -> b f h w d")

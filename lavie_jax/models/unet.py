@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Num
 from lavie_jax.models import layers
 from lavie_jax.models.additions import (
     BETWEEN_KEYS,
+    CUBIC,
     CaptionEmbedding,
     ConditionSkip,
     KeyFrameEmbedding,
@@ -404,9 +405,9 @@ class UNet(nn.Module):
         h = h.astype(jnp.float32)
         frame_temb = items_to_frames(temb, frames)
         if config.low_res_skip:
-            h = h + ConditionSkip(name="low_res_skip")(x, frame_temb, config.out_channels)
+            h = h + ConditionSkip(reach=CUBIC, name="low_res_skip")(x, frame_temb, config.out_channels)
         if config.key_frames_around:
-            skip = ConditionSkip(BETWEEN_KEYS, name="key_frame_skip_temporal")
+            skip = ConditionSkip(frames=BETWEEN_KEYS, name="key_frame_skip_temporal")
             video = slice(frames.video)
             h = on_video(lambda y: y + skip(x[:, video], frame_temb[:, video], config.out_channels), h, frames)
         return h
