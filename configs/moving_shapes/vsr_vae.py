@@ -8,8 +8,8 @@ The base's VAE, which saw frames of 64x64 only, is no better at 256x256 than bic
 This one is trained on squares around the shapes of large frames, with less of the KL divergence: fewer steps
 than the base's if it starts from it.
 
-Hardware: a shared CPU core; 1640 of the 2000 steps took 45 minutes there. Result: 35.5 dB on clips of `val`, where
-bicubic enlargement of the 64x64 frames has 32.6.
+Hardware: one of 2 shared CPU cores, 25 minutes. Result: 36.9 dB on squares of held-out stills; what enlarged clips can
+reach at most is measured with super-resolution (docs/moving_shapes.md).
 """
 
 from ml_collections import ConfigDict
