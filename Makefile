@@ -6,17 +6,19 @@
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
 # make train-demo   train the small world on a CPU: VAE, image model, video model, then measure it (2 cores: about
 #                   2 hours); stopped, the same command goes on where it was
+# make train-cascade   likewise interpolation and super-resolution, from the shipped base (2 cores: 1 to 2 hours)
 #
 # The targets make .venv themselves. Another Python: make PYTHON=/path/to/python3.12 demo
 
 VENV := .venv
 RUNS := runs/train-demo
+CASCADE := runs/train-cascade
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test mesh-test crash-test lint parity-full train-demo
+.PHONY: demo test mesh-test crash-test lint parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -51,6 +53,17 @@ train-demo: $(VENV)/requirements.stamp
 		--config.init_from=$(RUNS)/motion/weights
 	$(PY) -m lavie_jax.evaluation.moving_shapes --weights $(RUNS)/base/weights --json $(RUNS)/evaluation.json
 	@echo "The model is in $(CURDIR)/$(RUNS)/base/weights: $(PY) sample.py --weights $(RUNS)/base/weights --prompt ..."
+
+train-cascade: $(VENV)/requirements.stamp
+	$(PY) train.py --config configs/moving_shapes/interpolation.py:cpu --workdir $(CASCADE)/interpolation
+	$(PY) train.py --config configs/moving_shapes/vsr_vae.py --workdir $(CASCADE)/vsr_vae \
+		--config.init_from=lavie_jax/assets/base
+	$(PY) train.py --config configs/moving_shapes/upscaler.py:cpu --workdir $(CASCADE)/upscaler \
+		--config.vae_from=$(CASCADE)/vsr_vae/weights
+	$(PY) train.py --config configs/moving_shapes/vsr.py:cpu --workdir $(CASCADE)/vsr \
+		--config.init_from=$(CASCADE)/upscaler/weights
+	$(PY) -m lavie_jax.evaluation.cascade --interpolation-weights $(CASCADE)/interpolation/weights \
+		--vsr-weights $(CASCADE)/vsr/weights --json $(CASCADE)/evaluation.json
 
 $(VENV)/pip.stamp:
 	@test -n "$(PYTHON)" || \

@@ -106,12 +106,8 @@ def small_config(stage: str, base: Path | None = None):
     """The stage's tiny config with the network of `tests/tiny.py`, or one as small."""
     config = options.load(str(ROOT / f"configs/moving_shapes/{stage}.py:tiny"))
     with config.unlocked():
-        # without a base, the middle block's attention is enough, and half as much to compile
-        config.unet.block_out_channels, config.unet.attention_levels = (16,), (base is not None and stage != "vsr",)
-        config.unet.attention_heads, config.unet.only_cross_attention = (2,), (False,)
+        config.unet.attention_levels = (base is not None and stage != "vsr",)
         config.unet.norm_num_groups = 8
-        if stage == "vsr":
-            config.unet.up_temporal_idx = (0,)
         config.data.frames = {"base": 3, "interpolation": 5, "vsr": 3}[stage]
     if base is not None:
         found = weights.load_folder(base)

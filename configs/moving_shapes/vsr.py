@@ -73,9 +73,9 @@ def get_config(mode: str = "") -> ConfigDict:
     if mode == "cpu":
         config.batch, config.steps = 2, 1200
     if mode == "tiny":
-        config.unet.block_out_channels, config.unet.attention_heads = (16, 32), (2, 2)
-        config.unet.attention_levels, config.unet.only_cross_attention = (False, False), (True, False)
-        config.unet.down_temporal_idx, config.unet.up_temporal_idx = (), (1,)
+        config.unet.block_out_channels, config.unet.attention_heads = (16,), (2,)
+        config.unet.attention_levels, config.unet.only_cross_attention = (False,), (False,)
+        config.unet.down_temporal_idx, config.unet.up_temporal_idx = (), (0,)
         config.data.height = config.data.width = 32
         config.data.full_height = config.data.full_width = 48
         config.data.frames, config.batch, config.steps = 3, 2, 20
