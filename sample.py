@@ -51,7 +51,10 @@ FLAGS = {
         ("height", int, "H", "pixels"),
         ("width", int, "W", "pixels"),
     ),
-    "interpolation": COMMON,
+    "interpolation": (
+        *COMMON,
+        ("key_latents", str, "NAME", "what the model sees of key frames: a draw of the VAE's posterior, or its mean"),
+    ),
     "vsr": (
         *COMMON,
         ("noise_level", int, "N", "noise on the low-resolution frames, 0 to 350"),

@@ -2,8 +2,8 @@
 
     python benchmarks/demo_times.py
 
-Runs the sampling command of the Makefile's target `demo`, but for its folder, with the Python that runs this script,
-start of Python and loading included. Linux only; a busy machine is named.
+Runs the sampling commands of the Makefile's target `demo`, but for their folders, with the Python that runs this
+script, start of Python and loading included. Linux only; a busy machine is named.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from memory import AnonymousPeak
@@ -20,16 +21,16 @@ from memory import AnonymousPeak
 ROOT = Path(__file__).parents[1]
 
 
-def command() -> list[str]:
+def commands() -> list[list[str]]:
     """What `make demo` runs, as the Makefile has it."""
     recipe = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\t")[2].partition("\n\t@")[0]
-    words = shlex.split(recipe.replace("\\\n", " ").replace("$(PY)", "python"))
-    return [sys.executable, *words[1:]]
+    lines = recipe.replace("\\\n", " ").splitlines()
+    return [[sys.executable, *shlex.split(line)[1:]] for line in lines]
 
 
-def measured(cache: Path, out: Path) -> tuple[float, float]:
-    """(seconds, GB of anonymous memory)."""
-    words = command()
+def measured(words: Sequence[str], cache: Path, out: Path) -> tuple[float, float]:
+    """(seconds, GB of anonymous memory) of one command."""
+    words = list(words)
     words[words.index("--out") + 1] = str(out)
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -49,8 +50,11 @@ def main() -> None:
         print(f"The machine is busy (load {load:.1f}): measure again.")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("empty", "full"):
-            seconds, memory = measured(Path(folder) / "cache", Path(folder) / "demo")
-            print(f"{name} cache: {seconds:.1f} s, at most {memory:.2f} GB", flush=True)
+            folders = Path(folder) / "cache", Path(folder) / "demo"
+            each = [measured(words, *folders) for words in commands()]
+            parts = " + ".join(f"{seconds:.1f}" for seconds, _ in each)
+            total, memory = sum(seconds for seconds, _ in each), max(memory for _, memory in each)
+            print(f"{name} cache: {parts} = {total:.1f} s, at most {memory:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

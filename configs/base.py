@@ -84,6 +84,7 @@ def get_config(mode: str = "") -> ConfigDict:
             "min_snr_gamma": 0.0,
             "high_noise": 0.0,
             "logit_normal": (),  # timesteps are uniform
+            "posterior_mean": False,
             "held_out_timesteps": (100, 300, 500, 700, 900),
         }
     )

@@ -1,19 +1,28 @@
 """Every test runs on 8 virtual CPU devices, without network, with array shapes and types checked at run time.
 
 The order matters: the environment is set before jax is imported, the devices before jax is used, and the
-import hook is installed before lavie_jax is imported.
+import hook is installed before lavie_jax is imported. Programs that tests start inherit the environment.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of a test's time is compiling
 
 import jax
 import jaxtyping
 
+FIRST = "PYTEST_XDIST_WORKER" not in os.environ
+if FIRST:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lavie_jax-compiled-")  # workers inherit it
+    if jax.__version_info__ < (0, 11):  # newer ones have no other way to make fusions; this one takes a third less
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # as `parallel.keep_compiled_programs` has it
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # most of a test's time is compiling
 jaxtyping.install_import_hook("lavie_jax", "typecheck.checked")
 
 # Files whose tests take minutes. Each worker takes the next file when it is done with one, so these come first: none is
@@ -26,3 +35,8 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_unconfigure():
+    if FIRST:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])

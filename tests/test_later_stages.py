@@ -126,6 +126,14 @@ def test_a_sample_is_the_plain_loop(stage, single):
     assert np.linalg.norm(found - state["x"][0]) <= 1e-3 * np.linalg.norm(found)
 
 
+def test_key_frames_can_be_the_means_of_their_posteriors(single):
+    frames = clip(4)
+    model, made, ready = prepared(single, "interpolation", frames, key_latents="mean")
+    assert made.key_latents == "mean"
+    images = jnp.asarray(frames / np.float32(127.5) - 1)
+    mean, _ = model.vae.apply({"params": model.vae_params}, images, method="encode")
+    np.testing.assert_allclose(ready.concat[::4], mean * model.vae.config.scaling_factor, atol=2e-4)
+    assert np.abs(prepared(single, "interpolation", frames)[2].concat - ready.concat).max() > 1e-3
 
 
 def test_key_frames_can_be_kept(single):

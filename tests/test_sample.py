@@ -14,7 +14,7 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax import cascade, parallel
+from lavie_jax import cascade
 from lavie_jax.cascade import Cascade, denoising
 from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
@@ -32,11 +32,6 @@ PROMPT = "a red circle moving left"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.make_base(tmp_path_factory.mktemp("weights") / "base")
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    monkeypatch.setattr(parallel, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture
@@ -381,6 +376,7 @@ BAD_CASCADE = {
     "no clip there": (["--stages", "vsr", "--input", "nowhere.mp4"], "'nowhere.mp4' does not exist"),
     "no video": (["--stages", "vsr", "--input", "{file}"], "cannot read the video"),
     "no frames": (["--stages", "vsr", "--input", "{empty}"], "empty.mp4"),
+    "key latents": (["--stages", "base,interpolation", "--interpolation-key-latents", "mode"], "key_latents: unknown"),
     "noise level": (["--stages", "base,vsr", "--vsr-noise-level", "351"], "noise_level: a whole number from 0 to 350"),
     "noise level below": (["--stages", "base,vsr", "--vsr-noise-level", "-1"], "noise_level: a whole number"),
     "steps": (["--stages", "base,vsr", "--vsr-steps", "0"], "vsr stage: steps"),
@@ -557,8 +553,7 @@ def test_names_of_files_are_plain_and_short():
 
 
 def command(*args: str, **env: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
 
 
 def test_wrong_arguments_fail_before_jax_is_imported():
@@ -571,7 +566,8 @@ assert "jax" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_the_script_keeps_its_compiled_programs(folder, tmp_path):
+def test_the_script_keeps_its_compiled_programs(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     args = ("sample.py", "--prompt", PROMPT, "--frames", "1", "--weights", str(folder), "--out", str(tmp_path / "out"))
     done = command(*args, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,13 @@ def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     assert float(jnp.abs(keys - targets).min()) > 0  # the network cannot find the target's own draw in its input
 
 
+def test_draws_of_a_certain_posterior_are_its_mean():
+    blurred = clips(2, 9, logvar=0.0)
+    drawn = blurred.certain().draw(jax.random.key(2), VAE_CONFIG)
+    np.testing.assert_array_equal(drawn, 0.5 * blurred.mean)
+    assert not np.array_equal(blurred.draw(jax.random.key(2), VAE_CONFIG), drawn)
+
+
 @pytest.mark.parametrize("frames", [4, 6, 16])
 def test_interpolation_wants_whole_gaps(frames):
     inputs.check_frames("base", frames)
@@ -61,6 +68,7 @@ def test_low_resolution_frames_are_the_means_of_squares_with_levels_of_their_own
     np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
     level = np.asarray(made["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= settings.MAX_NOISE_LEVEL
+    assert 25 < np.median(level) < 65  # low ones, as one samples with
     shown = STAGES["vsr"].condition(made)
     signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[level])[:, None, None, None, None]
     rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,13 +28,13 @@ EVERY = 4  # steps from checkpoint to checkpoint
 TIMEOUT = 600.0  # seconds for one life of the run
 
 
-def start(workdir: Path, steps: int, env: Mapping[str, str]) -> subprocess.Popen:
+def start(workdir: Path, steps: int) -> subprocess.Popen:
     """train.py on the smallest config; what it says goes to `workdir`.out and .err."""
     fields = {"steps": steps, "checkpoint_every": EVERY, "log_every": 1, "held_out_every": steps, "data.images": 1}
     words = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", str(workdir)]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
     with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
-        return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env}, stdout=out, stderr=err)
+        return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err)
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> str:
@@ -84,7 +84,7 @@ def kill(process: subprocess.Popen, workdir: Path, moment: str, rng: random.Rand
     return moment != "save" or saving(workdir)
 
 
-def survive(workdir: Path, kills: Sequence[str], *, steps: int, seed: int, env: Mapping[str, str]) -> str:
+def survive(workdir: Path, kills: Sequence[str], *, steps: int, seed: int) -> str:
     """A run that is killed at these moments, to its end; its hash.
 
     A save that was over before the kill came is waited for again.
@@ -94,11 +94,11 @@ def survive(workdir: Path, kills: Sequence[str], *, steps: int, seed: int, env: 
         hit = False
         while not hit:
             before = newest(workdir)
-            process = start(workdir, steps, env)
+            process = start(workdir, steps)
             hit = kill(process, workdir, moment, rng)
             lives += 1
             check(workdir, before, moment)
-    return finish(start(workdir, steps, env), workdir)
+    return finish(start(workdir, steps), workdir)
 
 
 def check(workdir: Path, before: int, moment: str) -> None:
@@ -121,10 +121,10 @@ def main() -> None:
     kills = ["save" if i % 3 == 1 else rng.choice(MOMENTS[:2]) for i in range(args.kills)]
     steps = 4 * EVERY * (args.kills + 1)
     with tempfile.TemporaryDirectory() as folder:
-        env = {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "compiled")}
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "compiled")  # of the runs that are started
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
-        wanted = finish(start(whole, steps, env), whole)
-        found = survive(parts, kills, steps=steps, seed=args.seed, env=env)
+        wanted = finish(start(whole, steps), whole)
+        found = survive(parts, kills, steps=steps, seed=args.seed)
         if found != wanted or losses(parts) != losses(whole) or len(losses(whole)) != steps:
             raise SystemExit(f"after {args.kills} kills the run ended at {found}, without them at {wanted}")
     print(f"{args.kills} kills ({', '.join(kills)}) changed nothing: {found}")

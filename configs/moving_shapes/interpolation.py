@@ -37,11 +37,12 @@ def get_config(mode: str = "") -> ConfigDict:
     # The key frames say all: no guidance, which would take twice the time.
     config.sampling = ConfigDict(
         {"sampler": "respaced_ddim", "steps": 8, "guidance": 1.0, "frames": 61, "fps": 32.0,
-         "prompt_suffix": "", "negative_prompt": ""}
+         "key_latents": "mean", "prompt_suffix": "", "negative_prompt": ""}
     )  # fmt: skip
     config.data.frames, config.data.fps, config.data.slowest_fps, config.data.images = 33, 32.0, 8.0, 0
     config.batch, config.steps = 16, 10_000
     config.loss.logit_normal = (1.0, 1.3)  # few steps are sampled, and the first of them decides
+    config.loss.posterior_mean = True  # what is to be made is known to the last grey level
     config.optimizer.learning_rate = 3e-4
     config.prompts = ()
     if mode == "cpu":

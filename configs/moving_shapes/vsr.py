@@ -68,6 +68,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.data.handheld = 0.25
     config.batch, config.steps = 16, 10_000
     config.loss.logit_normal = (1.0, 1.3)  # few steps are sampled, and the first of them decides
+    config.loss.posterior_mean = True  # what is to be made is known to the last grey level
     config.optimizer.learning_rate = 1e-3
     config.prompts = ()
     if mode == "cpu":

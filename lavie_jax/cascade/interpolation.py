@@ -1,7 +1,7 @@
 """Temporal interpolation: K key frames to 4 (K - 1) + 1 frames (LaVie, sec. 3.3).
 
 16 key frames make the 61 frames that the model is trained with; more go through windows of that length, which share
-key frames. Every key frame is encoded once, with one draw from the VAE's posterior.
+key frames. Every key frame is encoded once, with one draw from the VAE's posterior, or to its mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,8 @@ def prepare(
     frames = padded(frames, multiple(model.weights))
     shape = latent_shape(model.weights, settings)
     side = shape[1:]
-    noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, range(len(frames)), side))
+    drawn = settings.key_latents == "draw"
+    noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, range(len(frames)), side)) if drawn else None
     key_latents = rearrange(model.encode(frames, noise), "k h w c -> 1 k h w c")
     concat = np.asarray(STAGES["interpolation"].condition({"key_latents": key_latents}).concat[0])
     return Clip(

@@ -11,6 +11,7 @@ STAGES = ("base", "interpolation", "vsr")
 MIN_FPS, MAX_FPS = 0.01, 1000  # a GIF frame lasts at most 655 seconds, and encoders fail far above
 MAX_NOISE_LEVEL = 350  # that the super-resolution stage is trained with
 VSR_WINDOWS = ("blended", "official")
+KEY_LATENTS = ("draw", "mean")
 MIN_TILE = 8
 
 
@@ -77,8 +78,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolationSettings(Settings):
-    """`keep_key_frames` puts the key frames' own pixels where the model made them anew."""
+    """What the key frames are to the model, and to the result.
 
+    `key_latents`: of the VAE's posterior of each key frame the model sees a "draw", as LaVie's does, or the "mean".
+    `keep_key_frames` puts the key frames' own pixels where the model made them anew.
+    """
+
+    key_latents: str = "draw"
     keep_key_frames: bool = False
 
 
@@ -177,8 +183,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         elif name == "keep_key_frames":
             if not isinstance(value, bool):
                 raise UserError(f"keep_key_frames: true or false is needed, given {value!r}")
-        elif name == "windows":
-            if value not in VSR_WINDOWS:
-                raise UserError(f"windows: unknown {value!r}{suggest(str(value), VSR_WINDOWS)}")
+        elif name in ("windows", "key_latents"):
+            kinds = VSR_WINDOWS if name == "windows" else KEY_LATENTS
+            if value not in kinds:
+                raise UserError(f"{name}: unknown {value!r}{suggest(str(value), kinds)}")
         elif not isinstance(value, str):
             raise UserError(f"{name}: a text is needed, given {value!r}")

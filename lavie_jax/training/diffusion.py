@@ -1,6 +1,6 @@
 """Training the UNet of a stage: joint image-video fine-tuning (LaVie section 3.2, Eq. 3).
 
-The VAE is frozen and encodes within the step, one draw from its posterior an image. The text encoder is
+The VAE is frozen and encodes within the step, one draw from its posterior an image (or its mean). The text encoder is
 frozen too, or, in a small world whose words no released encoder knows as a world of their own, trained
 along. What a stage feeds its UNet is in `stages.py`, how that is made from a batch in `training/inputs.py`,
 the loss in `diffusion/loss.py`.
@@ -40,6 +40,7 @@ class DiffusionLoss:
     high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: what a clip shows is decided at high noise; 0 = none
     # (m, s): t / steps = sigmoid(normal(m, s)), "logit-normal" (arXiv 2403.03206, sec. 3.1); () = uniform
     logit_normal: tuple[float, ...] = ()
+    posterior_mean: bool = False  # learn the mean of the VAE's posterior, not draws from it: nothing is left to chance
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
     def __post_init__(self):
@@ -123,6 +124,7 @@ class StageLoss:
         """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
         vae, make_inputs = self.models.vae, INPUTS[self.stage.name]
         every = self._clips(frozen, batch)
+        every = every.certain() if self.loss.posterior_mean else every
         latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
         latents = every.draw(latent_rng, vae.config)
         video, images = every.cut(slice(None, self.frames)), every.cut(slice(self.frames, None), None)

@@ -33,6 +33,10 @@ class Clips(NamedTuple):
         """Behind the batch axis, as arrays are indexed."""
         return jax.tree.map(lambda x: x[:, *index], self)
 
+    def certain(self) -> "Clips":
+        """With a posterior of which every draw is the mean."""
+        return self._replace(logvar=jnp.full_like(self.logvar, -jnp.inf))
+
     def draw(self, rng: Array, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
         """Scaled latents: one draw from the posterior of every frame."""
         return sample_posterior(self.mean, self.logvar, rng) * vae.scaling_factor
@@ -55,13 +59,14 @@ def key_frames(clips: Clips, vae: VAEConfig, rng: Array, level_rng: Array) -> di
 def low_resolution(clips: Clips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict:
     """Super-resolution: `low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
-    Each low-resolution pixel is the mean of the square that it stands for. The paper does
-    not say how levels are drawn; here uniformly from 0 to MAX_NOISE_LEVEL. The images of a row have the level of its
-    clip, because the UNet takes one a row.
+    Each low-resolution pixel is the mean of the square that it stands for. The paper does not say how levels are
+    drawn; here MAX_NOISE_LEVEL times the cube of a uniform number, because those one samples with are low (half of
+    all are below 44, the released model's default is 50). The images of a row have the level of its clip, because the
+    UNet takes one a row.
     """
     low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=vae.factor, j=vae.factor)
     lead = low_res.shape[:-4]
-    level = jax.random.randint(level_rng, lead[:1], 0, MAX_NOISE_LEVEL + 1)
+    level = (jax.random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
     level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)
     return {"low_res": low_res, "low_res_noise": jax.random.normal(rng, low_res.shape), "noise_level": level}
 
