@@ -1,4 +1,4 @@
-# make demo         install, sample three prompts with the shipped model into demo/
+# make demo         install, sample three prompts with the shipped base model into demo/, and one through the cascade
 # make test         the test-suite
 # make mesh-test    training on more kinds of meshes than `make test` compiles
 # make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
@@ -25,7 +25,8 @@ demo: $(VENV)/requirements.stamp
 		--prompt "a red circle moving left" \
 		--prompt "a small yellow star moving down over a blue background" \
 		--prompt "a large green triangle standing still over a black background"
-	@echo "The videos, what made them (JSON) and a contact sheet are in $(CURDIR)/demo"
+	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --prompt "a red circle moving left"
+	@echo "The videos, what made them (JSON) and contact sheets are in $(CURDIR)/demo and demo/cascade"
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
@@ -55,7 +56,10 @@ train-demo: $(VENV)/requirements.stamp
 	@echo "The model is in $(CURDIR)/$(RUNS)/base/weights: $(PY) sample.py --weights $(RUNS)/base/weights --prompt ..."
 
 train-cascade: $(VENV)/requirements.stamp
-	$(PY) train.py --config configs/moving_shapes/interpolation.py:cpu --workdir $(CASCADE)/interpolation
+	$(PY) train.py --config configs/moving_shapes/interpolation.py:cpu --workdir $(CASCADE)/interpolation-short
+	$(PY) train.py --config configs/moving_shapes/interpolation.py:cpu --workdir $(CASCADE)/interpolation \
+		--config.init_from=$(CASCADE)/interpolation-short/weights --config.inflate=false --config.data.frames=33 \
+		--config.batch=2 --config.steps=800 --config.optimizer.learning_rate=5e-4
 	$(PY) train.py --config configs/moving_shapes/vsr_vae.py --workdir $(CASCADE)/vsr_vae \
 		--config.init_from=lavie_jax/assets/base
 	$(PY) train.py --config configs/moving_shapes/upscaler.py:cpu --workdir $(CASCADE)/upscaler \

@@ -230,7 +230,7 @@ def test_a_bucket_without_clips_is_left_out(stores):
 
 
 def test_a_run_compiles_a_program_for_each_bucket_and_says_so(tmp_path):
-    """train.py on Moving Shapes in two shapes, once more from half of it: the same parameters, losses of every bucket."""
+    """train.py on Moving Shapes in two shapes, and again from half of it: the same parameters, losses of both."""
     words = ["--config.data.buckets=((32,32),(16,32))", "--config.held_out_batches=2", "--config.log_every=1",
              "--config.checkpoint_every=2", "--config.held_out_every=2", "--config.sample_every=4",
              "--config.prompts=()"]  # fmt: skip
