@@ -1,5 +1,6 @@
 """A user's clip before it enters a stage: sides that the model cannot have, and lengths that memory cannot hold."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -42,12 +43,9 @@ def check_memory(source: Source, bytes_of_pixel: float) -> None:
 
 def free_memory() -> float:
     """Bytes of this machine's memory that programs can have; infinite where the system does not say."""
-    try:
+    with contextlib.suppress(OSError, StopIteration):  # Linux
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
+    with contextlib.suppress(ValueError, OSError):  # elsewhere, what the machine has
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return float("inf")
+    return float("inf")

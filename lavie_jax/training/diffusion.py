@@ -123,8 +123,8 @@ class StageLoss:
     def _encode(self, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
         """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
         vae, make_inputs = self.models.vae, INPUTS[self.stage.name]
-        every = self._clips(frozen, batch)
-        every = every.certain() if self.loss.posterior_mean else every
+        clips = self._clips(frozen, batch)
+        every = clips.certain() if self.loss.posterior_mean else clips
         latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
         latents = every.draw(latent_rng, vae.config)
         video, images = every.cut(slice(None, self.frames)), every.cut(slice(self.frames, None), None)
