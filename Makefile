@@ -1,6 +1,6 @@
 # make demo         install, sample three prompts with the shipped base model into demo/, and one through the cascade
 # make test         the test-suite
-# make mesh-test    training on more kinds of meshes than `make test` compiles
+# make heavy-test   tests too long for `make test`, which has one of each kind: meshes, rematerialisation, tiny modes
 # make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
 # make lint         ruff
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
@@ -18,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test mesh-test crash-test lint parity-full train-demo train-cascade
+.PHONY: demo test heavy-test crash-test lint parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -32,8 +32,8 @@ test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-mesh-test: $(VENV)/test.stamp
-	$(PY) -m pytest -m heavy tests/test_train.py
+heavy-test: $(VENV)/test.stamp
+	$(PY) -m pytest -m heavy
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py

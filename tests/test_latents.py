@@ -258,7 +258,7 @@ def trained(config, path):
     return jax.device_get(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)]), held_out
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation"])
+@pytest.mark.parametrize("stage", ["base", pytest.param("interpolation", marks=pytest.mark.heavy)])
 def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
     stage, films, clips, made, stills, base, tmp_path
 ):

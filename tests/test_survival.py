@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "keep_compiled_programs", lambda: None)
 
     def run(workdir, *words, **fields):
-        fields = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "held_out_every": 6, "data.images": 1, **fields}
+        fields = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "held_out_every": 6, **fields}
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         with contextlib.ExitStack() as cleanup:
             train.main(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -221,42 +220,6 @@ def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_stopped_and_resumed_vae_run_equals_an_uninterrupted_one(tmp_path):
-    config = "configs/moving_shapes/vae.py:tiny"
-    settings = {"steps": 60, "log_every": 1, "checkpoint_every": 25, "data__images": 1}
-    whole = finished(train(config, tmp_path / "whole", **settings))
-
-    process = train(config, tmp_path / "parts", **settings)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "parts/metrics.jsonl").exists() or not (tmp_path / "parts/metrics.jsonl").stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    stopped = finished(process)
-    at = max(int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir())
-    assert 0 < at < 60 and stopped != whole
-    judged = json.loads((tmp_path / f"parts/checkpoints/{at}/metrics/metrics").read_text())
-    assert judged == {"held_out": float("inf")}  # it was saved before anything was measured: there may be no time
-    assert weights.load_folder(tmp_path / "parts/weights", stage="vae")
-
-    assert finished(train(config, tmp_path / "parts", **settings)) == whole
-    shutil.rmtree(tmp_path / "parts/weights")  # as if it was killed before it could write them
-    assert finished(train(config, tmp_path / "parts", **settings)) == whole  # nothing else is left to do
-    assert weights.load_folder(tmp_path / "parts/weights", stage="vae")
-    a, b = ({r["step"]: r["loss"] for r in lines(tmp_path / name) if "loss" in r} for name in ("whole", "parts"))
-    assert a == b and len(a) == 60
-
-    assert lines(tmp_path / "whole")[-1]["held_out/reconstruction"] < 0.8 * a[1]  # it learns
-    vae = weights.load_part(tmp_path / "whole/weights", "vae")
-    np.testing.assert_allclose(
-        1 / vae.config.scaling_factor, lines(tmp_path / "whole")[-1]["held_out/latent_std"], rtol=1e-6
-    )
-
-    refused = train(config, tmp_path / "parts", **settings, seed=1)
-    _, err = refused.communicate(timeout=600)
-    assert refused.returncode == 2 and "seed = 0, not 1" in err and err.count("error:") == 1
-
-
 def test_two_hosts_train_together_stop_together_and_one_goes_on(tmp_path):
     """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
     with socket.socket() as free:
@@ -311,7 +274,7 @@ def test_hosts_that_were_started_differently_stop_and_say_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "meshes", [((2, 4, 1), (2, 2, 2)), pytest.param(((8, 1, 1), (1, 8, 1)), marks=pytest.mark.heavy)], ids=str
+    "meshes", [((2, 2, 2),), pytest.param(((8, 1, 1), (1, 8, 1), (2, 4, 1)), marks=pytest.mark.heavy)], ids=str
 )
 def test_one_device_and_eight_train_alike(meshes, tmp_path, monkeypatch):
     """Joint training on every kind of mesh, parameters split or not: the same losses, and the same parameters."""

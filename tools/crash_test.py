@@ -28,9 +28,9 @@ EVERY = 4  # steps from checkpoint to checkpoint
 TIMEOUT = 600.0  # seconds for one life of the run
 
 
-def start(workdir: Path, steps: int) -> subprocess.Popen:
+def start(workdir: Path, steps: int, *, seed: int = 0) -> subprocess.Popen:
     """train.py on the smallest config; what it says goes to `workdir`.out and .err."""
-    fields = {"steps": steps, "checkpoint_every": EVERY, "log_every": 1, "held_out_every": steps, "data.images": 1}
+    fields = {"steps": steps, "checkpoint_every": EVERY, "log_every": 1, "held_out_every": steps, "seed": seed}
     words = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", str(workdir)]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
     with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:

@@ -47,8 +47,8 @@ def get_config(mode: str = "") -> ConfigDict:
         config.vae.block_out_channels = (16,)
         config.cpu_devices = 0
         config.data.height = config.data.width = 32
-        config.data.images = 2
+        config.data.images = 1
         config.steps, config.held_out_batches = 30, 1
         config.log_every = config.checkpoint_every = config.held_out_every = 10
-        config.optimizer.warmup = 5
+        config.optimizer.warmup, config.optimizer.decay = 5, "constant"  # one program for any number of steps
     return config
