@@ -30,7 +30,8 @@ demo: $(VENV)/requirements.stamp
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
-	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(PY) -m pytest --numprocesses=$$($(PY) -c 'import os; print(min(4, 1 + os.cpu_count()))') --dist=loadfile \
+		--no-loadscope-reorder  # one more than there are cores: tests wait for programs that they start
 
 heavy-test: $(VENV)/test.stamp
 	$(PY) -m pytest -m heavy

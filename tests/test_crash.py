@@ -1,9 +1,10 @@
-"""A run that is stopped, or killed at any moment, also inside a save, comes out as if nothing had happened."""
+"""A run that is stopped, killed at any moment, or shared by two hosts comes out as one that nothing happened to."""
 
 import importlib.util
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "crash_test.py"
 STEPS = 60
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def crash_test():
     spec = importlib.util.spec_from_file_location("crash_test", SCRIPT)
     module = importlib.util.module_from_spec(spec)
@@ -24,10 +25,15 @@ def crash_test():
     return module
 
 
-def test_a_stop_and_three_kills_change_nothing(crash_test, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    wanted = crash_test.finish(crash_test.start(whole, STEPS), whole)
+@pytest.fixture(scope="module")
+def whole(crash_test, tmp_path_factory):
+    """The workdir of a run that nothing happened to, and the hash of its parameters."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, crash_test.finish(crash_test.start(workdir, STEPS), workdir)
 
+
+def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
+    (whole, wanted), parts = whole, tmp_path / "parts"
     process = crash_test.start(parts, STEPS)
     deadline = time.monotonic() + 300
     while not (parts / "metrics.jsonl").exists() or not (parts / "metrics.jsonl").stat().st_size:
@@ -57,3 +63,33 @@ def test_a_stop_and_three_kills_change_nothing(crash_test, tmp_path):
     assert refused.wait(300) == 2
     error = parts.with_suffix(".err").read_text()
     assert "seed = 0, not 1" in error and error.count("error:") == 1
+
+
+def test_two_hosts_train_together_stop_together_and_one_goes_on(crash_test, whole, tmp_path):
+    """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
+    workdir, second = tmp_path / "run", tmp_path / "second"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    fields = {"checkpoint_every": 100_000, "distributed": True, "mesh.fsdp": 2}
+    hosts = [
+        crash_test.start(workdir, 100_000, said=said, env={**shared, "JAX_PROCESS_ID": str(i)}, **fields)
+        for i, said in enumerate((workdir, second))
+    ]
+    deadline = time.monotonic() + 600
+    while len(crash_test.losses(workdir)) < 4:
+        assert [host.poll() for host in hosts] == [None, None] and time.monotonic() < deadline
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
+    crash_test.finish(hosts[0], workdir)
+    assert hosts[1].wait(600) == 0, second.with_suffix(".err").read_text()
+    found = weights.load_part(workdir / "weights", "vae")
+    assert found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
+    at = crash_test.newest(workdir)
+    assert f"stopped at step {at} of 100000" in workdir.with_suffix(".err").read_text()
+
+    crash_test.finish(crash_test.start(workdir, at + 1), workdir)
+    assert f"resumed at step {at} of {at + 1}" in workdir.with_suffix(".err").read_text()
+
+    one, two = (crash_test.losses(run) for run in (whole[0], workdir))
+    assert {step: two[step] for step in (1, 2, 3)} == pytest.approx({step: one[step] for step in (1, 2, 3)}, rel=1e-4)

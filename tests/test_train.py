@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from lavie_jax import parallel, weights
+from lavie_jax import parallel
 from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.diffusion.schedule import Schedule
@@ -218,41 +216,6 @@ def finished(process: subprocess.Popen) -> str:
 
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_two_hosts_train_together_stop_together_and_one_goes_on(tmp_path):
-    """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    config, fields = "configs/moving_shapes/vae.py:tiny", {"checkpoint_every": 100_000, "log_every": 1}
-    hosts = [
-        train(
-            config, tmp_path, {**shared, "JAX_PROCESS_ID": str(i)},
-            **fields, distributed=True, steps=100_000, mesh__fsdp=2,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 4:
-        assert [host.poll() for host in hosts] == [None, None] and time.monotonic() < deadline
-        time.sleep(0.05)
-    hosts[1].send_signal(signal.SIGTERM)
-    (out, err), (second_out, second_err) = (host.communicate(timeout=600) for host in hosts)
-    assert [host.returncode for host in hosts] == [0, 0], err + second_err
-    found = weights.load_part(tmp_path / "weights", "vae")
-    assert len(out.splitlines()[-1]) == 64 and found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
-    (at,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-    assert f"stopped at step {at} of 100000" in err
-
-    alone = train(config, tmp_path, **fields, steps=at + 1)
-    _, err = alone.communicate(timeout=600)
-    assert alone.returncode == 0 and f"resumed at step {at} of {at + 1}" in err, err
-
-    finished(train(config, tmp_path / "one", log_every=1, steps=3))  # one host, one device, from the start
-    one, two = ({r["step"]: r["loss"] for r in lines(where) if "loss" in r} for where in (tmp_path / "one", tmp_path))
-    assert one == pytest.approx({step: two[step] for step in (1, 2, 3)}, rel=1e-4)
 
 
 def test_hosts_that_were_started_differently_stop_and_say_so(tmp_path):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,13 +28,16 @@ EVERY = 4  # steps from checkpoint to checkpoint
 TIMEOUT = 600.0  # seconds for one life of the run
 
 
-def start(workdir: Path, steps: int, *, seed: int = 0) -> subprocess.Popen:
-    """train.py on the smallest config; what it says goes to `workdir`.out and .err."""
-    fields = {"steps": steps, "checkpoint_every": EVERY, "log_every": 1, "held_out_every": steps, "seed": seed}
+def start(
+    workdir: Path, steps: int, *, said: Path | None = None, env: Mapping[str, str] | None = None, **fields: object
+) -> subprocess.Popen:
+    """train.py on the smallest config; what it says goes to `said`.out and .err, by default `workdir`'s name."""
+    fields = {"steps": steps, "checkpoint_every": EVERY, "log_every": 1, "held_out_every": steps, **fields}
     words = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", str(workdir)]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
-    with workdir.with_suffix(".out").open("w") as out, workdir.with_suffix(".err").open("w") as err:
-        return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err)
+    said = said or workdir
+    with said.with_suffix(".out").open("w") as out, said.with_suffix(".err").open("w") as err:
+        return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **(env or {})}, stdout=out, stderr=err)
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> str:
