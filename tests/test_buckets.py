@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,24 +229,16 @@ def test_a_bucket_without_clips_is_left_out(stores):
 
 
 def test_a_run_compiles_a_program_for_each_bucket_and_says_so(tmp_path):
-    """train.py on Moving Shapes in two shapes, and again from half of it: the same parameters, losses of both."""
-    words = ["--config.data.buckets=((32,32),(16,32))", "--config.data.frames=2", "--config.held_out_batches=2",
-             "--config.log_every=1", "--config.checkpoint_every=2", "--config.held_out_every=2"]  # fmt: skip
-
-    def run(workdir, *extra):
-        line = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", workdir]
-        done = subprocess.run([*line, "--config.steps=4", *words, *extra], cwd=ROOT, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    whole = run(tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    again = run(tmp_path / "again", "--restore-step=2")
-    assert "resumed at step 2" in again.stderr and again.stdout == whole.stdout  # the hash of the parameters
-    said = re.findall(r"step (\d) compiles program (\d) of 2: .*video \(8, 2, (\d+), (\d+), 3\)", whole.stderr)
+    """train.py on Moving Shapes in two shapes: finite losses of both."""
+    line = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", tmp_path,
+            "--config.data.buckets=((32,32),(16,32))", "--config.data.frames=2", "--config.held_out_batches=2",
+            "--config.steps=4", "--config.log_every=1", "--config.held_out_every=2"]  # fmt: skip
+    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"step (\d) compiles program (\d) of 2: .*video \(8, 2, (\d+), (\d+), 3\)", done.stderr)
     assert [row[:2] for row in said] == [("1", "1"), ("2", "2")] and {row[2:] for row in said} == {
         ("32", "32"), ("16", "32"),
     }  # fmt: skip
-    assert "buckets of split train: 32x32 50.0%, 16x32 50.0%; a program is compiled for each" in whole.stderr
-    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert "buckets of split train: 32x32 50.0%, 16x32 50.0%; a program is compiled for each" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line.get("loss", line.get("held_out/reconstruction"))) for line in lines)

@@ -38,7 +38,12 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", STAGES)
+LIKE_OTHERS = "configs/moving_shapes/motion.py", "configs/moving_shapes/upscaler.py"  # the networks of base and vsr
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name in LIKE_OTHERS)) for name in STAGES]
+)
 def test_a_stage_builds_at_full_size(name):
     config = options.load(name)
     build.check_stage(config)

@@ -263,8 +263,14 @@ def trained(config, path, learn):
     return jax.device_get(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)]), held_out
 
 
-@pytest.mark.parametrize("learn", [False, pytest.param(True, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("stage", ["base", "interpolation"])
+@pytest.mark.parametrize(
+    "stage, learn",
+    [
+        ("base", False),
+        pytest.param("base", True, marks=pytest.mark.heavy),
+        pytest.param("interpolation", True, marks=pytest.mark.heavy),
+    ],
+)
 def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
     stage, learn, films, clips, made, stills, base, tmp_path
 ):

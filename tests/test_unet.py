@@ -131,7 +131,7 @@ def test_joint_batch_equals_separate_calls(kind):
     assert relative_error(gradients, gradients_alone) < 1e-5
 
 
-@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("frames", [1, pytest.param(5, marks=pytest.mark.heavy)])
 def test_video_ignores_which_images_are_beside_it(frames):
     unet, (x, t, text, image_text, image_t, _) = make("base")
     params = random_params(unet, x, t, text, image_text, image_t)
