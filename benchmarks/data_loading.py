@@ -1,6 +1,6 @@
 """What it costs to feed training: clips a second and core of each source, where the time goes, and memory.
 
-    python benchmarks/data_loading.py                            # sources, memory and demand
+    python benchmarks/data_loading.py                            # all four parts
     python benchmarks/data_loading.py --clips 1 --records 200    # a smoke test
 
 Makes clips of 10 seconds, 24 frames a second, of a panning texture with grain, H.264 crf 23, of 360x640 (nearly
@@ -10,6 +10,8 @@ random numbers of the size that Stable Diffusion's VAE and text encoder give. Pr
 sources   one process: CPU seconds of an example, and the share of decoding and of scaling and cutting; then the whole
           pipeline with 0, 1 and 2 worker processes (grain), wall time
 memory    anonymous memory of the process while it reads that many records once
+curation  files of four scenes, 20 seconds of 720x1280, through `python -m lavie_jax.curation` with one worker: what it
+          says of hours of video a core-hour
 demand    arithmetic of a training step of configs/base.py (traced, per clip), from pixels and from latents; how many
           clips a second a v5e chip could do at its peak, and how many cores of its host feed it then. A real step is
           slower than that, so fewer cores are needed.
@@ -17,8 +19,11 @@ demand    arithmetic of a training step of configs/base.py (traced, per clip), f
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -35,6 +40,7 @@ from lavie_jax.data import latents, pipeline, shards, transforms, video_files
 from lavie_jax.data.config import DataConfig, make_source
 from lavie_jax.data.pipeline import Examples
 
+ROOT = Path(__file__).parents[1]
 SIZE, FRAMES, FPS, SECONDS, RATE = (320, 512), 16, 8.0, 10, 24
 STORED = {"360p": (360, 640), "720p": (720, 1280)}
 LATENTS, TEXT = (SIZE[0] // 8, SIZE[1] // 8, 8), (77, 768)
@@ -189,6 +195,22 @@ def memory(folder: Path, records: int) -> None:
         print(f"`{kind}`: {', '.join(found)}", flush=True)
 
 
+def curation(folder: Path, files: int) -> None:
+    """Prints the last lines of the curation of made-up files, whose scenes are all kept."""
+    videos, (height, width) = folder / "videos", STORED["720p"]
+    videos.mkdir()
+    for i in range(files):
+        scenes = (itertools.islice(film(4 * i + k, (height, width)), 5 * RATE) for k in range(4))
+        video_files.encode(
+            itertools.chain.from_iterable(scenes), videos / f"{i}.mp4", height=height, width=width, fps=RATE,
+            options={"crf": "23", "g": "48"},
+        )  # fmt: skip
+        (videos / f"{i}.txt").write_text(f"a camera pans over a landscape, number {i}")
+    command = [sys.executable, "-m", "lavie_jax.curation", "--input", videos, "--out", folder / "out", "--workers", "1"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    print(done.stdout.strip(), flush=True)
+
+
 def demand(rates: dict[str, float]) -> None:
     """Prints what a chip can eat at most, and the cores of its host that this takes by `rates`."""
     import jax
@@ -200,9 +222,10 @@ def demand(rates: dict[str, float]) -> None:
     from lavie_jax.training.operations import count_operations
     from lavie_jax.training.step import make_state, make_update
 
+    sys.path.insert(0, str(ROOT))  # where configs find each other
     needs = {}
     for source in ("video_folder", "latents"):
-        config = options.load("configs/base.py")
+        config = options.load(str(ROOT / "configs/base.py"))
         config.data.source, config.data.image_path = source, None
         task = build.stage_task(config, jnp.bfloat16, abstract_origin(config))
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
@@ -222,7 +245,7 @@ def demand(rates: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("sources", "memory", "demand"), help="one of them alone")
+    parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="one of them alone")
     parser.add_argument("--clips", type=int, default=40, help="of each source (default: %(default)s)")
     parser.add_argument("--records", type=int, default=10_000, help="of the measurement of memory")
     parser.add_argument("--dir", type=Path, help="where to make the temporary folder")
@@ -234,6 +257,8 @@ def main() -> None:
             rates = sources(Path(temporary), args.clips)
         if args.part in (None, "memory"):
             memory(Path(temporary), args.records)
+        if args.part in (None, "curation"):
+            curation(Path(temporary), 4)
     if args.part in (None, "demand"):
         demand(rates)
 
