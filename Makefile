@@ -1,6 +1,6 @@
 # make demo         install, sample three prompts with the shipped base model into demo/, and one through the cascade
 # make test         the test-suite
-# make heavy-test   tests too long for `make test`, which has one of each kind: meshes, rematerialisation, tiny modes
+# make heavy-test   what is too long for `make test`, which has one of each kind: more meshes, stages, tiny modes (10 minutes)
 # make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
 # make lint         ruff
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
@@ -35,7 +35,7 @@ test: $(VENV)/test.stamp
 		--no-loadscope-reorder
 
 heavy-test: $(VENV)/test.stamp
-	$(PY) -m pytest -m heavy
+	$(PY) -m pytest -m heavy --numprocesses=auto --maxprocesses=4 --dist=load
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py

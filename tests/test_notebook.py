@@ -83,6 +83,7 @@ def test_every_cell_runs_with_the_shipped_cascade_and_again_finds_what_it_made(t
     assert int(left) < 10_000, "a stage's weights were still there when the next one came"
 
 
+@pytest.mark.heavy  # test_convert.py converts such files, and the test above samples
 def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     import checkpoints

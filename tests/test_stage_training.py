@@ -205,7 +205,9 @@ def started(task) -> dict:
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("stage", [pytest.param("base", marks=pytest.mark.heavy), "interpolation", "vsr"])
+@pytest.mark.parametrize(
+    "stage", ["vsr", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("base", "interpolation"))]
+)
 def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch):
     """The loss on clips that are not trained on falls."""
     monkeypatch.chdir(ROOT)
