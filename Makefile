@@ -28,11 +28,9 @@ demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --prompt "a red circle moving left"
 	@echo "The videos, what made them (JSON) and contact sheets are in $(CURDIR)/demo and demo/cascade"
 
-# One process more than there are cores: tests wait for programs that they start.
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
-	$(PY) -m pytest --numprocesses=$$($(PY) -c 'import os; print(min(4, 1 + os.cpu_count()))') --dist=loadfile \
-		--no-loadscope-reorder
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 heavy-test: $(VENV)/test.stamp
 	$(PY) -m pytest -m heavy --numprocesses=auto --maxprocesses=4 --dist=load

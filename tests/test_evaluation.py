@@ -202,6 +202,7 @@ def test_only_moving_objects_are_measured():
     assert len(found) == 12 and all(sample.attributes.motion != "still" for sample in found)
 
 
+@pytest.mark.heavy
 def test_both_later_stages_are_measured(tmp_path, capsys, monkeypatch):
     """With networks of random weights: every row and column is there, and the baselines beat them."""
     monkeypatch.setattr(cascade, "FEW_FRAMES", 5)  # one compiled program for both lengths
@@ -289,6 +290,7 @@ def test_an_exchanged_word_is_another_one_that_makes_sense(name):
             assert words[-2] not in words[:-2]  # a shape in the background's colour would not be seen
 
 
+@pytest.mark.heavy
 def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
     """An untrained model is far from the least loss."""
     monkeypatch.setattr(noise_levels, "PLACES", 6)

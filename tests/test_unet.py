@@ -264,6 +264,7 @@ def test_norms_of_temporal_convolutions_have_groups_of_their_own():
     assert relative_error(run(norm_num_groups=4, temporal_norm_groups=8), plain) > 1e-3
 
 
+@pytest.mark.heavy  # test_vae.py has it for the VAE
 def test_bfloat16_is_near_float32():
     unet, inputs = make("vsr")
     params = random_params(unet, *inputs)
