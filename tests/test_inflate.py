@@ -83,10 +83,9 @@ def test_inflated_interpolation_ignores_the_key_frames_at_first(base, tmp_path):
     unet = made.unet
     assert unet.config == STAGE_CONFIGS["interpolation"]
     x, _, expected = image_case("sd")
-    for count in (1, 4):
-        keys = draw("keys", 2, count, 4, 6, 4)  # different frames: they must not matter
-        video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, count, axis=1), keys], axis=-1))
-        np.testing.assert_allclose(video, np.repeat(expected, count, axis=1), rtol=1e-4, atol=1e-5)
+    keys = draw("keys", 2, 4, 4, 6, 4)  # different frames: they must not matter
+    video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, 4, axis=1), keys], axis=-1))
+    np.testing.assert_allclose(video, np.repeat(expected, 4, axis=1), rtol=1e-4, atol=1e-5)
 
 
 def test_interpolation_of_a_small_base_samples_at_its_size(base, tmp_path):

@@ -1,5 +1,6 @@
 """The weights folder, its files, and the names in them. No torch."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -79,6 +80,12 @@ def test_every_released_name_maps_there_and_back(name):
     buffers = [path for path in shapes if is_buffer(path)]
     assert len(shapes) - len(buffers) == len(expected_shapes(config))
     assert bool(buffers) == (name in ("lavie_base", "lavie_vsr", "sd14_text", "x4_text"))
+
+
+def test_a_vae_whose_scale_was_measured_again_is_not_traced_again():
+    """A training run writes such a one at every checkpoint."""
+    config = RELEASED["sd14_vae"]
+    assert expected_shapes(config) is expected_shapes(dataclasses.replace(config, scaling_factor=0.3))
 
 
 EXAMPLES = [  # part, PyTorch's name, its shape, our path, which of its axes ours are

@@ -1,5 +1,6 @@
 """Which parameters a configuration has, and the strict comparison of a file with them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
@@ -17,9 +18,15 @@ from lavie_jax.weights.names import is_buffer
 CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "text_encoder": CLIPTextConfig}
 
 
-@lru_cache(maxsize=16)
 def expected_shapes(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every parameter of the model that `config` describes; nothing is computed."""
+    if isinstance(config, VAEConfig):  # it changes no shape, and a VAE in training has another at every checkpoint
+        config = dataclasses.replace(config, scaling_factor=1.0)
+    return _traced_shapes(config)
+
+
+@lru_cache(maxsize=16)
+def _traced_shapes(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str, tuple[int, ...]]:
     rng = jax.random.key(0)
     if isinstance(config, UNetConfig):
         side = 2 ** (len(config.block_out_channels) - 1)
