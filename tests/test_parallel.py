@@ -8,6 +8,10 @@ from jax.sharding import PartitionSpec as P
 
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.training import diffusion
 
 
 def test_mesh_takes_the_devices_that_are_left():
@@ -44,9 +48,6 @@ def test_rules_place_by_path(path, shape, expected):
 
 def test_every_kind_of_large_kernel_is_split_by_fsdp():
     """A rule that misses a kind of layer would silently replicate it on every device of a pod."""
-    from lavie_jax.models.unet import UNet
-    from lavie_jax.models.unet_config import UNetConfig
-
     config = UNetConfig(
         block_out_channels=(32, 64), attention_levels=(True, True), attention_heads=(2, 2),
         only_cross_attention=(False, False), cross_attention_dim=32, temporal_attention="before_ff",
@@ -61,6 +62,51 @@ def test_every_kind_of_large_kernel_is_split_by_fsdp():
         total += np.prod(x.shape)
         local += np.prod(s.shard_shape(x.shape))
     assert local / total < 0.16  # an eighth, and the biases and norms
+
+
+def held(f, params, inputs, **axes) -> int:
+    """Bytes that one of 8 devices needs for `f(params, inputs)`, beside what goes in and comes out."""
+    mesh = parallel.make_mesh(**axes)
+    compiled = jax.jit(
+        f, in_shardings=(parallel.shardings({"params": params}, mesh)["params"], parallel.batch_sharding(mesh)),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        return compiled.lower(params, inputs).compile().memory_analysis().temp_size_in_bytes
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_split_weights_leave_every_row_on_its_device():
+    """The compiler must gather weights, not the batch: left alone, it gives every device a part of all the rows'
+    channels, which takes as much memory as there are devices."""
+    config = UNetConfig(
+        block_out_channels=(32, 64), attention_levels=(False, True), attention_heads=(2, 2), layers_per_block=1,
+        only_cross_attention=(False, False), cross_attention_dim=32, norm_num_groups=8, temporal_attention="before_ff",
+    )  # fmt: skip
+    unet, inputs = UNet(config), (zeros(8, 3, 48, 48, 4), zeros(8, dtype=jnp.int32), zeros(8, 2, 32))
+    params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
+
+    def predict(params, inputs):
+        return unet.apply({"params": params}, *inputs)
+
+    assert held(predict, params, inputs, fsdp=8) < 1.3 * held(predict, params, inputs, data=8)
+
+
+def test_frames_are_encoded_where_their_rows_are(monkeypatch):
+    """Parts of the frames after each other, of every row at the same time: no device gathers rows of others."""
+    vae, frames = VAE(VAEConfig(block_out_channels=(16,), norm_num_groups=4, patch_size=2)), zeros(8, 6, 32, 32, 3)
+    params = jax.eval_shape(vae.init, jax.random.key(0), zeros(8, 32, 32, 3))["params"]
+
+    def encode(params, frames):
+        return diffusion.encode_frames(vae, params, frames)
+
+    monkeypatch.setattr(diffusion, "VAE_PIXELS", 2 * 32 * 32)
+    in_parts = held(encode, params, frames, fsdp=8)
+    monkeypatch.setattr(diffusion, "VAE_PIXELS", 6 * 32 * 32)
+    assert in_parts < 0.6 * held(encode, params, frames, data=8)
 
 
 def test_put_and_gather_are_inverse_under_any_sharding():

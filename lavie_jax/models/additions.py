@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import einsum, rearrange
 from jaxtyping import Array, Float
 
-from lavie_jax.models.layers import conv, timestep_features
+from lavie_jax.models.layers import conv, dense, timestep_features
 
 
 class MotionEmbedding(nn.Module):
@@ -62,8 +62,8 @@ class CaptionEmbedding(nn.Module):
     def __call__(self, text, temb):
         width = temb.shape[-1]
         # the strongest of the words in each channel: one word of many is not averaged away
-        said = nn.Dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
-        return temb + nn.Dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
+        said = dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
+        return temb + dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
 
 
 BETWEEN_KEYS = (-1, 0, 1, 2)  # offsets of frames; the mean of their key frames is the cross-fade between two of them

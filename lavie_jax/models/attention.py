@@ -22,12 +22,13 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from lavie_jax.models.placement import HEADS_AXIS, batch_axes, can_place
+
 KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
 FLASH_BLOCK = 128  # the Pallas kernel's smallest block; other lengths are refused by it
 LARGE_SCORES = 2**30  # bytes of float32 scores above which `auto` no longer holds them all
 CPU_LOOP = 256  # tokens from which the `xla` kernel takes one head after the other on a CPU
 BLOCK = 1024  # queries and keys per block in the blockwise kernel
-HEADS_AXIS = "tensor"  # the mesh axis that splits heads; every other one splits the batch
 
 
 def attention(
@@ -62,7 +63,7 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
     sk = k_shape[1]
     if not plain:
         return "xla"
-    if _platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and _can_place(batch):
+    if _platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and can_place(batch):
         return "flash"
     return "blockwise" if 4 * batch * heads * sq * sk > LARGE_SCORES else "xla"
 
@@ -71,19 +72,6 @@ def _platform() -> str:
     """What the program is traced for: the devices of the mesh in context, which need not be there, or jax's own."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
-
-
-def _can_place(batch: int) -> bool:
-    """Whether it is known which rows of the batch are on which device: what a Pallas kernel needs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return batch % math.prod(mesh.shape[axis] for axis in _batch_axes(mesh)) == 0
-
-
-def _batch_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
-    """The axes that split a batch and that the compiler still has in its hands: none inside a `shard_map`."""
-    return tuple(axis for axis in mesh.auto_axes if axis != HEADS_AXIS)
 
 
 def _xla(q, k, v, bias, causal):
@@ -157,7 +145,7 @@ def _flash(q, k, v):
         return on_one_device(q, k, v)
     # The compiler cannot split a Pallas kernel: every device is handed its own rows and heads.
     split_heads = HEADS_AXIS in mesh.auto_axes and q.shape[2] % mesh.shape[HEADS_AXIS] == 0
-    spec = PartitionSpec(_batch_axes(mesh), None, HEADS_AXIS if split_heads else None)
+    spec = PartitionSpec(batch_axes(mesh), None, HEADS_AXIS if split_heads else None)
     return jax.shard_map(on_one_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 

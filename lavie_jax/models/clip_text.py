@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.attention import attention
 from lavie_jax.models.config import check_positive, config_from_dict
+from lavie_jax.models.layers import dense
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -162,12 +163,12 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         def project(name: str) -> Float[Array, "b l n k"]:
-            y = nn.Dense(self.config.hidden_size, dtype=self.dtype, name=name)(x)
+            y = dense(self.config.hidden_size, dtype=self.dtype, name=name)(x)
             return einops.rearrange(y, "b l (n k) -> b l n k", n=self.config.num_attention_heads)
 
         out = attention(project("q_proj"), project("k_proj"), project("v_proj"), causal=True)
         out = einops.rearrange(out, "b l n k -> b l (n k)")
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="out_proj")(out)
+        return dense(self.config.hidden_size, dtype=self.dtype, name="out_proj")(out)
 
 
 class MLP(nn.Module):
@@ -178,9 +179,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        x = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        x = dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
         x = ACTIVATIONS[self.config.hidden_act](x)
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(x)
+        return dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(x)
 
 
 def layer_norm(config: CLIPTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:

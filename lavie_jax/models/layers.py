@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from jaxtyping import Array, Float
 
+from lavie_jax.models.placement import split_by_rows
+
 CPU_PLACES = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
 
 
@@ -106,11 +108,30 @@ def conv(
     )
 
 
+def dense(
+    features: int,
+    *,
+    name: str,
+    dtype: Any,
+    bias: bool = True,
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+) -> nn.Dense:
+    """A linear layer of the last axis."""
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, dot_general=_multiply, name=name)
+
+
+def _multiply(x: Float[Array, "n *places c"], kernel: Array, *dimensions: Any, **options: Any) -> Array:
+    """`lax.dot_general`, its rows kept where they are."""
+    return split_by_rows(jax.lax.dot_general(split_by_rows(x), kernel, *dimensions, **options))
+
+
 def _convolve(x: Float[Array, "n *places c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
     """`lax.conv_general_dilated`, or on a CPU, where frames are small, one product of all patches with the kernel.
 
     Between 3x4 and 8x8 places that is up to twice as fast (8 frames of 3x4, 1280 channels: 24 against 51 ms).
     """
+
+    x = split_by_rows(x)
 
     def convolution(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -122,8 +143,8 @@ def _convolve(x: Float[Array, "n *places c"], kernel: Array, strides: tuple[int,
         return jnp.concatenate(shifted, axis=-1) @ rearrange(kernel, "h w i o -> (h w i) o")
 
     if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PLACES:
-        return convolution(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+        return split_by_rows(convolution(x, kernel))
+    return split_by_rows(jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution))
 
 
 class ResnetBlock(nn.Module):
@@ -148,12 +169,12 @@ class ResnetBlock(nn.Module):
         h = GroupNorm(self.groups, self.eps, self.frames, self.dtype, name="norm1")(x)
         h = conv(self.features, self.kernels[0], name="conv1", dtype=self.dtype)(nn.silu(h))
         if temb is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))  # (B, items, C)
+            shift = dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))  # (B, items, C)
             h = h + items_to_frames(shift, self.frames)[:, :, None, None, :]
         h = GroupNorm(self.groups, self.eps, self.frames, self.dtype, name="norm2")(h)
         if caption is not None:
             zeros = nn.initializers.zeros
-            project = nn.Dense(2 * self.features, dtype=self.dtype, kernel_init=zeros, name="caption_proj")
+            project = dense(2 * self.features, dtype=self.dtype, kernel_init=zeros, name="caption_proj")
             said = items_to_frames(project(nn.silu(caption)), self.frames)[:, :, None, None, :]
             scale, shift = jnp.split(said, 2, axis=-1)
             h = h * (1 + scale) + shift
@@ -203,8 +224,8 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t):
         features = timestep_features(t, self.width).astype(self.dtype)
-        h = nn.Dense(4 * self.width, dtype=self.dtype, name="linear_1")(features)
-        return nn.Dense(4 * self.width, dtype=self.dtype, name="linear_2")(nn.silu(h))
+        h = dense(4 * self.width, dtype=self.dtype, name="linear_1")(features)
+        return dense(4 * self.width, dtype=self.dtype, name="linear_2")(nn.silu(h))
 
 
 def timestep_features(t: Array, width: int) -> Array:

@@ -33,6 +33,7 @@ from lavie_jax.models.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    dense,
     items_to_frames,
     on_video,
 )
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         channels, dtype = x.shape[-1], self.s.dtype
         q, k, v = (
             rearrange(
-                nn.Dense(channels, use_bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads
+                dense(channels, bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads
             )
             for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
         )
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         # bias
         init = nn.initializers.zeros if self.temporal else nn.linear.default_kernel_init
         out = rearrange(out, "b s n k -> b s (n k)")
-        return nn.Dense(channels, dtype=dtype, kernel_init=init, name="to_out_0")(out)
+        return dense(channels, dtype=dtype, kernel_init=init, name="to_out_0")(out)
 
 
 class RelativePositionBias(nn.Module):
@@ -119,7 +120,7 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         channels = x.shape[-1]
         value, gate = jnp.split(GEGLUProjection(8 * channels, self.dtype, name="net_0")(x), 2, axis=-1)
-        return nn.Dense(channels, dtype=self.dtype, name="net_2")(value * nn.gelu(gate, approximate=False))
+        return dense(channels, dtype=self.dtype, name="net_2")(value * nn.gelu(gate, approximate=False))
 
 
 class GEGLUProjection(nn.Module):
@@ -130,7 +131,7 @@ class GEGLUProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(self.features, dtype=self.dtype, name="proj")(x)
+        return dense(self.features, dtype=self.dtype, name="proj")(x)
 
 
 class TransformerBlock(nn.Module):
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
 
         def projection(name):
             if config.use_linear_projection:
-                return nn.Dense(channels, dtype=dtype, name=name)
+                return dense(channels, dtype=dtype, name=name)
             return layers.conv(channels, (1, 1), name=name, dtype=dtype)
 
         if config.temporal_resblocks:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention
 from lavie_jax.models.config import check_positive, config_from_dict, only_supported
-from lavie_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv
+from lavie_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv, dense
 
 EPS = 1e-6  # of every group norm in a VAE; the UNet's resnets have 1e-5
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -241,9 +241,9 @@ class SpatialAttention(nn.Module):
         height, width, features = x.shape[1:]
         y = GroupNorm(self.config.norm_num_groups, EPS, dtype=self.dtype, name="group_norm")(x)
         y = einops.rearrange(y, "b h w d -> b (h w) 1 d")
-        q, k, v = (nn.Dense(features, dtype=self.dtype, name=n)(y) for n in ("to_q", "to_k", "to_v"))
+        q, k, v = (dense(features, dtype=self.dtype, name=n)(y) for n in ("to_q", "to_k", "to_v"))
         y = attention(q, k, v, kernel=self.kernel)
-        y = nn.Dense(features, dtype=self.dtype, name="to_out_0")(y)
+        y = dense(features, dtype=self.dtype, name="to_out_0")(y)
         return x + einops.rearrange(y, "b (h w) 1 d -> b h w d", h=height, w=width)
 
 

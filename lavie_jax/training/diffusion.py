@@ -224,10 +224,14 @@ def encode_frames(
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.empty else mesh.size  # over which the rows are split
     at_once = max(1, VAE_PIXELS * devices // (batch * height * width))
-    if at_once >= count:
+    parts = -(-count // at_once)
+    if parts == 1:
         return encode(frames)
-    moments = jax.lax.map(encode, einops.rearrange(frames, "b f ... -> f b ..."), batch_size=at_once)
-    return jax.tree.map(lambda x: einops.rearrange(x, "f b ... -> b f ..."), moments)
+    # Not by `lax.map(batch_size=)`, whose vmap folds a part's frames before the rows: devices that each have some of
+    # the rows would have to gather them all.
+    padded = jnp.pad(frames, [(0, 0), (0, -count % parts), *[(0, 0)] * 3])
+    moments = jax.lax.map(encode, einops.rearrange(padded, "b (parts f) h w c -> parts b f h w c", parts=parts))
+    return jax.tree.map(lambda x: einops.rearrange(x, "parts b f h w c -> b (parts f) h w c")[:, :count], moments)
 
 
 def encode_text(
