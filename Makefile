@@ -1,6 +1,7 @@
 # make demo         install, sample three prompts with the shipped base model into demo/, and one through the cascade
 # make test         the test-suite
-# make heavy-test   what is too long for `make test`, which has one of each kind: more meshes, stages, tiny modes (10 minutes)
+# make heavy-test   what is too long for `make test`, which has one of each kind: more meshes, stages, tiny modes
+#                   (10 minutes)
 # make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
 # make lint         ruff
 # make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)

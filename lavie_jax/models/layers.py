@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from lavie_jax.models.placement import split_by_rows
 
+# Jitted, it is traced once for each shape, and not for every layer of every call: flax asks it for its shape each time.
+KERNEL_INIT = jax.jit(nn.linear.default_kernel_init, static_argnums=(1, 2))
 CPU_PLACES = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
 
 
@@ -102,7 +104,7 @@ def conv(
         strides=(stride,) * len(kernel),
         padding=padding if padding is not None else [(k // 2, k // 2) for k in kernel],
         dtype=dtype,
-        kernel_init=nn.initializers.zeros if zero else nn.linear.default_kernel_init,
+        kernel_init=nn.initializers.zeros if zero else KERNEL_INIT,
         conv_general_dilated=_convolve,
         name=name,
     )
@@ -114,7 +116,7 @@ def dense(
     name: str,
     dtype: Any,
     bias: bool = True,
-    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT,
 ) -> nn.Dense:
     """A linear layer of the last axis."""
     return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, dot_general=_multiply, name=name)

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         out = attention(q, k, v, bias=bias, kernel=kernel)
         # video == image model at step 0: the output projection of temporal attention starts at zero, weight and
         # bias
-        init = nn.initializers.zeros if self.temporal else nn.linear.default_kernel_init
+        init = nn.initializers.zeros if self.temporal else layers.KERNEL_INIT
         out = rearrange(out, "b s n k -> b s (n k)")
         return dense(channels, dtype=dtype, kernel_init=init, name="to_out_0")(out)
 
