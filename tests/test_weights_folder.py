@@ -14,12 +14,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny import make_base
 
+import lavie_jax
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
-from lavie_jax.weights import folder_hash, load_folder, load_part, save_folder
+from lavie_jax.weights import folder, folder_hash, load_folder, load_part, save_folder
 from lavie_jax.weights.expected import compare, expected_shapes
 from lavie_jax.weights.folder import recover_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
@@ -248,6 +249,26 @@ def test_a_folder_without_its_parameters(base, copy):
     edit_unet(copy, lambda t: t.pop("conv_in.bias"))
     with pytest.raises(UserError, match="missing conv_in.bias"):
         load_folder(copy, params=False)
+
+
+def test_a_part_that_was_found_to_fit_is_not_compared_again(copy, monkeypatch):
+    """Its config.json has a seal, which is that of one version, one configuration and one set of tensors."""
+    compared = []
+
+    def compare(what, config, given):
+        compared.append(type(config))
+        return []
+
+    monkeypatch.setattr(folder, "compare", compare)
+    load_folder(copy, params=False)
+    assert compared == []
+    edit_json(copy / "unet/config.json", norm_eps=0.5)
+    edit_json(copy / "vae/config.json", fits=None)
+    load_folder(copy, params=False)
+    assert compared == [UNetConfig, VAEConfig]
+    monkeypatch.setattr(lavie_jax, "__version__", "next")
+    load_folder(copy, params=False)
+    assert compared[2:] == [UNetConfig, VAEConfig, CLIPTextConfig]
 
 
 def test_overwriting_is_asked_for_and_whole(base, tmp_path):

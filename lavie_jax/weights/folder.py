@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, check_folder, suggest
-from lavie_jax.weights.expected import CONFIGS, compare, refuse
+from lavie_jax.weights.expected import CONFIGS, compare, refuse, seal
 from lavie_jax.weights.names import PARTS, is_buffer
 from lavie_jax.weights.safetensors_io import (
     SHOW_PROGRESS_FROM,
@@ -42,6 +42,7 @@ CONTENTS = {  # what the folder of a stage must hold
     "vae": ("vae",),
 }
 MODEL_FILE = "model.safetensors"
+SEAL = "fits"  # beside the fields in a part's config.json, see `expected.seal`
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -
     """One of "unet", "vae", "text_encoder" of a weights folder; see `load_folder`."""
     config, tensors, _ = read_part(path, part)
     where = part_dir(path, part) / MODEL_FILE
-    lines = compare(str(where), config, {p: t.shape for p, t in tensors.items()})
-    if lines:
+    shapes = {p: t.shape for p, t in tensors.items()}
+    sealed = read_json(where.with_name("config.json")).get(SEAL) == seal(config, shapes)
+    if lines := [] if sealed else compare(str(where), config, shapes):
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
     if not params:
@@ -130,7 +132,8 @@ def read_part(path: str | Path, part: str) -> tuple[Any, dict[str, Tensor], dict
     for name in ("config.json", MODEL_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{path} is incomplete: {folder / name} is missing.")
-    config = CONFIGS[part].from_dict(read_json(folder / "config.json"))
+    fields = read_json(folder / "config.json")
+    config = CONFIGS[part].from_dict({name: value for name, value in fields.items() if name != SEAL})
     tensors, metadata = read_safetensors(folder / MODEL_FILE)
     return config, {name.replace(".", "/"): tensor for name, tensor in tensors.items()}, metadata
 
@@ -246,9 +249,10 @@ def _write_part(folder: Path, value, dialect: str) -> None:
     else:
         config, params = value
         flat = flatten_dict(params, sep="/")
-        refuse(compare(folder.name, config, {p: tuple(t.shape) for p, t in flat.items()}))
+        shapes = {p: tuple(t.shape) for p, t in flat.items()}
+        refuse(compare(folder.name, config, shapes))
         folder.mkdir()
-        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "config.json", config.to_dict() | {SEAL: seal(config, shapes)})
         tensors = {p.replace("/", "."): t for p, t in flat.items()}
         write_safetensors(folder / MODEL_FILE, tensors, {"dialect": dialect})
 
