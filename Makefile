@@ -26,7 +26,8 @@ demo: $(VENV)/requirements.stamp
 		--prompt "a red circle moving left" \
 		--prompt "a small yellow star moving down over a blue background" \
 		--prompt "a large green triangle standing still over a black background"
-	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --prompt "a red circle moving left"
+	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --vsr-window-frames 61 \
+		--prompt "a red circle moving left"
 	@echo "The videos, what made them (JSON) and contact sheets are in $(CURDIR)/demo and demo/cascade"
 
 test: $(VENV)/test.stamp
