@@ -29,7 +29,7 @@ def split_by_rows(x: Array) -> Array:
     """x (B, ...), also with other axes folded into the first one behind B, split over the devices as the batch is.
 
     `fsdp` splits the batch and the weights. Left alone, the compiler may let an activation follow the weights: the
-    channels split, and the whole batch on every device (the full base on 16 chips: 59 GiB a chip instead of 13). With
+    channels split, and the whole batch on every device (the full base on 16 chips asked for 59 GiB a chip). With
     inputs and outputs of every product held to the batch's split, the weights are what is gathered.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -51,8 +51,8 @@ def _traced_shapes(config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict[str,
 def seal(config: UNetConfig | VAEConfig | CLIPTextConfig, given: Mapping[str, tuple[int, ...]]) -> str:
     """What a part's config.json keeps when its tensors were compared with the configuration and found to fit.
 
-    A file that still has its seal needs no second comparison, for which the model is traced: seconds for a small
-    one, and a quarter of a minute for a released UNet. Another version of this library knows no seal of this one.
+    A file that still has its seal needs no second comparison, for which the model is traced: a second or two for a
+    small UNet, four for a released one. Another version of this library knows no seal of this one.
     """
     facts = [lavie_jax.__version__, config.to_dict(), sorted((path, list(shape)) for path, shape in given.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
