@@ -7,7 +7,8 @@
     chips.py                     topologies, and what a chip can do
     programs.py                  a jitted function and its arguments, as shapes
     training.py, sampling.py     the programs of train.py and of cascade/
-    measure.py                   a program -> a row: bytes, operations, collectives
+    measure.py, plan.py          a program -> a row: bytes, operations, collectives; memory before there is any code
+    apart.py                     the same in a process of its own, which can be ended
     operations.py, hlo.py        counted before and after the compiler
     roofline.py                  a row -> what bounds the step's time
     report.py, tables.py         rows -> JSON and lines; the tables in docs/

@@ -1,21 +1,20 @@
 """python -m lavie_jax.planner: see the package's docstring."""
 
 import argparse
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation.results import check_place
 from lavie_jax.planner import chips, report, tables
-from lavie_jax.planner.measure import measure
-from lavie_jax.planner.programs import Program
-from lavie_jax.planner.sampling import sampling_programs
+from lavie_jax.planner.apart import Make, measure_apart
+from lavie_jax.planner.sampling import sampling_program
 from lavie_jax.planner.search import search
 from lavie_jax.planner.training import training_program
+from lavie_jax.stages import STAGES
 from lavie_jax.training import options
 
 
@@ -27,16 +26,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for path in tables.write_tables(args.tables):
                 print(path)
             return
-        jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
-        devices = chips.devices(args.topology, args.slices)
         if args.sample:
-            for program in _chosen(sampling_programs(config, args.sample, devices, args.per_chip_batch), args.program):
-                _record(args, program, args.sample, rows=args.per_chip_batch, remat="none")
+            for name in _chosen(tables.SAMPLINGS[args.sample], args.program):
+                make = functools.partial(sampling_program, config, args.sample, name, rows=args.per_chip_batch)
+                _record(args, make, args.sample, args.per_chip_batch, "none")
             return
 
         def fits(rows: int, remat: str) -> bool:
             config.remat = remat
-            return _record(args, training_program(config, devices, rows), "training", rows=rows, remat=remat)
+            make = functools.partial(training_program, config, per_chip_batch=rows)
+            return _record(args, make, "training", rows, remat)
 
         if args.search:
             best = search(fits, args.per_chip_batch)
@@ -45,20 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             fits(args.per_chip_batch, config.remat)
 
 
-def _chosen(programs: list[Program], name: str | None) -> list[Program]:
-    names = [program.name for program in programs]
+def _chosen(names: Sequence[str], name: str | None) -> Sequence[str]:
     if name is not None and name not in names:
         raise UserError(f"--program: unknown {name!r}{suggest(name, names)}")
-    return [program for program in programs if name in (None, program.name)]
+    return names if name is None else (name,)
 
 
-def _record(args: argparse.Namespace, program: Program, kind: str, *, rows: int, remat: str) -> bool:
+def _record(args: argparse.Namespace, make: Make, kind: str, rows: int, remat: str) -> bool:
     """Whether the program fits, which is printed and, with --json, kept."""
     about = {
         "kind": kind, "config": args.config, "changed": args.changed, "topology": args.topology,
         "slices": args.slices, "per_chip_batch": rows, "remat": remat,
     }  # fmt: skip
-    row = about | measure(program) | {"versions": chips.versions()}
+    row = about | measure_apart(make, args.topology, args.slices, code=args.code) | {"versions": chips.versions()}
     print(report.lines(row), flush=True)
     if args.json:
         report.append(args.json, row)
@@ -78,6 +76,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     parser.add_argument("--sample", metavar="STAGE", help="the stage's sampling in place of its training")
     parser.add_argument("--program", metavar="NAME", help="with --sample: this one alone, such as 'VAE decode'")
     parser.add_argument("--search", action="store_true", help="try up to four points of batch and remat")
+    parser.add_argument("--code", action="store_true", help="compile to the end: the size of the code, too; hours")
     parser.add_argument("--json", type=Path, help="add the rows to this file; a row of the same program is replaced")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
     args, rest = parser.parse_known_args(argv)
@@ -90,6 +89,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     for name in ("per_chip_batch", "slices"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: at least 1 is needed, given {getattr(args, name)}")
+    if args.sample is not None and args.sample not in STAGES:
+        raise UserError(f"--sample: unknown stage {args.sample!r}{suggest(args.sample, STAGES)}")
     if args.sample and args.search:
         raise UserError("--search is for training; --sample has nothing to choose")
     if args.program and not args.sample:

@@ -83,7 +83,8 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
             "compiling for a TPU needs the package libtpu: pip install -e '.[tpu]', best in an environment of its own, "
             "because there jax looks for a TPU first (JAX_PLATFORMS=cpu tells it not to)"
         )
-    # No TPU is asked after, and another process may have libtpu open.
+    # No TPU is asked after (one that is there is left alone), and another process may have libtpu open.
+    jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = dict(chip.options)

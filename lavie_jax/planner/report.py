@@ -37,6 +37,11 @@ def fits(row: Row) -> bool:
     return row["fits"] and total(row) <= chips.parse(row["topology"])[0].memory
 
 
+def planned(row: Row) -> bool:
+    """Whether compiling was ended when memory was planned: what is known only later is not in the row."""
+    return "plan" in row["seconds"]
+
+
 def lines(row: Row) -> str:
     """What the command prints of a program."""
     chip, _ = chips.parse(row["topology"])
@@ -48,9 +53,9 @@ def lines(row: Row) -> str:
         f"  GiB a chip: {', '.join(held)}" + (f", beside {gib(row['beside'])}" if row["beside"] else ""),
     ]
     if row["fits"]:
-        parts = ("arguments", "outputs", "donated", "temporary", "code")
+        parts = [name for name in ("arguments", "outputs", "donated", "temporary", "code") if name in row]
         out.append("  the compiler's plan: " + ", ".join(f"{name} {gib(row[name])}" for name in parts))
-    out.append(f"  {_verdict(row, chip)}")
+    out.append(f"  {_verdict(row, chip)}" + ("; the size of the code is not in it (--code)" if planned(row) else ""))
     out.append(f"  TFLOP a chip: {row['operations'] / 1e12:.3f} traced" + _compilers(row))
     if row["fits"]:
         out.append(f"  collectives: {collectives_text(row) or 'none'}")
@@ -69,7 +74,7 @@ def _verdict(row: Row, chip: chips.Chip) -> str:
 
 
 def _compilers(row: Row) -> str:
-    if not row["fits"]:
+    if "compiler_operations" not in row:
         return ""
     return f", {row['compiler_operations'] / 1e12:.3f} by the compiler, who counts a loop once and no custom kernel"
 

@@ -24,14 +24,13 @@ class Bound(NamedTuple):
 
 
 def bound(row: dict[str, Any], chip: Chip) -> Bound:
-    """Of a program that compiled (`measure.measure`).
+    """Of a program that compiled, or whose memory was planned (`measure.py`).
 
     Arithmetic counts the operations that were traced; memory what the compiler says it reads and writes, which leaves
-    out rounds of loops, but at least each argument and result once; links the collectives' bytes, those of an
-    all-reduce twice, as if all links of a chip were busy at once.
+    out rounds of loops, but at least each argument and result once and each temporary byte twice; links the
+    collectives' bytes, those of an all-reduce twice, as if all links of a chip were busy at once.
     """
-    traffic = max(row["compiler_traffic"], row["arguments"] + row["outputs"])
+    least = row["arguments"] + row["outputs"] + 2 * row["temporary"]
+    traffic = max(row.get("compiler_traffic", 0), least)
     moved = sum((2 if kind == "all-reduce" else 1) * one["bytes"] for kind, one in row["collectives"].items())
-    return Bound(
-        row["operations"] / chip.flops, traffic / chip.memory_bandwidth, moved / chip.link_bandwidth
-    )
+    return Bound(row["operations"] / chip.flops, traffic / chip.memory_bandwidth, moved / chip.link_bandwidth)

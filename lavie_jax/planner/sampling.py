@@ -51,6 +51,11 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
     return [step, *_vae_work(weights, settings, vae, params, mesh)]
 
 
+def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int = 1) -> Program:
+    """The one of `sampling_programs` that is called so."""
+    return next(program for program in sampling_programs(config, stage, devices, rows) if program.name == name)
+
+
 def _guided_step(
     weights: Weights, settings: Settings, models: tuple, params: dict, mesh: jax.sharding.Mesh, rows: int
 ) -> Program:

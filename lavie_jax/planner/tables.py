@@ -5,7 +5,7 @@ from pathlib import Path
 from lavie_jax.errors import UserError
 from lavie_jax.evaluation import results
 from lavie_jax.planner import chips
-from lavie_jax.planner.report import Row, collectives_text, fits, gib, read, total
+from lavie_jax.planner.report import Row, collectives_text, fits, gib, planned, read, total
 from lavie_jax.planner.roofline import bound
 
 # What the pages shall hold, measured or not: (config, topology, rows a chip), and the programs of each stage.
@@ -38,11 +38,11 @@ def write_tables(path: Path) -> list[Path]:
 def _training_page(rows: list[Row], source: str) -> str:
     memory_header = [
         "config", "topology", "mesh", "rows a chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
-        "total", "has", "fits",
+        "code", "total", "has", "fits",
     ]  # fmt: skip
     time_header = [
         "config", "topology", "rows a chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
-        "bound, ms: arithmetic", "memory", "links", "at least", "compiled in",
+        "bound, ms: arithmetic", "memory", "links", "at least", "planned in", "compiled in",
     ]  # fmt: skip
     memory, time = [], []
     for row in rows:
@@ -61,7 +61,9 @@ def _training_page(rows: list[Row], source: str) -> str:
 
 
 def _sampling_page(rows: list[Row], source: str) -> str:
-    header = ["stage", "program", "size", "arguments", "temporary", "outputs", "beside", "total", "has", "fits"]
+    header = [
+        "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "has", "fits",
+    ]  # fmt: skip
     found = {(row["kind"], row["program"]): row for row in rows}
     cells = []
     for stage, program in ((stage, program) for stage, programs in SAMPLINGS.items() for program in programs):
@@ -70,7 +72,7 @@ def _sampling_page(rows: list[Row], source: str) -> str:
             cells.append(_missing([stage, program], len(header)))
             continue
         chip, _ = chips.parse(row["topology"])
-        plan = [gib(row.get(name)) for name in ("arguments", "temporary", "outputs", "beside")]
+        plan = [_cell(row, name) for name in ("arguments", "temporary", "outputs", "code", "beside")]
         verdict = "yes" if fits(row) else "**no**"
         cells.append([stage, program, row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
     return SAMPLING.format(source=source, table=results.markdown(header, cells), versions=_versions(rows))
@@ -93,14 +95,19 @@ def _mesh(row: Row) -> str:
 def _memory_cells(row: Row, chip: chips.Chip) -> list[str]:
     held = [gib(row["held"][name]) for name in ("parameters", "optimizer", "ema", "frozen")]
     verdict = "yes" if fits(row) else "**no**"
-    return [*held, gib(row.get("temporary")), gib(total(row)), gib(chip.memory), verdict]
+    return [*held, _cell(row, "temporary"), _cell(row, "code"), gib(total(row)), gib(chip.memory), verdict]
+
+
+def _cell(row: Row, name: str) -> str:
+    return "" if name == "code" and planned(row) else gib(row.get(name))
 
 
 def _time_cells(row: Row, chip: chips.Chip) -> list[str]:
     least = bound(row, chip)
     each = [f"{1e3 * seconds:.0f}" for seconds in (*least, least.seconds)]
-    operations = [f"{row[name] / 1e12:.2f}" for name in ("operations", "compiler_operations")]
-    return [*operations, collectives_text(row) or "none", *each, f"{row['seconds']['compile']:.0f} s"]
+    operations = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("operations", "compiler_operations")]
+    seconds = [f"{row['seconds'][name]:.0f} s" if name in row["seconds"] else "" for name in ("plan", "compile")]
+    return [*operations, collectives_text(row) or "none", *each, *seconds]
 
 
 def _versions(rows: list[Row]) -> str:
@@ -116,14 +123,14 @@ made by
 
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
-which compiles the update of `train.py` for chips that are not there ({versions}).
-Nothing was run on a TPU. A full-size step takes a quarter of an hour of two free cores; a row that nobody has compiled
-says so.
+which compiles the update of `train.py` for chips that are not there ({versions}), up to where memory is planned. What
+comes after, the machine code, is nine tenths of the work: `--code` does it too. Nothing was run on a TPU. A row that
+nobody has made says so.
 
 ## Memory
 
-GiB of one chip, by the compiler's plan. `total` counts parameters, optimizer state, EMA, frozen models, the batch and
-temporaries; `has` is what the compiler gives a program of the chip.
+GiB of one chip, by the compiler's plan. `total` counts parameters, optimizer state, EMA, frozen models, the batch,
+temporaries, and the program's code where that was made; `has` is what the compiler gives a program of the chip.
 
 {memory}
 
@@ -131,9 +138,10 @@ temporaries; `has` is what the compiler gives a program of the chip.
 
 `TFLOP traced` is one chip's part of all matrix products and convolutions of the traced program, recomputed blocks and
 loops included. The compiler's own count takes a loop once and custom kernels (flash attention) not at all: it is too
-low. Collectives are read off the compiled program, loops as often as they run. The bound is a roofline: the largest
-of arithmetic at peak speed, memory traffic (the compiler's figure, loops once) at peak bandwidth, and the collectives'
-bytes over all links of the chip. A real step is slower; by how much is not known.
+low, and known with `--code` alone. Collectives are read off the program that the compiler made, loops as often as they
+run. The bound is a roofline: the largest of arithmetic at peak speed, memory traffic (each temporary byte twice; the
+compiler's figure where there is one) at peak bandwidth, and the collectives' bytes over all links of the chip. A real
+step is slower; by how much is not known.
 
 {time}
 
@@ -154,8 +162,8 @@ Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of
 GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
 a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
 x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
-being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code. One
-stage's weights are on the chips at a time. Interpolation decodes with the same program as base.
+being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code, which
+is made with `--code` alone. One stage's weights are on the chips at a time. Interpolation decodes with the same program as base.
 
 {table}
 """

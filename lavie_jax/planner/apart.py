@@ -1,0 +1,85 @@
+"""A program measured in a process of its own, which is ended as soon as its memory is planned."""
+
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lavie_jax.errors import UserError
+from lavie_jax.planner import chips, measure, plan
+from lavie_jax.planner.programs import Program
+from lavie_jax.planner.report import Row
+
+Make = Callable[[list[jax.Device]], Program]
+
+POLL = 0.2  # seconds
+
+
+def measure_apart(make: Make, topology: str, slices: int = 1, *, code: bool) -> Row:
+    """A row of `measure`; without `code` it lacks what is known at the end of compiling alone.
+
+    Args:
+      make: devices -> the program; picklable.
+      topology: see `chips.parse`; so many `slices` of it.
+      code: compile to the end.
+
+    Raises:
+      UserError: what `make` or `chips.devices` raises; the process was killed, most likely for want of memory.
+      RuntimeError: it failed otherwise; its traceback is on stderr.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    with tempfile.TemporaryDirectory(prefix="planner-") as folder:
+        child = multiprocessing.get_context("spawn").Process(
+            target=_work, args=(make, topology, slices, None if code else folder, theirs)
+        )  # fmt: skip
+        child.start()
+        theirs.close()
+        try:
+            return _row(child, ours, Path(folder))
+        finally:
+            child.kill()
+            child.join()
+
+
+def _row(child: Any, pipe: multiprocessing.connection.Connection, folder: Path) -> Row:
+    traced, begin = None, 0.0
+    while True:
+        if pipe.poll(POLL):
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                raise _ended(child) from None
+            if kind == "refused":
+                raise UserError(value)
+            if kind == "row":
+                return value
+            traced, begin = value, time.perf_counter()
+        elif traced is not None and (found := plan.read(folder)) is not None:
+            return measure.planned(traced, found, begin)
+
+
+def _work(
+    make: Make, topology: str, slices: int, folder: str | None, pipe: multiprocessing.connection.Connection
+) -> None:
+    try:
+        lowered, row = measure.trace(make(chips.devices(topology, slices)))
+    except UserError as error:
+        pipe.send(("refused", str(error)))
+        return
+    pipe.send(("traced", row))
+    pipe.send(("row", measure.compiled(row, lowered, dump=folder)))
+
+
+def _ended(child: Any) -> Exception:
+    child.join()
+    if child.exitcode == -9:
+        return UserError(
+            "the compiling process was killed, most likely because this machine has too little memory for it; end "
+            "other programs, or leave out --code"
+        )
+    return RuntimeError(f"the compiling process ended with exit status {child.exitcode}")
