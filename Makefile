@@ -32,6 +32,7 @@ demo: $(VENV)/requirements.stamp
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
+	@$(PY) tools/libtpu_for_tests.py
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 heavy-test: $(VENV)/test.stamp

@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
     Attributes:
       memory: bytes {"arguments", "outputs", "donated", "temporary"}, as `compiled.memory_analysis()` counts them;
-        "outputs" includes those that take the place of donated arguments. Constants are counted as temporary.
+        "outputs" includes those that take the place of donated arguments. Constants belong to the code.
       program: its instructions, HLO as text.
     """
 
@@ -43,7 +43,7 @@ def allocations(text: str) -> dict[str, int]:
     sums = dict.fromkeys(("arguments", "outputs", "donated", "temporary"), 0)
     for size, words in ALLOCATION.findall(text):
         # A colour is another memory than the chip's main one; what is local to a fused operation has no bytes there.
-        if re.match(r"color [1-9]|thread-local", words):
+        if re.match(r"color [1-9]|thread-local|constant", words):
             continue
         parameter, result = words.startswith("parameter"), "live-out" in words
         for kind, there in (

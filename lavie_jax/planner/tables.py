@@ -163,7 +163,8 @@ GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
 a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
 x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
 being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code, which
-is made with `--code` alone. One stage's weights are on the chips at a time. Interpolation decodes with the same program as base.
+is made with `--code` alone. One stage's weights are on the chips at a time. Interpolation decodes with the same program
+as base.
 
 {table}
 """
