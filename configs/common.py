@@ -13,7 +13,9 @@ def training() -> ConfigDict:
     config.seed = 0
     config.accumulate = 1  # parts that a batch is worked off in
     config.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
-    config.remat = "none"  # for memory: "block" recomputes each block in the backward pass, "full" each layer again
+    # For memory: "block" recomputes each block in the backward pass, "full" each layer again; "offload" keeps what goes
+    # from layer to layer on the host, and recomputes the rest once
+    config.remat = "none"
     config.attention_kernel = "auto"
     config.regime = "joint"  # "joint", "video_only", "temporal_only" (paper, appendix D), "motion_only"
     config.ema_decay = 0.9999

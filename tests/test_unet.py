@@ -16,6 +16,7 @@ from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
 from lavie_jax.stages import STAGES
+from lavie_jax.training.operations import count_operations
 
 TINY = {
     "block_out_channels": [16],
@@ -234,7 +235,11 @@ def test_modulation_by_the_caption_changes_nothing_when_new():
 
 @pytest.mark.parametrize(
     ("remat", "kernels"),
-    [("block", ("blockwise",)), pytest.param("full", ("blockwise", "dot_product"), marks=pytest.mark.heavy)],
+    [
+        ("block", ("blockwise",)),
+        pytest.param("full", ("blockwise", "dot_product"), marks=pytest.mark.heavy),
+        pytest.param("offload", (), marks=pytest.mark.heavy),
+    ],
 )
 def test_remat_and_kernels_change_nothing(remat, kernels):
     unet, (x, t, text, *_) = make("base")
@@ -251,6 +256,22 @@ def test_remat_and_kernels_change_nothing(remat, kernels):
     assert relative_error(value_and_gradients(unet.clone(remat=remat)), expected) < 1e-5
     for kernel in kernels:  # each by itself, and their gradients: test_attention.py
         assert relative_error(jax.jit(value(unet.clone(attention_kernel=kernel)))(inputs), expected[0]) < 1e-5
+
+
+def test_what_is_recomputed_and_what_goes_to_the_host():
+    """"block" and "offload" compute the layers once more; "full" twice, but for what need not be known again."""
+    unet, (x, t, text, *_) = make("base")
+    params = jax.eval_shape(unet.init, jax.random.key(0), x[:, :2], t, text)
+
+    def traced(remat):
+        network = unet.clone(remat=remat)
+        loss = lambda params: jnp.square(network.apply(params, x[:, :2], t, text)).sum()  # noqa: E731
+        return jax.make_jaxpr(jax.grad(loss))(params)
+
+    found = {remat: traced(remat) for remat in ("none", "block", "full", "offload")}
+    work = {remat: count_operations(jaxpr) for remat, jaxpr in found.items()}
+    assert work["none"] < work["offload"] <= work["block"] < work["full"]
+    assert {remat for remat, jaxpr in found.items() if "<host>" in str(jaxpr)} == {"offload"}
 
 
 def test_norms_of_temporal_convolutions_have_groups_of_their_own():

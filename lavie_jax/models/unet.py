@@ -12,8 +12,10 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Num
 
 from lavie_jax.models import layers
@@ -40,7 +42,11 @@ from lavie_jax.models.layers import (
 from lavie_jax.models.unet_config import UNetConfig
 
 ROTARY_WIDTH = 32  # channels of every head that the rotary embedding turns, or the whole head where it is narrower
-REMAT = ("none", "block", "full")
+REMAT = ("none", "block", "full", "offload")
+LAYER = "layer"  # what a layer of a block gives, by this name
+TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER], offload_src="device", offload_dst="pinned_host"
+)
 TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer and in the temporal modules; elsewhere it is `norm_eps`
 
 
@@ -54,18 +60,25 @@ class Setting:
     kernel: str
     remat: str = "none"
 
-    def resnet(self, features: int, name: str) -> ResnetBlock:
-        """A residual block of this call; adds its parameters to the calling module."""
-        return self._layer(ResnetBlock)(
+    def resnet(self, x: Array, temb: Array, caption: Array | None, features: int, name: str) -> Array:
+        """x through a residual block, whose parameters are added to the calling module."""
+        block = self._layer(ResnetBlock)(
             features, self.config.norm_num_groups, self.config.norm_eps, self.frames, dtype=self.dtype, name=name
         )
+        return checkpoint_name(block(x, temb, caption), LAYER)
 
-    def transformer(self, level: int, only_text: bool, name: str) -> "Transformer":
-        """A transformer of this call, likewise."""
-        return self._layer(Transformer)(self, level, only_text, name=name)
+    def transformer(self, x: Array, text: Array, level: int, only_text: bool, name: str) -> Array:
+        """x through a transformer, likewise."""
+        return checkpoint_name(self._layer(Transformer)(self, level, only_text, name=name)(x, text), LAYER)
+
+    def block(self, module: type[nn.Module], static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+        """`module`, a block of layers, with what `remat` says of its activations."""
+        if self.remat == "none":
+            return module
+        return nn.remat(module, static_argnums=static_argnums, policy=TO_HOST if self.remat == "offload" else None)
 
     def _layer(self, module):
-        return nn.remat(module) if self.remat == "full" else module
+        return nn.remat(module) if self.remat in ("full", "offload") else module
 
 
 class Attention(nn.Module):
@@ -272,10 +285,10 @@ class DownBlock(nn.Module):
         width = config.block_out_channels[self.level]
         skips = []
         for i in range(config.layers_per_block):
-            x = self.s.resnet(width, f"resnets_{i}")(x, temb, caption)
+            x = self.s.resnet(x, temb, caption, width, f"resnets_{i}")
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
-                x = self.s.transformer(self.level, only_text, f"attentions_{i}")(x, text)
+                x = self.s.transformer(x, text, self.level, only_text, f"attentions_{i}")
             skips.append(x)
         if self.level < len(config.block_out_channels) - 1:
             x = Downsample(width, dtype=self.s.dtype, name="downsamplers_0")(x)
@@ -291,10 +304,10 @@ class MidBlock(nn.Module):
     @nn.compact
     def __call__(self, x, temb, text, caption):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
-        x = self.s.resnet(width, "resnets_0")(x, temb, caption)
+        x = self.s.resnet(x, temb, caption, width, "resnets_0")
         # whatever `only_cross_attention` says of the deepest level, the mid block keeps its self-attention
-        x = self.s.transformer(deepest, only_text=False, name="attentions_0")(x, text)
-        return self.s.resnet(width, "resnets_1")(x, temb, caption)
+        x = self.s.transformer(x, text, deepest, only_text=False, name="attentions_0")
+        return self.s.resnet(x, temb, caption, width, "resnets_1")
 
 
 class UpBlock(nn.Module):
@@ -310,10 +323,10 @@ class UpBlock(nn.Module):
         config = self.s.config
         width = config.block_out_channels[self.level]
         for i, skip in enumerate(reversed(skips)):
-            x = self.s.resnet(width, f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), temb, caption)
+            x = self.s.resnet(jnp.concatenate([x, skip], axis=-1), temb, caption, width, f"resnets_{i}")
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
-                x = self.s.transformer(self.level, only_text, f"attentions_{i}")(x, text)
+                x = self.s.transformer(x, text, self.level, only_text, f"attentions_{i}")
         if self.level > 0:
             x = Upsample(width, dtype=self.s.dtype, name="upsamplers_0")(x, size)
         return x
@@ -323,7 +336,8 @@ class UNet(nn.Module):
     """Predicts the noise (or v, or x0) in x_t, for a video and for images beside it.
 
     `remat` says what of the activations is recomputed in the backward pass, for memory, instead of being kept: "none";
-    "block", those inside each down, mid and up block; "full", in these blocks those inside each layer once more.
+    "block", those inside each down, mid and up block; "full", in these blocks those inside each layer once more;
+    "offload", those inside each layer, once: what one layer hands to the next waits in the host's memory.
     """
 
     config: UNetConfig
@@ -351,7 +365,6 @@ class UNet(nn.Module):
         config, dtype = self.config, self.dtype
         if self.remat not in REMAT:
             raise ValueError(f"Unknown remat: {self.remat!r}. Choose from {', '.join(REMAT)}.")
-        wrap = (lambda module, static_argnums=(): module) if self.remat == "none" else nn.remat
         images = 0 if image_text is None else image_text.shape[1]
         frames = Frames(x.shape[1] - images, images)
         if frames.video < 0 or (frames.video > 0) != (text is not None):
@@ -377,7 +390,7 @@ class UNet(nn.Module):
         caption = CaptionEmbedding(dtype, name="caption_embedding")(texts, temb) if config.caption_modulation else None
 
         def temporal_module(there, name, h):
-            return wrap(TemporalModule)(s, name=name)(h, temb) if there else h
+            return s.block(TemporalModule)(s, name=name)(h, temb) if there else h
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
         if config.key_frames_around:
@@ -386,10 +399,12 @@ class UNet(nn.Module):
         levels = range(len(config.block_out_channels))
         skips = [[h]]  # conv_in's output belongs to the outermost level
         for level in levels:
-            h, level_skips = wrap(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts, caption)
+            h, level_skips = s.block(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts, caption)
+            # What waits for the way up is these arrays: left alone, the compiler may keep the several that they are sums of
+            h, level_skips = jax.lax.optimization_barrier((h, level_skips))
             skips.append(level_skips)
             h = temporal_module(level in config.down_temporal_idx, f"down_temporal_blocks_{level}", h)
-        h = wrap(MidBlock)(s, name="mid_block")(h, temb, texts, caption)
+        h = s.block(MidBlock)(s, name="mid_block")(h, temb, texts, caption)
         h = temporal_module(config.mid_temporal, "mid_temporal_block", h)
 
         stack = [skip for level_skips in skips for skip in level_skips]
@@ -397,7 +412,7 @@ class UNet(nn.Module):
             count = config.layers_per_block + 1
             stack, level_skips = stack[:-count], stack[-count:]
             size = stack[-1].shape[2:4] if level else None  # the next skip's, which is odd where a side was
-            up = wrap(UpBlock, static_argnums=(6,))(s, level, name=f"up_blocks_{i}")
+            up = s.block(UpBlock, static_argnums=(6,))(s, level, name=f"up_blocks_{i}")
             h = up(h, level_skips, temb, texts, caption, size)
             h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
 
