@@ -400,7 +400,7 @@ class UNet(nn.Module):
         skips = [[h]]  # conv_in's output belongs to the outermost level
         for level in levels:
             h, level_skips = s.block(DownBlock)(s, level, name=f"down_blocks_{level}")(h, temb, texts, caption)
-            # What waits for the way up is these arrays: left alone, the compiler may keep the several that they are sums of
+            # These wait for the way up: left alone, the compiler may keep the several arrays that each is the sum of
             h, level_skips = jax.lax.optimization_barrier((h, level_skips))
             skips.append(level_skips)
             h = temporal_module(level in config.down_temporal_idx, f"down_temporal_blocks_{level}", h)
