@@ -83,6 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
     add("--part", default="0/1", metavar="I/N", help="make only every N-th sample, from number I on: hosts 0 to N-1 of "
         "a slice with the same command and OUT make all of them (default 0/1)")
+    add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
     add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default one a device)")
     add("--weights", type=Path, metavar="DIR", help="one stage's weights folder, or one with base/, interpolation/, "
         "vsr/ in it (default: shipped)")
@@ -250,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
         texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]
         warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
-    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype) if todo else None
+    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype, fsdp=args.fsdp) if todo else None
     for shelf in shelves if args.overwrite else ():
         shelf.renew()
     requests = [

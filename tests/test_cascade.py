@@ -85,6 +85,25 @@ def test_one_device_and_eight_agree_whatever_else_is_in_the_batch(pipe, single):
     assert np.linalg.norm(together[0] - together[4]) > 0.1 * np.linalg.norm(together[0])
 
 
+def test_split_weights_make_the_same_samples(folder, single):
+    two = lavie_jax.load(folder, devices=jax.devices()[:2], fsdp=2)
+    leaves = (jax.tree.leaves(pipe.base.unet_params) for pipe in (two, single))
+    held = [sum(x.addressable_shards[0].data.nbytes for x in arrays) for arrays in leaves]
+    assert held[0] < 0.6 * held[1]  # norms and biases are whole everywhere
+    requests = [Request(prompt=f"a circle {word}", seed=3, negative_prompt="") for word in ("left", "right")]
+    together = latents_of(two, requests, SETTINGS)
+    for request, found in zip(requests, together):
+        alone = latents_of(single, [request], SETTINGS)[0]
+        assert np.linalg.norm(found - alone) <= 1e-4 * np.linalg.norm(alone)
+    frames = (np.concatenate(list(pipe.base.decode(together[0]))) for pipe in (two, single))
+    assert np.abs(np.subtract(*(f.astype(int) for f in frames))).max() <= 1
+
+
+def test_weights_that_the_devices_cannot_split(folder):
+    with pytest.raises(UserError, match="fsdp=3, tensor=1 does not fit 8 devices"):
+        lavie_jax.load(folder / "nowhere", fsdp=3)  # before anything is read
+
+
 def test_a_sample_is_the_plain_loop_with_both_halves_of_guidance_apart(single):
     """The pipeline's jitted, sharded and batched chain against a few lines that do the same by themselves."""
     model, sampler = single.base, make_sampler("ddim", 3, Schedule())

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import UInt8
 
 import lavie_jax
+from lavie_jax import parallel
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.pixels import padding_note
 from lavie_jax.cascade.running import PASSES, Job, Request, run_stage
@@ -52,6 +54,7 @@ def load(
     folders: Mapping[str, str | os.PathLike] | None = None,
     dtype: DTypeLike | None = None,
     devices: Sequence[jax.Device] | None = None,
+    fsdp: int = 1,
 ) -> "Cascade":
     """The stages in a weights folder, ready to sample.
 
@@ -62,16 +65,23 @@ def load(
         folders: {stage: folder} of stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: `default_dtype`.
         devices: to spread samples and windows over. Default: all of this process.
+        fsdp: over how many of them each weight is split, for models that are too large for one device.
 
     Raises:
-        UserError: a folder is missing, incomplete, damaged or of another stage, or there is none of a stage.
+        UserError: a folder is missing, incomplete, damaged or of another stage, or there is none of a stage; `fsdp`
+            does not divide the devices.
     """
+    _mesh(devices, fsdp)  # refused before anything is read
     found = stage_folders(path, folders, stages)
     for stage in stages or ():
         if stage not in found:
             raise _no_weights(stage, found)
     weights = {stage: load_folder(found[stage], stage=stage) for stage in stages or found}
-    return Cascade(weights, dtype=dtype, devices=devices)
+    return Cascade(weights, dtype=dtype, devices=devices, fsdp=fsdp)
+
+
+def _mesh(devices: Sequence[jax.Device] | None, fsdp: int) -> Mesh:
+    return parallel.make_mesh(fsdp=fsdp, devices=jax.local_devices() if devices is None else devices)
 
 
 def stage_folders(
@@ -167,10 +177,12 @@ class Cascade:
         *,
         dtype: DTypeLike | None = None,
         devices: Sequence[jax.Device] | None = None,
+        fsdp: int = 1,
     ):
-        """From weights that are loaded, {stage: weights}; `dtype` and `devices` as in `load`."""
+        """From weights that are loaded, {stage: weights}; `dtype`, `devices` and `fsdp` as in `load`."""
         self.weights = dict(weights)
-        self.devices = jax.local_devices() if devices is None else list(devices)
+        self.mesh = _mesh(devices, fsdp)
+        self.devices = list(self.mesh.devices.flat)
         self.dtype = jnp.dtype(dtype or default_dtype(self.devices))
         self._model = None
 
@@ -178,7 +190,7 @@ class Cascade:
         """A stage on the devices, in the place of the one before: small devices hold one."""
         if self._model is None or self._model.weights.stage != stage:
             self._model = None
-            self._model = StageModel(self.weights[stage], dtype=self.dtype, devices=self.devices)
+            self._model = StageModel(self.weights[stage], dtype=self.dtype, mesh=self.mesh)
         return self._model
 
     @property

@@ -19,6 +19,7 @@ from lavie_jax import parallel
 from lavie_jax.data import tokens
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
+from lavie_jax.models.placement import split_by_rows
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
@@ -30,11 +31,11 @@ BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
 
 
 class StageModel:
-    """One stage's weights, replicated on the devices, and what is compiled from them."""
+    """One stage's weights on the devices, whole on each or split over the mesh's axis `fsdp`, and what is compiled
+    from them."""
 
-    def __init__(self, weights: Weights, *, dtype: DTypeLike, devices: Sequence[jax.Device]):
-        self.weights, self.dtype = weights, dtype
-        self.mesh = parallel.make_mesh(devices=devices)
+    def __init__(self, weights: Weights, *, dtype: DTypeLike, mesh: Mesh):
+        self.weights, self.dtype, self.mesh = weights, dtype, mesh
         self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
         self.unet, self.text_encoder, self.vae = networks(weights, dtype)
         self.unet_params = self._place(weights.unet, self.unet.dtype)
@@ -42,9 +43,9 @@ class StageModel:
         self.vae_params = self._place(weights.vae, self.vae.dtype)
 
     def _place(self, part: Part, dtype: DTypeLike) -> dict:
-        everywhere = parallel.replicated(self.mesh)
+        places = parallel.shardings(part.params, self.mesh)
         # Leaf by leaf: a copy of the whole model in another dtype would not fit a small host.
-        return jax.tree.map(lambda p: parallel.put(np.asarray(p).astype(dtype), everywhere), part.params)
+        return jax.tree.map(lambda p, place: parallel.put(np.asarray(p).astype(dtype), place), part.params, places)
 
     @property
     def device(self) -> jax.Device:
@@ -146,8 +147,18 @@ def one_ahead(results: Iterator) -> Iterator:
 
 
 def per_device(f, mesh: Mesh, *specs: PartitionSpec):
-    """`f` on every device, each with its own rows of what is `BATCH`."""
-    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+    """`f` on every device, each with its own rows of what is `BATCH`. Traced within a jitted function.
+
+    Weights that are split over `fsdp` are gathered where they are used, layer by layer, by the compiler.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+
+    def together(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return split_by_rows(f(*args))
+
+    return together
 
 
 # ---- compiled ----
