@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,16 +237,16 @@ class Unsaved(RuntimeError):
 
 
 def parameter_hash(params: Any) -> str:
-    """`array_hash` of parameters on devices, however they are sharded."""
-    return array_hash(parallel.gather(params))
+    """`array_hash` of parameters on devices, however they are sharded; one at a time is whole on a host."""
+    return array_hash(params, fetch=parallel.gather)
 
 
-def array_hash(tree: Any) -> str:
-    """SHA-256 over the paths, dtypes, shapes and bytes of a nested dict of numpy arrays."""
+def array_hash(tree: Any, *, fetch: Callable[[Any], np.ndarray] = np.asarray) -> str:
+    """SHA-256 over paths, dtypes, shapes and bytes of a nested dict of arrays; `fetch` makes each of them numpy's."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     digest = hashlib.sha256()
     for name in sorted(flat):
-        x = np.ascontiguousarray(flat[name])
+        x = np.ascontiguousarray(fetch(flat[name]))
         digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
         digest.update(x.tobytes())
     return digest.hexdigest()
