@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from jax.experimental.pallas import tpu as pltpu
 
 from lavie_jax import parallel
@@ -97,14 +98,30 @@ def test_unknown_or_unfit_kernels_are_refused():
 
 def test_rotary_scores_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
-    q, k = (jnp.broadcast_to(jnp.asarray(rng.normal(size=40), jnp.float32), (1, 9, 1, 40)) for _ in range(2))
-    q, k = rotary_embedding(q, 32), rotary_embedding(k, 32)
+    q, k = (jnp.broadcast_to(jnp.asarray(rng.normal(size=80), jnp.float32), (1, 9, 80)) for _ in range(2))
+    q, k = (rearrange(rotary_embedding(x, 2, 32), "b t (n k) -> b t n k", n=2) for x in (q, k))
     scores = np.einsum("bqnk,bsnk->qs", q, k)
     for distance in range(-4, 5):
         diagonal = np.diagonal(scores, distance)
         np.testing.assert_allclose(diagonal, np.full(len(diagonal), diagonal[0]), rtol=1e-4, atol=1e-4)
     assert np.ptp(scores[0]) > 0.1
-    np.testing.assert_array_equal(q[..., 32:], jnp.broadcast_to(q[:, :1, :, 32:], (1, 9, 1, 8)))
+    np.testing.assert_array_equal(q[..., 32:], jnp.broadcast_to(q[:, :1, :, 32:], (1, 9, 2, 8)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotary_pairs_turn_alike_on_a_tpu(dtype, monkeypatch):
+    """The first pair of each head by the frame's number in radians, the way of TPUs to the bit."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 24)), dtype)
+    found = rotary_embedding(x, 2, 8)
+    pair = np.asarray(x, np.float64)[..., [0, 12]] + 1j * np.asarray(x, np.float64)[..., [1, 13]]
+    pair *= np.exp(1j * np.arange(5))[:, None]
+    wanted = np.stack([pair.real, pair.imag], -1)
+    given = np.asarray(found, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
+    np.testing.assert_allclose(given, wanted, atol=1e-6 if dtype == jnp.float32 else 2e-2)
+    monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
+    np.testing.assert_array_equal(rotary_embedding(x, 2, 8), found)
+    with pytest.raises(ValueError, match="heads of 3 have one too many"):
+        rotary_embedding(x[..., :6], 2, 2)
 
 
 def test_relative_position_buckets():

@@ -93,16 +93,15 @@ class Attention(nn.Module):
         context = x if context is None else context
         channels, dtype = x.shape[-1], self.s.dtype
         q, k, v = (
-            rearrange(
-                dense(channels, bias=False, dtype=dtype, name=name)(y), "b s (n k) -> b s n k", n=self.heads
-            )
+            dense(channels, bias=False, dtype=dtype, name=name)(y)
             for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
         )
         bias = None
         if self.temporal and self.s.config.temporal_position:
             width = min(ROTARY_WIDTH, channels // self.heads)
-            q, k = rotary_embedding(q, width), rotary_embedding(k, width)
+            q, k = (rotary_embedding(y, self.heads, width) for y in (q, k))
             bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(x.shape[1])
+        q, k, v = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (q, k, v))
         # T is short: where the chosen kernel takes no bias, the scores may be held
         kernel = "auto" if bias is not None and self.s.kernel in ("blockwise", "flash") else self.s.kernel
         out = attention(q, k, v, bias=bias, kernel=kernel)
