@@ -14,7 +14,7 @@ import pytest
 
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
-from lavie_jax.models.attention import attention
+from lavie_jax.models.attention import attention, rotary_embedding
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, TransformerBlock
 from lavie_jax.planner import __main__ as command
@@ -73,6 +73,16 @@ def test_the_peak_is_what_is_given_or_what_a_tpu_has():
     mesh = parallel.make_mesh(data=2, fsdp=4)
     assert operations.peak(mesh, 0.5) == 8 * 0.5e12 and operations.peak(mesh, 0.0) == 0
     assert set(operations.KINDS.values()) == set(operations.PEAKS) == set(chips.CHIPS)
+
+
+def test_what_moves_alone_is_not_counted(monkeypatch):
+    """Rotary pairs are swapped by a product on TPUs; forward and backward, also in what is recomputed."""
+    monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
+    turned = lambda x: rotary_embedding(x, 2, 8).sum()  # noqa: E731
+    x = jnp.zeros((1, 4, 32))
+    assert "dot_general" in str(jax.make_jaxpr(jax.grad(turned))(x))
+    for f in (turned, jax.grad(turned), jax.grad(jax.checkpoint(turned))):
+        assert counted(f, x.shape) == 0
 
 
 def test_loops_count_as_often_as_they_run_and_branches_once():

@@ -28,6 +28,7 @@ KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
 FLASH_BLOCK = 128  # the Pallas kernel's smallest block; other lengths are refused by it
 LARGE_SCORES = 2**30  # bytes of float32 scores above which `auto` no longer holds them all
 CPU_LOOP = 256  # tokens from which the `xla` kernel takes one head after the other on a CPU
+MOVES_ALONE = "moves_alone"  # the name scope of products that compute nothing, which no count of operations shall have
 BLOCK = 1024  # queries and keys per block in the blockwise kernel
 
 
@@ -172,7 +173,8 @@ def _partners(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
     if _platform() == "tpu":
         # As a product: by the compiler's estimate, swapping lanes costs a fifth of all temporal attention.
         swap = jnp.asarray(np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [1, 0]]), x.dtype)
-        return jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
+        with jax.named_scope(MOVES_ALONE):
+            return jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
     pairs = rearrange(x, "b t (pairs two) -> b t pairs two", two=2)
     return rearrange(pairs[..., ::-1], "b t pairs two -> b t (pairs two)").astype(jnp.float32)
 

@@ -35,7 +35,7 @@ def measure_apart(make: Make, topology: str, slices: int = 1, *, code: bool) -> 
     ours, theirs = multiprocessing.Pipe()
     with tempfile.TemporaryDirectory(prefix="planner-") as folder:
         child = multiprocessing.get_context("spawn").Process(
-            target=_work, args=(make, topology, slices, None if code else folder, theirs)
+            target=_work, args=(make, topology, slices, None if code else folder, theirs), daemon=True
         )  # fmt: skip
         child.start()
         theirs.close()
