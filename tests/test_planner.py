@@ -187,6 +187,26 @@ def test_a_program_of_this_machine(tmp_path):
     assert {name: full[name] for name in early if name != "needs"} == {k: v for k, v in early.items() if k != "needs"}
 
 
+def test_the_plan_is_read_in_both_of_its_forms():
+    """jax 0.12 counts pages, too."""
+    lines = (
+        "size 512, {}parameter 0, shape |f32[32,4]| at ShapeIndex {{}}, maybe-live-out:",
+        "size 256, {}parameter 1, shape |f32[2,32]| at ShapeIndex {{}}:",
+        "size 16, {}output shape is |(f32[32,4], f32[])|, maybe-live-out:",
+        "size 8, {}thread-local:",
+        "size 4, {}constant:",
+        "size 1024, {}color 1, preallocated-temp:",
+        "size 64, {}preallocated-temp:",
+        "size 32, {}maybe-live-out:",
+    )
+    for page in ("", "page 0, "):
+        text = "BufferAssignment:\n" + "".join(
+            f"allocation {i}: {line.format(page)}\n value: <1 p @0> (size=512,offset=0): f32[32,4]\n"
+            for i, line in enumerate(lines)
+        )
+        assert plan.allocations(text) == {"arguments": 768, "outputs": 560, "donated": 512, "temporary": 64}
+
+
 # ---- what is made of a row ----
 
 

@@ -43,9 +43,9 @@ def allocations(text: str) -> dict[str, int]:
     sums = dict.fromkeys(("arguments", "outputs", "donated", "temporary"), 0)
     for size, words in ALLOCATION.findall(text):
         # A colour is another memory than the chip's main one; what is local to a fused operation has no bytes there.
-        if re.match(r"color [1-9]|thread-local|constant", words):
+        if re.search(r"\b(color [1-9]|thread-local|constant)\b", words):
             continue
-        parameter, result = words.startswith("parameter"), "live-out" in words
+        parameter, result = "parameter" in words, "live-out" in words
         for kind, there in (
             ("arguments", parameter),
             ("outputs", result),
