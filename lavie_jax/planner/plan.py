@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 DUMP = "xla_dump_to"  # the compiler's option: the folder for what it writes down
-PROGRAM = "after_optimizations.txt"  # how the files are called, in the order in which they are begun
+PROGRAM = "after_optimizations.txt"  # how the files are called
 MEMORY = "after_optimizations-buffer-assignment.txt"
-NEXT = "after_optimizations-buffer-assignment-values.txt"
+NEXT = "after_optimizations_after_buffer_assignment.txt"  # begun when the others are done, in jax 0.10 and 0.12
 
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
