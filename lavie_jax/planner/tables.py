@@ -123,9 +123,9 @@ made by
 
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
-which compiles the update of `train.py` for chips that are not there ({versions}), up to where memory is planned. What
-comes after, the machine code, is nine tenths of the work: `--code` does it too. Nothing was run on a TPU. A row that
-nobody has made says so.
+which compiles the update of `train.py` for chips that are not there ({versions}), up to where
+memory is planned. What comes after, the machine code, is nine tenths of the work: `--code` does it too. Nothing was run
+on a TPU. A row that nobody has made says so.
 
 ## Memory
 
