@@ -2,10 +2,11 @@
 
     python benchmarks/tpu_compile.py [--json FILE]     # needs libtpu; some ten minutes of one core
 
-Parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16. "plan" is how long it
-takes until memory is planned (`lavie_jax/planner/plan.py`), "all" includes the machine code; both in seconds of CPU
-time, of all cores. "cycles" is the compiler's own estimate of the run time, in millions, without Pallas kernels: a
-guess, but the same one on both sides. O1 is what JAX_OPTIMIZATION_LEVEL=O1 asks for.
+Parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16. "plan" is how many
+seconds it takes until memory is planned (`lavie_jax/planner/plan.py`), which is the work of one core; "all" includes
+the machine code, in seconds of CPU time of all cores. "cycles" is the compiler's own estimate of the run time, in
+millions, without Pallas kernels: a guess, but the same one on both sides. O1 is what JAX_OPTIMIZATION_LEVEL=O1 asks
+for.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def gradient(module: nn.Module, inputs: tuple, mesh: jax.sharding.Mesh) -> jax.s
 
 
 def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> dict[str, float]:
+    """One cell of each column; `level` holds the compiler's options."""
     lowered = lower()
     with tempfile.TemporaryDirectory() as folder:
         begin, clock = time.process_time(), time.time()
@@ -83,7 +85,6 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
         planned = next(Path(folder).glob(f"*{plan.NEXT}")).stat().st_mtime - clock
     cycles = sum(int(n) for n in re.findall(r'estimated_cycles":"(\d+)"', compiled.as_text()))
     code = compiled.memory_analysis().generated_code_size_in_bytes
-    # One core works until the plan is there, several write the code.
     return {"plan": min(planned, wall), "all": seconds, "code, MiB": code / 2**20, "cycles": cycles / 1e6}
 
 

@@ -172,7 +172,9 @@ def _partners(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
     """The other channel of each pair, in float32."""
     if _platform() == "tpu":
         # As a product: by the compiler's estimate, swapping lanes costs a fifth of all temporal attention.
-        swap = jnp.asarray(np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [1, 0]]), x.dtype)
+        # The matrix is made within the program, which would hold megabytes of constants for each layer otherwise.
+        channel = jnp.arange(x.shape[-1])
+        swap = (channel[:, None] == (channel ^ 1)).astype(x.dtype)
         with jax.named_scope(MOVES_ALONE):
             return jnp.matmul(x, swap, precision="highest", preferred_element_type=jnp.float32)
     pairs = rearrange(x, "b t (pairs two) -> b t pairs two", two=2)

@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     parser.add_argument("--sample", metavar="STAGE", help="the stage's sampling in place of its training")
     parser.add_argument("--program", metavar="NAME", help="with --sample: this one alone, such as 'VAE decode'")
     parser.add_argument("--search", action="store_true", help="try up to four points of batch and remat")
-    parser.add_argument("--code", action="store_true", help="compile to the end: the size of the code, too; hours")
+    parser.add_argument("--code", action="store_true", help="compile to the end, far longer: the size of the code, too")
     parser.add_argument("--json", type=Path, help="add the rows to this file; a row of the same program is replaced")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
     args, rest = parser.parse_known_args(argv)
