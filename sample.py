@@ -71,22 +71,43 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
-    add("--prompt-file", type=Path, metavar="FILE",
-        help="txt (one prompt a line), csv or jsonl (prompt, and if wanted seed and negative_prompt)")
-    add("--stages", default="base", metavar="LIST", help="base (default), base,interpolation, base,vsr, "
-        "base,interpolation,vsr; without base: of --input")
+    add(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="txt (one prompt a line), csv or jsonl (prompt, and if wanted seed and negative_prompt)",
+    )
+    add(
+        "--stages",
+        default="base",
+        metavar="LIST",
+        help="base (default), base,interpolation, base,vsr, base,interpolation,vsr; without base: of --input",
+    )
     add("--input", type=Path, metavar="FILE", help="a clip of yours, instead of the base stage's: a video, or an npz")
     add("--seed", default="0", metavar="S", help="of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds S to S+N-1 (default 1)")
-    add("--format", metavar="LIST", help="any of mp4,gif,png,npz (default mp4, for images and odd sides png); png, a "
-        "folder of frames, and npz, an array, are exact")
+    add(
+        "--format",
+        metavar="LIST",
+        help="any of mp4,gif,png,npz (default mp4, for images and odd sides png); png, a "
+        "folder of frames, and npz, an array, are exact",
+    )
     add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
-    add("--part", default="0/1", metavar="I/N", help="make only every N-th sample, from number I on: hosts 0 to N-1 of "
-        "a slice with the same command and OUT make all of them (default 0/1)")
+    add(
+        "--part",
+        default="0/1",
+        metavar="I/N",
+        help="make only every N-th sample, from number I on: hosts 0 to N-1 of "
+        "a slice with the same command and OUT make all of them (default 0/1)",
+    )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
     add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default one a device)")
-    add("--weights", type=Path, metavar="DIR", help="one stage's weights folder, or one with base/, interpolation/, "
-        "vsr/ in it (default: shipped)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="one stage's weights folder, or one with base/, interpolation/, vsr/ in it (default: shipped)",
+    )
     for stage in STAGES:
         add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if elsewhere")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
@@ -110,8 +131,10 @@ def given_settings(args: argparse.Namespace) -> dict[str, dict]:
     for stage, values in given.items():
         for name, value in values.items():
             if value is not None and stage not in args.stages:
-                raise UserError(f"{name} is given for {stage}, which is not among the stages {','.join(args.stages)}"
-                                + ("; another stage's have its name before them: --vsr-steps" * (stage == "base")))
+                raise UserError(
+                    f"{name} is given for {stage}, which is not among the stages {','.join(args.stages)}"
+                    + ("; another stage's have its name before them: --vsr-steps" * (stage == "base"))
+                )
             if isinstance(value, str):
                 check_unicode(value, name.replace("_", "-"))
         try:
@@ -152,8 +175,10 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     for prompt in prompts:
         check_seed((args.seed if prompt.seed is None else prompt.seed) + args.num_videos - 1, "last seed")
         if prompt.negative is not None and "base" not in args.stages:
-            raise UserError(f"prompt file: negative_prompt is for base, which is not among the stages; "
-                            f"use --{args.stages[0]}-negative-prompt")
+            raise UserError(
+                f"prompt file: negative_prompt is for base, which is not among the stages; "
+                f"use --{args.stages[0]}-negative-prompt"
+            )
     return prompts
 
 

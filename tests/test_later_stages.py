@@ -152,9 +152,7 @@ def test_key_frames_can_be_kept(single):
 def test_kept_key_frames_find_their_places_in_any_piece(start):
     made = np.zeros((6, 4, 4, 3), np.uint8)
     frames = np.arange(1, 9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    settings = sample_settings.InterpolationSettings(
-        **{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True
-    )
+    settings = sample_settings.InterpolationSettings(**{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True)
     found = interpolation.finish(made, start, settings, frames)[:, 0, 0, 0]
     expected = [i // 4 + 1 if i % 4 == 0 else 0 for i in range(start, start + 6)]
     assert found.tolist() == expected

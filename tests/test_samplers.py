@@ -187,9 +187,7 @@ def test_euler_is_ddim_on_its_levels():
 def test_the_last_ddpm_step_adds_no_noise():
     sampler = make("ddpm", 5)
     denoise = gaussian_denoiser(sampler.schedule)
-    quiet, loud = (
-        sampler.step(sampler.init(normal(0)), 4, denoise, np.full_like(normal(0), c))["x"] for c in (0, 1e6)
-    )
+    quiet, loud = (sampler.step(sampler.init(normal(0)), 4, denoise, np.full_like(normal(0), c))["x"] for c in (0, 1e6))
     np.testing.assert_array_equal(quiet, loud)
 
 

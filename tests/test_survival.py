@@ -32,9 +32,7 @@ def run(tmp_path, monkeypatch):
         fields = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "held_out_every": 6, **fields}
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         with contextlib.ExitStack() as cleanup:
-            train.main(
-                ["--config=configs/moving_shapes/vae.py:tiny", f"--workdir={workdir}", *flags, *words], cleanup
-            )
+            train.main(["--config=configs/moving_shapes/vae.py:tiny", f"--workdir={workdir}", *flags, *words], cleanup)
 
     return run
 

@@ -259,7 +259,7 @@ def test_remat_and_kernels_change_nothing(remat, kernels):
 
 
 def test_what_is_recomputed_and_what_goes_to_the_host():
-    """"block" and "offload" compute the layers once more; "full" twice, but for what need not be known again."""
+    """ "block" and "offload" compute the layers once more; "full" twice, but for what need not be known again."""
     unet, (x, t, text, *_) = make("base")
     params = jax.eval_shape(unet.init, jax.random.key(0), x[:, :2], t, text)
 

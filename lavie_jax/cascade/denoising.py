@@ -60,9 +60,7 @@ class Plan:
     image: bool = False
 
 
-def denoise(
-    model: StageModel, clips: Sequence[Clip], plan: Plan, on_window: Callable[[], None] = lambda: None
-) -> None:
+def denoise(model: StageModel, clips: Sequence[Clip], plan: Plan, on_window: Callable[[], None] = lambda: None) -> None:
     """Takes every clip, all of one shape, through the steps that it has left; then `state["x"]` is x0.
 
     Those that are furthest behind go first. `on_window` is called when a window is predicted; a clip's state is saved

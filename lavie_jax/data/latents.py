@@ -32,6 +32,7 @@ from lavie_jax.errors import UserError
 MANIFEST, NULL_TEXT = "manifest.json", "null_text.npy"
 FORMAT = 1  # of the entry `latents` of a manifest
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSet:
     """What the manifest of a set says.

@@ -212,9 +212,7 @@ def _check_enough(config: DataConfig, source: Source | Buckets, batch_size: int)
     for name, part, needed in parts:
         if len(part) < needed:
             share = f", of which {needed} are its share," if needed < batch_size else ""
-            raise UserError(
-                f"a batch of {batch_size}{share} needs as many clips; {name!r} has {len(part)} to train on"
-            )
+            raise UserError(f"a batch of {batch_size}{share} needs as many clips; {name!r} has {len(part)} to train on")
 
 
 def batches(

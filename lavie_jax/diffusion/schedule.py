@@ -60,9 +60,7 @@ class Schedule:
         if self.kind not in BETA_SCHEDULES:
             raise UserError(f"unknown beta schedule {self.kind!r}{suggest(self.kind, BETA_SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
-            raise UserError(
-                f"unknown prediction type {self.prediction!r}{suggest(self.prediction, PREDICTIONS)}"
-            )
+            raise UserError(f"unknown prediction type {self.prediction!r}{suggest(self.prediction, PREDICTIONS)}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             given = f"{self.beta_start} and {self.beta_end}"
             raise UserError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {given}")

@@ -51,8 +51,7 @@ class CLIPTextConfig:
         check_positive("CLIPTextConfig", **{n: v for n, v in self.to_dict().items() if type(v) is int})
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(
-                f"CLIPTextConfig.hidden_act = {self.hidden_act!r} is unknown"
-                f"{suggest(self.hidden_act, ACTIVATIONS)}"
+                f"CLIPTextConfig.hidden_act = {self.hidden_act!r} is unknown{suggest(self.hidden_act, ACTIVATIONS)}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise UserError(

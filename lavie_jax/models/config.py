@@ -23,9 +23,7 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         if name not in fields:
             raise UserError(f"{cls.__name__} has no field {name!r}{suggest(name, fields)}")
     required = {
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - set(values)):
         raise UserError(f"{cls.__name__}: missing {', '.join(missing)}")

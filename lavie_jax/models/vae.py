@@ -82,11 +82,7 @@ class VAEConfig:
         }
         only_supported("the VAE's config.json", json, supported)
         no_effect = {"sample_size", "force_upcast"}
-        ours = {
-            n: v
-            for n, v in json.items()
-            if n not in no_effect and n not in supported and not n.startswith("_")
-        }
+        ours = {n: v for n, v in json.items() if n not in no_effect and n not in supported and not n.startswith("_")}
         return config_from_dict(cls, ours)
 
 
@@ -111,9 +107,7 @@ class VAE(nn.Module):
         """The images made again from the posterior's mean; runs both halves, as initialisation needs."""
         return self.decode(self.encode(images)[0])
 
-    def encode(
-        self, images: Float[Array, "*b H W c"]
-    ) -> tuple[Float[Array, "*b h w C"], Float[Array, "*b h w C"]]:
+    def encode(self, images: Float[Array, "*b H W c"]) -> tuple[Float[Array, "*b h w C"], Float[Array, "*b h w C"]]:
         """The posterior's mean and log-variance, the latter clamped to [-30, 20].
 
         UserError when the patch size does not divide the sides.

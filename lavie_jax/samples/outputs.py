@@ -147,16 +147,21 @@ class Output:
         sidecar = self.path("json")
         if not sidecar.exists():
             if there:
-                raise UserError(f"{self.path(there[0])} is there without a JSON that says how it was made; "
-                                "choose another --out, or --overwrite")
+                raise UserError(
+                    f"{self.path(there[0])} is there without a JSON that says how it was made; "
+                    "choose another --out, or --overwrite"
+                )
             return self.formats
         found = _read_request(sidecar)
         if found is None:
-            raise UserError(f"{sidecar} is there but does not say how a sample was made; "
-                            "choose another --out, or --overwrite")
+            raise UserError(
+                f"{sidecar} is there but does not say how a sample was made; choose another --out, or --overwrite"
+            )
         if (name := self._difference(found)) is not None:
-            raise UserError(f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
-                            f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite")
+            raise UserError(
+                f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
+                f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite"
+            )
         return tuple(name for name in self.formats if name not in there)
 
     def _difference(self, found: Mapping[str, Any]) -> str | None:

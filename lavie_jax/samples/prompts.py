@@ -86,8 +86,10 @@ def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: {len(rows.fieldnames)} columns are needed, as in the header; "
-                                'a prompt with commas stands in "quotes"')
+                raise UserError(
+                    f"{where}: {len(rows.fieldnames)} columns are needed, as in the header; "
+                    'a prompt with commas stands in "quotes"'
+                )
             # An empty cell means: not given.
             yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
     except csv.Error as error:

@@ -142,4 +142,3 @@ class Shelf(Memory):
 
     def _path(self, stage: str, ending: str) -> Path:
         return self.folder / f"{stage}.{ending}"
-
