@@ -20,8 +20,6 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.planner.training import abstract_batch, abstract_origin
-from lavie_jax.samples.settings import SETTINGS
-from lavie_jax.stages import LOW_RES_SCHEDULE
 from lavie_jax.stages import STAGES as STAGE
 from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state
@@ -122,7 +120,8 @@ def test_sampling_settings_can_be_used(name, mode):
         "fps": config.data.fps,
         **config.sampling,
     }
-    SETTINGS[config.stage].make({}, given).check_sides(models.vae.config.factor)
+    STAGE[config.stage].info.settings.make({}, given)
+    assert not any(given[side] % models.vae.config.factor for side in ("height", "width"))
 
 
 def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
@@ -200,7 +199,7 @@ def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
     words = ("--config.vae_from=", "--config.regime=temporal_only", "--config.train_text_encoder=false")
     tiny_run("vsr", tmp_path / "vsr", *words, f"--config.init_from={tmp_path}/upscaler/weights")
     start, end = (weights.load_folder(tmp_path / name / "weights", stage="vsr") for name in ("upscaler", "vsr"))
-    assert end.low_res_schedule == LOW_RES_SCHEDULE
+    assert end.low_res_schedule == STAGE["vsr"].low_res_schedule
     np.testing.assert_array_equal(start.unet.params["conv_in"]["kernel"], end.unet.params["conv_in"]["kernel"])
     moved = "mid_temporal_block", "shift_conv", "kernel"
     before, after = start.unet.params, end.unet.params

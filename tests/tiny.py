@@ -13,7 +13,7 @@ from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
+from lavie_jax.stages import STAGES
 from lavie_jax.weights import save_folder
 
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "left", "right")
@@ -94,7 +94,7 @@ def make_stage(path: Path, stage: str, **sampling) -> Path:
         text_encoder=(TEXT, random_params(CLIPText(TEXT), jnp.zeros((1, CONTEXT), jnp.int32))),
         tokenizer=tokenizer,
         schedule=STAGES[stage].schedule,
-        low_res_schedule=LOW_RES_SCHEDULE if stage == "vsr" else None,
+        low_res_schedule=STAGES[stage].low_res_schedule,
     )
     return path
 

@@ -183,7 +183,7 @@ from IPython.display import Image, Video, display
 
 import sample
 from lavie_jax.samples.outputs import slug
-from lavie_jax.samples.settings import parse_stages
+from lavie_jax.stages.settings import parse_stages
 
 chosen = parse_stages(list(cascade.stage_folders(weights or None)) if stages == "all" else stages, own_clip=False)
 

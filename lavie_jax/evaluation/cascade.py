@@ -32,7 +32,7 @@ from lavie_jax.data.moving_shapes import Sample
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation import results
 from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
-from lavie_jax.stages import KEY_FRAME_SPACING
+from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import folder_hash
 

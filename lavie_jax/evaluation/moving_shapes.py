@@ -31,8 +31,8 @@ from lavie_jax.evaluation import results
 from lavie_jax.evaluation.cascade import smaller
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
-from lavie_jax.samples.settings import parse_stages
-from lavie_jax.stages import KEY_FRAME_SPACING
+from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
+from lavie_jax.stages.settings import parse_stages
 from lavie_jax.weights import folder_hash, load_part
 from lavie_jax.weights.folder import read_json
 

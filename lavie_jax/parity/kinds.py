@@ -21,7 +21,8 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.parity.cases import Arrays, Case
-from lavie_jax.stages import STAGES, Condition, denoiser
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.conditioning import Condition, denoiser
 from lavie_jax.weights.expected import compare
 from lavie_jax.weights.names import from_torch, is_buffer
 
