@@ -80,9 +80,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="make existing samples again, and replace them")
     for stage, info in STAGE_INFO.items():
         group = parser.add_argument_group(f"settings of {stage}")
-        for name, flag, kind, rule in info.flags():
-            value = dict(action="store_const", const=True) if kind is bool else dict(type=kind, metavar=rule.metavar)
-            group.add_argument(flag, dest=setting_argument(stage, name), help=rule.help, **value)
+        for name, flag, kind, metavar, text in info.flags():
+            value = dict(action="store_const", const=True) if kind is bool else dict(type=kind, metavar=metavar)
+            group.add_argument(flag, dest=setting_argument(stage, name), help=text, **value)
     return parser.parse_args(argv)
 
 

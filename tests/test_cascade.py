@@ -62,6 +62,17 @@ def test_noise_depends_only_on_the_seed_bit_for_bit(pipe, single, shape):
     assert len({noise.tobytes() for noise in noises}) == len(seeds)
 
 
+def test_noise_does_not_depend_on_the_process_wide_configuration_of_jax(single):
+    default = np.asarray(single.base.noise(3, 1, (2, 3, 5, 4)))
+    for name, value in (("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg")):
+        before = getattr(jax.config, name)
+        jax.config.update(name, value)
+        try:
+            np.testing.assert_array_equal(single.base.noise(3, 1, (2, 3, 5, 4)), default)
+        finally:
+            jax.config.update(name, before)
+
+
 def test_a_frames_noise_is_the_same_however_the_clip_is_cut(pipe, single):
     together = np.asarray(pipe.base.frame_noise(5, 1, range(6), (4, 6, 4)))
     np.testing.assert_array_equal(together[2:5], single.base.frame_noise(5, 1, range(2, 5), (4, 6, 4)))

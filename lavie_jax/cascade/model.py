@@ -68,7 +68,7 @@ class StageModel:
 
     def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Standard normal noise of a clip, keyed by its seed."""
-        return _normal(self._words(seed, stream), shape=shape)[0]
+        return _normal(self._words(seed, stream), shape)[0]
 
     def frame_noise(
         self, seed: int, stream: int, frames: Sequence[int], shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class StageModel:
         A frame's noise is therefore the same however a clip is cut into windows.
         """
         rows = self._words(seed, stream).repeat(len(frames), axis=0)
-        return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape=shape)
+        return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape)
 
     def _words(self, seed: int, stream: int) -> UInt32[np.ndarray, "1 3"]:
         return np.array([[seed, self.stage.noise_number, stream]], np.uint32)
@@ -171,10 +171,16 @@ def _encode_text(params: dict, ids: Int[Array, "b l"], *, model: CLIPText) -> Fl
     return model.apply({"params": params}, ids)
 
 
+def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise for each row of words. The generator and its variant are named, because a user's jax
+    configuration must not change a seed's sample."""
+    with jax.threefry_partitionable(True):
+        return _threefry_normal(words, shape=shape)
+
+
 @functools.partial(jax.jit, static_argnames="shape")
-def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        # The generator is named because a user's jax configuration must not change a seed's sample.
         key = jax.random.key(words[0], impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)

@@ -37,6 +37,16 @@ class Rule(NamedTuple):
     flag: str | None = ""
 
 
+class Flag(NamedTuple):
+    """A setting on the command line."""
+
+    setting: str
+    flag: str
+    kind: type
+    metavar: str | None
+    help: str
+
+
 def setting(help: str, metavar: str | None = None, *, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
     """A dataclass field with a `Rule`; without a default it is required."""
     return dataclasses.field(default=default, metadata={"rule": Rule(help, metavar, **rule)})
@@ -132,7 +142,7 @@ class VSRSettings(Settings):
         "noise added to the low-resolution frames, 0 to 350", "N", default=50, low=0, high=MAX_NOISE_LEVEL
     )
     windows: str = setting(
-        "blended, or official: LaVie's independent chunks, with a visible cut after each",
+        "blended, or LaVie's official independent chunks, with a visible cut after each",
         "NAME",
         default="blended",
         choices=("blended", "official"),
@@ -178,14 +188,16 @@ class StageInfo:
         """The name of a setting among those of all stages: `steps` of the main stage, `vsr-steps` of another."""
         return setting if self.main else f"{self.name}-{setting}"
 
-    def flags(self) -> Iterator[tuple[str, str, type, Rule]]:
-        """(setting, flag, type, rule) of every setting that has a flag on the command line."""
+    def flags(self) -> Iterator["Flag"]:
+        """The settings that have a flag on the command line."""
         kinds = typing.get_type_hints(self.settings)
         for field in dataclasses.fields(self.settings):
             rule = field.metadata["rule"]
             if rule.flag is not None:
                 flag = rule.flag or self.option(field.name.replace("_", "-"))
-                yield field.name, f"--{flag}", _scalar(kinds[field.name]), rule
+                default = field.default if isinstance(field.default, int | float | str) else None
+                help = rule.help if default in (None, "", False) else f"{rule.help} (default {default})"
+                yield Flag(field.name, f"--{flag}", _scalar(kinds[field.name]), rule.metavar, help)
 
     def located(self, error: UserError) -> UserError:
         """The error, with the stage's name in front where its settings have it in theirs."""
