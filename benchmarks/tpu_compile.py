@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from lavie_jax import parallel
 from lavie_jax.evaluation import results
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
-from lavie_jax.models.unet import Setting, TransformerBlock
+from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import chips, plan
 from lavie_jax.planner.programs import placed
 from lavie_jax.training import build, options

@@ -17,12 +17,12 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.planner.training import abstract_batch, abstract_origin
 from lavie_jax.stages import STAGES as STAGE
 from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state
+from lavie_jax.weights.diffusers_configs import clip_text_config, unet_config, vae_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -86,11 +86,11 @@ def test_full_size_is_the_released_models_size(stage, vae, text):
 
     config = options.load(f"configs/{stage}.py")
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    assert models.unet.config == UNetConfig.from_diffusers(released(f"{stage}_unet_full"), stage)
+    assert models.unet.config == unet_config(released(f"{stage}_unet_full"), stage)
     assert models.vae.config == dataclasses.replace(
-        VAEConfig.from_diffusers(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
+        vae_config(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
     )
-    assert models.text_encoder.config == CLIPTextConfig.from_diffusers(released(f"{text}_text_full"))
+    assert models.text_encoder.config == clip_text_config(released(f"{text}_text_full"))
     assert models.schedule == STAGE[stage].schedule
     for name, value in config.sampling.items():
         assert STAGE[stage].sampling[name] == value
