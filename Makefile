@@ -1,15 +1,16 @@
-# make demo         install, sample three prompts with the shipped base model into demo/, and one through the cascade
-# make test         the test-suite
-# make heavy-test   what is too long for `make test`, which has one of each kind: more meshes, stages, tiny modes
-#                   (10 minutes)
-# make crash-test   kill a small training run at 20 random moments, also inside saves: it must come out the same
-# make lint         ruff
-# make parity-full  reproduce every golden case, the full-size models too (10 GB of memory, minutes)
-# make train-demo   train the small world on a CPU: VAE, image model, video model, then measure it (2 cores: about
-#                   2 hours); stopped, the same command goes on where it was
-# make train-cascade   likewise interpolation and super-resolution, from the shipped base (2 cores: 1 to 2 hours)
+# make demo           install, then sample from the included models into demo/: three clips, and one through the full cascade
+# make check          lint, type check and the fast tests; run it before every commit
+# make test           the test suite
+# make heavy-test     tests that are too slow for `make test`: more meshes, stages and tiny configs (10 minutes)
+# make crash-test     kill a small training run at 20 random moments, also inside saves; the result must not change
+# make lint           ruff: rules and formatting
+# make typecheck      ty: names, attributes, imports and the arguments of calls
+# make parity-full    reproduce every golden case, including the full-size models (10 GB of memory, minutes)
+# make train-demo     train on Moving Shapes on a CPU: VAE, image model, video model, then evaluate (2 cores: about 2 hours);
+#                     after an interruption, the same command resumes
+# make train-cascade  likewise interpolation and super-resolution, from the included base model (2 cores: 1 to 2 hours)
 #
-# The targets make .venv themselves. Another Python: make PYTHON=/path/to/python3.12 demo
+# The targets create .venv themselves. To choose the Python version: make PYTHON=/path/to/python3.12 demo
 
 VENV := .venv
 RUNS := runs/train-demo
@@ -19,7 +20,11 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test heavy-test crash-test lint parity-full train-demo train-cascade
+# Test files for `make check`, chosen by their measured CPU time (about 60 seconds together) and by how much they cover.
+FAST := docs errors imports layers lock loss mixture originals samplers schedule sheets stages torch_for_tests typecheck \
+	windows
+
+.PHONY: demo check test heavy-test crash-test lint typecheck parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -28,7 +33,10 @@ demo: $(VENV)/requirements.stamp
 		--prompt "a large green triangle standing still over a black background"
 	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --vsr-window-frames 61 \
 		--prompt "a red circle moving left"
-	@echo "The videos, what made them (JSON) and contact sheets are in $(CURDIR)/demo and demo/cascade"
+	@echo "Videos, contact sheets and JSON files with all settings are in $(CURDIR)/demo and demo/cascade"
+
+check: lint typecheck
+	$(PY) -m pytest --quiet --durations=0 --durations-min=2 --numprocesses=2 --dist=loadfile $(FAST:%=tests/test_%.py)
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
@@ -43,6 +51,10 @@ crash-test: $(VENV)/requirements.stamp
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+typecheck: $(VENV)/test.stamp
+	$(PY) -m ty check
 
 parity-full: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) -m lavie_jax.parity tests/golden
@@ -74,12 +86,12 @@ train-cascade: $(VENV)/requirements.stamp
 
 $(VENV)/pip.stamp:
 	@test -n "$(PYTHON)" || \
-		{ echo "error: no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+		{ echo "error: no Python 3.11 or newer found; choose one with make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/requirements.stamp: requirements.txt $(VENV)/pip.stamp
-	@echo "Installing requirements.txt into $(VENV): a minute or two, once."
+	@echo "Installing requirements.txt into $(VENV) (one or two minutes, the first time only)."
 	@$(PIP) install -r requirements.txt
 	@touch $@
 

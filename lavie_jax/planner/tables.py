@@ -1,4 +1,4 @@
-"""The tables of docs/planner.md and docs/memory.md, from the rows that the planner kept."""
+"""Writes docs/planner.md and docs/memory.md from the stored rows of the planner."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lavie_jax.planner import chips
 from lavie_jax.planner.report import Row, collectives_text, fits, gib, planned, read, total
 from lavie_jax.planner.roofline import bound
 
-# What the pages shall hold, measured or not: (config, topology, rows a chip), and the programs of each stage.
+# What the pages shall hold, measured or not: (config, topology, rows per chip), and the programs of each stage.
 _STAGES, _MORE = ("base", "interpolation", "vsr"), ("v4:2x2x4", "v5e:16x16", "v6e:4x4")
 TRAININGS = (
     *((f"configs/{stage}.py", topology, 1) for topology in ("v5e:4x4", "v5p:2x4x4") for stage in _STAGES),
@@ -37,11 +37,11 @@ def write_tables(path: Path) -> list[Path]:
 
 def _training_page(rows: list[Row], source: str) -> str:
     memory_header = [
-        "config", "topology", "mesh", "rows a chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
-        "code", "total", "has", "fits",
+        "config", "topology", "mesh", "rows per chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
+        "code", "total", "HBM limit", "fits",
     ]  # fmt: skip
     time_header = [
-        "config", "topology", "rows a chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
+        "config", "topology", "rows per chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
         "bound, ms: arithmetic", "memory", "links", "at least", "planned in", "compiled in",
     ]  # fmt: skip
     memory, time = [], []
@@ -62,7 +62,8 @@ def _training_page(rows: list[Row], source: str) -> str:
 
 def _sampling_page(rows: list[Row], source: str) -> str:
     header = [
-        "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "has", "fits",
+        "stage", "program", "size", "arguments", "temporary", "outputs", "code", "other models", "total", "HBM limit",
+        "fits",
     ]  # fmt: skip
     found = {(row["kind"], row["program"]): row for row in rows}
     cells = []
@@ -119,52 +120,52 @@ TRAINING = """\
 # Training: what fits on a TPU
 
 Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. A row is
-made by
+produced by
 
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
-which compiles the update of `train.py` for chips that are not there ({versions}), up to where
-memory is planned. What comes after, the machine code, is nine tenths of the work: `--code` does it too. Nothing was run
-on a TPU. A row that nobody has made says so.
+which compiles the update step of `train.py` ahead of time, without a TPU ({versions}), until memory is planned.
+`--code` also generates the machine code, which takes nine tenths of the time. Nothing was run on a TPU. Rows that
+have not been compiled say so.
 
 ## Memory
 
-GiB of one chip, by the compiler's plan. `total` counts parameters, optimizer state, EMA, frozen models, the batch,
-temporaries, and the program's code where that was made; `has` is what the compiler gives a program of the chip.
+GiB per chip, by the compiler's plan. `total` includes parameters, optimizer state, EMA, frozen models, the batch,
+temporaries and, where it was generated, the program's code. `HBM limit` is what the compiler allows a program.
 
 {memory}
 
 ## Time: an estimate
 
-`TFLOP traced` is one chip's part of all matrix products and convolutions of the traced program, recomputed blocks and
-loops included. The compiler's own count takes a loop once and custom kernels (flash attention) not at all: it is too
-low, and known with `--code` alone. Collectives are read off the program that the compiler made, loops as often as they
-run. The bound is a roofline: the largest of arithmetic at peak speed, memory traffic (each temporary byte twice; the
-compiler's figure where there is one) at peak bandwidth, and the collectives' bytes over all links of the chip. A real
-step is slower; by how much is not known.
+`TFLOP traced` is one chip's share of all matrix products and convolutions of the traced program, including recomputed
+blocks and all iterations of loops. The compiler's own count is too low, because it counts a loop once and custom
+kernels (flash attention) not at all; it needs `--code`. Collectives are counted in the compiled program, once per
+iteration of their loop. The bound is a roofline: the maximum of arithmetic at peak speed, memory traffic (twice the
+temporary bytes, or the compiler's figure where available) at peak bandwidth, and the bytes of collectives over all
+links of the chip. A real step is slower; by how much is unknown.
 
 {time}
 
-`--search` tries at most four points of batch and remat. `--slices N` splits the axis `data` over N slices. Names of
-topologies count chips: v5p:2x4x4 is what Google sells as v5p-64, which counts two cores a chip. libtpu writes a few
-lines about hosts that it does not find to stderr: they mean nothing here.
+`--search` tries at most four combinations of batch size and remat. `--slices N` splits the axis `data` over N slices.
+Topologies count chips: v5p:2x4x4 is sold as v5p-64, because Google counts two cores per chip. libtpu prints a few
+lines about hosts that it cannot find to stderr, which can be ignored.
 """
 
 SAMPLING = """\
 # Sampling: what fits on one TPU chip
 
-Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. The rows:
+Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. The rows are
+produced by
 
     python -m lavie_jax.planner --config configs/base.py --sample base --json docs/{source}
     python -m lavie_jax.planner --config configs/interpolation.py --sample interpolation --json docs/{source}
     python -m lavie_jax.planner --config configs/vsr.py --sample vsr --json docs/{source}
 
-GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
-a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
-x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
-being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code, which
-is made with `--code` alone. One stage's weights are on the chips at a time. Interpolation decodes with the same program
-as base.
+GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on a TPU. The programs are those of
+`lavie_jax/cascade/`, at the sizes that it chooses by default: weights in bfloat16, the x4 VAE in float32, and flash
+attention where it fits. `other models` is what stays on the chip although this program does not use it: the stage's
+other models, and the unused half of the VAE. `total` includes the compiled code, which needs `--code`. One stage's
+weights are on the chips at a time. Interpolation uses the same decoding program as base.
 
 {table}
 """
