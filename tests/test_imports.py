@@ -15,13 +15,14 @@ MIDDLE = {"weights", "stages"}
 UPPER = {"cascade", "training"}
 KNOWS = {
     "errors": set(),
+    "results": set(),
     "samples": {"data"},
     **dict.fromkeys(GROUND, set()),
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
     "cascade": GROUND | MIDDLE | {"samples"},
     "training": GROUND | MIDDLE | {"cascade", "samples"},  # its sample grids show what a user would see
-    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples"}),
-    "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
+    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples", "results"}),
+    "planner": GROUND | MIDDLE | UPPER | {"samples", "results"},
     "__init__": GROUND | MIDDLE | UPPER | {"samples"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
