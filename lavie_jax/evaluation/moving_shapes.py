@@ -151,8 +151,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--truth", action="store_true", help="measure the detectors on true clips")
     group.add_argument("--vae", action="store_true", help="measure true clips reconstructed by the weights' VAE")
-    parser.add_argument("--stages", default="base", help="base (default), or with later stages, e.g. base,interpolation,vsr, "
-                        "to measure whether they preserve the attributes")  # fmt: skip
+    parser.add_argument("--stages", default="base", help="base (default), or with later stages, such as "
+                        "base,interpolation,vsr, to measure whether they preserve the attributes")  # fmt: skip
     parser.add_argument("--split", action="append", help=f"one of {', '.join(SPLITS)}; may be repeated")
     parser.add_argument("--samples", type=int, default=256, help="samples per split (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
