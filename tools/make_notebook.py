@@ -173,8 +173,8 @@ interpolation_steps = None  # @param {type:"raw"}
 interpolation_guidance = None  # @param {type:"raw"}
 vsr_steps = None  # @param {type:"raw"}
 vsr_guidance = None  # @param {type:"raw"}
-# @markdown Noise level of the small frames, 0 to 350: higher lets vsr add more detail. Tiles, whose size is in pixels of
-# @markdown the small frames, need less memory.
+# @markdown Noise level of the small frames, 0 to 350: higher lets vsr add more detail. Tiles, sized in pixels of the
+# @markdown small frames, need less memory.
 vsr_noise_level = None  # @param {type:"raw"}
 vsr_tile = None  # @param {type:"raw"}
 """
