@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import those that it lists, itself, and the HELPERS.
-HELPERS = {"errors"}
+HELPERS = {"errors", "results"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
@@ -23,8 +23,7 @@ MAY_IMPORT = {
     "samples": {"data", "stages"},
     "cascade": CORE | {"samples"},
     "training": CORE,
-    **dict.fromkeys(["evaluation", "curation", "parity"], CORE | {"samples", "cascade", "training"}),
-    "planner": CORE | {"samples", "cascade", "training", "evaluation"},
+    **dict.fromkeys(SATELLITES, CORE | {"samples", "cascade", "training"}),
     "__init__": CORE | {"samples", "cascade"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
