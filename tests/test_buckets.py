@@ -16,7 +16,8 @@ from PIL import Image
 
 from lavie_jax.data import buckets, pipeline, shards, video_files
 from lavie_jax.data.buckets import nearest, parse_sizes
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.errors import UserError
 from tests import videos
@@ -203,7 +204,7 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
         ({"buckets": (TALL, SQUARE)}, 2, "buckets hold the size that is sampled, height x width = 16x24; given 24x16"),
         ({"full_height": 32, "full_width": 48}, 2, "buckets are of whole frames"),
         ({"source": "mixture", "videos": ("moving_shapes",), "path": None}, 2, "buckets need one source"),
-        ({}, 8, "the bucket 24x16 has . clips to train on, fewer than a batch of 8: leave it out"),
+        ({}, 8, "the bucket 24x16 has . clips for training, fewer than a batch of 8: remove it"),
     ],
 )
 def test_buckets_that_cannot_be_used_are_refused(stores, change, batch_size, message):

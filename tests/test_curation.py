@@ -416,7 +416,7 @@ def test_training_steps_on_the_shards(curated):
 
 def test_the_shards_are_a_source_of_every_clip(curated):
     """Nothing that was kept is skipped in training: all clips have as many frames as a training clip wants."""
-    window = video_files.Window(frames=16)
+    window = video_files.ClipWindow(frames=16)
     records = sources.open_records(
         "array_record", str(curated), medium="video", split="train", window=window, val_fraction=0.0
     )

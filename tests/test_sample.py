@@ -443,7 +443,7 @@ BAD = {
     "prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt does not exist"),
     "weights": (["--weights", "nowhere"], "nowhere does not exist"),
     "out": (["--out", "{file}/below"], "is a file"),
-    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is no folder of this machine"),
+    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is not a folder of this machine"),
     "part": (["--part", "2/2"], "part: I/N with I from 0 to N-1 is needed"),
     "PyTorch file for a folder": (["--weights", "{file}"], "PyTorch files become one by convert_torch.py import"),
 }

@@ -17,7 +17,7 @@ from lavie_jax.curation.pipeline import LatentJob, Outcome, full_disk_told, refu
 from lavie_jax.data import transforms
 from lavie_jax.data.records import Records
 from lavie_jax.data.sources import open_records, read_image
-from lavie_jax.data.video_files import Window
+from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def encode_stills(what: str, out: Path, job: LatentJob, *, shard_clips: int = 10
     what cannot be used.
     """
     kind, _, path = what.partition(":")
-    records = open_records(kind, path, medium="image", split="train", window=Window(frames=1), val_fraction=0.0)
+    records = open_records(kind, path, medium="image", split="train", window=ClipWindow(frames=1), val_fraction=0.0)
     refuse_finished(out)
     encoder = Encoder(job)
     settings = {"stills": what, "shard_clips": shard_clips, "latents": encoder.settings()}
