@@ -118,7 +118,6 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
         ({"video_weights": ((0, (1, 1)), (9, (1, 1)), (3, (1, 1)))}, r"given the steps \[0, 9, 3\]"),
         ({"video_weights": ((0, (0, 0)),)}, "not all 0"),
         ({"video_weights": ((0, (-1, 2)),)}, "none negative"),
-        ({"video_weights": (1, 2)}, "data.video_weights is"),
         ({"source": "moving_shapes"}, "are for source='mixture'"),
     ],
 )

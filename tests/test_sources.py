@@ -290,7 +290,7 @@ def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, d
         np.testing.assert_array_equal(row["video"], first[number]["video"])
         assert row["skipped"] == first[number]["skipped"]
     batches(config, 3)
-    assert "skipped, number 1: " in caplog.text
+    assert "skipped record 1: " in caplog.text
     with pytest.raises(UserError, match="3 records were skipped, more than data.max_unreadable allows"):
         batches(dataclasses.replace(config, max_unreadable=2), 5)
 
@@ -342,13 +342,13 @@ def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", b"clip,words\nx.mp4,hello\n", "has the columns clip, words; needed are a file, one of path"),
+        ("a.csv", b"clip,words\nx.mp4,hello\n", "has the columns clip, words; it needs a file, one of path"),
         ("a.csv", b"path,caption\nx.mp4,caf\xe9\n", "a.csv is not UTF-8"),
         ("a.csv", b"path,caption\nx.mp4,one,two\n", "line 2 has more fields than the 2 columns"),
-        ("a.csv", b'path,caption\nx.mp4,"cut', "after line 1 is no CSV"),
+        ("a.csv", b'path,caption\nx.mp4,"cut', "after line 1 is not CSV"),
         ("a.csv", b"path,caption\n", "has no rows"),
-        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n{"path":', "line 2 is no JSON"),
-        ("a.jsonl", b'["x.mp4", "y"]\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n{"path":', "line 2 is not JSON"),
+        ("a.jsonl", b'["x.mp4", "y"]\n', "line 1 is not a JSON object"),
         ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n', "of 1 videos 1 name no file that exists"),
     ],
 )
