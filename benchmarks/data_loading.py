@@ -37,7 +37,8 @@ from PIL import Image
 
 from lavie_jax.curation import output
 from lavie_jax.data import latents, pipeline, shards, transforms, video_files
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 
 ROOT = Path(__file__).parents[1]

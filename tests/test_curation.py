@@ -419,7 +419,7 @@ def test_training_steps_on_the_shards(curated):
 
 def test_training_can_read_every_clip_of_the_shards(curated):
     """Training skips none of the kept clips: all have enough frames."""
-    window = video_files.Window(frames=16)
+    window = video_files.ClipWindow(frames=16)
     records = sources.open_records(
         "array_record", str(curated), medium="video", split="train", window=window, val_fraction=0.0
     )

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import those that it lists, itself, and the HELPERS.
-HELPERS = {"errors", "results"}
+HELPERS = {"errors", "fields", "results"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them

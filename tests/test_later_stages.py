@@ -214,7 +214,7 @@ def test_the_low_resolution_schedule_comes_from_the_folder(single):
 
 
 BAD = {
-    "noise level": (["vsr"], {"vsr": {"noise_level": 351}}, "noise_level must be a whole number from 0 to 350"),
+    "noise level": (["vsr"], {"vsr": {"noise_level": 351}}, "noise_level must be from 0 to 350"),
     "noise level of the model": (
         ["vsr"],
         {"vsr": {"noise_level": 300}},
@@ -222,7 +222,7 @@ BAD = {
     ),
     "overlap": (["vsr"], {"vsr": {"overlap_frames": 8}}, "overlap_frames must be below window_frames = 8"),
     "windows": (["vsr"], {"vsr": {"windows": "oficial"}}, "did you mean 'official'"),
-    "tile": (["vsr"], {"vsr": {"tile": 4}}, "tile must be a whole number of at least 8, or 0, not 4"),
+    "tile": (["vsr"], {"vsr": {"tile": 4}}, "tile must be at least 8, or 0, not 4"),
     "sampler": (["vsr"], {"vsr": {"sampler": "eulr"}}, "vsr stage: unknown sampler 'eulr'"),
     "setting": (["vsr"], {"vsr": {"step": 3}}, "did you mean 'steps'"),
     "of no stage": (["vsr"], {"base": {"steps": 3}}, "steps is given for base"),

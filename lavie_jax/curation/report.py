@@ -119,7 +119,7 @@ def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
     for record in (records[i] for i in chosen):
         info = video_files.video_info(record.content, name=record.name)
         stride = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
-        window = video_files.Window(frames=min(SHEET_FRAMES, info.frames), stride=stride)
+        window = video_files.ClipWindow(frames=min(SHEET_FRAMES, info.frames), stride=stride)
         frames = video_files.read_window(record.content, window, place=0.0, name=record.name)
         yield np.stack([_thumbnail(frame) for frame in frames]), record.caption
 

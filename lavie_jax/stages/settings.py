@@ -5,36 +5,13 @@ weights folder all come from there.
 """
 
 import dataclasses
-import math
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
 
 MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
-
-
-class Rule(NamedTuple):
-    """Metadata of a setting.
-
-    Attributes:
-        help: what it does, for the command line.
-        metavar: placeholder of its value on the command line.
-        low: least value allowed.
-        high: largest value allowed.
-        choices: all values allowed.
-        or_zero: whether 0 is allowed besides the range.
-        flag: its flag; "" derives it from the field's name, None offers no flag.
-    """
-
-    help: str
-    metavar: str | None = None
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    or_zero: bool = False
-    flag: str | None = ""
 
 
 class Flag(NamedTuple):
@@ -47,11 +24,6 @@ class Flag(NamedTuple):
     help: str
 
 
-def setting(help: str, metavar: str | None = None, *, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
-    """A dataclass field with a `Rule`; without a default it is required."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(help, metavar, **rule)})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Sampling settings that every stage has, and the size of its output.
@@ -62,27 +34,32 @@ class Settings:
         UserError: a value that no model can take.
     """
 
-    sampler: str = setting("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", "NAME")
-    spacing: str | None = setting(
+    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", metavar="NAME")
+    spacing: str | None = field(
         "spacing of the timesteps: leading, trailing, linspace, quadratic or karras (default: the sampler's own)",
-        "NAME",
+        metavar="NAME",
         default=None,
     )
-    steps: int = setting("denoising steps", "N", low=1)
-    guidance: float = setting("scale of classifier-free guidance; 1 disables it", "X")
-    guidance_rescale: float = setting(
-        "0 to 1: how much of the contrast that a large guidance scale adds is removed", "X", default=0.0, low=0, high=1
+    steps: int = field("denoising steps", metavar="N", low=1)
+    guidance: float = field("scale of classifier-free guidance; 1 disables it", metavar="X")
+    guidance_rescale: float = field(
+        "0 to 1: how much of the contrast that a large guidance scale adds is removed",
+        metavar="X",
+        default=0.0,
+        low=0,
+        high=1,
     )
     # A GIF frame lasts at most 655 seconds, and encoders fail far above the upper limit.
-    fps: float = setting("frames per second of the output", "X", low=0.01, high=1000)
-    negative_prompt: str = setting("what to steer away from", "TEXT", default="")
-    prompt_suffix: str = setting("appended to every prompt", "TEXT", default="")
-    frames: int = setting("number of frames", low=1, flag=None)
-    height: int = setting("height in pixels", low=1, flag=None)
-    width: int = setting("width in pixels", low=1, flag=None)
+    fps: float = field("frames per second of the output", metavar="X", low=0.01, high=1000)
+    negative_prompt: str = field("what to steer away from", metavar="TEXT", default="")
+    prompt_suffix: str = field("appended to every prompt", metavar="TEXT", default="")
+    frames: int = field("number of frames", low=1, flag=None)
+    height: int = field("height in pixels", low=1, flag=None)
+    width: int = field("width in pixels", low=1, flag=None)
 
     def __post_init__(self):
-        self.check(self.to_dict())
+        for name, value in self.check(self.to_dict()).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def make(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
@@ -98,12 +75,13 @@ class Settings:
         return cls(**_renamed(values))
 
     @classmethod
-    def check(cls, values: Mapping[str, Any]) -> None:
-        """Raises UserError for the first of some settings, by name, that is out of range. None means not given."""
-        kinds = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if (value := values.get(field.name)) is not None:
-                _check(field.name, value, kinds[field.name], field.metadata["rule"])
+    def check(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Some settings, by name, as their types. Raises UserError for the first that is of another type or out of
+        range. None is not given."""
+        kinds = types_of(cls)
+        values = {n: v if v is None else convert(n, v, kinds[n]) for n, v in values.items()}
+        check_rules(cls, values, label="{}")
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, as JSON values."""
@@ -114,44 +92,42 @@ class Settings:
 class BaseSettings(Settings):
     """Settings of the base stage, which alone chooses the size of its clip."""
 
-    frames: int = setting("number of frames; 1 makes images", "T", low=1)
-    height: int = setting("height in pixels", "H", low=1)
-    width: int = setting("width in pixels", "W", low=1)
+    frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
+    height: int = field("height in pixels", metavar="H", low=1)
+    width: int = field("width in pixels", metavar="W", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolationSettings(Settings):
     """Settings of temporal interpolation."""
 
-    key_latents: str = setting(
+    key_latents: str = field(
         "latents of the key frames: a sample of the VAE's posterior, as in LaVie, or its mode",
-        "NAME",
+        metavar="NAME",
         default="sample",
         choices=("sample", "mode"),
     )
-    keep_key_frames: bool = setting(
-        "copy the key frames' pixels into the result", default=False, flag="keep-key-frames"
-    )
+    keep_key_frames: bool = field("copy the key frames' pixels into the result", default=False, flag="keep-key-frames")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VSRSettings(Settings):
     """Settings of super-resolution: noise on the low-resolution frames, and windows (`windows.py`)."""
 
-    noise_level: int = setting(
-        "noise added to the low-resolution frames, 0 to 350", "N", default=50, low=0, high=MAX_NOISE_LEVEL
+    noise_level: int = field(
+        "noise added to the low-resolution frames, 0 to 350", metavar="N", default=50, low=0, high=MAX_NOISE_LEVEL
     )
-    windows: str = setting(
+    windows: str = field(
         "blended, or LaVie's official independent chunks, with a visible cut after each",
-        "NAME",
+        metavar="NAME",
         default="blended",
         choices=("blended", "official"),
     )
-    window_frames: int = setting("frames per window", "T", default=8, low=1)
-    overlap_frames: int = setting("frames that blended windows share", "T", default=2, low=0)
-    tile: int | None = setting(
+    window_frames: int = field("frames per window", metavar="T", default=8, low=1)
+    overlap_frames: int = field("frames that blended windows share", metavar="T", default=2, low=0)
+    tile: int | None = field(
         "side of spatial windows in low-resolution pixels; 0 takes whole frames (default: by frame size)",
-        "P",
+        metavar="P",
         default=None,
         low=8,
         or_zero=True,
@@ -188,16 +164,16 @@ class StageInfo:
         """The name of a setting among those of all stages: `steps` of the main stage, `vsr-steps` of another."""
         return setting if self.main else f"{self.name}-{setting}"
 
-    def flags(self) -> Iterator["Flag"]:
+    def flags(self) -> Iterator[Flag]:
         """The settings that have a flag on the command line."""
-        kinds = typing.get_type_hints(self.settings)
-        for field in dataclasses.fields(self.settings):
-            rule = field.metadata["rule"]
+        for declared in dataclasses.fields(self.settings):
+            rule = rule_of(declared)
             if rule.flag is not None:
-                flag = rule.flag or self.option(field.name.replace("_", "-"))
-                default = field.default if isinstance(field.default, int | float | str) else None
-                help = rule.help if default in (None, "", False) else f"{rule.help} (default {default})"
-                yield Flag(field.name, f"--{flag}", _scalar(kinds[field.name]), rule.metavar, help)
+                flag = rule.flag or self.option(declared.name.replace("_", "-"))
+                default = declared.default if isinstance(declared.default, int | float | str) else None
+                text = rule.help if default in (None, "", False) else f"{rule.help} (default {default})"
+                kind, _ = without_none(types_of(self.settings)[declared.name])
+                yield Flag(declared.name, f"--{flag}", kind, rule.metavar, text)
 
     def located(self, error: UserError) -> UserError:
         """The error, with the stage's name in front where its settings have it in theirs."""
@@ -283,30 +259,3 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         return _OLD_VALUES[name].get(value, value) if name in _OLD_VALUES and isinstance(value, str) else value
 
     return {name: current(name, value) for name, value in values.items()}
-
-
-def _scalar(kind: Any) -> type:
-    """int for int and for int | None."""
-    return next((part for part in typing.get_args(kind) if part is not type(None)), kind)
-
-
-def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
-    """Raises UserError for a value of another type than `kind`, or against its rule."""
-    kind = _scalar(kind)
-    if rule.choices:
-        if value not in rule.choices:
-            raise UserError(f"{name}: unknown {value!r}{suggest(str(value), rule.choices)}")
-        return
-    what = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}[kind]
-    allowed = (int, float) if kind is float else kind
-    good = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
-    if kind in (int, float):
-        good = good and math.isfinite(value)
-        good = good and ((rule.low is None or value >= rule.low) or (rule.or_zero and value == 0))
-        good = good and (rule.high is None or value <= rule.high)
-        if rule.high is not None:
-            what += f" from {rule.low} to {rule.high}"
-        elif rule.low is not None:
-            what += f" of at least {rule.low}" + (", or 0" if rule.or_zero else "")
-    if not good:
-        raise UserError(f"{name} must be {what}, not {value!r}")

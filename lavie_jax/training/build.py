@@ -146,7 +146,8 @@ def sampling_defaults(config: Any) -> dict[str, Any]:
     as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
     if data.fps is not None:  # clips at their own rates say nothing of the rate of samples
         as_trained["fps"] = data.fps
-    return {**STAGES[config.stage].sampling, **as_trained, **config.sampling}
+    given = {name: value for name, value in config.sampling.items() if value is not None}
+    return {**STAGES[config.stage].sampling, **as_trained, **given}
 
 
 def data_config(config: Any) -> DataConfig:
@@ -160,7 +161,7 @@ def held_out_data(data: DataConfig) -> DataConfig:
 
     Those of a curriculum are mixed as at its end, in the whole run.
     """
-    fields = ("video_weights", "still_weights")
+    fields = ("video_weights", "image_weights")
     at_end = {name: tuple((0, row) for _, row in getattr(data, name)[-1:]) for name in fields}
     return dataclasses.replace(data, split="val", caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1, **at_end)
 
