@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
 from lavie_jax.cascade import base, interpolation, vsr
-from lavie_jax.cascade.denoising import Clip, Plan, denoise
+from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
@@ -56,7 +56,7 @@ def run_stage(
     rows = ways
     if stage == "base":  # its windows are few and small: more than one a device may be wanted
         rows = min(math.ceil(n / ways) * ways for n in (batch_size or ways, len(jobs)))
-    plan = Plan(
+    plan = DenoisingPlan(
         sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule),
         guidance=settings.guidance,
         rescale=settings.guidance_rescale,
@@ -67,7 +67,7 @@ def run_stage(
     count = len(plan.windows)
     together = max(1, rows // count)
     bar = tqdm(
-        total=len(jobs) * plan.sampler.steps * count, unit="step" if count == 1 else "window",
+        total=len(jobs) * plan.sampler.evaluations * count, unit="step" if count == 1 else "window",
         desc=f"{stage}: compiling", disable=not progress,
     )  # fmt: skip
 
