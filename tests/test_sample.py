@@ -484,7 +484,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_read(folder, run, tmp_
     assert "did you mean 'euler'" in capsys.readouterr().err
     assert run("--prompt", PROMPT, weights=weights) == 2
     error = capsys.readouterr().err
-    assert "holds NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert "has NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):

@@ -155,7 +155,7 @@ def test_nan_is_never_written(dtype, value, tmp_path):
     array = np.full(3, np.finfo(np.float16).max, dtype)  # large, but finite
     write_safetensors(tmp_path / "large.safetensors", {"x": array}, {})
     array[1] = value
-    with pytest.raises(UserError, match="x holds NaN or Inf"):
+    with pytest.raises(UserError, match="x has NaN or Inf"):
         write_safetensors(tmp_path / "nan.safetensors", {"x": array}, {})
 
 
@@ -342,8 +342,8 @@ BROKEN = {
     "model.safetensors is missing": lambda f: (f / "unet/model.safetensors").unlink(),
     "scheduler_config.json cannot be read": lambda f: (f / "scheduler/scheduler_config.json").unlink(),
     "no field 'latent_chanels'": lambda f: edit_json(f / "vae/config.json", latent_chanels=4),
-    "is cut short": cut,
-    "conv_in.bias holds NaN": lambda f: edit_unet(f, lambda t: t["conv_in.bias"].fill(np.nan)),
+    "is truncated": cut,
+    "conv_in.bias has NaN": lambda f: edit_unet(f, lambda t: t["conv_in.bias"].fill(np.nan)),
     "missing conv_in.bias": lambda f: edit_unet(f, lambda t: t.pop("conv_in.bias")),
     "unexpected more.bias": lambda f: edit_unet(f, lambda t: t.update({"more.bias": np.zeros(3)})),
     "has shape": lambda f: edit_unet(f, lambda t: t.update({"conv_in.bias": np.zeros(3)})),
