@@ -1,13 +1,13 @@
-r"""Between PyTorch files and weights folders.
+r"""Converts between PyTorch files and weights folders.
 
     python convert_torch.py import --stage base --unet lavie_base.pt \
         --pretrained stable-diffusion-v1-4/ --out weights/base
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ --out weights/base-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
 
-`import` converts a released LaVie checkpoint and the image model that it was made from. `inflate` makes the model to
-start training from. `export` goes back to PyTorch's names; `--check` compares with an original, byte for byte. Exit
-code: 0; 1 when `--check` finds a difference; 2 for wrong input, after one message and with nothing written.
+`import` converts a released LaVie checkpoint and the image model that it was trained from. `inflate` creates a model to
+start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte. The
+exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a message and nothing written.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from lavie_jax.weights.pretrained import read_weights_file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; UserError for what is wrong with it."""
+    """Parses the command line. Raises UserError when it is wrong."""
     parser = Parser(prog="convert_torch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -38,17 +38,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     grow = commands.add_parser("inflate", help="an image model -> a weights folder to start training from")
     grow.add_argument("--stage", required=True, choices=sorted(STAGES))
     grow.add_argument("--from", dest="base", type=Path, help="stage interpolation: the weights folder of the base")
-    grow.add_argument("--seed", default="0", help="of the new parameters that do not start at zero")
+    grow.add_argument("--seed", default="0", help="seed of the new parameters that do not start at zero")
 
     for command in (into, grow):
         command.add_argument(
             "--pretrained", type=Path, required=command is into,
-            help="diffusers folder of the image model (vsr: the x4-upscaler), or a CompVis .ckpt with --tokenizer",
+            help="diffusers folder of the image model (vsr: the x4-upscaler), or a CompVis .ckpt, with --tokenizer",
         )  # fmt: skip
         command.add_argument("--tokenizer", type=Path, help="tokenizer folder, when --pretrained has none")
         command.add_argument("--out", required=True, type=Path, help="the weights folder to write")
         command.add_argument(
-            "--share", type=Path, help="weights folder whose VAE, text encoder and tokenizer are named, if equal"
+            "--share",
+            type=Path,
+            help="weights folder whose VAE, text encoder and tokenizer are referred to where they are equal",
         )
 
     back = commands.add_parser("export", help="a weights folder -> PyTorch names")
@@ -61,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     if args.command == "inflate" and (args.base is None) == (args.pretrained is None):
-        grow.error("give --pretrained (base, vsr) or --from (interpolation)")
+        grow.error("give either --pretrained (base, vsr) or --from (interpolation)")
     if args.command == "inflate" and (args.base is not None) != (args.stage == "interpolation"):
         grow.error("stage interpolation starts --from a base folder, the others from a --pretrained image model")
     if args.command == "export" and args.out is None and args.check is None:
@@ -70,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """`import` and `inflate`: writes a weights folder."""
+    """Runs `import` or `inflate`: writes a weights folder."""
     stage = STAGES[args.stage]
     target = Target(
         stage=stage.name, sampling=stage.sampling, schedule=stage.schedule, low_res_schedule=stage.low_res_schedule
@@ -92,7 +94,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> int:
-    """`export`: writes a PyTorch file, compares with one, or both. The exit code."""
+    """Runs `export`: writes a PyTorch file, compares with one, or both. Returns the exit code."""
     original = None if args.check is None else read_weights_file(args.check)
     if args.out is not None:
         count = export_part(args.weights, args.out, part=args.part, overwrite=args.overwrite)

@@ -1,4 +1,4 @@
-"""The attention kernels agree, and the position encodings do what their papers say."""
+"""The attention kernels agree, and the position encodings match their papers."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def qkv(sq, sk, heads=2, width=8):
 
 
 def plain(q, k, v, bias=0.0):
-    """Attention in float64 numpy, the definition."""
+    """The definition of attention, in float64 numpy."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scores = np.einsum("bqnk,bsnk->bnqs", q, k) / np.sqrt(q.shape[-1]) + bias
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -58,8 +58,8 @@ def lowered_for_tpu(f, *args) -> str:
 
 @pytest.mark.parametrize(("batch", "heads"), [(8, 2), (8, 3), (3, 2)])
 def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
-    """A Pallas kernel that the compiler would have to split is an error of the lowering; so is its gradient's."""
-    monkeypatch.setattr(attention_module, "_platform", lambda: "tpu")  # what `auto` asks
+    """Lowering fails for a Pallas kernel, or its gradient, that the compiler would have to partition."""
+    monkeypatch.setattr(attention_module, "_platform", lambda: "tpu")  # which `auto` calls
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     x = jax.ShapeDtypeStruct((batch, 128, heads, 64), jnp.bfloat16, sharding=parallel.replicated(mesh))
     grad = jax.grad(lambda x: attention(x, x, x).astype(jnp.float32).sum())
@@ -67,9 +67,9 @@ def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
         text = lowered_for_tpu(grad, x)
     fits = batch % 4 == 0
     assert ("tpu_custom_call" in text) == fits
-    # A device's share, heads first.
+    # the shape on one device, heads first
     assert (f"tensor<{batch // 4}x{1 if heads == 2 else heads}x128x64xbf16>" in text) == fits
-    assert "tpu_custom_call" not in lowered_for_tpu(grad, x)  # nobody says where the rows are
+    assert "tpu_custom_call" not in lowered_for_tpu(grad, x)  # without a mesh, the sharding of rows is unknown
 
 
 def test_flash_on_a_mesh_is_right():
@@ -171,8 +171,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rotary_pairs_turn_alike_on_a_tpu(dtype, monkeypatch):
-    """The first pair of each head by the frame's number in radians, the way of TPUs to the bit."""
+def test_rotary_embedding_is_the_same_on_a_tpu(dtype, monkeypatch):
+    """The first pair of each head rotates by the frame index in radians, bit-identically on a TPU."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 24)), dtype)
     found = rotary_embedding(x, 2, 8)
     pair = np.asarray(x, np.float64)[..., [0, 12]] + 1j * np.asarray(x, np.float64)[..., [1, 13]]
@@ -190,7 +190,7 @@ def test_relative_position_buckets():
     buckets = relative_position_buckets(64)
     assert buckets.min() == 0 and buckets.max() == 31
     assert (np.diag(buckets) == 0).all()
-    later = buckets[0]  # keys after frame 0: exact up to 7, then ever wider, and never back
+    later = buckets[0]  # keys after frame 0: exact up to 7, then wider and wider, monotonic
     assert later[:9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
     assert (np.diff(later[1:]) >= 0).all() and later[33:].tolist() == [31] * 31
     assert (buckets[:, 0] == np.where(later > 0, later - 16, 0)).all()

@@ -121,7 +121,7 @@ def test_fsdp_that_does_not_divide_the_devices_is_refused(folder):
 def test_a_sample_equals_a_plain_loop_with_separate_guidance_halves(single):
     """Compares the jitted, sharded, batched loop with a few independent lines."""
     model, sampler = single.base, make_sampler("ddim", 3, Schedule())
-    cond, uncond = (jnp.asarray(model.encode_text([text])) for text in (PROMPT, "a blue square"))
+    cond, uncond = (jnp.asarray(model.encode_text([text]).hidden) for text in (PROMPT, "a blue square"))
     unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text))
 
     def denoise(x, t):
@@ -252,6 +252,7 @@ def test_out_of_memory_is_one_line_with_advice(single, monkeypatch):
 
 
 def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(single, monkeypatch):
-    monkeypatch.setattr(stage_model.tokens, "tokenize", lambda _, texts: np.full((len(texts), 3), 10**6, np.int32))
+    ids = np.full((1, 3), 10**6, np.int32)
+    monkeypatch.setattr(stage_model.tokens, "tokenize_with_mask", lambda _, texts: (ids, None))
     with pytest.raises(UserError, match="do not belong together"):
         single.base.encode_text([PROMPT])

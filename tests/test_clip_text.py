@@ -20,7 +20,7 @@ SIZES = dict(
 
 
 def flax_params(state: dict) -> dict:
-    """A torch state dict under our paths, without the converter: it is not to judge itself."""
+    """Maps a torch state dict to our paths, independently of the converter."""
     params = {}
     for name, value in state.items():
         if name.endswith("position_ids"):
@@ -38,7 +38,7 @@ def flax_params(state: dict) -> dict:
 
 
 def small_text(dtype=jnp.float32):
-    """The compiled forward pass of a small encoder, random parameters, and tokens."""
+    """Returns the compiled forward pass of a small encoder, random parameters, and tokens."""
     model = CLIPText(CLIPTextConfig(**SIZES), dtype)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 99, (2, 11)), jnp.int32)
@@ -101,8 +101,16 @@ def test_config_roundtrip_and_errors():
         CLIPTextConfig(**SIZES | {"num_attention_heads": 5})
     with pytest.raises(UserError, match="did you mean 'hidden_size'"):
         CLIPTextConfig.from_dict({"hiden_size": 32})
-    with pytest.raises(UserError, match="vocab_size: int is needed"):
+    with pytest.raises(UserError, match="vocab_size must be of type int"):
         CLIPTextConfig.from_dict({"vocab_size": "many"})
+
+
+def test_a_mask_is_refused():
+    """CLIP attends to padding; `takes_mask` tells callers."""
+    apply, variables, tokens = small_text()
+    assert not CLIPText.takes_mask
+    with pytest.raises(ValueError, match="no padding mask"):
+        apply(variables, tokens, jnp.ones(tokens.shape, bool))
 
 
 def test_too_many_tokens_are_refused():

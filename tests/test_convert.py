@@ -1,4 +1,4 @@
-"""convert_torch.py import and export, driven as a person drives them, on tiny checkpoints."""
+"""convert_torch.py import and export, through the command line, on tiny checkpoints."""
 
 import collections
 import pickle
@@ -32,7 +32,7 @@ x4 = pytest.fixture(make_x4, scope="module")
 base = pytest.fixture(make_base, scope="module")
 
 
-def test_import_has_what_sampling_needs(base, sd):
+def test_an_imported_folder_is_complete(base, sd):
     original, folder = base
     weights = load_folder(folder, stage="base")
     assert weights.sampling["frames"] == 16 and weights.sampling["sampler"] == "ddpm"
@@ -79,22 +79,22 @@ def test_check_names_what_differs(base, tmp_path, capsys):
     tensors["extra"] = tensors.pop("conv_out.weight")
     torch.save(tensors, tmp_path / "other.pt")
     assert run("export", "--weights", folder, "--check", tmp_path / "other.pt") == 1
-    said = capsys.readouterr().out
-    assert "conv_in.bias has other values" in said and "conv_out.bias is float32" in said
-    assert "missing extra" in said and "added conv_out.weight" in said
-    assert "4 differ" in said
+    output = capsys.readouterr().out
+    assert "conv_in.bias has different values" in output and "conv_out.bias is float32" in output
+    assert "missing extra" in output and "added conv_out.weight" in output
+    assert "4 differ" in output
     tensors = {n: t for n, t in torch.load(original, weights_only=True)["ema"].items() if "freqs" not in n}
-    torch.save(tensors, tmp_path / "without.pt")  # the constants that we add are no difference
+    torch.save(tensors, tmp_path / "without.pt")  # added constants are not a difference
     assert run("export", "--weights", folder, "--check", tmp_path / "without.pt") == 0
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_other_parts_go_back_too(part, base, sd):
+def test_other_parts_are_exported_too(part, base, sd):
     file = next(p for p in (sd / part).iterdir() if p.suffix == ".bin")
     assert run("export", "--weights", base[1], "--part", part, "--check", file) == 0
 
 
-def test_containers_are_the_same_model(base, sd, tmp_path):
+def test_file_formats_do_not_matter(base, sd, tmp_path):
     tensors = torch.load(base[0], weights_only=True)["ema"]
     torch.save(tensors, tmp_path / "top.pt")
     torch.save({"ema": tensors}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
@@ -108,7 +108,7 @@ def test_containers_are_the_same_model(base, sd, tmp_path):
         assert folder_hash(out) == folder_hash(base[1]), file.name
 
 
-def test_names_of_old_and_new_files_mean_the_same(base, sd, tmp_path):
+def test_old_and_new_parameter_names_are_equivalent(base, sd, tmp_path):
     new = write_sd(tmp_path / "new", vae_dialect="diffusers", text_dialect="diffusers")
     assert import_base(base[0], new, tmp_path / "out") == 0
     for part in ("vae", "text_encoder"):
@@ -128,7 +128,7 @@ def test_half_precision_variant(base, tmp_path):
     assert {a.dtype for a in jax.tree.leaves(cast.vae.params)} == {np.dtype(np.float32)}
 
 
-def test_shared_parts_are_named(base, sd, tmp_path):
+def test_shared_parts_are_referred_to(base, sd, tmp_path):
     assert import_base(base[0], sd, tmp_path / "out", "--share", base[1]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "scheduler", "unet"]
     assert folder_hash(tmp_path / "out") == folder_hash(base[1])
@@ -145,8 +145,8 @@ def test_super_resolution_keeps_the_schedules_of_x4(x4, tmp_path):
     assert weights.vae.config.scaling_factor == 0.08333
 
 
-def test_trained_here_exports_the_frequencies(base, tmp_path):
-    """A model without PyTorch's buffers goes back to what the official scripts load strictly."""
+def test_models_trained_here_are_exported_with_frequencies(base, tmp_path):
+    """The export adds PyTorch's buffers, which the official scripts require."""
     original, folder = base
     path = tmp_path / "trained/unet/model.safetensors"
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -247,8 +247,8 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         ((*start, sd, "--out", out, "--tokenizer", tmp_path / "half"), "merges.txt"),
         ((*start, original, "--out", out), "neither a diffusers folder nor a CompVis"),
         ((*start, sd, "--out", tmp_path / "file/out"), "is a file"),
-        ((*start, sd, "--out", out, "--share", tmp_path / "empty"), "no weights folder"),
-        ((*start, sd, "--out", tmp_path / "file"), "exists already"),
+        ((*start, sd, "--out", out, "--share", tmp_path / "empty"), "not a weights folder"),
+        ((*start, sd, "--out", tmp_path / "file"), "already exists"),
         (("import", "--stage", "bass", "--unet", original, "--pretrained", sd, "--out", out), "invalid choice"),
         ((*unet, tmp_path / "no.pt"), "does not exist"),
         ((*unet, tmp_path / "none.pt"), "no tensors"),
@@ -257,10 +257,10 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         (("inflate", "--stage", "base", "--out", out), "--pretrained"),
         (("inflate", "--stage", "base", "--pretrained", sd, "--out", out, "--seed", "-1"), "seed: a whole number"),
         (("inflate", "--stage", "interpolation", "--pretrained", sd, "--out", out), "--from"),
-        (("inflate", "--stage", "interpolation", "--from", sd, "--out", out), "no weights folder"),
+        (("inflate", "--stage", "interpolation", "--from", sd, "--out", out), "not a weights folder"),
         (("export", "--weights", folder), "--check"),
         (("export", "--weights", folder, "--out", tmp_path / "x.zip"), ".pt or .safetensors"),
-        (("export", "--weights", tmp_path / "empty", "--out", tmp_path / "x.pt"), "no weights folder"),
+        (("export", "--weights", tmp_path / "empty", "--out", tmp_path / "x.pt"), "not a weights folder"),
     ):
         assert hint in refused(capsys, out, run(*args)), args
     assert (tmp_path / "file").read_text() == "mine"
@@ -280,6 +280,6 @@ def test_nothing_is_overwritten_unasked(base, sd, tmp_path, capsys):
     assert not (tmp_path / "out/notes.txt").exists() and load_folder(tmp_path / "out")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("mine")
-    for taken in ("home", "back.pt"):  # even when told to: these are no weights folders
+    for taken in ("home", "back.pt"):  # even with --overwrite: these are not weights folders
         assert import_base(original, sd, tmp_path / taken, "--overwrite") == 2
     assert (tmp_path / "home/thesis.txt").exists() and (tmp_path / "back.pt").is_file()

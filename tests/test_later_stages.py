@@ -115,7 +115,7 @@ def test_a_sample_equals_a_plain_loop(stage, single):
         concat = signal * images + np.sqrt(1 - signal**2) * jnp.stack(own)
     np.testing.assert_allclose(ready.concat, concat, atol=2e-4)
 
-    texts = model.encode_text([PROMPT + made.prompt_suffix, made.negative_prompt])
+    texts = model.encode_text([PROMPT + made.prompt_suffix, made.negative_prompt]).hidden
     unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text, noise_level=level))
 
     def answer(x, t):

@@ -1,4 +1,4 @@
-"""Layers whose shortcuts must not show."""
+"""Layers with CPU-specific implementations, which must not change results."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from lavie_jax.models import layers
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 8, 8, 5), (2, 1, 1, 5)])
 def test_convolution_as_a_product_is_the_convolution(shape):
-    """Small frames on a CPU: values and gradients of the plain convolution."""
+    """For small frames on a CPU: same values and gradients as the plain convolution."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
     module = layers.conv(7, (3, 3), name="conv", dtype=jnp.float32)

@@ -106,7 +106,7 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     }
 
     refused = run(tmp_path, {**values, "lavie_vsr_sha256": sha256[::-1]})
-    assert refused.returncode and "vsr.pt is damaged, or another file" in refused.stderr
+    assert refused.returncode and "vsr.pt is damaged or a different file" in refused.stderr
     assert {path.name for path in weights.iterdir()} == {"base", "interpolation"} and files["lavie_vsr"].exists()
 
     done = run(tmp_path, {**values, "lavie_vsr_sha256": sha256})  # converted stages are skipped

@@ -1,6 +1,6 @@
-"""Golden cases of the original models: the tiny ones are reproduced, and the command tells right from wrong.
+"""Golden cases of the original models: the tiny ones are reproduced, and wrong outputs are detected.
 
-The full-size ones run by `make parity-full`.
+`make parity-full` runs the full-size ones.
 """
 
 import json
@@ -47,7 +47,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def small_vae(tmp_path_factory):
-    """A case of our own: a small VAE with another salt, its outputs from the code under test."""
+    """A case made here: a small VAE with another salt, and outputs of the code under test."""
     parent = tmp_path_factory.mktemp("parity")
     shapes = expected_shapes(vae_config(MODEL)).items()
     named = (to_torch("vae", path, np.empty(shape), "old") for path, shape in shapes)
@@ -63,13 +63,13 @@ def small_vae(tmp_path_factory):
 
 @pytest.fixture
 def case(small_vae, tmp_path):
-    """A copy of that case's folder, to be changed."""
+    """A copy of that case's folder, which tests may change."""
     shutil.copytree(small_vae, tmp_path, dirs_exist_ok=True)
     return tmp_path / "cases"
 
 
 def write(folder, *, salt=None, outputs=None, **changes):
-    """(Re)write the case: new outputs, another salt, or other fields of its JSON."""
+    """(Re)writes the case: new outputs, another salt, or other fields of its JSON."""
     path = folder / "small.json"
     fields = {
         "case": "small", "kind": "vae", "model": MODEL, "parameters": "manifests/small.json",
@@ -82,7 +82,7 @@ def write(folder, *, salt=None, outputs=None, **changes):
         np.savez(folder / "small.npz", **outputs)
 
 
-def test_a_case_with_another_salt_and_configuration(case, capsys):
+def test_a_case_with_another_salt_and_config(case, capsys):
     assert main([str(case)]) == 0
     line = capsys.readouterr().out
     assert line.startswith("small ") and line.endswith("ok\n")
@@ -116,7 +116,7 @@ def test_a_case_that_cannot_run_fails_with_the_reason(case, capsys, changes, rea
     assert "FAIL" in line and reason in line and line.count("\n") == 1
 
 
-def test_outputs_of_an_unknown_name_fail(case, capsys):
+def test_outputs_with_unknown_names_fail(case, capsys):
     write(case, outputs=dict(np.load(case / "small.npz")) | {"median": np.ones(3)})
     assert main([str(case)]) == 1
     assert "median" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_a_malformed_case_is_refused_in_one_line(case, capsys, damage, named):
     assert streams.err.startswith("error: ") and named in streams.err and streams.err.count("\n") == 1
 
 
-def test_nothing_that_matches_is_an_error(case, capsys):
+def test_no_matching_case_is_an_error(case, capsys):
     assert main([str(case), "--case", "large*"]) == 2
     assert main([str(case / "absent")]) == 2
     assert capsys.readouterr().err.count("no case matches") == 2

@@ -497,7 +497,7 @@ def test_settings_are_checked_before_weights_are_read(folder, run, tmp_path, cap
     assert "did you mean 'euler'" in capsys.readouterr().err
     assert run("--prompt", PROMPT, weights=weights) == 2
     error = capsys.readouterr().err
-    assert "holds NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert "has NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_system_errors_are_one_line(monkeypatch, capsys):

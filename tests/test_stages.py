@@ -6,13 +6,24 @@ import numpy as np
 
 from lavie_jax.diffusion import Schedule
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.conditioning import Condition, Text, denoiser, predict
+from lavie_jax.stages.conditioning import Condition, Prompts, Text, denoiser, predict
 
 
 class Recorder:
     """A fake UNet that records its inputs and returns the text's mean."""
 
-    def apply(self, variables, x, t, text, image_text=None, image_t=None, noise_level=None):
+    def apply(
+        self,
+        variables,
+        x,
+        t,
+        text,
+        image_text=None,
+        image_t=None,
+        noise_level=None,
+        text_mask=None,
+        image_text_mask=None,
+    ):
         self.calls = {
             "x": x,
             "t": t,
@@ -20,6 +31,8 @@ class Recorder:
             "image_text": image_text,
             "image_t": image_t,
             "noise_level": noise_level,
+            "text_mask": text_mask,
+            "image_text_mask": image_text_mask,
         }
         context = text if text is not None else image_text[:, 0]
         return jnp.zeros_like(x[..., :4]) + context.mean((1, 2))[:, None, None, None, None]
@@ -49,7 +62,7 @@ def test_low_res_frames_are_noised_at_their_level():
 
 def test_guidance_moves_away_from_the_null_text():
     unet = Recorder()
-    text, null = jnp.full((3, 5, 8), 2.0), jnp.full((3, 5, 8), 1.0)
+    text, null = Prompts(jnp.full((3, 5, 8), 2.0)), Prompts(jnp.full((3, 5, 8), 1.0))
     x = jnp.zeros((3, 2, 4, 4, 4))
     concat = jnp.ones((3, 2, 4, 4, 3))
     out = denoiser(unet, {}, text, null, Condition(concat, jnp.array([1, 2, 3])), guidance=7.5)(x, 10)
@@ -62,7 +75,7 @@ def test_guidance_moves_away_from_the_null_text():
 
 def test_sequential_guidance_gives_the_same_result():
     unet, rng = Recorder(), np.random.default_rng(0)
-    text, null = (jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32) for _ in range(2))
+    text, null = (Prompts(jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)) for _ in range(2))
     x, condition = jnp.ones((3, 2, 4, 4, 4)), Condition(jnp.ones((3, 2, 4, 4, 3)), jnp.array([1, 2, 3]))
     together, sequential = (
         denoiser(unet, {}, text, null, condition, guidance=7.5, sequential_guidance=one_by_one)(x, 10)
@@ -72,9 +85,19 @@ def test_sequential_guidance_gives_the_same_result():
     assert unet.calls["x"].shape == (3, 2, 4, 4, 7)
 
 
+def test_a_padding_mask_reaches_the_unet_in_both_halves_of_guidance():
+    unet, x = Recorder(), jnp.zeros((2, 3, 4, 4, 4))
+    masks = [jnp.arange(5) < length for length in (4, 2)]
+    text, null = (Prompts(jnp.ones((2, 5, 8)), jnp.stack([mask, mask])) for mask in masks)
+    denoiser(unet, {}, text, null, Condition(), guidance=2.0)(x, 10)
+    assert unet.calls["text_mask"].sum(1).tolist() == [4, 4, 2, 2] and unet.calls["image_text_mask"] is None
+    denoiser(unet, {}, text, null, Condition(), guidance=1.0, image=True)(x[:, :1], 10)
+    assert unet.calls["image_text_mask"].shape == (2, 1, 5) and unet.calls["text_mask"] is None
+
+
 def test_an_image_takes_the_image_path():
     unet = Recorder()
-    text = jnp.ones((2, 5, 8))
+    text = Prompts(jnp.ones((2, 5, 8)))
     denoiser(unet, {}, text, text, Condition(), guidance=2.0, image=True)(jnp.zeros((2, 1, 4, 4, 4)), 10)
     assert unet.calls["text"] is None and unet.calls["image_text"].shape == (4, 1, 5, 8)
 

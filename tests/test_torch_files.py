@@ -1,4 +1,4 @@
-"""What a pickle may hold: nothing of it is run, and what is foreign stands still."""
+"""Pickles: nothing in them is executed, and foreign objects are inert."""
 
 import argparse
 import collections
@@ -23,7 +23,7 @@ class Callback:
 
 
 class Settings(dict):
-    """Like the AttributeDict that trainers save: a dict of a class of its own."""
+    """Like the AttributeDict that trainers save: a subclass of dict."""
 
 
 def test_foreign_objects_are_inert(base, sd, tmp_path):
@@ -68,7 +68,7 @@ def test_hostile_pickles_are_refused(function, zipped, base, sd, tmp_path, capsy
 
 
 def test_unknown_functions_are_never_called(base, sd, tmp_path):
-    """Also not when no list of ours knows that they are harmful."""
+    """Even those that are not on a list of harmful ones."""
     tensors = torch.load(base[0], weights_only=True)["ema"]
     torch.save({"ema": tensors, "x": Calls(shelve.open, str(tmp_path / "ran"))}, tmp_path / "odd.pt")
     assert import_base(tmp_path / "odd.pt", sd, tmp_path / "out") == 0

@@ -1,4 +1,4 @@
-"""The UNet: the joint batch of video and images, what inflation must not change, options that must not matter."""
+"""The UNet: the joint batch of video and images, inflation, and options that must not change results."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ TWO_LEVELS = {
     "down_temporal_idx": [0, 1],
     "up_temporal_idx": [1],
 }
-KINDS = {  # of one level, which has every kind of layer; where layers stand in two: the last tests, and parity
+KINDS = {  # one level has every kind of layer; the last tests, and parity, have two
     "base": TINY,
     "interpolation": TINY | {"in_channels": 8},
     "vsr": {
@@ -52,7 +52,7 @@ KINDS = {  # of one level, which has every kind of layer; where layers stand in 
     },
 }
 
-OURS = {  # what released models have not
+OURS = {  # extensions that released models do not have
     "base": ("motion_embedding", "caption_modulation"),
     "interpolation": ("key_frames_around",),
     "vsr": ("low_res_skip",),
@@ -60,7 +60,7 @@ OURS = {  # what released models have not
 
 
 def random_params(unet, *inputs):
-    """Parameters of the right shapes, none of them zero, so that no part of the network is switched off."""
+    """Parameters without zeros, so that every part of the network has an effect."""
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
     rng = np.random.default_rng(0)
 
@@ -72,7 +72,7 @@ def random_params(unet, *inputs):
 
 
 def make(kind, change=None):
-    """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
+    """Returns (unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, level."""
     config = unet_config(KINDS[kind] | (change or {}), kind)
     config = dataclasses.replace(config, temporal_norm_groups=4, **dict.fromkeys(OURS.get(kind, ()), True))
     rng = np.random.default_rng(1)
@@ -116,7 +116,7 @@ def test_joint_batch_equals_separate_calls(kind):
         )
         return jnp.concatenate([video, rearrange(images, "(b m) 1 ... -> b m ...", b=2)], axis=1)
 
-    if kind != "base":  # the gradients take long to compile; one kind shows that they add up
+    if kind != "base":  # gradients take long to compile, so only for one kind
         assert relative_error(jax.jit(joint)(params), jax.jit(separate)(params)) < 1e-6
         return
     weights = jnp.asarray(np.random.default_rng(2).normal(size=jax.eval_shape(joint, params).shape), jnp.float32)
@@ -150,7 +150,7 @@ def test_video_ignores_which_images_are_beside_it(frames):
 
 
 def test_an_image_is_not_a_one_frame_video():
-    """With trained temporal layers a one-frame video goes through them; an image never does."""
+    """Temporal layers apply to a one-frame video, but never to an image."""
     unet, (x, t, text, *_) = make("base")
     params = random_params(unet, x[:, :1], t, text)
     apply = jax.jit(functools.partial(unet.apply, {"params": params}))
@@ -159,12 +159,12 @@ def test_an_image_is_not_a_one_frame_video():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_temporal_layers_change_nothing_when_new(kind):
-    """T copies of one image come out of a fresh model as that image does of the image model inside, for several T."""
+    """For T copies of an image, a new model outputs what the image model inside outputs for it, for several T."""
     unet, (x, t, text, _, _, level) = make(kind)
     inputs = x[:, :2], t, text, None, None, level
 
     @jax.jit
-    def initialised(rng):  # of temporal layers alone: compiling the rest takes longer than the test
+    def initialised(rng):  # temporal layers only: compiling the others takes longer than the test
         params = traverse_util.flatten_dict(unet.init(rng, *inputs)["params"])
         return {path: p for path, p in params.items() if any("temporal" in name for name in path)}
 
@@ -182,7 +182,7 @@ def test_temporal_layers_change_nothing_when_new(kind):
 
 
 def test_only_numbered_frames_that_look_alike_can_differ():
-    """Positions that are relative give like frames like outputs, whatever the weights: motion has no sign there."""
+    """With relative positions only, equal frames have equal outputs whatever the weights: motion has no direction."""
     unet, (x, t, text, *_) = make("base")
     copies = repeat(x[:, 0], "b ... -> b t ...", t=4)
     params = random_params(unet, copies, t, text)
@@ -196,13 +196,13 @@ def test_only_numbered_frames_that_look_alike_can_differ():
 
 
 def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
-    """What `ConditionSkip` starts interpolation from, with the key frames as the stage gives them to the frames."""
+    """`ConditionSkip` can represent it, with the key frames as the stage assigns them to frames."""
     keys = np.random.default_rng(0).normal(size=(1, 5, 2, 3, 4)).astype(np.float32)
     condition = STAGES["interpolation"].condition({"key_latents": jnp.asarray(keys)}).concat
     x = jnp.concatenate([jnp.ones_like(condition), condition], axis=-1)
     skip = ConditionSkip(frames=BETWEEN_KEYS)
     params = skip.init(jax.random.key(0), x, jnp.ones((1, 17, 6)), 4)["params"]
-    assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # new, it says nothing
+    assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # zero at initialization
     mean = np.concatenate([np.zeros((4, 4)), *[np.eye(4) / 4] * 4]).reshape(-1)
     made = skip.apply({"params": {"matrix": {**params["matrix"], "bias": mean}}}, x, jnp.ones((1, 17, 6)), 4)
     place = np.arange(17) / 4
@@ -210,7 +210,7 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     np.testing.assert_allclose(made[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
 
 
-def test_places_around_are_the_neighbours_and_borders_repeat():
+def test_conditions_around_are_the_neighbors_and_borders_repeat():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4, 5)), jnp.float32)
     around = conditions_around(x, 2, reach=1)
     padded = np.pad(x[0, 0, ..., 2:], ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -265,7 +265,10 @@ def test_padding_of_texts_is_masked():
 )
 def test_remat_and_kernels_change_nothing(remat, kernels):
     unet, (x, t, text, *_) = make("base")
-    inputs = x[:, :2], text  # whose gradients pass through every layer, and take half as long to compile as parameters'
+    inputs = (
+        x[:, :2],
+        text,
+    )  # gradients of these pass through every layer and compile twice as fast as those of parameters
     params = random_params(unet, x[:, :2], t, text)
 
     def value(network):
@@ -276,12 +279,12 @@ def test_remat_and_kernels_change_nothing(remat, kernels):
 
     expected = value_and_gradients(unet)
     assert relative_error(value_and_gradients(unet.clone(remat=remat)), expected) < 1e-5
-    for kernel in kernels:  # each by itself, and their gradients: test_attention.py
+    for kernel in kernels:  # test_attention.py tests them one by one, with gradients
         assert relative_error(jax.jit(value(unet.clone(attention_kernel=kernel)))(inputs), expected[0]) < 1e-5
 
 
-def test_what_is_recomputed_and_what_goes_to_the_host():
-    """ "block" and "offload" compute the layers once more; "full" twice, but for what need not be known again."""
+def test_remat_recomputes_or_offloads():
+    """ "block" and "offload" recompute the layers once; "full" twice, except for unneeded outputs."""
     unet, (x, t, text, *_) = make("base")
     params = jax.eval_shape(unet.init, jax.random.key(0), x[:, :2], t, text)
 
@@ -310,7 +313,7 @@ def test_norms_of_temporal_convolutions_have_groups_of_their_own():
     assert relative_error(run(norm_num_groups=4, temporal_norm_groups=8), plain) > 1e-3
 
 
-@pytest.mark.heavy  # test_vae.py has it for the VAE
+@pytest.mark.heavy  # test_vae.py tests it for the VAE
 def test_bfloat16_is_near_float32():
     unet, inputs = make("vsr")
     params = random_params(unet, *inputs)
@@ -319,7 +322,7 @@ def test_bfloat16_is_near_float32():
     assert relative_error(half, full) < 0.05
 
 
-def test_odd_sides_come_back_whole():
+def test_odd_sides_keep_their_size():
     unet, (x, t, text, *_) = make("base", TWO_LEVELS)
     x = x[:, :2, :5, :7]
     out = jax.eval_shape(lambda: unet.init_with_output(jax.random.key(0), x, t, text)[0])
@@ -344,7 +347,7 @@ def test_config_survives_json():
         ({"dual_cross_attention": True}, "dual_cross_attention"),
     ],
 )
-def test_what_the_unet_cannot_express_is_refused(change, names):
+def test_unsupported_configs_are_refused(change, names):
     with pytest.raises(UserError, match=names):
         unet_config(TINY | TWO_LEVELS | change, "base")
 
@@ -363,14 +366,14 @@ def test_inflated_is_the_inverse_of_image_config():
 
 
 def test_the_mid_block_always_attends_to_itself():
-    """As in the original, whatever only_cross_attention says of the deepest level: to_k takes the width."""
+    """As in the original, whatever only_cross_attention is at the deepest level: to_k takes the features."""
     unet, inputs = make("vsr", TWO_LEVELS | {"only_cross_attention": [True, True]})
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
     attn1 = [shapes[block]["attentions_0"]["transformer_blocks_0"]["attn1"] for block in ("mid_block", "down_blocks_1")]
     assert [attn["to_k"]["kernel"].shape for attn in attn1] == [(32, 32), (12, 32)]
 
 
-def test_vsr_modules_stand_where_the_config_says():
+def test_temporal_modules_follow_the_configured_blocks():
     unet, inputs = make("vsr", TWO_LEVELS)
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
     found = {name for name in shapes if "temporal" in name}

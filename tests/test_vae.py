@@ -16,7 +16,7 @@ SMALL = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_blo
 
 
 def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
-    """A VAE whose every parameter is random: fresh biases of zero would hide mistakes."""
+    """A VAE whose parameters are all random: initial biases of zero would hide mistakes."""
     vae = VAE(config, dtype)
     side = 4 * config.factor
     images = jnp.zeros((1, side, side, config.in_channels))
@@ -120,7 +120,7 @@ def test_leading_axes_are_independent_images():
 
 
 @pytest.mark.parametrize("patch_size, widths, side", [(2, (16, 32), 4), (4, (16,), 4), (1, (8, 16, 16), 4)])
-def test_factor_says_the_latents_size(patch_size, widths, side):
+def test_factor_is_the_downsampling_of_latents(patch_size, widths, side):
     config = VAEConfig(block_out_channels=widths, norm_num_groups=8, patch_size=patch_size)
     vae, params = random_vae(config)
     images = random_images(1, 16, 16)
@@ -130,8 +130,8 @@ def test_factor_says_the_latents_size(patch_size, widths, side):
     assert run(vae, params, images).shape == images.shape
 
 
-def test_patches_keep_places():
-    """What changes in one corner of the image moves the latents of that corner most."""
+def test_patches_keep_their_positions():
+    """A change in one corner of the image changes the latents of that corner most."""
     vae, params = random_vae(VAEConfig(block_out_channels=(8,), norm_num_groups=8, patch_size=4))
     images = random_images(1, 32, 32)
     before = run(vae, params, images, "encode")[0]
@@ -163,7 +163,7 @@ def test_bfloat16_computes_near_float32():
 
 
 def test_mid_block_attention_is_the_same_blockwise():
-    # more places than one block holds
+    # more positions than fit in one block
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 36, 32, 32)), jnp.float32)
     plain, blockwise = (SpatialAttention(SMALL, jnp.float32, kernel) for kernel in ("xla", "blockwise"))
     params = plain.init(jax.random.key(0), x)
@@ -174,9 +174,9 @@ def test_mid_block_attention_is_the_same_blockwise():
 
 def test_sample_posterior_has_its_mean_and_variance():
     mean, logvar = jnp.full((1, 64, 64, 4), 3.0), jnp.full((1, 64, 64, 4), np.log(0.25), jnp.float32)
-    draw = sample_posterior(mean, logvar, jax.random.key(0))
-    assert abs(float(draw.mean()) - 3) < 0.02 and abs(float(draw.std()) - 0.5) < 0.02
-    np.testing.assert_array_equal(draw, sample_posterior(mean, logvar, jax.random.key(0)))
+    sample = sample_posterior(mean, logvar, jax.random.key(0))
+    assert abs(float(sample.mean()) - 3) < 0.02 and abs(float(sample.std()) - 0.5) < 0.02
+    np.testing.assert_array_equal(sample, sample_posterior(mean, logvar, jax.random.key(0)))
 
 
 def test_config_roundtrip_and_errors():

@@ -68,7 +68,7 @@ def part_of(config):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_released_name_maps_there_and_back(name):
-    """And the nine checkpoints have exactly the parameters, in the shapes, that our models have."""
+    """The nine checkpoints also have exactly our models' parameters and shapes."""
     manifest, config = json.loads((MANIFESTS / f"{name}.json").read_text()), RELEASED[name]
     part = part_of(config)
     dialect = dialect_of(part, manifest)
@@ -85,8 +85,8 @@ def test_every_released_name_maps_there_and_back(name):
     assert bool(buffers) == (name in ("lavie_base", "lavie_vsr", "sd14_text", "x4_text"))
 
 
-def test_a_vae_whose_scale_was_measured_again_is_not_traced_again():
-    """A training run writes such a one at every checkpoint."""
+def test_a_new_scaling_factor_of_a_vae_does_not_retrace():
+    """Training writes a VAE with another one at every checkpoint."""
     config = RELEASED["sd14_vae"]
     expected_shapes(config)
     traced = registry._traced_params.cache_info().misses
@@ -155,7 +155,7 @@ def test_nan_is_never_written(dtype, value, tmp_path):
     array = np.full(3, np.finfo(np.float16).max, dtype)  # large, but finite
     write_safetensors(tmp_path / "large.safetensors", {"x": array}, {})
     array[1] = value
-    with pytest.raises(UserError, match="x holds NaN or Inf"):
+    with pytest.raises(UserError, match="x has NaN or Inf"):
         write_safetensors(tmp_path / "nan.safetensors", {"x": array}, {})
 
 
@@ -173,7 +173,7 @@ def copy(base, tmp_path):
 
 
 def as_given(folder, **changes):
-    """What `save_folder` would be given to write a loaded folder again."""
+    """Arguments of `save_folder` that write a loaded folder again."""
     w = load_folder(folder)
     parts = {name: (part.config, part.params) for name in ("unet", "vae", "text_encoder") if (part := getattr(w, name))}
     return {
@@ -217,7 +217,7 @@ def test_the_hash_follows_the_content(base, copy, tmp_path):
     assert folder_hash(copy) == folder_hash(base)
     given = as_given(base)
     save_folder(tmp_path / "shared", **given, share=base)
-    assert not (tmp_path / "shared/vae").exists()  # named, not repeated
+    assert not (tmp_path / "shared/vae").exists()  # referred to, not repeated
     assert folder_hash(tmp_path / "shared") == folder_hash(base)
     assert load_folder(tmp_path / "shared").text_encoder.config == given["text_encoder"][0]
     file = copy / "unet/model.safetensors"
@@ -229,7 +229,9 @@ def test_the_hash_follows_the_content(base, copy, tmp_path):
     assert folder_hash(tmp_path / "other") != folder_hash(base)
 
 
-@pytest.mark.parametrize("part, message", [("text_encoder", "width is 8, its UNet's 16"), ("vae", "channels is 3")])
+@pytest.mark.parametrize(
+    "part, message", [("text_encoder", "width is 8, but its UNet's is 16"), ("vae", "channels is 3")]
+)
 def test_parts_of_different_models_are_refused(part, message, base, tmp_path):
     config = {
         "text_encoder": CLIPTextConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1),
@@ -256,8 +258,8 @@ def test_a_folder_without_its_parameters(base, copy):
         load_folder(copy, params=False)
 
 
-def test_a_part_that_was_found_to_fit_is_not_compared_again(copy, monkeypatch):
-    """Its config.json has a seal, which is that of one version, one configuration and one set of tensors."""
+def test_a_part_with_a_matching_fingerprint_is_not_compared_again(copy, monkeypatch):
+    """The fingerprint in its config.json depends on the version, the config and the names and shapes of the tensors."""
     compared = []
 
     def compare(what, config, given):
@@ -276,18 +278,18 @@ def test_a_part_that_was_found_to_fit_is_not_compared_again(copy, monkeypatch):
     assert compared[2:] == [UNetConfig, VAEConfig, CLIPTextConfig]
 
 
-def test_overwriting_is_asked_for_and_whole(base, tmp_path):
+def test_overwriting_is_explicit_and_atomic(base, tmp_path):
     given = as_given(base)
     save_folder(tmp_path / "w", **given)
     before = folder_hash(tmp_path / "w")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         save_folder(tmp_path / "w", **given)
     config, params = given["unet"]
     flat = flatten_dict(params, sep="/")
     broken = flat | {"conv_in/bias": np.full_like(flat["conv_in/bias"], np.nan)}
     with pytest.raises(UserError, match="NaN"):
         save_folder(tmp_path / "w", **(given | {"unet": (config, unflatten_dict(broken, sep="/"))}), overwrite=True)
-    assert folder_hash(tmp_path / "w") == before  # a failure leaves what was there
+    assert folder_hash(tmp_path / "w") == before  # a failure leaves the old folder
     save_folder(tmp_path / "w", **(given | {"sampling": {"steps": 9}}), overwrite=True)
     assert load_folder(tmp_path / "w").sampling == {"steps": 9}
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
@@ -328,7 +330,7 @@ BROKEN = {
     "does not exist": shutil.rmtree,
     "has no config.json": lambda f: (f / "config.json").unlink(),
     "cannot be read as JSON": lambda f: (f / "config.json").write_text("{"),
-    "must hold a JSON object": lambda f: (f / "config.json").write_text("[]"),
+    "must contain a JSON object": lambda f: (f / "config.json").write_text("[]"),
     "convert_torch.py import": lambda f: edit_json(f / "config.json", stage=None),
     "format version 99": lambda f: edit_json(f / "config.json", format_version=99),
     "unknown stage 'bass'; did you mean 'base'": lambda f: edit_json(f / "config.json", stage="bass"),
@@ -340,8 +342,8 @@ BROKEN = {
     "model.safetensors is missing": lambda f: (f / "unet/model.safetensors").unlink(),
     "scheduler_config.json cannot be read": lambda f: (f / "scheduler/scheduler_config.json").unlink(),
     "no field 'latent_chanels'": lambda f: edit_json(f / "vae/config.json", latent_chanels=4),
-    "is cut short": cut,
-    "conv_in.bias holds NaN": lambda f: edit_unet(f, lambda t: t["conv_in.bias"].fill(np.nan)),
+    "is truncated": cut,
+    "conv_in.bias has NaN": lambda f: edit_unet(f, lambda t: t["conv_in.bias"].fill(np.nan)),
     "missing conv_in.bias": lambda f: edit_unet(f, lambda t: t.pop("conv_in.bias")),
     "unexpected more.bias": lambda f: edit_unet(f, lambda t: t.update({"more.bias": np.zeros(3)})),
     "has shape": lambda f: edit_unet(f, lambda t: t.update({"conv_in.bias": np.zeros(3)})),
@@ -356,13 +358,13 @@ def test_broken_folders_are_refused_in_one_line(message, copy):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_cascade_says_what_it_holds(base):
-    with pytest.raises(UserError, match="It holds base; name one"):
+def test_the_error_for_a_cascade_lists_its_stages(base):
+    with pytest.raises(UserError, match="It contains base; give"):
         load_folder(base.parent)
 
 
 def test_loading_needs_no_torch(base, tmp_path):
-    """Also converting .safetensors does not."""
+    """Nor does converting .safetensors."""
     code = """if True:
         import sys
         class NoTorch:
@@ -381,7 +383,7 @@ def test_loading_needs_no_torch(base, tmp_path):
     assert "conv_in.weight" in read_safetensors(tmp_path / "unet.safetensors")[0]
 
 
-def test_what_a_killed_export_left_is_cleared_and_what_it_moved_away_comes_back(base, tmp_path):
+def test_recovery_removes_partial_folders_and_restores_a_moved_one(base, tmp_path):
     weights = tmp_path / "weights"
     shutil.copytree(base, tmp_path / ".weights.old-7")
     (tmp_path / ".weights.writing-7").mkdir()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
-from lavie_jax.stages.conditioning import Condition, denoiser
+from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
 MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels a device up to which both guided halves share one UNet call
@@ -137,6 +137,9 @@ def _predict_windows(
     def stacked(rows):
         return parallel.put(np.stack(list(rows)), batch)
 
+    def stacked_prompts(prompts):
+        return jax.tree.map(lambda *arrays: stacked(arrays), *prompts)
+
     inputs = [
         plan.sampler.model_input({name: array[window.box] for name, array in clip.state.items()}, i)
         for clip, window in rows
@@ -149,7 +152,7 @@ def _predict_windows(
         condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in rows))
     return predict_rows(
         model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
-        stacked(clip.text for clip, _ in rows), stacked(clip.null_text for clip, _ in rows), condition,
+        stacked_prompts(clip.text for clip, _ in rows), stacked_prompts(clip.null_text for clip, _ in rows), condition,
         unet=model.unet, guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
         sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]), mesh=model.mesh,
     )  # fmt: skip
@@ -194,8 +197,8 @@ def predict_rows(
     params: dict,
     x_t: Float[Array, "b t h w c"],
     t: Shaped[Array, " b"],
-    text: Float[Array, "b l d"],
-    null_text: Float[Array, "b l d"],
+    text: Prompts,
+    null_text: Prompts,
     condition: Condition,
     *,
     unet,

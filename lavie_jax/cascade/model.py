@@ -8,22 +8,23 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from lavie_jax import parallel
 from lavie_jax.data import tokens
 from lavie_jax.errors import UserError
-from lavie_jax.models.clip_text import CLIPText
+from lavie_jax.models import registry
 from lavie_jax.models.placement import split_by_rows
-from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import to_float
+from lavie_jax.stages.conditioning import Prompts
 from lavie_jax.weights import Part, Weights
 
 BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
@@ -51,20 +52,26 @@ class StageModel:
         """The device for computations that need only one."""
         return self.mesh.devices.flat[0]
 
-    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
-        """Last hidden states of the text encoder.
+    def encode_text(self, texts: Sequence[str]) -> Prompts:
+        """Last hidden states of the text encoder for B texts.
 
         Each distinct text is encoded separately: they are few, and one compiled program serves any number of them.
         """
-        ids = dict(zip(texts, tokens.tokenize(self.tokenizer, texts)))
-        known, largest = self.text_encoder.config.vocab_size, max(row.max() for row in ids.values())
-        if largest >= known:
+        ids, masks = tokens.tokenize_with_mask(self.tokenizer, list(dict.fromkeys(texts)))
+        known = self.text_encoder.config.vocab_size
+        if ids.max() >= known:
             raise UserError(
-                f"{self.weights.path}: the tokenizer returns token {largest}, but the text encoder has {known} tokens: "
+                f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {known} tokens: "
                 "they do not belong together"
             )
-        encoded = {t: _encode_text(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
-        return np.concatenate([np.asarray(encoded[text]) for text in texts])
+        masks = masks if self.text_encoder.takes_mask else None
+        hidden = [
+            np.asarray(_encode_text(self.text_params, ids[i : i + 1], None if masks is None else masks[i : i + 1],
+                                    model=self.text_encoder))
+            for i in range(len(ids))
+        ]  # fmt: skip
+        rows = [list(dict.fromkeys(texts)).index(text) for text in texts]
+        return Prompts(np.concatenate(hidden)[rows], None if masks is None else masks[rows])
 
     def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Standard normal noise of a clip, keyed by its seed."""
@@ -120,13 +127,13 @@ class StageModel:
         return parallel.put(filled, parallel.batch_sharding(self.mesh))
 
 
-def networks(weights: Weights, dtype: DTypeLike) -> tuple[UNet, CLIPText, VAE]:
+def networks(weights: Weights, dtype: DTypeLike) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A stage's networks, which compute in `dtype` and have parameters of it."""
     vae_dtype = STAGES[weights.stage].vae_dtype or dtype
     return (
-        UNet(weights.unet.config, dtype),
-        CLIPText(weights.text_encoder.config, dtype),
-        VAE(weights.vae.config, vae_dtype),
+        registry.module(weights.unet.config, dtype),
+        registry.module(weights.text_encoder.config, dtype),
+        registry.module(weights.vae.config, vae_dtype),
     )
 
 
@@ -167,8 +174,10 @@ def per_device(f, mesh: Mesh, *specs: PartitionSpec):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _encode_text(params: dict, ids: Int[Array, "b l"], *, model: CLIPText) -> Float[Array, "b l d"]:
-    return model.apply({"params": params}, ids)
+def _encode_text(
+    params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None, *, model: nn.Module
+) -> Float[Array, "b l d"]:
+    return model.apply({"params": params}, ids) if mask is None else model.apply({"params": params}, ids, mask)
 
 
 def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:

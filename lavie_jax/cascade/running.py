@@ -102,7 +102,8 @@ def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample]) 
     for sample in samples:
         seed, own = sample.request.seed, sample.request.negative_prompt
         negative = own if stage.info.main and own is not None else settings.negative_prompt
-        text, null_text = model.encode_text([sample.request.prompt + settings.prompt_suffix, negative])
+        prompts = model.encode_text([sample.request.prompt + settings.prompt_suffix, negative])
+        text, null_text = (jax.tree.map(lambda x, row=row: x[row], prompts) for row in range(2))
         concat, noise_level = stage.prepare(model, settings, seed, sample.source)
 
         def noise(stream: int, frames: range, seed: int = seed):

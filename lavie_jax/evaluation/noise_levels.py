@@ -60,9 +60,9 @@ def measure(model: StageModel, *, count: int, seed: int) -> dict[int, Row]:
     image_x0, clip_x0 = (np.stack([model.encode(sample.pixels) for sample in group]) for group in (images, clips))
     image_eps, clip_eps = (rng.standard_normal(x.shape, np.float32) for x in (image_x0, clip_x0))
     replaced = {name: [replace_word(sample, name, i) for i, sample in enumerate(clips)] for name in WORDS}
-    true_text = model.encode_text([sample.caption for sample in clips])
-    replaced_text = {name: model.encode_text(captions) for name, captions in replaced.items()}
-    image_text = model.encode_text([sample.caption for sample in images])
+    true_text = model.encode_text([sample.caption for sample in clips]).hidden
+    replaced_text = {name: model.encode_text(captions).hidden for name, captions in replaced.items()}
+    image_text = model.encode_text([sample.caption for sample in images]).hidden
     candidates = [
         model.encode(at_all_positions(sample, model.weights.sampling))
         for sample in tqdm(images, "positions", unit="image")

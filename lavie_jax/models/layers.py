@@ -1,44 +1,48 @@
 """Layers that the UNet and the VAE share: norms, convolutions, residual blocks, resampling, the timestep embedding.
 
-Arrays are channels-last. A video and the images that are trained beside it (the joint batch of LaVie, sec. 3.2)
-lie side by side on the frame axis, `(B, T+M, H, W, C)`: T video frames, then M images. `Frames(T, M)` says
-which is which. What belongs to the whole video once and to every image once (time embedding, text) has an
-*items* axis: item 0 is the video, when there is one, then come the M images.
+Arrays are channels-last. A video and the images trained jointly with it (LaVie, sec. 3.2) share the frame axis,
+`(B, T+M, H, W, C)`: T video frames, then M images; `Frames(T, M)` holds the counts. Values that exist once for the
+whole video and once for every image (time embedding, text) have an *items* axis: item 0 is the video, when there is
+one, followed by the M images.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lavie_jax.models.placement import split_by_rows
 
-# Jitted, it is traced once for each shape, and not for every layer of every call: flax asks it for its shape each time.
+# Jitted, so that it is traced once per shape. Flax evaluates its shape for every layer in every call.
 KERNEL_INIT = jax.jit(nn.linear.default_kernel_init, static_argnums=(1, 2))
-CPU_PLACES = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
+CPU_PIXELS = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
 
 
 class Frames(NamedTuple):
-    """How the frame axis is made up: `video` frames of one clip (T), then `images` that stand alone (M)."""
+    """Layout of the frame axis: `video` frames of one clip (T), then `images`, each independent (M)."""
 
     video: int
     images: int
 
 
 def items_to_frames(x: Float[Array, "b items ..."], frames: Frames) -> Float[Array, "b frames ..."]:
-    """What each item has, given to each of its frames: the video's to all T frames, every image's to itself."""
+    """Broadcasts the values of items to their frames: the video's to all T frames, every image's to itself."""
     if frames.video <= 1:
         return x
     video = jnp.broadcast_to(x[:, :1], (x.shape[0], frames.video, *x.shape[2:]))
     return jnp.concatenate([video, x[:, 1:]], axis=1) if frames.images else video
 
 
-def on_video(f, x: Float[Array, "b frames h w c"], frames: Frames) -> Float[Array, "b frames h w c"]:
-    """Apply `f` to the video frames and leave the images as they are: temporal layers see video frames only."""
+def on_video(
+    f: Callable[[Array], Array], x: Float[Array, "b frames h w c"], frames: Frames
+) -> Float[Array, "b frames h w c"]:
+    """Applies `f` to the video frames and leaves the images unchanged: temporal layers see video frames only."""
     if frames.images == 0:
         return f(x)
     if frames.video == 0:
@@ -47,26 +51,26 @@ def on_video(f, x: Float[Array, "b frames h w c"], frames: Frames) -> Float[Arra
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of (..., H, W, C), in float32.
+    """Group normalization of (..., H, W, C), in float32.
 
-    With `frames`, the input is (B, T+M, H, W, C), and the statistics are taken over all frames of the video
-    together (as in the original) and over each image alone (a deviation: in the original the images enter the
-    video's statistics). Without, every image has its own statistics.
+    With `frames`, the input is (B, T+M, H, W, C). The statistics are computed over all frames of the video together, as
+    in the original, and over each image alone; in the original, images are part of the video's statistics. Without
+    `frames`, every image has its own statistics.
     """
 
     groups: int
     eps: float
     frames: Frames | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "... h w c"]) -> Float[Array, "... h w c"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        def pooled_mean(values):  # (..., H, W, C) -> (..., 1, 1, C), every channel its group's mean
-            # H and W first, with the channels side by side: groups of a few channels make slow loops of large arrays
+        def pooled_mean(values):  # (..., H, W, C) -> (..., 1, 1, C): each channel gets its group's mean
+            # over H and W first, with contiguous channels: reducing groups of a few channels in a large array is slow
             mean = reduce(values, "... h w c -> ... 1 1 c", "mean")
             groups = reduce(mean, "... (g c) -> ... g", "mean", g=self.groups)
             mean = repeat(groups, "... g -> ... (g c)", c=channels // self.groups)
@@ -75,12 +79,12 @@ class GroupNorm(nn.Module):
             video = reduce(mean[:, : self.frames.video], "b t ... -> b 1 ...", "mean")
             return items_to_frames(jnp.concatenate([video, mean[:, self.frames.video :]], axis=1), self.frames)
 
-        wide = x.astype(jnp.float32)
-        mean = pooled_mean(wide)
-        inverse = jax.lax.rsqrt(pooled_mean(jnp.square(wide - mean)) + self.eps)
+        x32 = x.astype(jnp.float32)
+        mean = pooled_mean(x32)
+        inverse = jax.lax.rsqrt(pooled_mean(jnp.square(x32 - mean)) + self.eps)
         # (x - mean) * inverse * scale + bias, as one multiply-add over the large array
         gain = inverse * scale
-        return (wide * gain + (bias - mean * gain)).astype(self.dtype)
+        return (x32 * gain + (bias - mean * gain)).astype(self.dtype)
 
 
 def conv(
@@ -88,15 +92,15 @@ def conv(
     kernel: tuple[int, ...],
     *,
     name: str,
-    dtype: Any,
+    dtype: DTypeLike,
     stride: int = 1,
     padding: Any = None,
     zero: bool = False,
-):
-    """A convolution over the last axes before the channels, padded by k // 2 on both sides as in PyTorch.
+) -> nn.Conv:
+    """Returns a convolution over the last axes before the channels, by default padded by k // 2 on both sides.
 
-    A kernel of two axes acts on every frame; one of three axes, (k, 1, 1), along the frames. `zero` starts it
-    at zero.
+    A kernel with two axes acts on every frame, one with three axes, (k, 1, 1), along the frames. With `zero`, the
+    kernel is initialized to zero.
     """
     return nn.Conv(
         features,
@@ -114,25 +118,24 @@ def dense(
     features: int,
     *,
     name: str,
-    dtype: Any,
+    dtype: DTypeLike,
     bias: bool = True,
     kernel_init: nn.initializers.Initializer = KERNEL_INIT,
 ) -> nn.Dense:
-    """A linear layer of the last axis."""
+    """Returns a linear layer over the last axis."""
     return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, dot_general=_multiply, name=name)
 
 
-def _multiply(x: Float[Array, "n *places c"], kernel: Array, *dimensions: Any, **options: Any) -> Array:
-    """`lax.dot_general`, its rows kept where they are."""
+def _multiply(x: Float[Array, "n *pixels c"], kernel: Array, *dimensions: Any, **options: Any) -> Array:
+    """Computes `lax.dot_general` with the rows sharded as the batch is."""
     return split_by_rows(jax.lax.dot_general(split_by_rows(x), kernel, *dimensions, **options))
 
 
-def _convolve(x: Float[Array, "n *places c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
-    """`lax.conv_general_dilated`, or on a CPU, where frames are small, one product of all patches with the kernel.
+def _convolve(x: Float[Array, "n *pixels c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
+    """Computes `lax.conv_general_dilated`; for small frames on a CPU, as one matrix product of all patches.
 
-    Between 3x4 and 8x8 places that is up to twice as fast (8 frames of 3x4, 1280 channels: 24 against 51 ms).
+    From 3x4 to 8x8 pixels that is up to twice as fast (8 frames of 3x4, 1280 channels: 24 ms instead of 51 ms).
     """
-
     x = split_by_rows(x)
 
     def convolution(x, kernel):
@@ -144,18 +147,20 @@ def _convolve(x: Float[Array, "n *places c"], kernel: Array, strides: tuple[int,
         shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         return jnp.concatenate(shifted, axis=-1) @ rearrange(kernel, "h w i o -> (h w i) o")
 
-    if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PLACES:
+    if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PIXELS:
         return split_by_rows(convolution(x, kernel))
     return split_by_rows(jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution))
 
 
 class ResnetBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), the residual block of UNet and VAE.
+    """The residual block of UNet and VAE: x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))).
 
-    `kernels` are those of conv1 and conv2: (3, 3) acts per frame, (3, 1, 1) along the frames of a video. `temb`
-    is the time embedding of every item, (B, items, E), or None; `caption` an embedding of its caption, (B, items, E),
-    that scales and shifts what norm2 gives (nothing at first), or None. `zero` starts conv2 at zero, so that the block
-    changes nothing at first.
+    It is called with the time embedding of every item or None, and an embedding of its caption, or None, that scales
+    and shifts the output of norm2 (by zero at initialization).
+
+    Attributes:
+        kernels: of conv1 and conv2. (3, 3) acts per frame, (3, 1, 1) along the frames of a video.
+        zero: whether conv2 starts at zero, so that the block is the identity at initialization.
     """
 
     features: int
@@ -164,10 +169,15 @@ class ResnetBlock(nn.Module):
     frames: Frames | None = None
     kernels: tuple[tuple[int, ...], tuple[int, ...]] = ((3, 3), (3, 3))
     zero: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x, temb=None, caption=None):
+    def __call__(
+        self,
+        x: Float[Array, "... h w c"],
+        temb: Float[Array, "b items e"] | None = None,
+        caption: Float[Array, "b items e"] | None = None,
+    ) -> Float[Array, "... h w d"]:
         h = GroupNorm(self.groups, self.eps, self.frames, self.dtype, name="norm1")(x)
         h = conv(self.features, self.kernels[0], name="conv1", dtype=self.dtype)(nn.silu(h))
         if temb is not None:
@@ -177,8 +187,8 @@ class ResnetBlock(nn.Module):
         if caption is not None:
             zeros = nn.initializers.zeros
             project = dense(2 * self.features, dtype=self.dtype, kernel_init=zeros, name="caption_proj")
-            said = items_to_frames(project(nn.silu(caption)), self.frames)[:, :, None, None, :]
-            scale, shift = jnp.split(said, 2, axis=-1)
+            modulation = items_to_frames(project(nn.silu(caption)), self.frames)[:, :, None, None, :]
+            scale, shift = jnp.split(modulation, 2, axis=-1)
             h = h * (1 + scale) + shift
         h = conv(self.features, self.kernels[1], name="conv2", dtype=self.dtype, zero=self.zero)(nn.silu(h))
         if x.shape[-1] != self.features:
@@ -187,30 +197,31 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a strided 3x3 convolution.
+    """Halves H and W by a strided 3x3 convolution.
 
-    `padding` is (before, after): (1, 1) in the UNet, (0, 1), the far sides only, in the VAE.
+    `padding` is (before, after): (1, 1) in the UNet; (0, 1) in the VAE, at the bottom and right only.
     """
 
     features: int
     padding: tuple[int, int] = (1, 1)
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "... H W c"]) -> Float[Array, "... h w d"]:
         return conv(self.features, (3, 3), name="conv", dtype=self.dtype, stride=2, padding=[self.padding] * 2)(x)
 
 
 class Upsample(nn.Module):
-    """Double H and W by repeating each pixel, cut to `size` (a skip connection's, when a side is odd), then a
-    3x3 convolution.
+    """Doubles H and W by repeating each pixel, then applies a 3x3 convolution.
+
+    `size` crops the result of the first step to that of the skip connection, where a side was odd.
     """
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x, size: tuple[int, int] | None = None):
+    def __call__(self, x: Float[Array, "... h w c"], size: tuple[int, int] | None = None):
         x = repeat(x, "... h w c -> ... (h two) (w too) c", two=2, too=2)
         if size is not None:
             x = x[..., : size[0], : size[1], :]
@@ -218,20 +229,20 @@ class Upsample(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Timesteps (B, items) -> (B, items, 4 * width): [cos, sin] features, then a two-layer SiLU MLP."""
+    """Embeds timesteps (B, items) as (B, items, 4 * width): [cos, sin] features, then a two-layer SiLU MLP."""
 
     width: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: Array) -> Float[Array, "b items e"]:
         features = timestep_features(t, self.width).astype(self.dtype)
         h = dense(4 * self.width, dtype=self.dtype, name="linear_1")(features)
         return dense(4 * self.width, dtype=self.dtype, name="linear_2")(nn.silu(h))
 
 
 def timestep_features(t: Array, width: int) -> Array:
-    """(...) -> (..., width) float32: cosines, then sines, of t at geometric frequencies 1 .. 1/10000."""
+    """Returns cosines, then sines, of t at geometric frequencies 1 .. 1/10000: (...) -> (..., width) float32."""
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = t[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

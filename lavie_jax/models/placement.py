@@ -1,6 +1,6 @@
-"""Where the rows of a batch are, for model code that has to know: products with weights, and Pallas kernels.
+"""Sharding of the batch, for model code that depends on it: products with weights, and Pallas kernels.
 
-Elsewhere the compiler finds out for itself. Nothing here changes a value.
+Elsewhere the compiler propagates shardings by itself. Nothing here changes a value.
 """
 
 import math
@@ -9,16 +9,16 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array
 
-HEADS_AXIS = "tensor"  # the mesh axis that splits heads and hidden widths; every other one splits the batch
+HEADS_AXIS = "tensor"  # mesh axis that shards heads and hidden widths; all others shard the batch
 
 
 def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-    """The axes that split a batch and that the compiler still has in its hands: none inside a `shard_map`."""
+    """Returns the axes that shard a batch and are up to the compiler; inside a `shard_map` there are none."""
     return tuple(axis for axis in mesh.auto_axes if axis != HEADS_AXIS)
 
 
 def can_place(rows: int) -> bool:
-    """Whether it is known which of so many rows are on which device."""
+    """Whether that many rows are known to divide over the devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
@@ -26,16 +26,16 @@ def can_place(rows: int) -> bool:
 
 
 def split_by_rows(x: Array) -> Array:
-    """x (B, ...), also with other axes folded into the first one behind B, split over the devices as the batch is.
+    """Constrains x (B, ...) to be sharded as the batch is; other axes may be folded into the first one, after B.
 
-    `fsdp` splits the batch and the weights. Left alone, the compiler may let an activation follow the weights: the
-    channels split, and the whole batch on every device (the full base on 16 chips asked for 59 GiB a chip). With
-    inputs and outputs of every product held to the batch's split, the weights are what is gathered.
+    `fsdp` shards both the batch and the weights. Without the constraint, the compiler may shard an activation like the
+    weights, by channels, with the whole batch on every device (59 GiB per chip for the full-size base on 16 chips).
+    With the inputs and outputs of every product sharded by batch, it gathers the weights instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = batch_axes(mesh)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     if ways == 1 or x.shape[0] % ways:
         return x
-    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)  # `tensor` may split what it splits
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)  # whatever `tensor` shards
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))

@@ -11,17 +11,17 @@ from lavie_jax.parity.judge import judge
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cases that the command line names; returns the exit code."""
-    parser = Parser(prog="python -m lavie_jax.parity", description="Reproduce golden cases.")
+    """Runs the cases that the command line selects and returns the exit code."""
+    parser = Parser(prog="python -m lavie_jax.parity", description="Reproduces golden cases.")
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of CASE.json and CASE.npz pairs")
-    parser.add_argument("--case", default="*", metavar="GLOB", help="only cases whose name matches")
+    parser.add_argument("--case", default="*", metavar="GLOB", help="run only cases whose name matches")
     try:
         options = parser.parse_args(arguments)
         paths = [p for p in sorted(options.dir.glob("*.json")) if fnmatch.fnmatchcase(p.stem, options.case)]
         if not paths:
             raise UserError(f"no case matches {options.case!r} in {options.dir} (pairs of CASE.json and CASE.npz)")
         for path in paths:
-            read_case(path)  # all files are checked before the first long run; arrays are not kept
+            read_case(path)  # check all files before the first long run
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = judge(read_case(path))
         print(result, flush=True)
         failed |= bool(result.problem)
-        gc.collect()  # the next case may need all the memory
+        gc.collect()  # the next case may need all of the memory
     return int(failed)
 
 

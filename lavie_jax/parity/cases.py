@@ -1,8 +1,8 @@
-"""Golden cases on disk, and the formula that draws their parameters and inputs.
+"""Golden cases on disk, and the formula that generates their parameters and inputs.
 
-A case is a pair: CASE.json (kind, configuration, shapes of inputs and parameters) and CASE.npz (outputs of
-the original models). Nothing else is stored: every parameter and input is drawn from its own name and a
-salt. Names, shapes and layouts are PyTorch's here.
+A case is a pair: CASE.json (kind, config, shapes of inputs and parameters) and CASE.npz (outputs of the original
+models). Nothing else is stored: parameters and inputs are random numbers seeded by their name and a salt. Names, shapes
+and layouts are PyTorch's here.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ class Case:
     stored: Arrays
 
     def draw(self, text: str, shape: tuple[int, ...] | list[int], scale: float = 1.0) -> np.ndarray:
-        """Standard normal numbers times `scale`, float32, that depend on `text` and the salt alone."""
+        """Returns float32 normal numbers with deviation `scale`, which depend only on `text` and the salt."""
         seed = zlib.crc32((self.salt + text).encode())
         return (np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32)
 
     def input(self, name: str) -> np.ndarray:
-        """The input `name`, in PyTorch's layout."""
+        """Returns the input `name`, in PyTorch's layout."""
         return self.draw(f"{self.name}/{name}", self.inputs[name], self.inputs.get(f"{name}_scale", 1.0))
 
     def parameter(self, name: str, shape: list[int]) -> np.ndarray:
-        """The value that the formula gives the PyTorch parameter `name`; buffers are not drawn."""
+        """Returns the value of the PyTorch parameter `name`; buffers have none."""
         if name.endswith(("relative_attention_bias.weight", "embedding.weight")):
             return self.draw(name, shape, 0.5)
         if name.endswith("bias"):
@@ -56,13 +56,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a case of some kind must hold."""
+    """The required contents of a kind of case."""
 
-    model: bool = True  # a configuration and parameters
-    shapes: tuple[str, ...] = ()  # inputs given by their shape
-    numbers: tuple[str, ...] = ()  # inputs given as lists of numbers
+    model: bool = True  # a config and parameters
+    shapes: tuple[str, ...] = ()  # inputs, given by their shapes
+    numbers: tuple[str, ...] = ()  # inputs, given as lists of numbers
     settings: tuple[str, ...] = ()  # numbers, or `shape`
-    stored: tuple[str, ...] = ()  # arrays; where a case chooses its samplers, their names are not known here
+    stored: tuple[str, ...] = ()  # arrays; without the latents of samplers, which each case chooses
 
 
 NEEDS = {
@@ -89,19 +89,19 @@ NEEDS = {
 
 
 def read_case(path: Path) -> Case:
-    """The case whose JSON is at `path`. UserError when the pair of files is not one of this format."""
+    """Reads the case whose JSON is at `path`. Raises UserError when one of its two files is malformed."""
     fields = read_json(path)
     name, kind, salt = (fields.get(field, "") for field in ("case", "kind", "salt"))
     strings = all(isinstance(text, str) for text in (name, kind, salt))
     require(path, strings, "case, kind and salt must be strings")
-    require(path, bool(name and kind), "the fields case and kind are needed")
+    require(path, bool(name and kind), "the fields case and kind are required")
     try:
         # opened here: np.load itself leaves a damaged file open
         with path.with_suffix(".npz").open("rb") as file, np.load(file) as arrays:
             stored = {key: arrays[key] for key in arrays}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path.with_suffix('.npz')}: {first_line(error)}") from error
-    require(path, bool(stored), "its npz holds no arrays")
+    require(path, bool(stored), "its npz has no arrays")
     known = ("case", "kind", "salt", "model", "inputs", "parameters")
     case = Case(
         name=name,
@@ -119,63 +119,65 @@ def read_case(path: Path) -> Case:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError when it holds something else."""
+    """Reads the JSON object in a file. Raises UserError when there is none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from error
-    require(path, isinstance(fields, dict), "a JSON object is needed")
+    require(path, isinstance(fields, dict), "it must contain a JSON object")
     return fields
 
 
 def read_parameters(path: Path, parameters: Any) -> dict[str, list[int]]:
-    """{name: shape}, from the case itself or a file that it names, relative to the parent of its folder."""
+    """Returns {name: shape}, from the case or the file it refers to, relative to the parent of its folder."""
     if isinstance(parameters, str):
         path = Path(os.path.abspath(path)).parents[1] / parameters
         parameters = read_json(path)
     require(path, isinstance(parameters, dict), "parameters must be an object or the name of a file")
     for name, shape in parameters.items():
-        require(path, is_shape(shape), f"parameter {name} has {shape!r} for a shape")
+        require(
+            path, is_shape(shape), f"the shape of parameter {name} must be a list of positive integers, not {shape!r}"
+        )
     return parameters
 
 
 def check_fields(path: Path, case: Case, needs: Needs) -> None:
-    """UserError when something that the kind of case needs is absent or of the wrong type."""
+    """Raises UserError when a required field is missing or of the wrong type."""
     objects = isinstance(case.inputs, dict) and isinstance(case.model, dict)
     require(path, objects, "inputs and model must be objects")
-    require(path, not needs.model or bool(case.model and case.parameters), "model and parameters are needed")
+    require(path, not needs.model or bool(case.model and case.parameters), "model and parameters are required")
     for name in needs.shapes:
-        require(path, is_shape(case.inputs.get(name)), f"the input {name} needs a shape")
+        require(path, is_shape(case.inputs.get(name)), f"the input {name} must be a shape")
         scale = case.inputs.get(f"{name}_scale", 1.0)
         require(path, is_number(scale), f"{name}_scale must be a number")
     for name in needs.numbers:
         numbers = case.inputs.get(name)
         listed = isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
-        require(path, listed, f"the input {name} needs a list of numbers")
+        require(path, listed, f"the input {name} must be a list of numbers")
     for name in needs.settings:
         value = case.settings.get(name)
-        right = is_shape(value) if name == "shape" else is_number(value)
-        require(path, right, f"{name} is missing or wrong: {value!r}")
+        valid = is_shape(value) if name == "shape" else is_number(value)
+        require(path, valid, f"{name} is missing or invalid: {value!r}")
     for name in needs.stored:
         require(path, name in case.stored, f"its npz lacks {name}")
 
 
 def require(path: Path, condition: bool, problem: str) -> None:
-    """UserError that names the file unless `condition`."""
+    """Raises UserError with the file's path unless `condition`."""
     if not condition:
         raise UserError(f"{path}: {problem}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether JSON gave a finite number; a bool is none."""
+    """Whether a JSON value is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_shape(value: Any) -> bool:
-    """Whether JSON gave a list of positive integers."""
+    """Whether a JSON value is a list of positive integers."""
     return isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """Returns the first line of an error's message, or its type where that is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

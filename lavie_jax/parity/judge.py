@@ -1,4 +1,4 @@
-"""Running a case and judging its outputs: norm(ours - golden) / norm(golden) of the worst one."""
+"""Runs a case and compares its outputs: norm(ours - golden) / norm(golden) of the worst one."""
 
 import dataclasses
 import math
@@ -11,15 +11,15 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.parity.cases import Arrays, Case, first_line
 from lavie_jax.parity.kinds import RUN
 
-BOUND, TRAJECTORY_BOUND = 1e-5, 1e-4  # errors grow along a sampler's trajectory
+BOUND, TRAJECTORY_BOUND = 1e-5, 1e-4  # errors grow along the trajectory of a sampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a case came out; printed as its line of the report."""
+    """The result of a case, printed as its line of the report."""
 
     name: str
-    error: float  # NaN when there is nothing to compare
+    error: float  # NaN when nothing could be compared
     bound: float
     seconds: float
     problem: str  # empty when the case is reproduced
@@ -30,13 +30,13 @@ class Result:
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
-    """norm(ours - golden) / norm(golden), over all values."""
+    """Returns norm(ours - golden) / norm(golden), over all values."""
     golden = golden.astype(np.float64)
     return float(np.linalg.norm(ours - golden) / max(np.linalg.norm(golden), np.finfo(np.float64).tiny))
 
 
 def judge(case: Case) -> Result:
-    """Run a case and compare every stored output. What prevents it from running is the result's `problem`."""
+    """Runs a case and compares every stored output. An error becomes the result's `problem`."""
     start, error, problem = time.perf_counter(), math.nan, ""
     bound = TRAJECTORY_BOUND if case.kind.endswith("_sample") else BOUND
     try:
@@ -47,19 +47,19 @@ def judge(case: Case) -> Result:
         errors = {name: output_error(name, outputs, case) for name in case.stored if name != "ids"}
         worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         error = errors[worst]
-        if not error <= bound:  # NaN too is a failure
-            problem = f"{worst} is too far away"
-    except Exception as reason:  # one case that cannot run must not keep the others from running
+        if not error <= bound:  # also fails for NaN
+            problem = f"{worst} exceeds the bound"
+    except Exception as reason:  # a case that fails must not stop the others
         problem = first_line(reason)
     seconds = time.perf_counter() - start
     return Result(name=case.name, error=error, bound=bound, seconds=seconds, problem=problem)
 
 
 def output_error(name: str, outputs: Arrays, case: Case) -> float:
-    """The relative error of one stored output; UserError when it is not there or has another shape."""
+    """Returns the relative error of one stored output. Raises UserError when it is missing or has another shape."""
     golden = case.stored[name]
     if name not in outputs:
-        raise UserError(f"output {name} is not one that a {case.kind} has: {', '.join(outputs)}")
+        raise UserError(f"output {name} is not an output of a {case.kind}: {', '.join(outputs)}")
     if outputs[name].shape != golden.shape:
-        raise UserError(f"output {name} has shape {outputs[name].shape}, golden {golden.shape}")
+        raise UserError(f"output {name} has shape {outputs[name].shape}, but the golden one {golden.shape}")
     return relative_error(outputs[name], golden)

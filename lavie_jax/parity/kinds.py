@@ -1,6 +1,6 @@
-"""How each kind of golden case is run on our models: a function of the case that returns its outputs.
+"""Runs golden cases on our models: for each kind, a function from the case to its outputs.
 
-Parameters pass through the converter's tables on their way into the model, so that those are tested too.
+Parameters go through the converter's tables, so that those are tested too.
 """
 
 import math
@@ -21,43 +21,45 @@ from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.parity.cases import Arrays, Case
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.conditioning import Condition, denoiser
+from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.weights.diffusers_configs import clip_text_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare
 from lavie_jax.weights.names import from_torch, is_buffer
 
 
 def channels_last(x: np.ndarray) -> jax.Array:
-    """PyTorch's layout to ours: videos b c t h w, images b c h w; text (b l d) is the same in both."""
+    """Converts videos (b c t h w) and images (b c h w) from PyTorch's layout; text (b l d) is unchanged."""
     pattern = {5: "b c t h w -> b t h w c", 4: "b c h w -> b h w c"}.get(x.ndim)
     return jnp.asarray(rearrange(x, pattern) if pattern else x)
 
 
 def channels_first(x: jax.Array) -> np.ndarray:
-    """The inverse of `channels_last`."""
+    """Inverse of `channels_last`."""
     pattern = {5: "b t h w c -> b c t h w", 4: "b h w c -> b c h w"}.get(x.ndim)
     return np.asarray(rearrange(x, pattern) if pattern else x)
 
 
 def take(case: Case, name: str) -> jax.Array:
-    """An input of the case, channels-last."""
+    """Returns an input of the case, channels-last."""
     return channels_last(case.input(name))
 
 
 def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict:
-    """The parameters of the model that `config` describes, drawn and converted tensor by tensor.
+    """Generates and converts the parameters of the model that `config` describes, tensor by tensor.
 
-    `part` names the converter's table: unet, vae or text_encoder. UserError tells the first difference, in
-    names or shapes, between the case's parameters and the model's; nothing is drawn then.
+    `part` selects the converter's table: unet, vae or text_encoder.
+
+    Raises:
+        UserError: names or shapes differ between the case's parameters and the model's; the first one is reported.
     """
 
-    def shape_only(shape):  # an array of that shape without its memory
+    def shape_only(shape):  # an array that takes no memory
         return np.broadcast_to(np.float32(0), shape)
 
     converted = {name: from_torch(part, name, shape_only(shape)) for name, shape in case.parameters.items()}
     given = {path: array.shape for path, array in converted.values()}
     if differences := compare(part, config, given):
-        raise UserError(f"{len(differences)} parameters do not fit; {differences[0]}")
+        raise UserError(f"{len(differences)} parameters do not fit: {differences[0]}")
     params = {}
     for name, shape in case.parameters.items():
         if not is_buffer(name):
@@ -67,7 +69,7 @@ def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPText
 
 
 def run_text(case: Case) -> Arrays:
-    """A text encoder: tokens to hidden states."""
+    """Runs a text encoder: tokens to hidden states."""
     model = CLIPText(clip_text_config(case.model))
     tokens = jnp.asarray(case.stored["ids"], jnp.int32)
     params = load_params(case, "text_encoder", model.config)
@@ -75,7 +77,7 @@ def run_text(case: Case) -> Arrays:
 
 
 def run_vae(case: Case) -> Arrays:
-    """A VAE: an image to its posterior, a latent to its image."""
+    """Runs a VAE: an image to its posterior, a latent to its image."""
     model = VAE(vae_config(case.model))
     variables = {"params": load_params(case, "vae", model.config)}
     encode, decode = (jax.jit(partial(model.apply, method=method)) for method in ("encode", "decode"))
@@ -86,7 +88,7 @@ def run_vae(case: Case) -> Arrays:
 
 
 def run_unet(case: Case) -> Arrays:
-    """One call of a UNet, of the stage that the kind names."""
+    """Calls the UNet of the kind's stage once."""
     stage = case.kind.removesuffix("_unet")
     x = take(case, "sample")
     if stage == "vsr":
@@ -102,10 +104,10 @@ def run_unet(case: Case) -> Arrays:
 
 
 def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
-    """The latents that each sampler ends at, from the case's `init` noise under classifier-free guidance."""
+    """Returns each sampler's final latents, from the case's `init` noise, with classifier-free guidance."""
     unet = UNet(unet_config(case.model, stage))
     params = load_params(case, "unet", unet.config)
-    text, null_text = take(case, "context"), take(case, null_context)
+    text, null_text = Prompts(take(case, "context")), Prompts(take(case, null_context))
     guidance = case.settings["guidance_scale"]
 
     @jax.jit
@@ -126,12 +128,12 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
 
 
 def run_base_sample(case: Case) -> Arrays:
-    """The base stage, with each sampler that the case has latents of."""
+    """Samples the base stage with each sampler that the case has latents of."""
     return run_trajectory(case, "base", sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
 
 
 def run_interpolation_sample(case: Case) -> Arrays:
-    """The interpolation stage on given key frames, with its own sampler."""
+    """Samples the interpolation stage on given key frames, with its default sampler."""
     stage = STAGES["interpolation"]
     condition = stage.condition({"key_latents": take(case, "key_frames")})
     sampler = stage.sampling["sampler"]
@@ -140,7 +142,7 @@ def run_interpolation_sample(case: Case) -> Arrays:
 
 
 def run_vsr_sample(case: Case) -> Arrays:
-    """The super-resolution stage on given frames, with its own sampler."""
+    """Samples the super-resolution stage on given frames, with its default sampler."""
     stage, frames = STAGES["vsr"], take(case, "frames")
     level = jnp.full(frames.shape[0], case.settings["noise_level"], jnp.int32)
     noise = take(case, "low_res_noise")
@@ -150,7 +152,7 @@ def run_vsr_sample(case: Case) -> Arrays:
     return {"noised_low_res": channels_first(condition.concat), "latents": latents[sampler]}
 
 
-LOOP_SAMPLERS = {  # name in the case -> our name, what the model predicts
+LOOP_SAMPLERS = {  # name in the case -> our name, prediction type
     "ddpm": ("ddpm", "epsilon"),
     "ddim": ("ddim", "epsilon"),
     "euler": ("euler", "epsilon"),
@@ -160,7 +162,7 @@ LOOP_SAMPLERS = {  # name in the case -> our name, what the model predicts
 
 
 def run_sampling_loops(case: Case) -> Arrays:
-    """Samplers alone, with the exact denoiser of Gaussian data (mean 0.3, variance 0.25) for a model."""
+    """Runs samplers with the exact denoiser of Gaussian data (mean 0.3, variance 0.25) as the model."""
     out = {}
     for key in (k for k in case.stored if not k.endswith("_timesteps")):
         name, _, steps = key.rpartition("_")
@@ -171,13 +173,13 @@ def run_sampling_loops(case: Case) -> Arrays:
 
 
 def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The end state of one sampler, and the timesteps that it asked its model about."""
+    """Returns the final state of one sampler, and the timesteps at which it called its model."""
     sampler_name, prediction = LOOP_SAMPLERS[name]
     schedule = Schedule("linear", 1e-4, 0.02, prediction=prediction)
-    asked = []
+    timesteps = []
 
     def denoise(x, t):
-        asked.append(float(t[0]))
+        timesteps.append(float(t[0]))
         return gaussian_denoiser(schedule, x, t)
 
     def draw(what):
@@ -185,11 +187,11 @@ def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]
 
     sampler = make_sampler(sampler_name, steps, schedule)
     end = sample(sampler, denoise, draw("init"), lambda i: draw(f"noise/{i}"))
-    return np.asarray(end), np.asarray(asked)
+    return np.asarray(end), np.asarray(timesteps)
 
 
 def gaussian_denoiser(schedule: Schedule, x: jax.Array, t: jax.Array) -> jax.Array:
-    """What the best possible network answers when the data are Gaussian with mean 0.3 and variance 0.25."""
+    """Returns the optimal prediction for Gaussian data with mean 0.3 and variance 0.25."""
     a = float(schedule.alphas_cumprod[round(float(t[0]))])
     signal, noise = math.sqrt(a), math.sqrt(1 - a)
     eps = noise * (x - 0.3 * signal) / (0.25 * a + 1 - a)

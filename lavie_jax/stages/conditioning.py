@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.schedule import Schedule
@@ -33,6 +33,13 @@ class Text(NamedTuple):
     images: Float[Array, "b m l d"] | None = None
     video_mask: Bool[Array, "b l"] | None = None
     image_mask: Bool[Array, "b m l"] | None = None
+
+
+class Prompts(NamedTuple):
+    """Encoded prompts: hidden states (B, L, D), and a mask (B, L) as in `Text`."""
+
+    hidden: Float[ArrayLike, "*b l d"]
+    mask: Bool[ArrayLike, "*b l"] | None = None
 
 
 class EncodedClips(NamedTuple):
@@ -94,8 +101,8 @@ def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, 
 def denoiser(
     unet,
     params: dict,
-    text: Float[Array, "b l d"],
-    null_text: Float[Array, "b l d"],
+    text: Prompts,
+    null_text: Prompts,
     condition: Condition,
     *,
     guidance: float,
@@ -121,7 +128,8 @@ def denoiser(
     """
 
     def predict_half(x_t, t, text, condition):
-        half = Text(None, text[:, None]) if image else Text(text)
+        each = jax.tree.map(lambda x: x[:, None], text)
+        half = Text(None, each.hidden, None, each.mask) if image else Text(text.hidden, None, text.mask)
         return _apply(unet, params, x_t, t, half, condition)
 
     def denoise(x_t, t):
@@ -129,11 +137,12 @@ def denoiser(
         if guidance == 1.0:
             return predict_half(x_t, t, text, condition)
         if sequential_guidance:  # a loop, because the compiler would be free to run two calls at the same time
-            texts = jnp.stack([text, null_text])
+            texts = jax.tree.map(lambda *halves: jnp.stack(halves), text, null_text)
             halves = jax.lax.map(lambda half: predict_half(x_t, t, half, condition), texts)
         else:
             twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (x_t, t, condition))
-            halves = jnp.split(predict_half(twice[0], twice[1], jnp.concatenate([text, null_text]), twice[2]), 2)
+            texts = jax.tree.map(lambda *halves: jnp.concatenate(halves), text, null_text)
+            halves = jnp.split(predict_half(twice[0], twice[1], texts, twice[2]), 2)
         return guide(*halves, guidance, rescale)
 
     return denoise
@@ -141,7 +150,11 @@ def denoiser(
 
 def _apply(unet, params: dict, x_t: Array, t: Array, text: Text, condition: Condition, image_t: Array | None = None):
     x = x_t if condition.concat is None else jnp.concatenate([x_t, condition.concat], axis=-1)
-    return unet.apply(
-        {"params": params}, x, t, text.video, image_text=text.images,
-        image_t=None if text.images is None else image_t, noise_level=condition.noise_level,
-    )  # fmt: skip
+    inputs = {
+        "image_text": text.images,
+        "image_t": None if text.images is None else image_t,
+        "noise_level": condition.noise_level,
+        "text_mask": text.video_mask,
+        "image_text_mask": text.image_mask,
+    }
+    return unet.apply({"params": params}, x, t, text.video, **{k: v for k, v in inputs.items() if v is not None})

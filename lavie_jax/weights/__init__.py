@@ -1,4 +1,4 @@
-"""Weights: the folder format (`folder`), PyTorch's parameter names (`names`), and the files of others."""
+"""Weights: the folder format (`folder`), PyTorch's parameter names (`names`), and checkpoints of other projects."""
 
 from lavie_jax.weights.folder import Part, Weights, folder_hash, load_folder, load_part, save_folder
 

@@ -1,7 +1,7 @@
-"""The original Stable Diffusion layout (`sd-v1-4.ckpt`): names to diffusers' names, and configurations from shapes.
+"""The original Stable Diffusion layout (`sd-v1-4.ckpt`): maps its names to diffusers', and shapes to configs.
 
-Blocks are numbered through instead of by level and layer, so replacements are functions of the numbers. Such a file
-has no configuration beside it; all but the number of attention heads can be read off the shapes.
+Blocks are numbered consecutively instead of by level and layer, so replacements are functions of the numbers. There is
+no config next to such a file; everything but the number of attention heads follows from the shapes.
 """
 
 import re
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from lavie_jax.weights.safetensors_io import Tensor
 
-PREFIXES = {  # part -> what its names begin with
+PREFIXES = {  # part -> prefix of its names
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
 
 IGNORED = re.compile(
-    r"^(model_ema\..*"  # the averaged copy; the weights themselves are what diffusers converted too
+    r"^(model_ema\..*"  # the EMA; diffusers also converted the weights themselves
     r"|first_stage_model\.loss\..*"  # the discriminator that trained the autoencoder
     r"|cond_stage_model\.logit_scale"
     r"|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"  # schedule buffers
@@ -29,7 +29,7 @@ TEXT_HEAD_WIDTH = 64
 
 
 class Sizes(NamedTuple):
-    """What the numbers in the names depend on."""
+    """Sizes that the numbers in the names depend on."""
 
     unet_layers: int
     vae_levels: int
@@ -61,7 +61,7 @@ def _middle_block(match: re.Match, sizes: Sizes) -> str:
 
 
 def _decoder_level(match: re.Match, sizes: Sizes) -> str:
-    return f"decoder.up_blocks.{sizes.vae_levels - 1 - int(match[1])}."  # counted from the other end
+    return f"decoder.up_blocks.{sizes.vae_levels - 1 - int(match[1])}."  # counted from the innermost
 
 
 TABLES: dict[str, tuple[tuple[str, Replacement], ...]] = {
@@ -101,13 +101,13 @@ TABLES: dict[str, tuple[tuple[str, Replacement], ...]] = {
 
 
 def is_compvis(names) -> bool:
-    """Whether a file's names are those of the original Stable Diffusion layout."""
+    """Whether the names of a file are in the original Stable Diffusion layout."""
     return any(name.startswith(PREFIXES["unet"]) for name in names)
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({part: tensors under diffusers' names}, names that belong to no part and are not in `IGNORED`)."""
-    found = {part: {} for part in PREFIXES}
+    """Returns {part: tensors under diffusers' names}, and the names that neither belong to a part nor are `IGNORED`."""
+    parts = {part: {} for part in PREFIXES}
     unknown = []
     for name, tensor in tensors.items():
         if IGNORED.match(name):
@@ -116,16 +116,16 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         if part is None:
             unknown.append(name)
         else:
-            found[part][name.removeprefix(PREFIXES[part])] = tensor
-    sizes = Sizes(_unet_layers(found["unet"]), _count(found["vae"], r"^encoder\.down\.(\d+)\."))
+            parts[part][name.removeprefix(PREFIXES[part])] = tensor
+    sizes = Sizes(_unet_layers(parts["unet"]), _count(parts["vae"], r"^encoder\.down\.(\d+)\."))
     renamed = {
-        part: {rename(part, name, sizes): tensor for name, tensor in of_part.items()} for part, of_part in found.items()
+        part: {rename(part, name, sizes): tensor for name, tensor in of_part.items()} for part, of_part in parts.items()
     }
     return renamed, unknown
 
 
 def rename(part: str, name: str, sizes: Sizes) -> str:
-    """A part's name without its prefix, as diffusers has it."""
+    """Maps a name of a part, without its prefix, to diffusers' name."""
     for pattern, replacement in TABLES[part]:
         if callable(replacement):
             name = re.sub(pattern, lambda match, f=replacement: f(match, sizes), name)
@@ -135,7 +135,7 @@ def rename(part: str, name: str, sizes: Sizes) -> str:
 
 
 def _count(names, pattern: str) -> int:
-    """How many numbers, from 0 on, the names have where `pattern` has its group."""
+    """Returns one more than the largest number that `pattern` captures in the names, or 0."""
     return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
 
 
@@ -145,9 +145,10 @@ def _unet_layers(names) -> int:
 
 
 def config_from_shapes(part: str, tensors: Mapping[str, Tensor]) -> dict:
-    """The diffusers configuration that a part's shapes show, names being diffusers'.
+    """Infers a part's diffusers config from its shapes, given diffusers' names.
 
-    Raises KeyError when a tensor is missing that tells a size.
+    Raises:
+        KeyError: a tensor that determines a size is missing.
     """
     if part == "text_encoder":
         tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}

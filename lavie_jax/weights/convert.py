@@ -1,6 +1,6 @@
-"""PyTorch files to a weights folder and back. What `convert_torch.py import` and `export` do.
+"""Converts PyTorch files to a weights folder and back, for `convert_torch.py import` and `export`.
 
-Everything is checked before anything is written, and one tensor at a time passes through memory.
+Everything is checked before anything is written, and only one tensor at a time is in memory.
 """
 
 import dataclasses
@@ -20,27 +20,27 @@ from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_confi
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
-from lavie_jax.weights.pretrained import Pretrained, Source, read_pretrained, read_weights_file
+from lavie_jax.weights.pretrained import Pretrained, PretrainedPart, read_pretrained, read_weights_file
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
 from lavie_jax.weights.torch_files import import_torch, write_torch
 
-KEPT_OF_SCHEDULER = ("num_train_timesteps", "prediction_type")  # the betas are the stage's own
-X4_SCALING_FACTOR = 0.08333  # older x4-upscaler folders leave it out of vae/config.json
+SCHEDULER_FIELDS = ("num_train_timesteps", "prediction_type")  # taken from the pretrained model; betas are not
+X4_SCALING_FACTOR = 0.08333  # missing from vae/config.json in older x4-upscaler folders
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a new weights folder holds besides its models: given by the stage, not by the files."""
+    """The contents of a new weights folder that come from the stage and not from files."""
 
     stage: str
     sampling: dict
-    schedule: Schedule  # what the stage was trained with; overrides the betas of the pretrained model's JSON
+    schedule: Schedule  # the schedule of training; overrides the betas of the pretrained model
     low_res_schedule: Schedule | None = None
 
 
 @dataclasses.dataclass
 class Imported:
-    """One model under our paths, unread, and what does not fit."""
+    """One model under our paths, unread, and the problems found in it."""
 
     config: Any
     tensors: dict[str, Tensor]
@@ -49,7 +49,7 @@ class Imported:
 
     @property
     def part(self) -> tuple[Any, dict[str, Tensor]]:
-        """What `save_folder` takes."""
+        """The argument of `save_folder`."""
         return self.config, self.tensors
 
 
@@ -63,22 +63,32 @@ def import_stage(
     share: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the weights folder `out` of a LaVie checkpoint and the image model that it was made from.
+    """Writes a weights folder from a LaVie checkpoint and the image model that it was trained from.
 
-    `pretrained` is a diffusers folder, or a CompVis checkpoint with `tokenizer`. Raises UserError with every tensor
-    that is missing, unexpected or wrongly shaped, or for NaN; then nothing is written.
+    Args:
+        target: the stage.
+        out: the weights folder to write.
+        unet_file: the LaVie checkpoint.
+        pretrained: a diffusers folder, or a CompVis checkpoint, which needs `tokenizer`.
+        tokenizer: folder of the tokenizer; by default that of `pretrained`.
+        share: see `save_folder`.
+        overwrite: see `save_folder`.
+
+    Raises:
+        UserError: tensors are missing, unexpected, of the wrong shape (all are listed), or have NaN. Then nothing is
+            written.
     """
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)
     parts = import_image_parts(source, target.stage)
     config = video_config(unet_config(source.unet_config, "image"), target.stage, parts["vae"].config.latent_channels)
-    parts["unet"] = import_part("unet", Source(unet_file, {}, read_weights_file(unet_file)), config)
+    parts["unet"] = import_part("unet", PretrainedPart(unet_file, {}, read_weights_file(unet_file)), config)
     refuse([line for part in parts.values() for line in part.problems] + list(source.unknown))
     save(target, out, parts, source, share=share, overwrite=overwrite)
 
 
 def import_image_parts(source: Pretrained, stage: str) -> dict[str, Imported]:
-    """The VAE and the text encoder of a published model."""
+    """Imports the VAE and the text encoder of a published model."""
     vae_json = dict(source.vae.config)
     if stage == "vsr":
         vae_json.setdefault("scaling_factor", X4_SCALING_FACTOR)
@@ -89,13 +99,13 @@ def import_image_parts(source: Pretrained, stage: str) -> dict[str, Imported]:
 
 
 def video_config(image: UNetConfig, stage: str, latent_channels: int) -> UNetConfig:
-    """A stage's UNet, made from the image UNet: what is temporal, and the interpolation's copied key frames."""
+    """Returns the config of a stage's UNet around an image UNet: temporal parts, and channels for key frames."""
     more = latent_channels if stage == "interpolation" else 0
     return inflated_config(dataclasses.replace(image, in_channels=image.in_channels + more), stage)
 
 
-def import_part(part: str, source: Source, config) -> Imported:
-    """The tensors of a file under our paths, compared with what `config` needs."""
+def import_part(part: str, source: PretrainedPart, config) -> Imported:
+    """Maps the tensors of a file to our paths and compares them with what `config` needs."""
     dialect = dialect_of(part, source.tensors)
     tensors, names, problems = {}, {}, []
     for name, tensor in source.tensors.items():
@@ -125,9 +135,9 @@ def save(
     share: Path | None,
     overwrite: bool,
 ) -> None:
-    """Writes checked parts, with the schedules of the published model where it names one."""
-    said = {key: source.scheduler[key] for key in KEPT_OF_SCHEDULER if key in source.scheduler}
-    schedule = Schedule.from_json(target.schedule.to_json() | said)
+    """Writes checked parts, with the schedules of the published model where it has them."""
+    scheduler = {key: source.scheduler[key] for key in SCHEDULER_FIELDS if key in source.scheduler}
+    schedule = Schedule.from_json(target.schedule.to_json() | scheduler)
     low_res = target.low_res_schedule
     if low_res is not None and source.low_res_scheduler:
         low_res = Schedule.from_json(source.low_res_scheduler)
@@ -146,9 +156,10 @@ def save(
 
 
 def exported(weights: Path, part: str = "unet") -> dict[str, Tensor]:
-    """A part of a weights folder under PyTorch's names: what the imported file held, with its dtypes.
+    """Returns a part of a weights folder under PyTorch's names: the imported file's tensors, with their dtypes.
 
-    A model that was trained here has no `rotary_emb.freqs`; they are computed, as the official scripts load strictly.
+    Models trained with this library have no `rotary_emb.freqs`. They are computed, since the official scripts require
+    them.
     """
     config, tensors, metadata = read_part(weights, part)
     refuse(compare(f"{weights}: {part}", config, {path: t.shape for path, t in tensors.items()}))
@@ -160,7 +171,7 @@ def exported(weights: Path, part: str = "unet") -> dict[str, Tensor]:
 
 
 def missing_frequencies(config: UNetConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rotary frequencies that PyTorch's modules store as buffers and `tensors` lack, {path: Tensor}."""
+    """Returns the rotary frequencies that PyTorch stores as buffers and `tensors` does not have, {path: Tensor}."""
     if not config.temporal_position:
         return {}
     widths = {}
@@ -175,18 +186,18 @@ def missing_frequencies(config: UNetConfig, tensors: Mapping[str, Tensor]) -> di
 
 
 def _frequencies(width: int) -> np.ndarray:
-    """In float32 throughout, so that the released width, 32, gives the originals' values bit for bit."""
+    """Computes in float32 throughout, which reproduces the released values (width 32) bit for bit."""
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     return np.float32(1) / np.power(np.float32(10000), exponents)
 
 
 def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool = False) -> int:
-    """Writes a part as a PyTorch file with the key `ema`, or as .safetensors by its ending; the number of tensors."""
+    """Writes a part as a PyTorch file with the key `ema`, or as .safetensors, and returns the number of tensors."""
     if out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{out} must end in .pt or .safetensors.")
     check_new_file(out, overwrite=overwrite)
     if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file.")
+        raise UserError(f"{out} is a folder; give the path of a file.")
     if out.suffix == ".pt":
         import_torch()
     tensors = exported(weights, part)
@@ -195,7 +206,7 @@ def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool
     flat = temporary.with_name(temporary.name + ".safetensors")
     try:
         write_safetensors(flat, tensors, {"format": "pt"})
-        if out.suffix == ".pt":  # PyTorch writes what is mapped, so that its layout need not be held in memory
+        if out.suffix == ".pt":  # written from a mapped file, so that it is never all in memory
             write_torch(temporary, read_safetensors(flat)[0])
             temporary.replace(out)
         else:
@@ -207,9 +218,9 @@ def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool
 
 
 def differences(ours: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor in which two files differ, a line each: by name, shape, dtype, or any byte.
+    """Returns one line for each tensor that differs between two files in name, shape, dtype or any byte.
 
-    Buffers that only our file has (computed frequencies) are no difference.
+    Buffers that only our file has (computed frequencies) are ignored.
     """
     lines = [f"missing {name}" for name in original if name not in ours]
     lines += [f"added {name}" for name in ours if name not in original and not is_buffer(name)]
@@ -221,10 +232,10 @@ def differences(ours: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> l
             if mine is None:
                 continue
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                found, needed = (f"{t.dtype.name} {list(t.shape)}" for t in (mine, theirs))
-                lines.append(f"{name} is {found}, the original's {needed}")
+                actual, expected = (f"{t.dtype.name} {list(t.shape)}" for t in (mine, theirs))
+                lines.append(f"{name} is {actual}, but {expected} in the original")
             elif _bytes(mine) != _bytes(theirs):
-                lines.append(f"{name} has other values")
+                lines.append(f"{name} has different values")
     return lines
 
 

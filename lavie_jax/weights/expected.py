@@ -1,4 +1,4 @@
-"""Which parameters a configuration has, and the strict comparison of a file with them."""
+"""The parameters that a config needs, and the strict comparison of a file with them."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(config: Config, given: Mapping[str, tuple[int, ...]]) -> str:
-    """What a part's config.json keeps when its tensors were compared with the configuration and found to fit.
+    """Returns a hash that a part's config.json stores once its tensors have been compared with the config.
 
-    A file that still has its seal needs no second comparison, for which the model is traced: a second or two for a
-    small UNet, four for a released one. Another version of this library knows no seal of this one.
+    A file whose fingerprint matches needs no comparison when it is loaded, and so no tracing of the model: one or two
+    seconds for a small UNet, four for a released one. Other versions of this library compare again.
     """
     facts = [lavie_jax.__version__, config.to_dict(), sorted((path, list(shape)) for path, shape in given.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def our_name(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """How a weights folder's file names a parameter."""
+    """Returns a parameter's name and shape in a weights folder's file."""
     return path.replace("/", "."), shape
 
 
@@ -41,10 +41,15 @@ def compare(
     given: Mapping[str, tuple[int, ...]],
     shown: Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = our_name,
 ) -> list[str]:
-    """Every difference between the shapes of a file, {path: shape}, and those that `config` needs, a line each.
+    """Returns one line for each difference between the shapes in a file and those that `config` needs.
 
-    `what` is the file's name, and `shown` says how the file itself names and shapes a parameter. Buffers are no
-    difference.
+    Buffers are ignored.
+
+    Args:
+        what: the file's name, for the messages.
+        config: the network's config.
+        given: {path: shape} of the file.
+        shown: maps a path and shape to the file's own name and shape for it.
     """
     expected = expected_shapes(config)
     lines = []
@@ -56,13 +61,13 @@ def compare(
             lines.append(f"{what}: {name} has shape {list(shown(path, given[path])[1])}, not {list(needed)}")
     for path, shape in given.items():
         if path not in expected and not is_buffer(path):
-            name, found = shown(path, shape)
-            lines.append(f"{what}: unexpected {name} {list(found)}")
+            name, actual = shown(path, shape)
+            lines.append(f"{what}: unexpected {name} {list(actual)}")
     return lines
 
 
 def refuse(lines: list[str]) -> None:
-    """Raises one UserError with all `lines`, when there are any."""
+    """Raises one UserError with all `lines`, if there are any."""
     if lines:
         count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
         raise UserError(f"{count} not fit; nothing was written:\n  " + "\n  ".join(lines))

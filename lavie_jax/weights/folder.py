@@ -1,12 +1,12 @@
-"""The weights folder: the one format that conversion writes, training exports and sampling reads.
+"""The weights folder: the format that conversion and training write, and sampling reads.
 
-    config.json                                 format version, stage, sampling defaults, parts that live elsewhere
+    config.json                                 format version, stage, sampling defaults, parts in other folders
     unet/ vae/ text_encoder/                    config.json and model.safetensors, our parameter paths joined by dots
     tokenizer/                                  what transformers' AutoTokenizer reads
-    scheduler/ low_res_scheduler/               scheduler_config.json in diffusers' words; the second for "vsr" alone
+    scheduler/ low_res_scheduler/               scheduler_config.json with diffusers' names; the second for "vsr" only
 
-Stage "vae" has a VAE and nothing else. `parts` in config.json names a part of another folder instead of repeating it,
-{"vae": "../base/vae"}, relative to this one. A folder is written under a temporary name beside its own and renamed.
+Stage "vae" has only a VAE. `parts` in config.json refers to parts of other folders instead of repeating them,
+{"vae": "../base/vae"}, relative to this folder. A folder is written under a temporary name, then renamed.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from lavie_jax.weights.safetensors_io import (
 )
 
 FORMAT_VERSION = 1
-CONTENTS = {  # what the folder of a stage must hold
+CONTENTS = {  # the parts that the folder of a stage must have
     "base": (*PARTS, "tokenizer", "scheduler"),
     "interpolation": (*PARTS, "tokenizer", "scheduler"),
     "vsr": (*PARTS, "tokenizer", "scheduler", "low_res_scheduler"),
@@ -50,7 +50,7 @@ NETWORK = "network"  # the network's name in the registry; absent for the part's
 
 @dataclass(frozen=True)
 class Part:
-    """A model's configuration and its parameters, a nested dict of arrays."""
+    """A network's config and its parameters, a nested dict of arrays."""
 
     config: Any
     params: dict
@@ -58,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded weights folder. A part that its stage does not have is None."""
+    """A loaded weights folder. Parts that its stage does not have are None."""
 
     path: Path
     stage: str
@@ -72,12 +72,17 @@ class Weights:
 
 
 def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, params: bool = True) -> Weights:
-    """Everything in a weights folder.
+    """Loads a weights folder.
 
-    Parameters are numpy arrays of the dtype on disk (then they are views of the mapped file, read-only), or of `dtype`;
-    without `params` they are left out, and so not searched for NaN, which is all that takes time.
-    Raises UserError when the folder is missing, incomplete, of another stage than `stage`, cut short, holds NaN or
-    Inf, or when a tensor is missing, unexpected or of another shape than the configuration's, or parts do not fit.
+    Args:
+        path: the folder.
+        stage: the stage that the folder must be of.
+        dtype: dtype of the parameters; by default that on disk, as read-only views of the mapped file.
+        params: whether to read the parameters and check them for NaN, which takes nearly all the time.
+
+    Raises:
+        UserError: the folder is missing, incomplete, truncated or of another stage; a tensor is missing, unexpected,
+            of the wrong shape, or has NaN or Inf; or the parts do not belong together.
     """
     path = Path(path)
     config = _read_config(path, stage)
@@ -100,17 +105,17 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
 
 
 def _check_widths(path: Path, *, unet, vae, text_encoder) -> None:
-    """UserError when the parts of a folder, each whole, do not belong together."""
+    """Raises UserError when the parts of a folder, each of them complete, do not belong together."""
     for what, given, needed in (
         ("text encoder's width", text_encoder.hidden_size, unet.cross_attention_dim),
         ("VAE's number of latent channels", vae.latent_channels, unet.out_channels),
     ):
         if given != needed:
-            raise UserError(f"{path} holds parts of different models: its {what} is {given}, its UNet's {needed}.")
+            raise UserError(f"{path} has parts of different models: its {what} is {given}, but its UNet's is {needed}.")
 
 
 def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -> Part:
-    """One of "unet", "vae", "text_encoder" of a weights folder; see `load_folder`."""
+    """Loads "unet", "vae" or "text_encoder" of a weights folder; see `load_folder`."""
     config, tensors, _ = read_part(path, part)
     where = part_dir(path, part) / MODEL_FILE
     shapes = {p: t.shape for p, t in tensors.items()}
@@ -120,17 +125,17 @@ def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -
         raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
     if not params:
         return Part(config, {})
-    found, quiet = {}, sum(t.nbytes for t in tensors.values()) < SHOW_PROGRESS_FROM
+    arrays, quiet = {}, sum(t.nbytes for t in tensors.values()) < SHOW_PROGRESS_FROM
     for name, tensor in tqdm(tensors.items(), desc=f"reading {part}", unit="tensor", disable=quiet):
         if not is_buffer(name):
             array = tensor.read()
             check_finite(f"{where}: {name.replace('/', '.')}", array)
-            found[name] = array if dtype is None else array.astype(dtype)
-    return Part(config, unflatten_dict(found, sep="/"))
+            arrays[name] = array if dtype is None else array.astype(dtype)
+    return Part(config, unflatten_dict(arrays, sep="/"))
 
 
 def read_part(path: str | Path, part: str) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
-    """A part's configuration, its {path: Tensor} (unread and unchecked, buffers too), and its file's metadata."""
+    """Returns a part's config, its {path: Tensor} (unread, unchecked, with buffers), and its file's metadata."""
     folder = part_dir(path, part)
     for name in ("config.json", MODEL_FILE):
         if not (folder / name).is_file():
@@ -156,7 +161,7 @@ def _network_fields(config: Config, part: str) -> dict[str, Any]:
 
 
 def part_dir(path: str | Path, part: str) -> Path:
-    """Where a part of a weights folder lies: inside it, or where its config.json says."""
+    """Returns the folder of a part of a weights folder, which config.json may place elsewhere."""
     path = Path(path)
     return _part_dir(path, _read_config(path, None), part)
 
@@ -166,40 +171,42 @@ def _part_dir(path: Path, config: Mapping, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError when there is none."""
+    """Reads the object in a JSON file. Raises UserError when there is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(f"{path} must contain a JSON object.")
     return value
 
 
 def _read_config(path: Path, stage: str | None) -> dict:
     if path.is_file():
-        raise UserError(f"{path} is a file, no weights folder. PyTorch files become one by convert_torch.py import.")
+        raise UserError(f"{path} is a file, not a weights folder. Convert PyTorch files with convert_torch.py import.")
     if not path.is_dir():
         raise UserError(f"weights folder {path} does not exist.")
     if not (path / "config.json").is_file():
         inside = [name for name in (*CONTENTS, *PARTS) if (path / name / "config.json").is_file()]
         hint = ""
         if set(inside) & set(CONTENTS):
-            hint = f" It holds {', '.join(inside)}; name one of them."
+            hint = f" It contains {', '.join(inside)}; give the path of one of them."
         elif inside:
-            hint = " It looks like one of diffusers, which becomes a weights folder by convert_torch.py import."
-        raise UserError(f"{path} is no weights folder: it has no config.json.{hint}")
+            hint = " It looks like a diffusers folder: convert it with convert_torch.py import."
+        raise UserError(f"{path} is not a weights folder: it has no config.json.{hint}")
     config = read_json(path / "config.json")
     if "format_version" not in config or "stage" not in config:
         raise UserError(
-            f"{path} is no weights folder: its config.json has no stage. For PyTorch files: convert_torch.py import"
+            f"{path} is not a weights folder: its config.json has no stage. PyTorch files need convert_torch.py import"
         )
     if config["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {config['format_version']}; this version reads {FORMAT_VERSION}.")
-    if config["stage"] not in tuple(CONTENTS):  # of a damaged file it may be what cannot be hashed
+        raise UserError(
+            f"{path} has format version {config['format_version']}; this version of lavie_jax reads {FORMAT_VERSION}."
+        )
+    if config["stage"] not in tuple(CONTENTS):  # a tuple: a damaged file may hold what cannot be hashed
         raise UserError(f"{path}: unknown stage {config['stage']!r}{suggest(str(config['stage']), CONTENTS)}")
     if stage is not None and config["stage"] != stage:
-        raise UserError(f"{path} holds the stage {config['stage']!r}, but {stage!r} is needed.")
+        raise UserError(f"{path} is of stage {config['stage']!r}, but {stage!r} is needed.")
     if config["stage"] != "vae" and not isinstance(config.get("sampling"), dict):
         raise UserError(f"{path} is incomplete: its config.json has no sampling defaults.")
     parts = config.get("parts", {})
@@ -227,20 +234,29 @@ def save_folder(
     dialects: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a weights folder; nothing is left at `path` unless all of it could be written.
+    """Writes a weights folder. Nothing is left at `path` unless all of it could be written.
 
-    `unet`, `vae`, `text_encoder` are (config, parameters), parameters being nested dicts of arrays or `Tensor`s, in the
-    dtype that the file shall have; `tokenizer` a folder to copy, or a transformers tokenizer. Parts that are the same
-    in the weights folder `share` are named instead of repeated. `dialects` records how the PyTorch files named
-    things. Raises UserError when `path` exists (unless `overwrite`), a parameter does not fit its config, or holds
-    NaN or Inf.
+    Args:
+        path: where to write it.
+        stage: a key of `CONTENTS`, which has the parts that must be given.
+        vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
+            to write.
+        sampling: the stage's sampling defaults.
+        tokenizer: a folder to copy, or a transformers tokenizer.
+        schedule, low_res_schedule: noise schedules.
+        share: a weights folder; parts that are the same there are referred to instead of repeated.
+        dialects: the naming dialect of each part's PyTorch file, for the export.
+        overwrite: whether to replace a weights folder at `path`.
+
+    Raises:
+        UserError: `path` exists, or a parameter does not fit its config, or has NaN or Inf.
     """
     given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
              "scheduler": schedule, "low_res_scheduler": low_res_schedule}  # fmt: skip
     if stage not in CONTENTS:
         raise UserError(f"unknown stage {stage!r}{suggest(stage, CONTENTS)}")
     if (present := {name for name, value in given.items() if value is not None}) != set(CONTENTS[stage]):
-        raise ValueError(f"a folder of stage {stage!r} holds {CONTENTS[stage]}, given {sorted(present)}")
+        raise ValueError(f"a folder of stage {stage!r} has {CONTENTS[stage]}, but {sorted(present)} were given")
     check_new_folder(path, overwrite=overwrite)
     if share is not None:
         _read_config(Path(share), None)
@@ -255,7 +271,7 @@ def save_folder(
 
 
 def _write_part(folder: Path, value, dialect: str) -> None:
-    """One sub-folder: of a schedule, of a tokenizer, or of (config, parameters)."""
+    """Writes the subfolder of a schedule, of a tokenizer, or of (config, parameters)."""
     if isinstance(value, Schedule):
         folder.mkdir()
         write_json(folder / "scheduler_config.json", value.to_json())
@@ -277,37 +293,37 @@ def _write_part(folder: Path, value, dialect: str) -> None:
 
 
 def write_json(path: Path, value: Mapping) -> None:
-    """A JSON file that people can read."""
+    """Writes an indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
-    """Removes the parts of `folder` that the weights folder `share` has too, and says where they are from `final`.
+    """Removes the parts of `folder` that `share` has too, and returns their paths relative to `final`.
 
-    What lies in `final` itself does not count: `folder` is about to take its place.
+    Parts within `final` do not count, since `folder` is about to take its place.
     """
-    found = {}
+    shared = {}
     for name in ("vae", "text_encoder", "tokenizer"):
         other = part_dir(share, name)
         if final.resolve() in other.resolve().parents:
             continue
         if other.is_dir() and (folder / name).is_dir() and hash_dir(other) == hash_dir(folder / name):
             shutil.rmtree(folder / name)
-            found[name] = os.path.relpath(other.resolve(), final.resolve())
-    return found
+            shared[name] = os.path.relpath(other.resolve(), final.resolve())
+    return shared
 
 
 def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises UserError when a weights folder cannot or must not be written at `path`.
 
-    `overwrite` lets it take the place of another weights folder, or of an empty folder; of nothing else.
+    With `overwrite`, it may replace a weights folder or an empty folder, and nothing else.
     """
     path = Path(path)
     check_new_file(path, overwrite=overwrite)
     if os.path.lexists(path) and not (
         path.is_dir() and (not any(path.iterdir()) or "format_version" in _read_if_json(path / "config.json"))
     ):
-        raise UserError(f"{path} is not overwritten: it is no weights folder. Remove it, or choose another name.")
+        raise UserError(f"{path} exists and is not a weights folder; remove it, or choose another name.")
 
 
 def _read_if_json(path: Path) -> dict:
@@ -318,13 +334,13 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises UserError when an output cannot or must not be written at `path`."""
     path = Path(path)
     if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path} exists already; remove it, choose another name, or say --overwrite.")
+        raise UserError(f"{path} already exists; remove it, choose another name, or pass --overwrite.")
     check_folder(path.parent, f"{path}")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed to it at the end, or removed when anything raised."""
+    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
     old = path.parent / f".{path.name}.old-{os.getpid()}"
@@ -343,26 +359,25 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """After a kill inside `new_folder`: removes what was half written, brings back what was moved out of the way.
+    """Cleans up after a process was killed inside `new_folder`: removes partial folders, restores a moved one.
 
-    Only for one who knows that nobody is writing `path` now.
+    Call it only where no other process can be writing `path`.
     """
     for old in sorted(path.parent.glob(f".{path.name}.old-*")):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(path)
-    for half in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(half, ignore_errors=True)
+    for partial in path.parent.glob(f".{path.name}.writing-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def folder_hash(path: str | Path) -> str:
-    """SHA-256, hex, of what a weights folder holds: its configuration and every file of its parts, wherever they
-    lie."""
+    """Returns the SHA-256, in hex, of a weights folder's config and of all files of its parts, wherever they are."""
     path = Path(path)
     config = _read_config(path, None)
-    said = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
-    digest = hashlib.sha256(said.encode())
+    settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
     for name in CONTENTS[config["stage"]]:
         folder = _part_dir(path, config, name)
         if not folder.is_dir():
@@ -372,7 +387,7 @@ def folder_hash(path: str | Path) -> str:
 
 
 def hash_dir(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files in a folder, read in pieces."""
+    """Returns the SHA-256 of the names and contents of all files in a folder."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         with file.open("rb") as opened:

@@ -1,8 +1,8 @@
-"""A model to start training from: an image UNet, or the base UNet, inflated to a stage (LaVie sec. 3.1, 3.3, 3.4).
+"""Inflates an image UNet, or the base UNet, to a stage's UNet to start training from (LaVie sec. 3.1, 3.3, 3.4).
 
-All spatial parameters are taken over. Temporal ones are new, and those that write into the residual stream start at
-zero, so that at first the video model does to each frame what the image model does. The original zeroes only the
-weights of some of them; here the biases and `resblock_temporal.conv2` too.
+Spatial parameters are copied. Temporal ones are new, and those that write into the residual stream start at zero, so
+that the video model first does to each frame what the image model does. The original zeroes only the weights of some of
+them; here their biases and `resblock_temporal.conv2` are zero too.
 """
 
 import re
@@ -30,7 +30,7 @@ from lavie_jax.weights.names import ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
 
-TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that an image model does not have
+TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that image models do not have
 
 
 def inflate_pretrained(
@@ -45,7 +45,7 @@ def inflate_pretrained(
 ) -> None:
     """Writes a weights folder of stage "base" (from Stable Diffusion) or "vsr" (from the x4-upscaler) to train from.
 
-    Raises UserError as `import_stage` does.
+    The arguments and errors are those of `import_stage`; `seed` is that of the new parameters.
     """
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True)
@@ -59,14 +59,14 @@ def inflate_pretrained(
 
 
 def _check_kind(pretrained: Path, stage: str, unet: UNetConfig, latent_channels: int) -> None:
-    """Refuses an upscaler for the base stage, a model that is none for super-resolution, and others (inpainting)."""
+    """Raises UserError unless the stage starts from this kind of model: not, for instance, from one for inpainting."""
     wanted = {"base": (latent_channels, False, "Stable Diffusion 1.x"), "vsr": (latent_channels + 3, True,
               "stable-diffusion-x4-upscaler")}  # fmt: skip
     channels, levels, name = wanted[stage]
     if (unet.in_channels, unet.num_class_embeds is not None) != (channels, levels):
         has = "with" if unet.num_class_embeds is not None else "without"
         raise UserError(
-            f"{pretrained} has a UNet of {unet.in_channels} input channels, {has} noise levels; the stage {stage} "
+            f"{pretrained} has a UNet with {unet.in_channels} input channels, {has} noise levels; the stage {stage} "
             f"starts from {name}: {channels} channels, {'with' if levels else 'without'} them."
         )
 
@@ -74,10 +74,12 @@ def _check_kind(pretrained: Path, stage: str, unet: UNetConfig, latent_channels:
 def inflate_base(
     target: Target, out: Path, *, base: Path, seed: int = 0, share: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a weights folder of stage "interpolation" to train from, made of one of stage "base".
+    """Writes a weights folder of stage "interpolation" to train from, starting from one of stage "base".
 
-    The base's temporal attention is not taken over: it stands at another place in the block. Raises UserError when
-    `base` is not a whole folder of that stage.
+    The base's temporal attention is not copied, since it is at another position in the block.
+
+    Raises:
+        UserError: `base` is not a complete folder of that stage.
     """
     check_new_folder(out, overwrite=overwrite)
     weights = load_folder(base, stage="base")
@@ -103,11 +105,13 @@ def inflate_base(
 
 
 def inflate(source: Mapping[str, Tensor], config: UNetConfig, *, seed: int) -> dict[str, Tensor]:
-    """Every parameter of the UNet that `config` describes, {path: Tensor}, from those of one without temporal parts.
+    """Returns all parameters of a UNet, {path: Tensor}, given those of a UNet without temporal parts.
 
-    Taken-over tensors keep their dtype, new ones are float32, keyed by `seed` and their path. `conv_in` may have more
-    input channels than the source's: the new ones are zero. Raises UserError when the source lacks a spatial
-    parameter, or has one that the UNet does not.
+    Copied tensors keep their dtype. New ones are float32 and depend on `seed` and their path. `conv_in` may have more
+    input channels than the source's; the new ones are zero.
+
+    Raises:
+        UserError: the source has not exactly the spatial parameters of the UNet that `config` describes.
     """
     expected = expected_shapes(config)
     problems = [f"unexpected {p} {list(t.shape)}" for p, t in source.items() if p not in expected and not is_buffer(p)]
@@ -118,28 +122,28 @@ def inflate(source: Mapping[str, Tensor], config: UNetConfig, *, seed: int) -> d
         elif path == "conv_in/kernel" and path in source:
             inflated[path] = _with_zero_channels(source[path], shape)
         elif TEMPORAL.search(path) and path not in source:
-            inflated[path] = Tensor(shape, np.dtype(np.float32), _drawer(path, expected, seed))
+            inflated[path] = Tensor(shape, np.dtype(np.float32), _initializer(path, expected, seed))
         else:
-            found = list(source[path].shape) if path in source else "missing"
-            problems.append(f"{path} {found}, needed {list(shape)}")
+            actual = f"has shape {list(source[path].shape)}" if path in source else "is missing"
+            problems.append(f"{path} {actual}, but {list(shape)} is needed")
     refuse(problems)
     return inflated
 
 
 def _with_zero_channels(kernel: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A kernel (h, w, I, O) with input channels added behind the ones that it has."""
+    """Appends input channels of zeros to a kernel (h, w, I, O)."""
     more = shape[2] - kernel.shape[2]
     if more < 0 or tuple(np.subtract(shape, kernel.shape)) != (0, 0, more, 0):
-        raise UserError(f"conv_in/kernel {list(kernel.shape)} does not inflate to {list(shape)}.")
+        raise UserError(f"conv_in/kernel {list(kernel.shape)} cannot be inflated to {list(shape)}.")
     return Tensor(shape, kernel.dtype, lambda: np.pad(kernel.read(), ((0, 0), (0, 0), (0, more), (0, 0))))
 
 
-def _drawer(path: str, expected: Mapping[str, tuple[int, ...]], seed: int):
+def _initializer(path: str, expected: Mapping[str, tuple[int, ...]], seed: int):
     return lambda: initial_value(path, expected, seed)
 
 
 def initial_value(path: str, expected: Mapping[str, tuple[int, ...]], seed: int) -> np.ndarray:
-    """A new temporal parameter, float32: zero where it must change nothing at first, else as PyTorch initialises it.
+    """Returns a new temporal parameter, float32: zero where it must have no effect at first, else as in PyTorch.
 
     Linear layers and convolutions, weight and bias: uniform within 1 / sqrt(fan in). Embeddings: standard normal.
     Norms: 1, 0.

@@ -1,9 +1,9 @@
 """PyTorch parameter names <-> the paths of the Flax parameters, both ways.
 
 The rule is mechanical: a number joins the name before it (`attentions.1` -> `attentions_1`), the other dots separate
-modules, and the leaf `weight` becomes `kernel` (with the input and output axes last), `scale` or `embedding`. What
-does not follow the rule stands in the table `DIALECTS`: the names that some files use for what others call
-differently. Buffers (`rotary_emb.freqs`, `position_ids`) get a path too, but belong to no Flax model.
+modules, and the leaf `weight` becomes `kernel` (with the input and output axes last), `scale` or `embedding`. The
+table `DIALECTS` has the exceptions: modules that some files name differently. Buffers (`rotary_emb.freqs`,
+`position_ids`) get a path too, but are not parameters of our models.
 """
 
 import re
@@ -14,7 +14,7 @@ from lavie_jax.errors import UserError
 
 
 class Row(NamedTuple):
-    """One way to say the same: a regex in the file's name and its replacement, and the same for the way back."""
+    """A renaming: a regex and its replacement, from the file's names to ours, and from ours to the file's."""
 
     theirs: str
     to_ours: str
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     to_theirs: str
 
 
-# part -> dialect -> rows. "diffusers" is the dialect whose names the paths mirror.
+# part -> dialect -> rows; paths mirror the names of the dialect "diffusers"
 DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
     "unet": {
         "diffusers": (),  # also LaVie's super-resolution stage
@@ -46,28 +46,29 @@ DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
     },
 }
 
-# What writes temporal parts into the residual stream; zero at first: a video model begins as its image model.
+# Temporal layers that write into the residual stream. They start at zero, so that a video model starts as its image
+# model.
 ZERO_AT_FIRST = re.compile(
     r"(^|/)(attn_temporal/to_out_0|motion_embedding_temporal/out|key_frame_embedding_temporal/conv"
     r"|key_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
 )
 BUFFER = re.compile(r"(^|[/._])(rotary_emb[/.]freqs|position_ids)$")
 EMBEDDING = re.compile(r"(embedding|relative_attention_bias)\.weight$")
-NUMBER_IN_NAME = re.compile(r"^linear_\d+$")  # the only numbers that PyTorch's names join with an underscore themselves
+NUMBER_IN_NAME = re.compile(r"^linear_\d+$")  # names with an underscore before the number in PyTorch too
 CONVOLUTION_THAT_IS_LINEAR = re.compile(r"^(en|de)coder\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight$")
 
-# kernel axes by their number: linear (O, I), convolution (O, I, h, w), convolution over time (O, I, t, h, w)
+# by number of axes: linear (O, I), convolution (O, I, h, w), convolution over time (O, I, t, h, w)
 TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
 
 
 def is_buffer(name_or_path: str) -> bool:
-    """Whether this is a constant that a PyTorch module carries: kept for the way back, no parameter of ours."""
+    """Whether this is a constant of a PyTorch module: not a parameter of ours, but kept for the export."""
     return BUFFER.search(name_or_path) is not None
 
 
 def dialect_of(part: str, names: Iterable[str]) -> str:
-    """Which dialect of `DIALECTS[part]` the names of a file speak."""
+    """Returns the dialect of `DIALECTS[part]` that the names of a file are in."""
     names = list(names)
     for dialect, rows in DIALECTS[part].items():
         if any(re.search(row.theirs, name) for row in rows for name in names):
@@ -76,10 +77,12 @@ def dialect_of(part: str, names: Iterable[str]) -> str:
 
 
 def from_torch(part: str, name: str, array):
-    """(path, array) of a PyTorch tensor of the `unet`, `vae` or `text_encoder`, in any dialect.
+    """Returns (path, array) of a PyTorch tensor of the `unet`, `vae` or `text_encoder`, in any dialect.
 
-    `array` is a numpy array or a `Tensor`; it comes back transposed, a view. Raises UserError when its number of axes
-    is none that a layer of ours has.
+    `array` is a numpy array or a `Tensor`; a transposed view of it is returned.
+
+    Raises:
+        UserError: no layer of ours has a weight with that number of axes.
     """
     for rows in DIALECTS[part].values():
         for row in rows:
@@ -100,7 +103,7 @@ def from_torch(part: str, name: str, array):
 
 
 def to_torch(part: str, path: str, array, dialect: str = "diffusers"):
-    """(name, array) in PyTorch's naming and axis order: the inverse of `from_torch`, in the dialect asked for."""
+    """Returns (name, array) in PyTorch's naming and axis order: the inverse of `from_torch`, in the given dialect."""
     *modules, leaf = path.split("/")
     if leaf == "kernel":
         array = array.transpose(TO_TORCH[array.ndim])

@@ -1,4 +1,4 @@
-"""Reading the models that others published: single files, diffusers folders, and CompVis checkpoints."""
+"""Reads published image models: single files, diffusers folders, and CompVis checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from lavie_jax.weights.folder import read_json
 from lavie_jax.weights.safetensors_io import Tensor, read_safetensors
 from lavie_jax.weights.torch_files import read_torch
 
-# Per part, best first: full precision before half, and what needs no unpickling before what does.
+# File names of each part, best first: full before half precision, safetensors before pickles.
 MODEL_FILES = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
              "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin"),
@@ -19,13 +19,13 @@ MODEL_FILES = {
     "text_encoder": ("model.safetensors", "pytorch_model.bin",
                      "model.fp16.safetensors", "pytorch_model.fp16.bin"),
 }  # fmt: skip
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a whole tokenizer
-LFS_POINTER = b"version https://git-lfs"  # how the small file begins that Git leaves in place of a large one
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a complete tokenizer
+LFS_POINTER = b"version https://git-lfs"  # start of the small file that Git LFS leaves in place of a large one
 
 
 @dataclass(frozen=True)
-class Source:
-    """One model as found: its file, diffusers configuration, and tensors under the file's names."""
+class PretrainedPart:
+    """One published network: its file, its diffusers config, and its tensors under the file's names."""
 
     file: Path
     config: dict
@@ -34,12 +34,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An image model as published, read lazily. Scheduler configurations are empty where there are none."""
+    """A published image model, read lazily. Missing scheduler configs are empty."""
 
-    unet: Source | None
+    unet: PretrainedPart | None
     unet_config: dict
-    vae: Source
-    text_encoder: Source
+    vae: PretrainedPart
+    text_encoder: PretrainedPart
     tokenizer: Path
     scheduler: dict
     low_res_scheduler: dict
@@ -47,22 +47,28 @@ class Pretrained:
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file, by name."""
+    """Reads the tensors of a .safetensors or PyTorch file, by name."""
     if not path.is_file():
         raise UserError(f"{path} does not exist." if not path.exists() else f"{path} is not a file.")
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} only points to the weights, which were not cloned: run git lfs pull there.")
+            raise UserError(f"{path} is a Git LFS pointer without the weights: run git lfs pull in its repository.")
     tensors = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_torch(path)
     if not tensors:
-        raise UserError(f"{path} holds no tensors.")
+        raise UserError(f"{path} has no tensors.")
     return tensors
 
 
 def read_pretrained(path: Path, *, tokenizer: Path | None, with_unet: bool) -> Pretrained:
-    """A diffusers folder, or a CompVis checkpoint with the folder of its tokenizer; the UNet's weights if asked for.
+    """Reads a diffusers folder, or a CompVis checkpoint together with a tokenizer's folder.
 
-    Raises UserError for whatever is missing or cannot be read.
+    Args:
+        path: the folder or checkpoint.
+        tokenizer: folder of the tokenizer; by default that of the diffusers folder.
+        with_unet: whether to read the UNet's weights.
+
+    Raises:
+        UserError: something is missing or cannot be read.
     """
     if path.is_file():
         return _read_compvis(path, tokenizer, with_unet)
@@ -81,18 +87,18 @@ def read_pretrained(path: Path, *, tokenizer: Path | None, with_unet: bool) -> P
     )
 
 
-def _read_part(path: Path, part: str) -> Source:
+def _read_part(path: Path, part: str) -> PretrainedPart:
     files = [path / part / name for name in MODEL_FILES[part]]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise UserError(f"{path} has no weights of the {part}: looked in {part}/ for {', '.join(MODEL_FILES[part])}.")
-    return Source(file, _read_config(path, part), read_weights_file(file))
+        raise UserError(f"{path} has no weights of the {part}: {part}/ has none of {', '.join(MODEL_FILES[part])}.")
+    return PretrainedPart(file, _read_config(path, part), read_weights_file(file))
 
 
 def _read_config(path: Path, part: str) -> dict:
     file = path / part / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} is no complete diffusers folder: {part}/config.json is missing.")
+        raise UserError(f"{path} is not a complete diffusers folder: {part}/config.json is missing.")
     return read_json(file)
 
 
@@ -104,7 +110,7 @@ def _read_scheduler(path: Path, name: str) -> dict:
 def _check_tokenizer(path: Path) -> None:
     if not any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES):
         needed = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
-        raise UserError(f"{path} is no tokenizer folder: it needs {needed}.")
+        raise UserError(f"{path} is not a tokenizer folder: it needs {needed}.")
 
 
 def _read_compvis(path: Path, tokenizer: Path | None, with_unet: bool) -> Pretrained:
@@ -112,11 +118,13 @@ def _read_compvis(path: Path, tokenizer: Path | None, with_unet: bool) -> Pretra
     if not compvis.is_compvis(tensors):
         raise UserError(f"{path} is neither a diffusers folder nor a CompVis checkpoint (no model.diffusion_model.*).")
     if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer; name the folder of one with --tokenizer.")
+        raise UserError(f"{path} has no tokenizer; give the folder of one with --tokenizer.")
     _check_tokenizer(tokenizer)
     parts, unknown = compvis.split(tensors)
     try:
-        sources = {part: Source(path, compvis.config_from_shapes(part, parts[part]), parts[part]) for part in PARTS}
+        sources = {
+            part: PretrainedPart(path, compvis.config_from_shapes(part, parts[part]), parts[part]) for part in PARTS
+        }
     except KeyError as error:
         raise UserError(f"{path} is incomplete: {error.args[0]} (as diffusers names it) is missing.") from error
     return Pretrained(

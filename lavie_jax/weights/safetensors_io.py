@@ -1,8 +1,8 @@
-"""Reading and writing .safetensors one tensor at a time, so that a file larger than memory passes through.
+"""Reads and writes .safetensors one tensor at a time, so that files may be larger than memory.
 
 The format (https://github.com/huggingface/safetensors): the header's length as a little-endian u64, a JSON header
-{name: {dtype, shape, data_offsets}}, then the bytes of all tensors, row-major and without holes. The own reader knows
-bfloat16, maps the file instead of loading it, and the own writer never holds more than one tensor.
+{name: {dtype, shape, data_offsets}}, then the bytes of all tensors, row-major and without gaps. Unlike the safetensors
+package with numpy, this reader supports bfloat16 and maps the file, and this writer holds one tensor at a time.
 """
 
 import json
@@ -24,13 +24,13 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # the reference implementation's limit
-CHUNK = 1 << 20  # elements looked at together: they stay in the processor's cache
-SHOW_PROGRESS_FROM = 256 << 20  # bytes; smaller files are done before anyone wonders
+CHUNK = 1 << 20  # elements checked at a time, which fit in the processor's cache
+SHOW_PROGRESS_FROM = 256 << 20  # bytes; smaller files take no noticeable time
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read when it is needed; transposed and reshaped like an array, without reading."""
+    """A tensor that is read when needed. It can be transposed and reshaped like an array before it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -38,34 +38,35 @@ class Tensor:
 
     @property
     def ndim(self) -> int:
-        """How many axes."""
+        """Number of axes."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Its size when it is read."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def transpose(self, axes: tuple[int, ...]) -> "Tensor":
-        """With its axes in another order."""
+        """Returns the tensor with permuted axes."""
         return Tensor(tuple(self.shape[a] for a in axes), self.dtype, lambda: self.read().transpose(axes))
 
     def reshape(self, shape: tuple[int, ...]) -> "Tensor":
-        """With another shape of the same size."""
+        """Returns the tensor with another shape of the same size."""
         return Tensor(tuple(shape), self.dtype, lambda: self.read().reshape(shape))
 
 
 def as_tensor(array) -> Tensor:
-    """A `Tensor` of a numpy or jax array; a `Tensor` stays what it is."""
+    """Wraps a numpy or jax array as a `Tensor`; a `Tensor` is returned unchanged."""
     if isinstance(array, Tensor):
         return array
     return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, in its order, and its metadata. Only the header is read; the rest is mapped.
+    """Returns the tensors of a file, in its order, and its metadata. Only the header is read; the rest is mapped.
 
-    Raises UserError when the file is cut short, is no safetensors file, or has a dtype that is not supported.
+    Raises:
+        UserError: the file is truncated, is not a safetensors file, or has an unsupported dtype.
     """
     size = path.stat().st_size
     header = _read_header(path, size)
@@ -82,7 +83,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_header(path: Path, size: int) -> dict:
-    """The checked header of a safetensors file of `size` bytes."""
+    """Reads and checks the header of a safetensors file of `size` bytes."""
     broken = f"{path} is not a safetensors file"
     with path.open("rb") as file:
         length_bytes = file.read(8)
@@ -93,7 +94,7 @@ def _read_header(path: Path, size: int) -> dict:
             raise UserError(f"{broken}: its header would have {length} bytes.")
         text = file.read(length)
     if len(text) < length:
-        raise UserError(f"{path} is cut short: {size} bytes, the header alone needs {8 + length}.")
+        raise UserError(f"{path} is truncated: it has {size} bytes, but its header alone needs {8 + length}.")
     try:
         header = json.loads(text)
         entries = sorted((v for k, v in header.items() if k != "__metadata__"), key=lambda v: v["data_offsets"])
@@ -103,22 +104,23 @@ def _read_header(path: Path, size: int) -> dict:
                 raise UserError(f"{path}: dtype {info['dtype']!r} is not supported. Allowed: {', '.join(DTYPES)}")
             nbytes = int(np.prod(info["shape"], dtype=np.int64)) * DTYPES[info["dtype"]].itemsize
             if info["data_offsets"] != [end, end + nbytes]:
-                raise UserError(f"{broken}: its tensors overlap or leave holes.")
+                raise UserError(f"{broken}: its tensors overlap or have gaps between them.")
             end += nbytes
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{broken}: its header cannot be read ({error}).") from error
     if size != 8 + length + end:
-        what = "is cut short" if size < 8 + length + end else "has bytes after its end"
-        raise UserError(f"{path} {what}: {size} bytes, its header says {8 + length + end}. Copy it again.")
+        what = "is truncated" if size < 8 + length + end else "has extra bytes at its end"
+        raise UserError(f"{path} {what}: it has {size} bytes, not the {8 + length + end} of its header. Copy it again.")
     return header
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, object], metadata: Mapping[str, str]) -> None:
-    """Writes arrays or `Tensor`s, one at a time, in the given order (wider dtypes first, so that all are aligned).
+    """Writes arrays or `Tensor`s, one at a time, in the given order (but wider dtypes first, for alignment).
 
-    Raises UserError, and leaves a partial file, when a tensor holds NaN or Inf: callers write under a temporary name.
+    Raises:
+        UserError: a tensor has NaN or Inf. A partial file is left behind: callers write under a temporary name.
     """
     ordered = sorted(((name, as_tensor(t)) for name, t in tensors.items()), key=lambda item: -item[1].dtype.itemsize)
     header, end = ({"__metadata__": dict(metadata)} if metadata else {}), 0
@@ -129,7 +131,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, object], metadata: Mappi
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     quiet = end < SHOW_PROGRESS_FROM
     with (
         path.open("wb") as file,
@@ -139,14 +141,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, object], metadata: Mappi
         for name, tensor in ordered:
             array = np.ascontiguousarray(tensor.read())  # a transposed view would be written in the wrong order
             if array.shape != tensor.shape and tensor.shape:  # ascontiguousarray makes a scalar one-dimensional
-                raise ValueError(f"{name} was announced as {tensor.shape} and came as {array.shape}")
+                raise ValueError(f"{name} has shape {array.shape}, but its Tensor {tensor.shape}")
             check_finite(name, array)
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
             bar.update(tensor.nbytes)
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Raises UserError when a floating-point array holds NaN or Inf."""
+    """Raises UserError when a floating-point array has NaN or Inf."""
     exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
     if array.dtype.name not in exponent:
         return
@@ -154,4 +156,4 @@ def check_finite(name: str, array: np.ndarray) -> None:
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     for i in range(0, bits.size, CHUNK):
         if ((bits[i : i + CHUNK] & mask) == mask).any():  # all exponent bits set: NaN or Inf
-            raise UserError(f"{name} holds NaN or Inf. The weights are damaged; get them again.")
+            raise UserError(f"{name} has NaN or Inf. The weights are damaged; download or copy them again.")

@@ -1,10 +1,10 @@
-"""Reading and writing PyTorch's pickled files (.pt, .bin, .ckpt). The only module that imports torch.
+"""Reads and writes PyTorch's pickled files (.pt, .bin, .ckpt). The only module that imports torch.
 
-A pickle names functions to call, so nothing of it is trusted. `torch.load(weights_only=True)` builds tensors, dicts,
-lists and numbers only and refuses all else; but checkpoints drag along trainer callbacks, argparse.Namespace,
-OmegaConf or numpy scalars. Each such name is found by reading the pickle's opcodes, without running any, and is
-answered by an inert class that takes whatever arguments and keeps nothing. A file that names a function which runs
-programs or code is refused outright.
+A pickle contains functions to call, so it is not trusted. `torch.load(weights_only=True)` only builds tensors, dicts,
+lists and numbers and rejects everything else. But checkpoints also contain trainer callbacks, argparse.Namespace,
+OmegaConf or numpy scalars. Such names are found by reading the pickle's opcodes without executing them, and are
+replaced by inert classes that accept any arguments and store nothing. Files with functions that run programs or code
+are rejected.
 """
 
 import _compat_pickle
@@ -24,10 +24,10 @@ import numpy as np
 from lavie_jax.errors import UserError
 from lavie_jax.weights.safetensors_io import DTYPES, Tensor
 
-WEIGHT_KEYS = ("ema", "state_dict")  # where checkpoints keep their weights, if not at the top
-LEGACY_PICKLES = 4  # magic number, protocol, system, data; then come storage keys and raw bytes
+WEIGHT_KEYS = ("ema", "state_dict")  # where checkpoints have their weights, if not at the top level
+LEGACY_PICKLES = 4  # magic number, protocol, system, data; followed by storage keys and raw bytes
 
-# Stand-ins would make these harmless too; but no honest checkpoint names them.
+# Stand-ins would make these harmless too, but no legitimate checkpoint contains them.
 HOSTILE_MODULES = {
     "asyncio", "code", "commands", "ctypes", "importlib", "marshal", "multiprocessing", "nt", "os", "posix",
     "pty", "pickle", "_pickle", "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
@@ -38,31 +38,33 @@ HOSTILE_FUNCTIONS = {"io.open", "_io.open", "codecs.open"} | {
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """The weights of a PyTorch file: under `ema` or `state_dict`, or the tensors at its top.
+    """Reads the weights of a PyTorch file, under `ema` or `state_dict` or at its top level.
 
-    Zip files are mapped, and a tensor is read when it is asked for; old files (before PyTorch 1.6) are loaded whole.
-    Raises UserError when the file is damaged, hostile, or holds no weights, or when torch is not installed.
+    Zip files are mapped, and tensors are read when needed; old files (before PyTorch 1.6) are loaded into memory.
+
+    Raises:
+        UserError: the file is damaged, malicious, or without weights, or torch is not installed.
     """
     torch = import_torch()
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if not is_zip and file.read(4) == b"PK\x03\x04":
-            raise UserError(f"{path} is cut short: its table of contents is missing. Copy it again.")
+            raise UserError(f"{path} is truncated: its table of contents is missing. Copy it again.")
     loaded = _load(torch, path, is_zip)
     if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a dict of weights (save model.state_dict()).")
+        raise UserError(f"{path} contains a {type(loaded).__name__}, not a dict of weights (save model.state_dict()).")
     for key in WEIGHT_KEYS:
         if isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
     weights = {str(k): _as_tensor(torch, path, k, v) for k, v in loaded.items() if isinstance(v, torch.Tensor)}
     if not weights:
-        raise UserError(f"{path} holds no tensors, neither at its top nor under {' or '.join(WEIGHT_KEYS)}.")
+        raise UserError(f"{path} has no tensors, neither at its top level nor under {' or '.join(WEIGHT_KEYS)}.")
     return weights
 
 
 def import_torch():
-    """The torch module; UserError when it is not installed."""
+    """Imports torch. Raises UserError when it is not installed."""
     try:
         import torch
     except ImportError as error:
@@ -73,8 +75,8 @@ def import_torch():
 
 
 def _load(torch, path: Path, is_zip: bool):
-    """What the file's pickle builds, with inert stand-ins for foreign classes."""
-    containers: dict[str, type] = {}  # stand-ins that turned out to be filled like a dict or a list
+    """Loads the file's pickle, with inert stand-ins for foreign classes."""
+    containers: dict[str, type] = {}  # stand-ins that must behave like a dict or a list
     foreign = _foreign_globals(path, is_zip)
     while True:
         stand_ins = [_stand_in(name, containers.get(name)) for name in foreign]
@@ -101,7 +103,7 @@ def _allowed(torch, classes: list[type]) -> Iterator[None]:
 
 
 def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
-    """Every name that the file's pickles mention; UserError for a hostile one."""
+    """Returns all names in the file's pickles. Raises UserError for a malicious one."""
     names = set()
     try:
         if is_zip:
@@ -114,17 +116,17 @@ def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
                 for _ in range(LEGACY_PICKLES):
                     names |= _globals_of(file)
     except (ValueError, RuntimeError, zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no PyTorch file, or is damaged: {error}") from error
+        raise UserError(f"{path} is not a PyTorch file, or is damaged: {error}") from error
     for name in sorted(names):
         if name.split(".")[0] in HOSTILE_MODULES or name in HOSTILE_FUNCTIONS:
-            raise UserError(f"{path} was refused: it asks to run {name}. Weights need no code; do not trust it.")
+            raise UserError(f"{path} was refused: it would run {name}. Weights need no code; do not trust this file.")
     return sorted(names)
 
 
 def _globals_of(data) -> set[str]:
-    """The dotted names of a pickle's GLOBAL opcodes. Nothing is run; torch refuses all other ways to name things.
+    """Returns the dotted names of a pickle's GLOBAL opcodes without executing it; torch rejects all other references.
 
-    Names of Python 2, in which PyTorch's pickles speak, are given as Python 3's too.
+    PyTorch's pickles use Python 2's names, whose Python 3 equivalents are included.
     """
     names = set()
     for opcode, argument, _ in pickletools.genops(data):
@@ -137,13 +139,13 @@ def _globals_of(data) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    """One line of an error of torch.load, without its advice to trust the file."""
+    """Returns one line of an error of torch.load, without its advice to trust the file."""
     reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return reason.split("\n")[0] or type(error).__name__
 
 
 def _stand_in(name: str, container: type | None) -> type:
-    """A class that goes by `name` and does nothing; with `container`, its instances are empty ones of those."""
+    """Creates an inert class called `name`; with `container`, its instances are empty containers of that type."""
 
     def make(cls, *args, **kwargs):
         return object.__new__(cls) if container is None else container()
@@ -175,8 +177,7 @@ def _as_tensor(torch, path: Path, name: str, tensor) -> Tensor:
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file whose key `ema` holds `tensors`, as LaVie's official scripts read it. They should be views of a mapped
-    file."""
+    """Writes `tensors`, views of a mapped file, under the key `ema`, as LaVie's official scripts expect."""
     torch = import_torch()
 
     def to_torch(array: np.ndarray):
