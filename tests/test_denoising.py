@@ -10,6 +10,7 @@ from lavie_jax.cascade import denoising
 from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.diffusion import SAMPLERS, Schedule, make_sampler, sample
+from lavie_jax.stages.conditioning import Prompts
 from lavie_jax.stages.windows import cut, grid, overlapping, whole
 
 SHAPE = (11, 6, 10, 4)
@@ -45,7 +46,8 @@ def clip(seed=0, **fields) -> Clip:
     rng = np.random.default_rng(seed)
     noises = rng.normal(size=(9, *SHAPE)).astype(np.float32)
     return Clip(
-        text=rng.normal(size=(3, 5)).astype(np.float32), null_text=rng.normal(size=(3, 5)).astype(np.float32),
+        text=Prompts(rng.normal(size=(3, 5)).astype(np.float32)),
+        null_text=Prompts(rng.normal(size=(3, 5)).astype(np.float32)),
         shape=SHAPE, noise=lambda stream, frames: jnp.asarray(noises[stream, frames.start : frames.stop]),
         concat=rng.normal(size=(*SHAPE[:3], 3)).astype(np.float32), noise_level=20, **fields,
     )  # fmt: skip
@@ -77,7 +79,7 @@ def test_a_clip_is_denoised_as_by_the_plain_loop(sampler):
             x = jnp.concatenate([x_t, jnp.asarray(made.concat)[None]], axis=-1)
             return UNET.apply({}, x, jnp.broadcast_to(t, (1,)), jnp.asarray(text)[None], noise_level=jnp.array([20]))
 
-        with_prompt, without = half(made.text), half(made.null_text)
+        with_prompt, without = half(made.text.hidden), half(made.null_text.hidden)
         return without + 3.0 * (with_prompt - without)
 
     x0 = sample(chain, network, made.noise(0, range(11))[None], lambda i: made.noise(i + 1, range(11))[None])

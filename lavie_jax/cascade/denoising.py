@@ -45,8 +45,8 @@ class Clip:
         save: called with `step` and `state` now and then.
     """
 
-    text: Float[np.ndarray, "l d"]
-    null_text: Float[np.ndarray, "l d"]
+    text: Prompts
+    null_text: Prompts
     shape: tuple[int, int, int, int]
     noise: Callable[[int, range], Array]
     concat: Float[np.ndarray, "t h w k"] | None = None

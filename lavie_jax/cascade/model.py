@@ -61,8 +61,8 @@ class StageModel:
         known = self.text_encoder.config.vocab_size
         if ids.max() >= known:
             raise UserError(
-                f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {known} tokens: "
-                "they do not belong together"
+                f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {known} "
+                "tokens: they do not belong together"
             )
         masks = masks if self.text_encoder.takes_mask else None
         hidden = [
