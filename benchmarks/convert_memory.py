@@ -1,22 +1,19 @@
-"""Peak anonymous memory of converting a full-size base UNet, 3.6 GB of float32, and of exporting it again.
+"""Measures the peak anonymous memory of converting a full-size base UNet (3.6 GB, float32) and of exporting it again.
 
     python benchmarks/convert_memory.py [--dir FOLDER]
 
-Makes a random `lavie_base.pt` of the full size (with a tiny VAE and text encoder beside it) in a temporary folder,
-which needs 15 GB of disk, and watches RssAnon of the converter's own process: pages of mapped files are the kernel's to
-drop, so they do not count. Exit code 1 when the import takes more than the limit of 2 GB. Linux only; needs torch.
+Writes a random `lavie_base.pt` of full size, with a tiny VAE and text encoder, to a temporary folder and runs
+convert_torch.py on it. Exits with code 1 if the import exceeds the limit of 2 GB. Needs Linux, torch and 15 GB of disk.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from memory import AnonymousPeak
+from memory import run_measured
 
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.weights.diffusers_configs import unet_config, vae_config
@@ -35,7 +32,7 @@ TEXT = {
 
 
 def random_tensors(part: str, config, dialect: str) -> dict[str, Tensor]:
-    """Float32 tensors under PyTorch's names, drawn when they are read."""
+    """Returns float32 tensors with PyTorch's names, generated when they are read."""
     tile = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
     tensors = {}
     for path, shape in expected_shapes(config).items():
@@ -49,38 +46,27 @@ def random_tensors(part: str, config, dialect: str) -> dict[str, Tensor]:
 
 
 def make_files(folder: Path) -> None:
-    """`lavie_base.pt` and the diffusers folder `sd`."""
+    """Writes `lavie_base.pt` and the diffusers folder `sd`."""
     flat = folder / "flat.safetensors"
     write_safetensors(flat, random_tensors("unet", unet_config(UNET, "base"), "lavie"), {})
     write_torch(folder / "lavie_base.pt", read_safetensors(flat)[0])
     flat.unlink()
     vae, text = vae_config(VAE), CLIPTextConfig(**TEXT)
-    for part, config, said, file in (
+    for part, config, content, file in (
         ("vae", vae, VAE, "diffusion_pytorch_model.safetensors"),
         ("text_encoder", text, TEXT, "model.safetensors"),
     ):
         (folder / "sd" / part).mkdir(parents=True)
         write_safetensors(folder / "sd" / part / file, random_tensors(part, config, "diffusers"), {})
-        (folder / "sd" / part / "config.json").write_text(json.dumps(said))
-    for part, file, said in (("unet", "config.json", UNET), ("tokenizer", "tokenizer.json", {})):
+        (folder / "sd" / part / "config.json").write_text(json.dumps(content))
+    for part, file, content in (("unet", "config.json", UNET), ("tokenizer", "tokenizer.json", {})):
         (folder / "sd" / part).mkdir()
-        (folder / "sd" / part / file).write_text(json.dumps(said))
-
-
-def peak_memory(*args: str | Path) -> tuple[int, float]:
-    """(highest RssAnon in bytes, seconds) of one run of convert_torch.py."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / "convert_torch.py", *args], cwd=ROOT)
-    with AnonymousPeak(process.pid) as memory:
-        process.wait()
-    if process.returncode:
-        raise SystemExit(f"convert_torch.py ended with {process.returncode}")
-    return memory.bytes, time.perf_counter() - start
+        (folder / "sd" / part / file).write_text(json.dumps(content))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, help="where to make the temporary folder")
+    parser.add_argument("--dir", type=Path, help="where to create the temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         folder = Path(temporary)
@@ -88,12 +74,12 @@ def main() -> int:
         original, weights = folder / "lavie_base.pt", folder / "weights"
         print(f"lavie_base.pt: {original.stat().st_size / 1e9:.2f} GB", flush=True)
         common = ("--stage", "base", "--unet", original, "--pretrained", folder / "sd", "--out", weights)
-        imported, seconds = peak_memory("import", *common)
-        said = f"at most {imported / 1e9:.2f} GB anonymous (limit {LIMIT / 1e9:.0f} GB)"
-        print(f"import: {said}, {seconds:.0f} s", flush=True)
+        convert = sys.executable, ROOT / "convert_torch.py"
+        seconds, imported = run_measured([*convert, "import", *common], cwd=ROOT)
+        print(f"import: peak {imported / 1e9:.2f} GB (limit {LIMIT / 1e9:.0f} GB), {seconds:.0f} s", flush=True)
         back = ("--weights", weights, "--out", folder / "back.pt", "--check", original)
-        exported, seconds = peak_memory("export", *back)
-        print(f"export and check: at most {exported / 1e9:.2f} GB anonymous, {seconds:.0f} s")
+        seconds, exported = run_measured([*convert, "export", *back], cwd=ROOT)
+        print(f"export and check: peak {exported / 1e9:.2f} GB, {seconds:.0f} s")
     return int(imported > LIMIT)
 
 

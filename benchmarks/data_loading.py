@@ -1,20 +1,21 @@
-"""What it costs to feed training: clips a second and core of each source, where the time goes, and memory.
+"""Measures the cost of feeding training: clips per second and core of each source, where the time goes, and memory.
 
     python benchmarks/data_loading.py                            # all four parts
     python benchmarks/data_loading.py --clips 1 --records 200    # a smoke test
 
-Makes clips of 10 seconds, 24 frames a second, of a panning texture with grain, H.264 crf 23, of 360x640 (nearly
-WebVid's size) and 720x1280; a training clip is 16 frames at 8 fps of 320x512, without images. Sets of latents hold
-random numbers of the size that Stable Diffusion's VAE and text encoder give. Prints tables for docs/data.md.
+Generates clips of 10 seconds at 24 fps, a panning texture with grain, H.264 crf 23, of 360x640 (close to WebVid's
+size) and 720x1280. A training clip is 16 frames at 8 fps of 320x512, without images. Sets of latents hold random
+numbers in the shapes of Stable Diffusion's VAE and text encoder. Prints tables for docs/data.md. Needs Linux; the part
+`curation` needs the extra of that name.
 
-sources   one process: CPU seconds of an example, and the share of decoding and of scaling and cutting; then the whole
-          pipeline with 0, 1 and 2 worker processes (grain), wall time
+sources   in one process: CPU seconds per example, and the fractions for decoding and for resizing and cropping; then
+          wall time of the whole pipeline with 0, 1 and 2 worker processes (grain)
 memory    anonymous memory of the process while it reads that many records once
-curation  files of four scenes, 20 seconds of 720x1280, through `python -m lavie_jax.curation` with one worker: what it
-          says of hours of video a core-hour
-demand    arithmetic of a training step of configs/base.py (traced, per clip), from pixels and from latents; how many
-          clips a second a v5e chip could do at its peak, and how many cores of its host feed it then. A real step is
-          slower than that, so fewer cores are needed.
+curation  hours of video per core-hour that `python -m lavie_jax.curation` reports with one worker, for files of four
+          scenes, 20 seconds of 720x1280
+demand    FLOPs of a training step of configs/base.py (traced, per clip), from pixels and from latents; how many clips
+          per second a v5e chip could process at its peak, and how many cores of its host feed it then. Real steps
+          are slower, so this is an upper bound.
 """
 
 import argparse
@@ -45,12 +46,12 @@ ROOT = Path(__file__).parents[1]
 SIZE, FRAMES, FPS, SECONDS, RATE = (320, 512), 16, 8.0, 10, 24
 STORED = {"360p": (360, 640), "720p": (720, 1280)}
 LATENTS, TEXT = (SIZE[0] // 8, SIZE[1] // 8, 8), (77, 768)
-CHIP, CHIPS_A_HOST = "v5e", 8  # a host of ct5lp-hightpu-8t has 8 chips and 224 vCPUs
-BATCHES = 6  # of each measurement of workers
+CHIP, CHIPS_PER_HOST = "v5e", 8  # a host of ct5lp-hightpu-8t has 8 chips and 224 vCPUs
+BATCHES = 6  # per measurement of workers
 
 
 def film(seed: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """A camera pans over a landscape, with grain: what an encoder has some work with."""
+    """Yields frames of a camera that pans over a texture with grain, which is not trivial to encode."""
     rng, (height, width) = np.random.default_rng(seed), size
     spots = rng.integers(0, 256, (height // 30, width // 15, 3), np.uint8)
     land = np.asarray(Image.fromarray(spots).resize((2 * width, height), Image.Resampling.BICUBIC))
@@ -61,7 +62,7 @@ def film(seed: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 def make_clips(folder: Path, count: int, different: int) -> None:
-    """`folder/KIND-SIZE` for each kind of storage and size; only so many clips are `different`, all captions are."""
+    """Writes `folder/KIND-SIZE` for each kind of storage and size, with `count` captions but only `different` clips."""
     for name, (height, width) in STORED.items():
         files = []
         for seed in range(different):
@@ -85,7 +86,7 @@ def make_clips(folder: Path, count: int, different: int) -> None:
 
 
 def make_latents(folder: Path, count: int, *, frames: int, size: tuple[int, int], text: tuple[int, int]) -> Path:
-    """A set of latents of random numbers, as `lavie_jax.curation --latents` lays it out."""
+    """Writes a set of random latents in the layout of `lavie_jax.curation --latents`."""
     rng, shape = np.random.default_rng(0), (frames, size[0] // 8, size[1] // 8, 8)
     rows = (
         {
@@ -97,18 +98,18 @@ def make_latents(folder: Path, count: int, *, frames: int, size: tuple[int, int]
     )
     paths = shards.write_shards(rows, folder / latents.size_name(size))
     np.save(folder / latents.NULL_TEXT, np.zeros(text, np.float16))
-    told = {
+    entry = {
         "format": latents.FORMAT, "medium": "video", "sizes": [[list(size), count]], "fps": FPS, "null_caption": "",
         "weights": {}, "made_from": "random numbers",
     }  # fmt: skip
     files = output.file_hashes(folder, [*paths, folder / latents.NULL_TEXT])
-    output.write_manifest(folder, {"latents": told, "files": files})
+    output.write_manifest(folder, {"latents": entry, "files": files})
     return folder
 
 
 @contextlib.contextmanager
 def timed(module: object, name: str) -> Iterator[Callable[[], float]]:
-    """CPU seconds that were spent in a function of a module."""
+    """Yields a function that returns the CPU seconds spent so far in a function of a module."""
     real, spent = getattr(module, name), [0.0]
 
     def counted(*args, **kwargs):
@@ -123,7 +124,7 @@ def timed(module: object, name: str) -> Iterator[Callable[[], float]]:
 
 
 def measure_source(config: DataConfig, clips: int) -> tuple[float, float, float]:
-    """(CPU seconds of a training clip, the share of decoding, that of scaling and cutting), as floats on the host."""
+    """Returns CPU seconds per training clip, and the fractions for decoding and for resizing and cropping."""
     examples = Examples(config, make_source(config))
     examples[0]
     with timed(video_files, "read_window") as decoding, timed(transforms, "resize_crop") as scaling:
@@ -137,7 +138,7 @@ def measure_source(config: DataConfig, clips: int) -> tuple[float, float, float]
 
 
 def measure_workers(config: DataConfig, workers: int, batch: int) -> float:
-    """Clips a second of wall time, behind a batch that starts the workers and fills what they prepare ahead."""
+    """Returns clips per second of wall time, after the workers have started and filled their buffers."""
     with contextlib.closing(
         pipeline.batches(pipeline.open_examples(config, batch_size=batch), None, workers=workers)
     ) as rows:
@@ -150,7 +151,7 @@ def measure_workers(config: DataConfig, workers: int, batch: int) -> float:
 
 
 def sources(folder: Path, clips: int) -> dict[str, float]:
-    """Prints the table; returns clips a second and core by the name of the row."""
+    """Prints the table; returns clips per second and core by row name."""
     count = max(32, clips)
     make_clips(folder, count, min(clips, 4))
     common = {"frames": FRAMES, "fps": FPS, "height": SIZE[0], "width": SIZE[1], "images": 0}
@@ -162,10 +163,10 @@ def sources(folder: Path, clips: int) -> dict[str, float]:
             ("tfds", folder / "tfds" / name / "lavie_clips" / "1.0.0"),
         )
     }
-    made = make_latents(folder / "latents", count, frames=int(SECONDS * FPS), size=SIZE, text=TEXT)
-    configs["`latents`"] = DataConfig(source="latents", path=str(made), **common)
+    encoded = make_latents(folder / "latents", count, frames=int(SECONDS * FPS), size=SIZE, text=TEXT)
+    configs["`latents`"] = DataConfig(source="latents", path=str(encoded), **common)
     configs["`moving_shapes`"] = DataConfig(**common)
-    print("| source | clips/s a core | decode | scale and cut | rest | no workers | 1 worker | 2 workers |")
+    print("| source | clips/s per core | decode | resize and crop | rest | no workers | 1 worker | 2 workers |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rates = {}
     for name, config in configs.items():
@@ -178,7 +179,7 @@ def sources(folder: Path, clips: int) -> dict[str, float]:
 
 
 def memory(folder: Path, records: int) -> None:
-    """Prints the memory at ten moments on the way through all records, of small clips and of latents."""
+    """Prints the memory after each tenth of the records, for small clips and for latents."""
     path = folder / "small.mp4"
     frames = (frame[:64, :64] for frame in film(0, (72, 128)))
     video_files.encode(frames, path, height=64, width=64, fps=RATE, options={"crf": "30"})
@@ -198,7 +199,7 @@ def memory(folder: Path, records: int) -> None:
 
 
 def curation(folder: Path, files: int) -> None:
-    """Prints the last lines of the curation of made-up files, whose scenes are all kept."""
+    """Prints the summary of a curation run on generated files, whose scenes are all kept."""
     videos, (height, width) = folder / "videos", STORED["720p"]
     videos.mkdir()
     for i in range(files):
@@ -214,7 +215,7 @@ def curation(folder: Path, files: int) -> None:
 
 
 def demand(rates: dict[str, float]) -> None:
-    """Prints what a chip can eat at most, and the cores of its host that this takes by `rates`."""
+    """Prints how many clips a chip can process at most, and the cores that this takes at `rates`."""
     import jax
     import jax.numpy as jnp
 
@@ -224,7 +225,7 @@ def demand(rates: dict[str, float]) -> None:
     from lavie_jax.training.operations import count_operations
     from lavie_jax.training.step import make_state, make_update
 
-    sys.path.insert(0, str(ROOT))  # where configs find each other
+    sys.path.insert(0, str(ROOT))  # so that configs can import each other
     needs = {}
     for source in ("video_folder", "latents"):
         config = options.load(str(ROOT / "configs/base.py"))
@@ -236,21 +237,23 @@ def demand(rates: dict[str, float]) -> None:
         count = count_operations(jax.make_jaxpr(update)(state, task.frozen, abstract_batch(config, 1)))
         needs[source] = CHIPS[CHIP].flops / count
         print(
-            f"{source}: {count / 1e12:.1f} TFLOP a clip of {config.data.frames} frames, {config.data.images} images; "
-            f"at its peak a {CHIP} chip does {needs[source]:.2f} clips/s",
+            f"{source}: {count / 1e12:.1f} TFLOPs, a clip of {config.data.frames} frames, {config.data.images} images; "
+            f"a {CHIP} chip at its peak processes {needs[source]:.2f} clips/s",
             flush=True,
         )
     for name, rate in rates.items():
         most = needs["latents" if "latents" in name else "video_folder"]
-        print(f"{name}: at most {CHIPS_A_HOST * most / rate:.1f} cores for {CHIPS_A_HOST} chips")
+        print(f"{name}: at most {CHIPS_PER_HOST * most / rate:.1f} cores for {CHIPS_PER_HOST} chips")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="one of them alone")
-    parser.add_argument("--clips", type=int, default=40, help="of each source (default: %(default)s)")
-    parser.add_argument("--records", type=int, default=10_000, help="of the measurement of memory")
-    parser.add_argument("--dir", type=Path, help="where to make the temporary folder")
+    parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="run only this part")
+    parser.add_argument("--clips", type=int, default=40, help="clips per source (default: %(default)s)")
+    parser.add_argument(
+        "--records", type=int, default=10_000, help="records for the part memory (default: %(default)s)"
+    )
+    parser.add_argument("--dir", type=Path, help="where to create the temporary folder")
     args = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     rates: dict[str, float] = {}

@@ -1,17 +1,24 @@
-"""Anonymous memory of a process, for the other scripts here: what it holds for itself. Linux only.
+"""Measures the anonymous memory of processes, for the other scripts in this folder. Linux only.
 
-Pages of mapped files do not count: the kernel drops them when somebody needs the memory.
+Anonymous memory (RssAnon) is what a process holds for itself. Pages of mapped files do not count, because the kernel
+drops them when memory is needed.
 """
 
+import os
+import shlex
+import subprocess
+import tempfile
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if not Path("/proc/self/status").exists():
-    raise SystemExit("error: there is no /proc here; memory is measured on Linux only")
+    raise SystemExit("error: memory is measured on Linux only: there is no /proc")
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 when it has ended."""
+    """Returns the RssAnon of a process; 0 after it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -20,13 +27,13 @@ def anonymous_bytes(pid: int) -> int:
 
 
 class AnonymousPeak:
-    """The highest `anonymous_bytes` of a process while the block runs, in `bytes`."""
+    """A context manager that records the peak of `anonymous_bytes` of a process in its attribute `bytes`."""
 
     def __init__(self, pid: int):
         self.pid, self.bytes, self._done = pid, 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         while not self._done.wait(0.01):
             self.bytes = max(self.bytes, anonymous_bytes(self.pid))
 
@@ -37,3 +44,35 @@ class AnonymousPeak:
     def __exit__(self, *exception) -> None:
         self._done.set()
         self._thread.join()
+
+
+def run_measured(
+    command: Sequence[str | Path], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> tuple[float, int]:
+    """Runs a command to its end, without showing its output.
+
+    Returns:
+        Seconds, including the start of the process; peak of anonymous memory in bytes.
+
+    Raises:
+        SystemExit: the command failed.
+    """
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile() as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            words, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=log
+        )
+        with AnonymousPeak(process.pid) as memory:
+            code = process.wait()
+        seconds = time.perf_counter() - start
+        if code:
+            log.seek(0)
+            raise SystemExit(f"error: {shlex.join(words)} ended with {code}:\n{log.read().decode()[-2000:]}")
+    return seconds, memory.bytes
+
+
+def warn_if_busy() -> None:
+    """Prints a warning if other processes are using the machine."""
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: the machine is busy (load {load:.1f}), measure again")

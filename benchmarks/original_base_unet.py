@@ -1,12 +1,10 @@
-"""The original base UNet in PyTorch, an evaluation for each line on stdin.
+"""Evaluates the original base UNet in PyTorch once for each line on stdin. Started by base_unet_vs_original.py:
 
-base_unet_vs_original.py starts it:
     PYTHON original_base_unet.py CHECKOUT CASE SHAPES CORES OUTPUT
 
-Runs in the original's environment, which has no jax. Weights and inputs come from the formula of the golden
-cases, with SHAPES (JSON) in place of the case's inputs. Prints one JSON object a line: torch's version when
-it is ready, then the seconds of each evaluation. The output of an evaluation asked for by the line "save" is
-written to OUTPUT (.npy).
+Runs in the original's environment, without jax. Weights and inputs come from the formula of the golden cases, with
+SHAPES (JSON) replacing the case's inputs. Prints one JSON object per line: torch's version when ready, then the seconds
+of each evaluation. For the line "save", the output is written to OUTPUT (.npy).
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Draw the training curves of one or more runs, one below the other.
+"""Plots the training curves of one or more runs below each other. Measures nothing.
 
     python benchmarks/plot_training.py runs/image runs/base --out docs/images/training.png
 
-Left: the training loss of video and images as `metrics.jsonl` has it. Right: the held-out loss of the averaged model at
-fixed timesteps with fixed noise, which is what can be compared between runs. Needs matplotlib (extra `plots`).
+Left: the training loss of video and images from `metrics.jsonl`. Right: the held-out loss of the averaged model at
+fixed timesteps with fixed noise, which can be compared between runs. Needs matplotlib (extra `plots`).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have `name`."""
+    """Returns steps and values of the rows that have `name`."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -25,7 +25,7 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="work directories of train.py")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args()
     figure, axes = plt.subplots(len(args.runs), 2, figsize=(10, 3.2 * len(args.runs)), squeeze=False)
     for (left, right), run in zip(axes, args.runs, strict=True):

@@ -1,12 +1,16 @@
-"""What compiling for a TPU spends its time on: gradients of parts of the base UNet, for one v5e chip that is not there.
+"""Measures how long parts of the base UNet take to compile for a TPU v5e, ahead of time and without a TPU.
 
-    python benchmarks/tpu_compile.py [--json FILE]     # needs libtpu; some ten minutes of one core
+    python benchmarks/tpu_compile.py [--json FILE]
 
-Parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16. "plan" is how many
-seconds it takes until memory is planned (`lavie_jax/planner/plan.py`), which is the work of one core; "all" includes
-the machine code, in seconds of CPU time of all cores. "cycles" is the compiler's own estimate of the run time, in
-millions, without Pallas kernels: a guess, but the same one on both sides. O1 is what JAX_OPTIMIZATION_LEVEL=O1 asks
-for.
+Compiles gradients of parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16.
+Needs libtpu and about ten minutes of one core. Columns:
+
+plan      seconds until memory is planned (`lavie_jax/planner/plan.py`), on one core
+all       CPU seconds of all cores for the whole compilation, including machine code
+code      size of the machine code in MiB
+cycles    the compiler's estimate of the run time in millions of cycles, without Pallas kernels; for comparison only
+
+O1 is the optimization level of JAX_OPTIMIZATION_LEVEL=O1.
 """
 
 import argparse
@@ -33,22 +37,22 @@ LEVELS = {"default": {}, "O1": {"xla_optimization_level": "EFFORT_O1"}}
 
 
 class Convolution(nn.Module):
-    """3x3, after norm and SiLU (`normed`), and kept apart from them (`apart`)."""
+    """A 3x3 convolution, optionally after norm and SiLU (`normed`), optionally not fused with them (`barrier`)."""
 
     normed: bool = False
-    apart: bool = False
+    barrier: bool = False
 
     @nn.compact
     def __call__(self, x):
         if self.normed:
             x = nn.silu(GroupNorm(32, 1e-5, FRAMES, DTYPE, name="norm")(x))
-        if self.apart:
+        if self.barrier:
             x = jax.lax.optimization_barrier(x)
         return conv(CHANNELS, (3, 3), name="conv", dtype=DTYPE)(x)
 
 
 def parts() -> dict[str, tuple[nn.Module, tuple]]:
-    """{name: (module, what it is called with beside x)}."""
+    """Returns {name: (module, its arguments after x)}."""
     config = build.make_models(options.load("configs/base.py"), DTYPE, 1.0).unet.config
     items = 1 + FRAMES.images
     temb = jax.ShapeDtypeStruct((1, items, 4 * CHANNELS), DTYPE)
@@ -56,14 +60,14 @@ def parts() -> dict[str, tuple[nn.Module, tuple]]:
     return {
         "convolution": (Convolution(), ()),
         "norm, SiLU, convolution": (Convolution(normed=True), ()),
-        "the same, convolution apart": (Convolution(normed=True, apart=True), ()),
+        "the same, convolution apart": (Convolution(normed=True, barrier=True), ()),
         "residual block": (ResnetBlock(CHANNELS, 32, 1e-5, FRAMES, dtype=DTYPE), (temb,)),
         "transformer block": (TransformerBlock(Setting(config, FRAMES, DTYPE, "auto"), 0, False), (text,)),
     }
 
 
 def gradient(module: nn.Module, inputs: tuple, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Of parameters and x, lowered."""
+    """Returns the lowered gradient with respect to parameters and x."""
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
 
     def loss(params, *inputs):
@@ -75,7 +79,7 @@ def gradient(module: nn.Module, inputs: tuple, mesh: jax.sharding.Mesh) -> jax.s
 
 
 def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> dict[str, float]:
-    """One cell of each column; `level` holds the compiler's options."""
+    """Returns one value per column; `level` holds compiler options."""
     lowered = lower()
     with tempfile.TemporaryDirectory() as folder:
         begin, clock = time.process_time(), time.time()
@@ -89,14 +93,14 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     mesh = parallel.make_mesh(devices=chips.devices("v5e:1x1"))
     x = jax.ShapeDtypeStruct((1, sum(FRAMES), 40, 64, CHANNELS), DTYPE)
     found = {}
     for name, (module, rest) in parts().items():
-        for level, asked in LEVELS.items():
-            row = found[f"{name}, {level}"] = measure(lambda: gradient(module, (x, *rest), mesh), asked)  # noqa: B023
+        for level, options_of_level in LEVELS.items():
+            row = found[f"{name}, {level}"] = measure(lambda: gradient(module, (x, *rest), mesh), options_of_level)  # noqa: B023
             print(f"{name}, {level}:", ", ".join(f"{key} {value:.1f}" for key, value in row.items()), flush=True)
     columns = list(next(iter(found.values())))
     cells = [[name, *(f"{row[column]:.1f}" for column in columns)] for name, row in found.items()]

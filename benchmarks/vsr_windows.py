@@ -1,13 +1,13 @@
-"""Cuts and cost of the super-resolution stage's windows: blended against the original's chunks of 8 frames.
+"""Measures seams and cost of super-resolution windows: blended windows against the original's chunks of 8 frames.
 
     python benchmarks/vsr_windows.py --weights weights/vsr [--input clip.mp4 --prompt TEXT] [--json FILE]
 
-A cut shows as frames that differ more across a window's border than inside a window. What moves in the clip itself is
-taken off first: differences are of what the model adds to its input, enlarged bicubically. Each way of cutting the clip
-is judged at its own borders (blended windows: all pairs of frames in an overlap) and at those of the official chunks,
-where a blended clip should show nothing. "Ratio" is the mean difference at borders over that inside, 1 without cuts.
-The cost of overlapping is UNet windows and seconds, compiling left out. Without --input: clips of Moving Shapes, at the
-size of the weights' settings.
+At a visible seam, consecutive frames differ more across a window's border than inside a window. To exclude motion in
+the clip itself, differences are taken of what the model adds to its bicubically enlarged input. Each method is measured
+at its own borders (for blended windows, all pairs of frames in an overlap) and at those of the official chunks, where a
+blended clip should have no seams. "Ratio" is the mean difference at borders over that elsewhere; 1 = no seams. The cost
+of overlaps is given as numbers of windows and as seconds without compilation. Runs on any device. Without --input, uses
+clips of Moving Shapes at the size of the weights' settings.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lavie_jax import cascade
+from lavie_jax import cascade, results
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.video_files import read_clip
 from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo
 
-WAYS = {
+METHODS = {
     "official": {"windows": "official"},
     "blended, 1 frame shared": {"overlap_frames": 1},
     "blended, 2 frames shared": {"overlap_frames": 2},
@@ -36,7 +36,7 @@ WAYS = {
 
 
 def clips(args: argparse.Namespace, pipe: cascade.Cascade) -> list[tuple[np.ndarray, str]]:
-    """(low-resolution frames, prompt)."""
+    """Returns pairs of low-resolution frames and prompt."""
     if args.input:
         return [(read_clip(args.input)[0], args.prompt)]
     weights = pipe.weights["vsr"]
@@ -46,36 +46,38 @@ def clips(args: argparse.Namespace, pipe: cascade.Cascade) -> list[tuple[np.ndar
 
 
 def enlarged(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic."""
+    """Enlarges each frame bicubically."""
     images = (Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames)
     return np.stack([np.asarray(image) for image in images]).astype(np.float32)
 
 
 def pairs_at_borders(windows: list) -> set[int]:
-    """Each i for which frames i and i + 1 are on two sides of a border, or together in an overlap."""
+    """Returns each i for which frames i and i + 1 lie on opposite sides of a border, or both in an overlap."""
     bounds = sorted({(window.spans[0].start, window.spans[0].stop) for window in windows})
     return {i for (_, stop), (start, _) in zip(bounds, bounds[1:]) for i in range(start - 1, stop)}
 
 
 def ratio(steps: np.ndarray, at_borders: set[int]) -> float:
-    """Mean of `steps` (a difference for each pair of frames) at borders over that elsewhere."""
+    """Returns the mean of `steps`, a difference per pair of frames, at borders over that elsewhere."""
     inside = np.array([i not in at_borders for i in range(len(steps))])
     return float(steps[~inside].mean() / steps[inside].mean()) if inside.any() and not inside.all() else float("nan")
 
 
 def measure(pipe: cascade.Cascade, name: str, clip: np.ndarray, prompt: str, args: argparse.Namespace) -> dict:
-    given = {"steps": args.steps, **WAYS[name]}
+    """Returns one value per column for a method and a clip."""
+    given = {"steps": args.steps, **METHODS[name]}
     info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
 
-    def of(given):
+    def settings_and_windows(given):
         settings = cascade.resolve_settings(pipe.weights, ["vsr"], {"vsr": given}, info)["vsr"]
-        return settings, STAGES["vsr"].windows(STAGES["vsr"].latent_shape(pipe.weights["vsr"], settings), settings)
+        stage = STAGES["vsr"]
+        return settings, stage.windows(stage.latent_shape(pipe.weights["vsr"], settings), settings)
 
-    settings, windows = of(given)
-    _, chunks = of({**given, "windows": "official"})
-    begin = time.perf_counter()
+    settings, windows = settings_and_windows(given)
+    _, chunks = settings_and_windows({**given, "windows": "official"})
+    start = time.perf_counter()
     (video,) = pipe(prompt, stages=("vsr",), clip=clip, vsr=given, seed=args.seed)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     added = video.astype(np.float32) - enlarged(clip, settings.height, settings.width)
     steps = np.abs(np.diff(added, axis=0)).mean((1, 2, 3))
     return {
@@ -89,20 +91,20 @@ def measure(pipe: cascade.Cascade, name: str, clip: np.ndarray, prompt: str, arg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="of the vsr stage, or of a cascade")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of the vsr stage or of a cascade")
     parser.add_argument("--input", type=Path, help="a low-resolution clip")
-    parser.add_argument("--prompt", default="", help="of --input")
-    parser.add_argument("--clips", type=int, default=8, help="of Moving Shapes (default 8)")
-    parser.add_argument("--frames", type=int, default=61, help="of each (default 61)")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompt", default="", help="prompt of --input")
+    parser.add_argument("--clips", type=int, default=8, help="number of Moving Shapes clips (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=61, help="frames per clip (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the weights' own)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
     try:
         pipe = cascade.load(args.weights, stages=["vsr"])
         todo = clips(args, pipe)
         rows = {}
-        for name in WAYS:
+        for name in METHODS:
             measure(pipe, name, *todo[0], args)  # compiles
             rows[name] = [measure(pipe, name, clip, prompt, args) for clip, prompt in todo]
     except UserError as error:
@@ -112,9 +114,8 @@ def main() -> None:
     }
     columns = list(next(iter(means.values())))
     print(f"{len(todo)} clips of {todo[0][0].shape}, {jax.devices()[0].device_kind}, {pipe.dtype.name}")
-    print("| way | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
-    for name, row in means.items():
-        print(f"| {name} | " + " | ".join(f"{row[key]:.4g}" for key in columns) + " |")
+    cells = [[name, *(f"{row[key]:.4g}" for key in columns)] for name, row in means.items()]
+    print(results.markdown(["windows", *columns], cells))
     if args.json:
         args.json.write_text(json.dumps(means, indent=2) + "\n")
 
