@@ -56,7 +56,7 @@ class Sampler:
         steps: number of steps between noise levels.
         schedule: the schedule that the network was trained with.
         spacing: how the timesteps are spaced, one of `SPACINGS`.
-        default_spacing: the spacing that `make_sampler` chooses unless told otherwise.
+        default_spacing: the spacing of `make_sampler` if none is given.
         leading_offset: the offset of "leading" spacing.
         fractional: whether the network is evaluated at fractional timesteps.
         needs_noise: whether `update` takes fresh noise.
