@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 from lavie_jax.errors import Parser, UserError
+from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES, interpolated_sampling
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.interpolation import interpolated_sampling
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.convert import Target, differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_base, inflate_pretrained
-from lavie_jax.weights.names import PARTS
 from lavie_jax.weights.pretrained import read_weights_file
 
 
@@ -71,8 +72,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> None:
     """`import` and `inflate`: writes a weights folder."""
     stage = STAGES[args.stage]
-    low_res = LOW_RES_SCHEDULE if args.stage == "vsr" else None
-    target = Target(stage=stage.name, sampling=stage.sampling, schedule=stage.schedule, low_res_schedule=low_res)
+    target = Target(
+        stage=stage.name, sampling=stage.sampling, schedule=stage.schedule, low_res_schedule=stage.low_res_schedule
+    )
     common = {"share": args.share, "overwrite": args.overwrite}
     if args.command == "import":
         import_stage(

@@ -1,73 +1,38 @@
-"""Videos from prompts, through one to three stages.
+"""Samples videos from prompts, through one to three stages.
 
     python sample.py --prompt "a red circle moving left"
     python sample.py --prompt "a red circle moving left" --stages base,interpolation,vsr --weights weights
     python sample.py --prompt "a red circle moving left" --stages vsr --input clip.mp4 --weights weights/vsr
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
-Each sample becomes OUT/{index:04d}-{slug}-{seed}.mp4, index being the prompt's, with a JSON beside it that
-says how to make it again; OUT/contact-sheet.png shows those of the last command. Of several stages, and of a clip
-of yours, every stage's frames are in OUT/stages, exact (.npy), and a row each on the contact sheet, at the same
-moments. What is there already is skipped: a run that was stopped goes on at the prompt, the stage and the denoising
-step where it was. `--part I/N` makes a part of the samples, for several machines with the same command and OUT.
-What is not given is as in the weights' config.json.
-Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
+Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index is the prompt's, with a JSON beside it from
+which it can be made again. OUT/contact-sheet.png shows the samples of the last command. With several stages, or a clip
+of your own, OUT/stages has every stage's frames, lossless (.npy), and the contact sheet a row for each, at the same
+moments. Existing samples are skipped, and a run that was stopped resumes at the prompt, stage and denoising step where
+it was. `--part I/N` makes a part of the samples, for several machines with the same command and OUT.
+Omitted settings default to the weights folder's config.json.
+Compiled programs are kept in ~/.cache/lavie_jax, or where JAX_COMPILATION_CACHE_DIR points.
 """
 
 import argparse
 import hashlib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from lavie_jax.errors import Parser, UserError, check_folder
-from lavie_jax.samples.outputs import (
-    Output,
-    check_formats,
-    make_request,
-    of_stage,
-    parse_formats,
-)
+from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
 from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
-from lavie_jax.samples.settings import STAGES, Settings, Source, check_values, parse_stages
 from lavie_jax.samples.sheets import ContactSheets
-
-# What may be set of each stage, in the words of its settings: (name, type, metavar, help).
-COMMON = (
-    ("sampler", str, "NAME", "ddpm, ddim, euler, respaced_ddim or dpm++2m"),
-    ("steps", int, "N", "denoising steps"),
-    ("guidance", float, "X", "classifier-free guidance; 1 is without"),
-    ("guidance_rescale", float, "X", "0 to 1: takes back the contrast that a large guidance adds; 0 is without"),
-    ("fps", float, "X", "frames a second, written into the files"),
-    ("negative_prompt", str, "TEXT", "what to stay away from"),
-    ("prompt_suffix", str, "TEXT", "added to every prompt"),
-)
-FLAGS = {
-    "base": (
-        *COMMON,
-        ("frames", int, "T", "1 makes images"),
-        ("height", int, "H", "pixels"),
-        ("width", int, "W", "pixels"),
-    ),
-    "interpolation": (
-        *COMMON,
-        ("key_latents", str, "NAME", "what the model sees of key frames: a draw of the VAE's posterior, or its mean"),
-    ),
-    "vsr": (
-        *COMMON,
-        ("noise_level", int, "N", "noise on the low-resolution frames, 0 to 350"),
-        ("windows", str, "NAME", "blended (default), or official: LaVie's chunks, with a cut after each"),
-        ("window_frames", int, "T", "frames of a window (default 8)"),
-        ("overlap_frames", int, "T", "frames that blended windows share (default 2)"),
-        ("tile", int, "P", "side of spatial windows in low-resolution pixels; 0 is whole frames (default: by size)"),
-    ),
-}
+from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; UserError for what is wrong with it."""
+    """The parsed command line. Raises UserError when it is malformed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
@@ -75,89 +40,92 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="txt (one prompt a line), csv or jsonl (prompt, and if wanted seed and negative_prompt)",
+        help="txt (one prompt per line), csv or jsonl (prompt, and optionally seed and negative_prompt)",
     )
     add(
         "--stages",
-        default="base",
+        default=MAIN_STAGE,
         metavar="LIST",
-        help="base (default), base,interpolation, base,vsr, base,interpolation,vsr; without base: of --input",
+        help="stages to run: base (default), base,interpolation, "
+        "base,vsr, base,interpolation,vsr; without base, they start from --input",
     )
-    add("--input", type=Path, metavar="FILE", help="a clip of yours, instead of the base stage's: a video, or an npz")
-    add("--seed", default="0", metavar="S", help="of the first video of each prompt (default 0)")
-    add("--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds S to S+N-1 (default 1)")
+    add("--input", type=Path, metavar="FILE", help="your clip, in place of the base stage's: a video file, or npz")
+    add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
+    add("--num-videos", type=int, default=1, metavar="N", help="per prompt, with seeds S to S+N-1 (default 1)")
     add(
         "--format",
         metavar="LIST",
-        help="any of mp4,gif,png,npz (default mp4, for images and odd sides png); png, a "
-        "folder of frames, and npz, an array, are exact",
+        help="any of mp4,gif,png,npz (default mp4; png for images and odd sides); png, a "
+        "folder of frames, and npz, an array, are lossless",
     )
-    add("--no-contact-sheet", action="store_true", help="leave out contact-sheet.png")
+    add("--no-contact-sheet", action="store_true", help="do not write contact-sheet.png")
     add(
         "--part",
         default="0/1",
         metavar="I/N",
-        help="make only every N-th sample, from number I on: hosts 0 to N-1 of "
-        "a slice with the same command and OUT make all of them (default 0/1)",
+        help="make every N-th sample, starting at index I: hosts 0 to N-1 "
+        "with the same command and OUT together make all of them (default 0/1)",
     )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
-    add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default one a device)")
+    add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default: one per device)")
     add(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="one stage's weights folder, or one with base/, interpolation/, vsr/ in it (default: shipped)",
+        help="a stage's weights folder, or one with base/, interpolation/, vsr/ inside (default: the shipped models)",
     )
-    for stage in STAGES:
-        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if elsewhere")
-    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
-    add("--overwrite", action="store_true", help="make again what is there, and replace it")
-    for stage, flags in FLAGS.items():
+    for stage in STAGE_INFO:
+        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, when it is elsewhere")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
+    add("--overwrite", action="store_true", help="make existing samples again, and replace them")
+    for stage, info in STAGE_INFO.items():
         group = parser.add_argument_group(f"settings of {stage}")
-        for name, kind, metavar, text in flags:
-            prefix = "" if stage == "base" else f"{stage}-"
-            group.add_argument(f"--{prefix}{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-        if stage == "interpolation":
-            group.add_argument("--keep-key-frames", action="store_const", const=True,
-                               help="leave the key frames' pixels as they are")  # fmt: skip
+        for name, flag, kind, metavar, text in info.flags():
+            value = dict(action="store_const", const=True) if kind is bool else dict(type=kind, metavar=metavar)
+            group.add_argument(flag, dest=setting_argument(stage, name), help=text, **value)
     return parser.parse_args(argv)
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, dict]:
-    """{stage: what the command line says of its settings}, checked as far as they can be without the weights."""
-    given = {stage: {name: getattr(args, name if stage == "base" else f"{stage}_{name}") for name, *_ in flags}
-             for stage, flags in FLAGS.items()}  # fmt: skip
-    given["interpolation"]["keep_key_frames"] = args.keep_key_frames
-    for stage, values in given.items():
+def setting_argument(stage: str, name: str) -> str:
+    """Where the parsed command line keeps a stage's setting."""
+    return f"setting {stage} {name}"
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """{stage: its settings on the command line}, checked as far as possible without the weights."""
+    given = {}
+    for stage, info in STAGE_INFO.items():
+        names = [name for name, *_ in info.flags()]
+        values = {name: getattr(args, setting_argument(stage, name)) for name in names}
+        given[stage] = values = {name: value for name, value in values.items() if value is not None}
+        if values and stage not in args.stages:
+            hint = f"; settings of other stages start with their name: --{args.stages[-1]}-steps" if info.main else ""
+            name, chosen = next(iter(values)), ",".join(args.stages)
+            raise UserError(f"{name} is given for {stage}, which is not among the stages {chosen}{hint}")
         for name, value in values.items():
-            if value is not None and stage not in args.stages:
-                raise UserError(
-                    f"{name} is given for {stage}, which is not among the stages {','.join(args.stages)}"
-                    + ("; another stage's have its name before them: --vsr-steps" * (stage == "base"))
-                )
             if isinstance(value, str):
                 check_unicode(value, name.replace("_", "-"))
         try:
-            check_values(values)
+            info.settings.check(values)
         except UserError as error:
-            raise error if stage == "base" else UserError(f"{stage} stage: {error}") from None
+            raise info.located(error) from None
     return given
 
 
 def parse_part(text: str) -> tuple[int, int]:
     """`"1/4"` as (1, 4)."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UserError(f"part: I/N with I from 0 to N-1 is needed, such as 0/4 to 3/4, given {text!r}")
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"part must be I/N with I from 0 to N-1, such as 0/4 to 3/4, not {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of the command line, then those of the file; everything else about the arguments is checked, too."""
+    """The prompts of the command line, then those of the file. Checks all other arguments as well."""
     for name in ("num_videos", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"{name.replace('_', '-')}: at least 1 is needed, given {value}")
+            raise UserError(f"{name.replace('_', '-')} must be at least 1, not {value}")
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
     check_folder(args.out, f"--out {args.out}")
@@ -165,7 +133,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     args.seed = check_seed(args.seed, "seed")
     args.part = parse_part(args.part)
     if any(not text.strip() for text in args.prompt):
-        raise UserError("prompt: an empty one was given")
+        raise UserError("prompt: an empty prompt was given")
     for text in args.prompt:
         check_unicode(text, "prompt")
     prompts = [Prompt(text=text.strip()) for text in args.prompt]
@@ -174,26 +142,26 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
         raise UserError('give a --prompt, e.g. --prompt "a red circle moving left", or a --prompt-file')
     for prompt in prompts:
         check_seed((args.seed if prompt.seed is None else prompt.seed) + args.num_videos - 1, "last seed")
-        if prompt.negative is not None and "base" not in args.stages:
+        if prompt.negative is not None and MAIN_STAGE not in args.stages:
             raise UserError(
-                f"prompt file: negative_prompt is for base, which is not among the stages; "
+                f"prompt file: negative_prompt belongs to {MAIN_STAGE}, which is not among the stages; "
                 f"use --{args.stages[0]}-negative-prompt"
             )
     return prompts
 
 
 def read_input(path: Path) -> tuple:
-    """(frames, what they are, the file's hash) of the user's clip."""
-    from lavie_jax.cascade.pixels import free_memory
+    """(frames, ClipInfo, SHA-256 of the file) of the user's clip."""
     from lavie_jax.data.video_files import read_clip
+    from lavie_jax.stages.clips import ClipInfo, free_memory
 
     frames, fps = read_clip(path, max_bytes=free_memory() / 2)
-    source = Source(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
+    clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
     with path.open("rb") as file:
-        return frames, source, hashlib.file_digest(file, "sha256").hexdigest()
+        return frames, clip, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plan(
+def plan_outputs(
     args: argparse.Namespace,
     prompts: list[Prompt],
     settings: dict[str, Settings],
@@ -216,31 +184,32 @@ def plan(
     return outputs
 
 
-def add_to_sheet(
-    sheets: ContactSheets, output: Output, video, stages: tuple[str, ...], clips: dict, dtype: str
-) -> None:
-    """A row each for what the sample started from (`clips`) and for its stages; `video` None is read from its files."""
-    shelf = output.shelf(dtype)
-    before = {stage: made for stage in stages[:-1] if (made := shelf.get(stage)) is not None}
+def add_to_sheet(sheets: ContactSheets, output: Output, video, stages: Sequence[str], clips: dict, dtype: str) -> None:
+    """Adds a row for each clip that the sample started from (`clips`) and for each of its stages.
+
+    A `video` of None is read from the sample's files.
+    """
+    cache = output.cache(dtype)
+    intermediate = {stage: frames for stage in stages[:-1] if (frames := cache.get(stage)) is not None}
     try:
         video = output.read() if video is None else video
-    except UserError as error:  # of an older run, damaged since: no reason to lose this one
+    except UserError as error:  # an older sample, damaged since: this run must not fail for it
         warn([str(error)])
     else:
-        sheets.add({**clips, **before, stages[-1]: video}, output.request["prompt"])
+        sheets.add({**clips, **intermediate, stages[-1]: video}, output.request["prompt"])
 
 
 def warn(lines: list[str]) -> None:
-    """One line each, on stderr."""
+    """Prints warnings to stderr."""
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Samples every request; UserError before anything is loaded where a request is wrong."""
+    """Samples every request. Raises UserError before anything is loaded when a request is wrong."""
     prompts = read_requests(args)
 
-    # Only a request that may be right pays for importing jax, and only one that is right for reading weights.
+    # jax is imported only for requests that may be valid, and weights are read only for those that are.
     from lavie_jax.parallel import keep_compiled_programs
 
     keep_compiled_programs()
@@ -250,35 +219,39 @@ def run(args: argparse.Namespace) -> None:
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.weights import folder_hash, load_folder
 
-    named = {stage: folder for stage in STAGES if (folder := getattr(args, f"{stage}_weights")) is not None}
+    # ---- what is to be made ----
+    named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
     folders = cascade.stage_folders(args.weights, named, args.stages)
-    weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in args.stages
-               if stage in folders}  # fmt: skip
-    frames, source, clip_hash = read_input(args.input) if args.input else (None, None, None)
-    settings = cascade.plan(weights, args.stages, args.given, source)
-    outputs = plan(args, prompts, settings, {stage: folder_hash(folders[stage]) for stage in settings}, clip_hash)
+    available = [stage for stage in args.stages if stage in folders]
+    weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
+    frames, clip, clip_hash = read_input(args.input) if args.input else (None, None, None)
+    settings = cascade.resolve_settings(weights, args.stages, args.given, clip)
+    hashes = {stage: folder_hash(folders[stage]) for stage in settings}
     part, parts = args.part
-    outputs = outputs[part::parts]
+    outputs = plan_outputs(args, prompts, settings, hashes, clip_hash)[part::parts]
+
+    # ---- what exists already ----
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
     todo = [output for output, missing in zip(outputs, formats) if missing]
     if len(todo) < len(outputs):
-        print(f"{len(outputs) - len(todo)} of {len(outputs)} samples are in {args.out} already")
+        print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
     dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
-    shelves = [output.shelf(dtype.name) for output in todo]
-    for shelf in shelves if not args.overwrite else ():
-        shelf.check()
-    warn(cascade.notes(weights, settings, source))
+    caches = [output.cache(dtype.name) for output in todo]
+    for cache in caches if not args.overwrite else ():
+        cache.check()
+    warn(cascade.padding_notes(weights, settings, clip))
     for stage in settings:
         asked = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
         texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]
         warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
+    # ---- sampling ----
     pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype, fsdp=args.fsdp) if todo else None
-    for shelf in shelves if args.overwrite else ():
-        shelf.renew()
+    for cache in caches if args.overwrite else ():
+        cache.prepare_overwrite()
     requests = [
         cascade.Request(
             prompt=output.request["prompt"], seed=output.request["seed"],
@@ -286,20 +259,19 @@ def run(args: argparse.Namespace) -> None:
         )
         for output in todo
     ]  # fmt: skip
-    where = {"weights" if stage == "base" else f"{stage}_weights": str(folders[stage]) for stage in settings}
-    made_with, videos = {**where, **({"input": str(args.input)} if args.input else {})}, iter(())
+    made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
+    made_with |= {"input": str(args.input)} if args.input else {}
+    videos = iter(())
     if pipe is not None:
         made_with |= pipe.made_with()
-        videos = pipe.videos(
-            requests, settings, clip=frames, shelves=shelves, batch_size=args.batch_size, progress=True
-        )
-    shelves = iter(shelves)
+        videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=True)
+    caches = iter(caches)
     for output, missing in zip(outputs, formats):
         video = next(videos) if missing else None
         for path in output.write(video, missing, made_with) if missing else ():
             tqdm.write(str(path))
         if missing:
-            next(shelves).clear()
+            next(caches).clear()
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, {} if frames is None else {"input": frames}, dtype.name)
     sheets.flush()
@@ -313,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 

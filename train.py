@@ -317,7 +317,8 @@ class StopRequest:
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        with one_line_errors():
+            print(f"{__doc__}\n{options.help_text(sys.argv[1:])}")
         sys.exit()
     try:
         with one_line_errors(), ExitStack() as stack:

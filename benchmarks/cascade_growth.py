@@ -22,7 +22,7 @@ from memory import AnonymousPeak
 
 import lavie_jax
 from lavie_jax.data import moving_shapes
-from lavie_jax.stages import KEY_FRAME_SPACING
+from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 
 ROOT = Path(__file__).parents[1]
 FPS = {"interpolation": 8, "vsr": 32}

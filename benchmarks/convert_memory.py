@@ -19,8 +19,7 @@ import numpy as np
 from memory import AnonymousPeak
 
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet_config import UNetConfig
-from lavie_jax.models.vae import VAEConfig
+from lavie_jax.weights.diffusers_configs import unet_config, vae_config
 from lavie_jax.weights.expected import expected_shapes
 from lavie_jax.weights.names import to_torch
 from lavie_jax.weights.safetensors_io import Tensor, read_safetensors, write_safetensors
@@ -52,10 +51,10 @@ def random_tensors(part: str, config, dialect: str) -> dict[str, Tensor]:
 def make_files(folder: Path) -> None:
     """`lavie_base.pt` and the diffusers folder `sd`."""
     flat = folder / "flat.safetensors"
-    write_safetensors(flat, random_tensors("unet", UNetConfig.from_diffusers(UNET, "base"), "lavie"), {})
+    write_safetensors(flat, random_tensors("unet", unet_config(UNET, "base"), "lavie"), {})
     write_torch(folder / "lavie_base.pt", read_safetensors(flat)[0])
     flat.unlink()
-    vae, text = VAEConfig.from_diffusers(VAE), CLIPTextConfig(**TEXT)
+    vae, text = vae_config(VAE), CLIPTextConfig(**TEXT)
     for part, config, said, file in (
         ("vae", vae, VAE, "diffusion_pytorch_model.safetensors"),
         ("text_encoder", text, TEXT, "model.safetensors"),

@@ -35,9 +35,10 @@ import numpy as np
 from memory import anonymous_bytes
 from PIL import Image
 
-from lavie_jax.curation import assemble
+from lavie_jax.curation import output
 from lavie_jax.data import latents, pipeline, shards, transforms, video_files
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +101,8 @@ def make_latents(folder: Path, count: int, *, frames: int, size: tuple[int, int]
         "format": latents.FORMAT, "medium": "video", "sizes": [[list(size), count]], "fps": FPS, "null_caption": "",
         "weights": {}, "made_from": "random numbers",
     }  # fmt: skip
-    assemble.finish(folder, {"latents": told, "files": assemble.files(folder, [*paths, folder / latents.NULL_TEXT])})
+    files = output.file_hashes(folder, [*paths, folder / latents.NULL_TEXT])
+    output.write_manifest(folder, {"latents": told, "files": files})
     return folder
 
 

@@ -21,10 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavie_jax import parallel
-from lavie_jax.evaluation import results
+from lavie_jax import parallel, results
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
-from lavie_jax.models.unet import Setting, TransformerBlock
+from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import chips, plan
 from lavie_jax.planner.programs import placed
 from lavie_jax.training import build, options

@@ -13,9 +13,8 @@ import json
 import time
 from pathlib import Path
 
-from lavie_jax import cascade
-from lavie_jax.evaluation import results
-from lavie_jax.evaluation.cascade import by_model, compare, enlargement, moving_samples, smaller, through_vae
+from lavie_jax import cascade, results
+from lavie_jax.evaluation.cascade import by_model, compare, downscaled, enlargement, moving_samples, through_vae
 
 SAMPLERS = ("ddim", "dpm++2m")
 
@@ -36,7 +35,7 @@ def main() -> None:
     seconds = {}
 
     def timed(row, make):
-        make(smaller(samples[0].pixels), samples[0].caption, args.seed)  # compiles
+        make(downscaled(samples[0].pixels), samples[0].caption, args.seed)  # compiles
 
         def made(*given):
             start = time.perf_counter()
@@ -52,7 +51,7 @@ def main() -> None:
         for steps in args.steps.split(",")
     }
     rows = {row: timed(row, by_model(pipe, "vsr", **given)) for row, given in ways.items()}
-    table = compare(rows, through_vae(pipe, "vsr"), samples, args.seed, smaller, enlargement)
+    table = compare(rows, through_vae(pipe, "vsr"), samples, args.seed, downscaled, enlargement)
     for row, cells in table.items():
         cells["seconds"] = seconds.get(row, float("nan"))
     columns = list(next(iter(table.values())))

@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from lavie_jax import cascade
-from lavie_jax.cascade import vsr
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.video_files import read_clip
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import Source
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.clips import ClipInfo
 
 WAYS = {
     "official": {"windows": "official"},
@@ -65,11 +65,11 @@ def ratio(steps: np.ndarray, at_borders: set[int]) -> float:
 
 def measure(pipe: cascade.Cascade, name: str, clip: np.ndarray, prompt: str, args: argparse.Namespace) -> dict:
     given = {"steps": args.steps, **WAYS[name]}
-    source = Source(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
+    info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
 
     def of(given):
-        settings = cascade.plan(pipe.weights, ["vsr"], {"vsr": given}, source)["vsr"]
-        return settings, vsr.windows(vsr.latent_shape(pipe.weights["vsr"], settings), settings)
+        settings = cascade.resolve_settings(pipe.weights, ["vsr"], {"vsr": given}, info)["vsr"]
+        return settings, STAGES["vsr"].windows(STAGES["vsr"].latent_shape(pipe.weights["vsr"], settings), settings)
 
     settings, windows = of(given)
     _, chunks = of({**given, "windows": "official"})

@@ -5,35 +5,37 @@
         --config.data.path=CLIPS --config.distributed=True
     python train.py --config configs/interpolation.py:tiny --workdir runs/interpolation-tiny    # a minute on a CPU
 
-Spatial weights come from a base model, temporal attention starts anew, and the first convolution takes the latents
-of the key frames, duplicated to the target frame rate, as four more channels. As in the paper: patches of 256x256,
-WebVid10M first and Vimeo25M later (`--config.data.path`), dropped captions become the word "None". The paper
-gives neither learning rate, batch size nor steps: those here are choices; so is the frame rate of 24, which
-the original writes, and that no images are trained beside the clips (`data.images` may be set: an image is then a
-clip of one frame, its own key frame).
-Hardware: a TPU pod. Never run at full size by this project, so time and result are not yet measured; the
-program is built under `eval_shape` in a test.
+The spatial weights come from a base model, and temporal attention is new. The first convolution takes four more
+channels: the latents of the key frames, repeated to the target frame rate. As in the paper, patches have 256x256
+pixels, the data are WebVid10M and later Vimeo25M (`--config.data.path`), and dropped captions become the word "None".
+The paper does not give the learning rate, the batch size or the number of steps. Those are our choices, and so are the
+24 frames per second, the rate of the original's output, and training without images (with `data.images`, an image is a
+clip of one frame and its own key frame).
+
+Hardware: a TPU pod. Expected result: unknown, as this project has not run it at full size; a test builds the program
+with `eval_shape`.
+
+Modes: "" and "tiny" (Moving Shapes, from random weights).
 """
 
 from ml_collections import ConfigDict
 
 from configs import base, common
-from configs.moving_shapes import interpolation as small_world
+from configs.moving_shapes import interpolation as moving_shapes
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "" and "tiny" (the same program on Moving Shapes, from random weights)."""
+    """Returns the config of a mode."""
     common.check_mode(mode, ("tiny",))
     if mode == "tiny":
-        return small_world.get_config("tiny")
+        return moving_shapes.get_config("tiny")
     config = base.get_config()
-    config.stage = "interpolation"
-    config.init_from = "weights/interpolation-init"  # a base model, inflated
+    common.set_stage(config, "interpolation")
+    config.init_from = "weights/interpolation-init"  # a base model, inflated by convert_torch.py
     config.unet.in_channels = 8
     config.unet.spatial_attention = "sparse_causal"
     config.unet.temporal_attention = "after_ff"
     config.unet.temporal_position = False
-    config.sampling = ConfigDict({"sampler": "respaced_ddim", "steps": 50, "guidance": 4.0, "frames": 61, "fps": 24.0})
     config.data.frames, config.data.fps, config.data.images, config.data.image_path = 61, 24.0, 0, None
     config.data.height = config.data.width = 256
     config.data.full_height, config.data.full_width = 320, 512

@@ -5,69 +5,62 @@
         --config.data.path=CLIPS --config.data.image_path=IMAGES --config.distributed=True
     python train.py --config configs/vsr.py:tiny --workdir runs/vsr-tiny    # a minute on a CPU
 
-The x4-upscaler with new temporal layers, which alone are trained: what has `temporal` in its name, 217.6 M of 691.0 M
-parameters. Clips are patches of 320x320 with their 80x80 low-resolution frames, noised at a level that the network is
-told; it predicts v. CLIPS and IMAGES have sides of 1024 and more (the paper: WebVid10M, Laion5B); images become
-clips by smooth random translations, a hand-held camera. The paper gives neither the share of images, the range of
-noise levels (uniform from 0 to 350 here), the length of a clip (8, as the original samples), learning rate, batch size
-nor steps: choices.
-Hardware: a TPU pod. Never run at full size by this project, so time and result are not yet measured; the
-program is built under `eval_shape` in a test.
+The x4-upscaler gets new temporal layers, and only those are trained: every parameter with `temporal` in its name, 217.6
+M of 691.0 M. Clips are patches of 320x320. The network is conditioned on their low-resolution frames of 80x80, with
+noise added, and on the level of that noise, and it predicts v. CLIPS and IMAGES have sides of 1024 and more (the paper
+uses WebVid10M and Laion5B). Images become clips under a hand-held camera, by smooth random translations.
+
+The paper does not give the fraction of images, the distribution of noise levels (here 351 u^3, rounded down, with u
+uniform in [0, 1): levels 0 to 350, mostly low ones), the length of a clip (here 8, as in the original's sampling), the
+learning rate, the batch size or the number of steps. Those are our choices.
+
+Hardware: a TPU pod. Expected result: unknown, as this project has not run it at full size; a test builds the program
+with `eval_shape`.
+
+Modes: "" and "tiny" (Moving Shapes, from random weights).
 """
 
 from ml_collections import ConfigDict
 
 from configs import base, common
-from configs.moving_shapes import vsr as small_world
+from configs.moving_shapes import vsr as moving_shapes
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "" and "tiny" (the same program on Moving Shapes, from random weights)."""
+    """Returns the config of a mode."""
     common.check_mode(mode, ("tiny",))
     if mode == "tiny":
-        return small_world.get_config("tiny")
+        return moving_shapes.get_config("tiny")
     config = base.get_config()
-    config.stage = "vsr"
-    config.init_from = "weights/vsr-init"  # the x4-upscaler, inflated
+    common.set_stage(config, "vsr")
+    config.init_from = "weights/vsr-init"  # the x4-upscaler, inflated by convert_torch.py
     config.regime = "temporal_only"
 
-    config.unet = ConfigDict(
-        {
-            "in_channels": 7,
-            "out_channels": 4,
-            "block_out_channels": (256, 512, 512, 1024),
-            "layers_per_block": 2,
-            "attention_levels": (False, True, True, True),
-            "cross_attention_dim": 1024,
-            "attention_heads": (8, 8, 8, 8),
-            "only_cross_attention": (True, True, True, False),
-            "use_linear_projection": True,
-            "num_class_embeds": 1000,
-            "norm_num_groups": 32,
-            "temporal_attention": "before_ff",
-            "temporal_position": True,
-            "temporal_resblocks": True,
-            "down_temporal_idx": (0, 1, 2, 3),
-            "mid_temporal": True,
-            "up_temporal_idx": (0, 1, 2, 3),
-        }
+    common.set_fields(
+        config.unet,
+        in_channels=7,
+        block_out_channels=(256, 512, 512, 1024),
+        attention_levels=(False, True, True, True),
+        cross_attention_dim=1024,
+        only_cross_attention=(True, True, True, False),
+        use_linear_projection=True,
+        num_class_embeds=1000,
+        temporal_resblocks=True,
+        down_temporal_idx=(0, 1, 2, 3),
+        mid_temporal=True,
+        up_temporal_idx=(0, 1, 2, 3),
     )
-    config.text_encoder = ConfigDict(  # OpenCLIP ViT-H
-        {
-            "vocab_size": 49408,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 23,
-            "num_attention_heads": 16,
-            "max_position_embeddings": 77,
-            "hidden_act": "gelu",
-        }
+    common.set_fields(  # OpenCLIP ViT-H
+        config.text_encoder,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        hidden_act="gelu",
     )
     config.vae.block_out_channels = (128, 256, 512)
     config.schedule.prediction = "v_prediction"
-    config.sampling = ConfigDict(
-        {"sampler": "ddim", "steps": 50, "guidance": 5.0, "noise_level": 50, "frames": 61, "fps": 24.0}
-    )
+    config.sampling.frames, config.sampling.fps = 61, 24.0  # not those of the training clips
 
     config.data.frames, config.data.fps, config.data.images = 8, 24.0, 0
     config.data.height = config.data.width = 320

@@ -9,9 +9,8 @@ import pytest
 
 import convert_torch
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet_config import UNetConfig
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.weights.convert import missing_frequencies, video_config
+from lavie_jax.weights.diffusers_configs import unet_config, vae_config
 from lavie_jax.weights.expected import expected_shapes
 from lavie_jax.weights.names import from_torch, to_torch
 from lavie_jax.weights.safetensors_io import as_tensor
@@ -36,8 +35,8 @@ SD_SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end
 X4_SCHEDULER = SD_SCHEDULER | {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction"}
 LOW_RES_SCHEDULER = {"beta_start": 0.0001, "beta_end": 0.015, "beta_schedule": "scaled_linear"}
 
-IMAGE = UNetConfig.from_diffusers(SD_UNET, "image")
-X4_IMAGE = UNetConfig.from_diffusers(X4_UNET, "image")
+IMAGE = unet_config(SD_UNET, "image")
+X4_IMAGE = unet_config(X4_UNET, "image")
 STAGE_CONFIGS = {
     "base": video_config(IMAGE, "base", 4),
     "interpolation": video_config(IMAGE, "interpolation", 4),
@@ -92,7 +91,7 @@ def write_sd(folder, *, unet=SD_UNET, image=IMAGE, vae_dialect="old", text_diale
     dtype = np.float16 if suffix else np.float32
     model, clip = f"diffusion_pytorch_model{suffix}.bin", f"pytorch_model{suffix}.bin"
     write_model(folder / "unet", unet, state_dict("unet", image, dtype=dtype), model)
-    vae = state_dict("vae", VAEConfig.from_diffusers(VAE), vae_dialect, dtype)
+    vae = state_dict("vae", vae_config(VAE), vae_dialect, dtype)
     write_model(folder / "vae", VAE, vae, model)
     text = state_dict("text_encoder", CLIPTextConfig(**TEXT), text_dialect, dtype)
     write_model(folder / "text_encoder", TEXT | {"model_type": "clip_text_model"}, text, clip)

@@ -1,9 +1,9 @@
-"""Runs the code cells of a notebook in order, in this process, once for each set of form values.
+"""Runs the code cells of a notebook in order, in this process, once per set of form values.
 
     python tests/run_notebook.py NOTEBOOK '[{"seed": 1}, {"seed": 2}]'
 
-The cells are plain Python, so this is what Colab does but for the browser: of IPython, which the project does not need,
-there stand in three names that read what they are to show. Any error in a cell is this process's.
+The cells are plain Python, so this is what Colab does, without a browser. IPython is not a dependency of the project;
+three stand-ins replace it and read the files that they would show. Any error in a cell ends this process.
 """
 
 import json
@@ -14,20 +14,20 @@ from pathlib import Path
 
 
 class Shown:
-    """Stands in for IPython.display.Video and Image."""
+    """A stand-in for IPython.display.Video and Image."""
 
     def __init__(self, *, filename: str, embed: bool = True, width: int | None = None, html_attributes: str = ""):
         self.filename, self.bytes = filename, Path(filename).read_bytes()
-        assert embed, f"{filename} would not be kept in the notebook"
+        assert embed, f"{filename} would not be stored in the notebook"
 
 
 def display(shown: Shown) -> None:
-    """Tells what the browser would show."""
+    """Prints what the browser would show."""
     print(f"shown: {shown.filename} ({len(shown.bytes)} bytes)")
 
 
 def filled(source: str, values: dict) -> str:
-    """A cell with values in the fields of its form."""
+    """Returns a cell with values in its form fields, and removes these from `values`."""
     for name in list(values):
         source, found = re.subn(
             rf"^{name} = .*?(?=  # @param)",
@@ -51,7 +51,7 @@ def main() -> None:
         for cell in cells:
             print(f"cell: {cell['id']}", flush=True)
             exec(compile(filled("".join(cell["source"]), values), f"cell {cell['id']}", "exec"), names)
-        assert not values, f"no cell has the fields {sorted(values)}"
+        assert not values, f"no cell has fields {sorted(values)}"
     import jax
 
     print("left on the devices:", sum(array.nbytes for array in jax.live_arrays()), "bytes")

@@ -74,10 +74,12 @@ def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
 
 def test_flash_on_a_mesh_is_right():
     q, k, v = (jnp.concatenate([x, 2 * x]) for x in qkv(128, 128))
-    mesh = parallel.make_mesh(data=4, tensor=2)
+    mesh, mask = parallel.make_mesh(data=4, tensor=2), jnp.arange(128) < jnp.array([128, 5, 0, 70])[:, None]
     with pltpu.force_tpu_interpret_mode(), jax.set_mesh(mesh):
+        masked = jax.jit(lambda *x, mask: attention(*x, mask=mask, kernel="flash"))(q, k, v, mask=mask)
         out = jax.jit(lambda *x: attention(*x, kernel="flash"))(q, k, v)
     np.testing.assert_allclose(out, plain(q, k, v), atol=1e-5)
+    np.testing.assert_allclose(masked, attention(q, k, v, mask=mask, kernel="xla"), atol=1e-5)
 
 
 def test_bias_and_causal_mask():
@@ -88,11 +90,71 @@ def test_bias_and_causal_mask():
     np.testing.assert_allclose(attention(q, k, v, causal=True), plain(q, k, v, mask), atol=1e-5)
 
 
+KEY_MASK = np.arange(70) < np.array([70, 33, 0])[:, None]  # all keys, some blocks of them, none
+
+
+@pytest.mark.parametrize("kernel", ["xla", "dot_product", "blockwise", "auto"])
+def test_masked_keys_are_as_if_absent(kernel, small_blocks):
+    """Output and gradients of each row equal those of its visible keys alone; without any, they are zero."""
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (jnp.asarray(rng.normal(size=(3, s, 2, 8)), jnp.float32) for s in (40, 70, 70, 40))
+
+    @jax.jit
+    def run(args, mask, weights):
+        def weighted(args):
+            out = attention(*args, mask=mask, kernel=kernel)
+            return (out * weights).sum(), out
+
+        gradients, out = jax.grad(weighted, has_aux=True)(args)
+        return out, gradients
+
+    out, (dq, dk, dv) = run((q, k, v), jnp.asarray(KEY_MASK), weights)
+    for row, visible in enumerate(KEY_MASK.sum(1)):
+        if not visible:
+            assert not any(np.any(x[row]) for x in (out, dq, dk, dv))
+            continue
+        alone = tuple(x[None, row] for x in (q, k[:, :visible], v[:, :visible]))
+        expected, gradients = run(alone, None, weights[None, row])
+        np.testing.assert_allclose(out[row], expected[0], atol=1e-5)
+        for ours, theirs in zip((dq, dk[:, :visible], dv[:, :visible]), gradients, strict=True):
+            np.testing.assert_allclose(ours[row], theirs[0], atol=1e-5)
+        assert not any(np.any(x[row, visible:]) for x in (dk, dv))
+
+
+@pytest.mark.heavy
+def test_masked_keys_are_as_if_absent_in_flash_attention():
+    q, k, v = qkv(128, 256, heads=1, width=16)
+    mask = jnp.arange(256) < jnp.array([100, 0])[:, None]
+
+    def loss(args, mask, kernel):
+        out = attention(*args, mask=mask, kernel=kernel)
+        return jnp.square(out).sum(), out
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    (_, wanted), wanted_gradients = run((q, k, v), mask, "xla")
+    with pltpu.force_tpu_interpret_mode():
+        (_, out), gradients = run((q, k, v), mask, "flash")
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    assert np.any(out[0]) and not np.any(out[1])
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_mask_and_a_bias_apply_together():
+    q, k, v = qkv(6, 6)
+    bias = np.random.default_rng(1).normal(size=(1, 2, 6, 6)).astype(np.float32)
+    mask = np.arange(6) < np.array([4, 6])[:, None]
+    expected = plain(q, k, v, bias + np.where(mask, 0, -1e30)[:, None, None])
+    for kernel in ("xla", "dot_product", "auto"):
+        out = attention(q, k, v, bias=jnp.asarray(bias), mask=jnp.asarray(mask), kernel=kernel)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
 def test_unknown_or_unfit_kernels_are_refused():
     q, k, v = qkv(4, 4)
     with pytest.raises(ValueError, match="Choose from auto"):
         attention(q, k, v, kernel="fast")
-    with pytest.raises(ValueError, match="no bias"):
+    with pytest.raises(ValueError, match="neither a bias"):
         attention(q, k, v, causal=True, kernel="blockwise")
 
 
@@ -120,7 +182,7 @@ def test_rotary_pairs_turn_alike_on_a_tpu(dtype, monkeypatch):
     np.testing.assert_allclose(given, wanted, atol=1e-6 if dtype == jnp.float32 else 2e-2)
     monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
     np.testing.assert_array_equal(rotary_embedding(x, 2, 8), found)
-    with pytest.raises(ValueError, match="heads of 3 have one too many"):
+    with pytest.raises(ValueError, match="must be even, not 3"):
         rotary_embedding(x[..., :6], 2, 2)
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from lavie_jax.data import buckets, pipeline, shards, video_files
 from lavie_jax.data.buckets import nearest, parse_sizes
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.errors import UserError
 from tests import videos
@@ -197,13 +198,16 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
 @pytest.mark.parametrize(
     "change, batch_size, message",
     [
-        ({"buckets": (16, 24)}, 2, r"buckets are \(\(height, width\), ...\), each once"),
         ({"buckets": (WIDE, WIDE)}, 2, "each once"),
         ({"buckets": (WIDE, (0, 16))}, 2, "each once"),
-        ({"buckets": (TALL, SQUARE)}, 2, "buckets hold the size that is sampled, height x width = 16x24; given 24x16"),
+        (
+            {"buckets": (TALL, SQUARE)},
+            2,
+            "buckets must include the size .* height x width = 16x24; given 24x16",
+        ),
         ({"full_height": 32, "full_width": 48}, 2, "buckets are of whole frames"),
         ({"source": "mixture", "videos": ("moving_shapes",), "path": None}, 2, "buckets need one source"),
-        ({}, 8, "the bucket 24x16 has . clips to train on, fewer than a batch of 8: leave it out"),
+        ({}, 8, "the bucket 24x16 has . clips for training, fewer than a batch of 8: remove it"),
     ],
 )
 def test_buckets_that_cannot_be_used_are_refused(stores, change, batch_size, message):
@@ -216,7 +220,7 @@ def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
     Image.fromarray(ramp(32, 48, 1)[0]).save(file, "png")
     rows = [{"image": file.getvalue(), "caption": f"wide {i}"} for i in range(9)]
     shards.write_shards(rows, tmp_path / "wide")
-    with pytest.raises(UserError, match="the bucket 24x16 has clips and no image whose shape is nearest to it"):
+    with pytest.raises(UserError, match="the bucket 24x16 has clips but no image whose shape is nearest to it"):
         take(1, config_of(stores, image_path=str(tmp_path / "wide")))
 
 

@@ -1,4 +1,4 @@
-"""The pipeline from prompts to frames: what a sample depends on, and what it must not depend on."""
+"""From prompts to frames: what a sample depends on, and what it must not depend on."""
 
 import dataclasses
 
@@ -15,12 +15,13 @@ from lavie_jax.cascade import model as stage_model
 from lavie_jax.cascade.denoising import Plan, denoise
 from lavie_jax.diffusion import Schedule, make_sampler
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import Settings
-from lavie_jax.samples.shelf import Memory
+from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.settings import BaseSettings
 from lavie_jax.weights import load_folder
 
 PROMPT = "a red circle moving left"
-SETTINGS = Settings(**tiny.SAMPLING)
+SETTINGS = BaseSettings(**tiny.SAMPLING)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +43,16 @@ def single(folder):
 
 def latents_of(pipe, requests, settings) -> np.ndarray:
     """Of all requests, denoised together."""
-    model, shape = pipe.base, cascade.base.latent_shape(pipe.base.weights, settings)
+    model, shape = pipe.base, STAGES["base"].latent_shape(pipe.base.weights, settings)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
-    clips = running._prepared(model, settings, [running.Job(request, Memory(), None) for request in requests])
-    windows = cascade.base.windows(shape, settings)
+    clips = running._prepared(model, settings, [running.Sample(request, MemoryCache(), None) for request in requests])
+    windows = STAGES["base"].windows(shape, settings)
     denoise(model, clips, Plan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests)))
     return np.stack([clip.state["x"] for clip in clips])
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 6, 4), (3, 5, 7, 3)], ids=str)
-def test_noise_depends_on_the_seed_alone_bit_for_bit(pipe, single, shape):
+def test_noise_depends_only_on_the_seed_bit_for_bit(pipe, single, shape):
     seeds = [7, 0, 2**32 - 1]
     noises = [np.asarray(pipe.base.noise(seed, 2, shape)) for seed in seeds]
     for seed, noise in zip(seeds, noises):
@@ -59,6 +60,17 @@ def test_noise_depends_on_the_seed_alone_bit_for_bit(pipe, single, shape):
         np.testing.assert_array_equal(noise, jax.random.normal(key, shape))
         np.testing.assert_array_equal(noise, single.base.noise(seed, 2, shape))
     assert len({noise.tobytes() for noise in noises}) == len(seeds)
+
+
+def test_noise_does_not_depend_on_the_process_wide_configuration_of_jax(single):
+    default = np.asarray(single.base.noise(3, 1, (2, 3, 5, 4)))
+    for name, value in (("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg")):
+        before = getattr(jax.config, name)
+        jax.config.update(name, value)
+        try:
+            np.testing.assert_array_equal(single.base.noise(3, 1, (2, 3, 5, 4)), default)
+        finally:
+            jax.config.update(name, before)
 
 
 def test_a_frames_noise_is_the_same_however_the_clip_is_cut(pipe, single):
@@ -74,7 +86,7 @@ def test_noise_is_standard_normal_and_new_at_every_step(single):
     assert abs(start.mean()) < 0.02 and abs(start.std() - 1) < 0.02
 
 
-def test_one_device_and_eight_agree_whatever_else_is_in_the_batch(pipe, single):
+def test_one_device_and_eight_agree_for_any_batch(pipe, single):
     settings = dataclasses.replace(SETTINGS, sampler="ddpm")
     words = ("left", "right", "red", "blue")
     requests = [Request(prompt=f"a circle {words[i % 4]}", seed=i, negative_prompt="") for i in range(8)]
@@ -89,7 +101,7 @@ def test_split_weights_make_the_same_samples(folder, single):
     two = lavie_jax.load(folder, devices=jax.devices()[:2], fsdp=2)
     leaves = (jax.tree.leaves(pipe.base.unet_params) for pipe in (two, single))
     held = [sum(x.addressable_shards[0].data.nbytes for x in arrays) for arrays in leaves]
-    assert held[0] < 0.6 * held[1]  # norms and biases are whole everywhere
+    assert held[0] < 0.6 * held[1]  # norms and biases are replicated
     requests = [Request(prompt=f"a circle {word}", seed=3, negative_prompt="") for word in ("left", "right")]
     together = latents_of(two, requests, SETTINGS)
     for request, found in zip(requests, together):
@@ -99,13 +111,13 @@ def test_split_weights_make_the_same_samples(folder, single):
     assert np.abs(np.subtract(*(f.astype(int) for f in frames))).max() <= 1
 
 
-def test_weights_that_the_devices_cannot_split(folder):
+def test_fsdp_that_does_not_divide_the_devices_is_refused(folder):
     with pytest.raises(UserError, match="fsdp=3, tensor=1 does not fit 8 devices"):
         lavie_jax.load(folder / "nowhere", fsdp=3)  # before anything is read
 
 
-def test_a_sample_is_the_plain_loop_with_both_halves_of_guidance_apart(single):
-    """The pipeline's jitted, sharded and batched chain against a few lines that do the same by themselves."""
+def test_a_sample_equals_a_plain_loop_with_separate_guidance_halves(single):
+    """Compares the jitted, sharded, batched loop with a few independent lines."""
     model, sampler = single.base, make_sampler("ddim", 3, Schedule())
     cond, uncond = (jnp.asarray(model.encode_text([text])) for text in (PROMPT, "a blue square"))
     unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text))
@@ -127,7 +139,7 @@ def test_a_call_gives_uint8_videos_in_the_order_of_the_requests(single, pipe):
     videos = pipe([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2])
     assert videos.shape == (3, 4, 16, 24, 3) and videos.dtype == np.uint8
     np.testing.assert_array_equal(videos, pipe([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2]))
-    # A batch of 2 leaves one over, which is filled up.
+    # a batch of 2 leaves one sample, which is padded
     pairs = single([PROMPT, "a blue square", PROMPT], seed=[1, 1, 2], batch_size=2)
     assert np.abs(pairs.astype(int) - videos).max() <= 1
     assert not np.array_equal(videos[0], videos[2]), "another seed must give another video"
@@ -135,7 +147,7 @@ def test_a_call_gives_uint8_videos_in_the_order_of_the_requests(single, pipe):
     assert not np.array_equal(*same_noise), "the prompt must matter"
 
 
-def test_guidance_one_leaves_the_negative_prompt_out(single):
+def test_guidance_scale_one_ignores_the_negative_prompt(single):
     plain = single(PROMPT, guidance=1.0)
     np.testing.assert_array_equal(plain, single(PROMPT, guidance=1.0, negative_prompt="a blue square"))
     assert not np.array_equal(single(PROMPT), single(PROMPT, negative_prompt="a blue square"))
@@ -167,7 +179,7 @@ def test_decoding_a_few_frames_at_a_time_changes_nothing(single, pipe, monkeypat
         assert np.abs(frames.astype(int) - whole).max() <= 1
 
 
-def test_latents_that_are_not_finite_are_no_video(single):
+def test_latents_that_are_not_finite_are_refused(single):
     with pytest.raises(UserError, match="guidance"):
         list(single.base.decode(np.full((2, 4, 6, 4), np.nan, np.float32)))
 
@@ -178,11 +190,11 @@ def test_latents_that_are_not_finite_are_no_video(single):
         ({"height": 18}, "18 is not a multiple of 4"),
         ({"sampler": "eular"}, "did you mean 'euler'"),
         ({"steps": 1001}, "1001"),
-        ({"frames": 0}, "frames: .* at least 1"),
-        ({"guidance": float("inf")}, "guidance: a finite number"),
-        ({"seed": -1}, "seed: .* 0 to 4294967295"),
+        ({"frames": 0}, "frames must be at least 1"),
+        ({"guidance": float("inf")}, "guidance must be finite"),
+        ({"seed": -1}, "seed must .* 0 to 4294967295"),
         ({"seed": [1, 2, 3]}, "'prompt': 2, 'seed': 3"),
-        ({"batch_size": 0}, "batch_size: at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
     ids=str,
 )
@@ -194,25 +206,27 @@ def test_wrong_settings_are_refused(single, given, message):
 @pytest.mark.parametrize(
     "clip", [np.zeros((1, 4, 16, 16, 3), np.uint8), np.zeros((4, 16, 16, 3)), np.zeros((0, 16, 16, 3), np.uint8)]
 )
-def test_a_clip_of_another_kind_is_refused(clip):
-    with pytest.raises(UserError, match=r"clip: uint8 of shape \(frames, H, W, 3\) is needed"):
-        cascade._check_clip(clip)  # by itself: in tests, the types of a call are checked before
+def test_a_clip_of_another_type_is_refused(clip):
+    with pytest.raises(UserError, match=r"clip must be uint8 of shape \(frames, H, W, 3\)"):
+        cascade._check_clip(clip)  # called directly: in tests, type checks of the call come first
 
 
-def test_lost_and_unknown_words_are_named(single):
+def test_truncated_and_unknown_words_are_named(single):
     tokenizer = single.base.tokenizer
     assert cascade.text_warnings(tokenizer, [PROMPT]) == []
     long, unknown = cascade.text_warnings(tokenizer, [f"{PROMPT} right left", "a dragon moving left"])
     assert "8 tokens" in long and "'left'" in long
-    assert "leaves out: dragon." in unknown and "circle" in unknown
+    assert "ignored: dragon." in unknown and "circle" in unknown
 
 
-def test_a_cascades_folder_stands_for_its_base(folder):
-    assert cascade.base_folder(folder.parent) == folder
-    assert cascade.base_folder(folder) == folder
+def test_settings_of_a_call_are_those_of_the_stages(single):
+    with pytest.raises(UserError, match="unknown 'step'; did you mean 'steps'"):
+        single(PROMPT, step=3)
+    with pytest.raises(UserError, match="steps is given for vsr, which is not among the stages to run: base"):
+        single(PROMPT, vsr={"steps": 3})
 
 
-def test_what_a_call_returned_can_be_saved(tmp_path):
+def test_the_result_of_a_call_can_be_saved(tmp_path):
     video = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 24, 3), np.uint8)
     with np.load(lavie_jax.save_video(video, tmp_path / "out.npz", fps=8)) as arrays:
         np.testing.assert_array_equal(arrays["video"], video[0])
@@ -228,7 +242,7 @@ def test_the_package_offers_its_names_lazily():
         _ = lavie_jax.lode
 
 
-def test_a_full_device_is_said_in_one_line(single, monkeypatch):
+def test_out_of_memory_is_one_line_with_advice(single, monkeypatch):
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 20.00GiB.")
 

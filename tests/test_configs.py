@@ -17,14 +17,12 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.planner.training import abstract_batch, abstract_origin
-from lavie_jax.samples.settings import SETTINGS
-from lavie_jax.stages import LOW_RES_SCHEDULE
 from lavie_jax.stages import STAGES as STAGE
 from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.step import make_state
+from lavie_jax.weights.diffusers_configs import clip_text_config, unet_config, vae_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -88,11 +86,11 @@ def test_full_size_is_the_released_models_size(stage, vae, text):
 
     config = options.load(f"configs/{stage}.py")
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    assert models.unet.config == UNetConfig.from_diffusers(released(f"{stage}_unet_full"), stage)
+    assert models.unet.config == unet_config(released(f"{stage}_unet_full"), stage)
     assert models.vae.config == dataclasses.replace(
-        VAEConfig.from_diffusers(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
+        vae_config(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
     )
-    assert models.text_encoder.config == CLIPTextConfig.from_diffusers(released(f"{text}_text_full"))
+    assert models.text_encoder.config == clip_text_config(released(f"{text}_text_full"))
     assert models.schedule == STAGE[stage].schedule
     for name, value in config.sampling.items():
         assert STAGE[stage].sampling[name] == value
@@ -122,7 +120,8 @@ def test_sampling_settings_can_be_used(name, mode):
         "fps": config.data.fps,
         **config.sampling,
     }
-    SETTINGS[config.stage].make({}, given).check_sides(models.vae.config.factor)
+    STAGE[config.stage].info.settings.make({}, given)
+    assert not any(given[side] % models.vae.config.factor for side in ("height", "width"))
 
 
 def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
@@ -200,7 +199,7 @@ def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
     words = ("--config.vae_from=", "--config.regime=temporal_only", "--config.train_text_encoder=false")
     tiny_run("vsr", tmp_path / "vsr", *words, f"--config.init_from={tmp_path}/upscaler/weights")
     start, end = (weights.load_folder(tmp_path / name / "weights", stage="vsr") for name in ("upscaler", "vsr"))
-    assert end.low_res_schedule == LOW_RES_SCHEDULE
+    assert end.low_res_schedule == STAGE["vsr"].low_res_schedule
     np.testing.assert_array_equal(start.unet.params["conv_in"]["kernel"], end.unet.params["conv_in"]["kernel"])
     moved = "mid_temporal_block", "shift_conv", "kernel"
     before, after = start.unet.params, end.unet.params

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed at any moment, or shared by two hosts comes out as one that nothing happened to."""
+"""A run that is stopped, killed at any moment, or shared by two hosts gives the same result as an uninterrupted one."""
 
 import importlib.util
 import json
@@ -27,13 +27,13 @@ def crash_test():
 
 @pytest.fixture(scope="module")
 def whole(crash_test, tmp_path_factory):
-    """The workdir of a run that nothing happened to, and the hash of its parameters."""
+    """Returns the workdir of an uninterrupted run and the hash of its parameters."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, crash_test.finish(crash_test.start(workdir, STEPS), workdir)
 
 
-def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
-    (whole, wanted), parts = whole, tmp_path / "parts"
+def test_a_stop_and_three_kills_do_not_change_the_result(crash_test, whole, tmp_path):
+    (whole, expected), parts = whole, tmp_path / "parts"
     process = crash_test.start(parts, STEPS)
     deadline = time.monotonic() + 300
     while not (parts / "metrics.jsonl").exists() or not (parts / "metrics.jsonl").stat().st_size:
@@ -42,16 +42,16 @@ def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     stopped = crash_test.finish(process, parts)
     at = crash_test.newest(parts)
-    assert 0 < at < STEPS and stopped != wanted
-    judged = json.loads((parts / f"checkpoints/{at}/metrics/metrics").read_text())
-    assert judged == {"held_out": float("inf")}  # it was saved before anything was measured: there may be no time
+    assert 0 < at < STEPS and stopped != expected
+    metrics = json.loads((parts / f"checkpoints/{at}/metrics/metrics").read_text())
+    assert metrics == {"held_out": float("inf")}  # saved without measuring, because there may be no time
     assert weights.load_folder(parts / "weights", stage="vae")
 
-    assert crash_test.survive(parts, ["training", "save", "training"], steps=STEPS, seed=0) == wanted
+    assert crash_test.survive(parts, ["training", "save", "training"], steps=STEPS, seed=0) == expected
     losses = crash_test.losses(whole)
     assert crash_test.losses(parts) == losses and len(losses) == STEPS
-    shutil.rmtree(parts / "weights")  # as if it was killed before it could write them
-    assert crash_test.finish(crash_test.start(parts, STEPS), parts) == wanted  # nothing else is left to do
+    shutil.rmtree(parts / "weights")  # as if killed before they were written
+    assert crash_test.finish(crash_test.start(parts, STEPS), parts) == expected  # only the export is left
     assert weights.load_folder(parts / "weights", stage="vae")
 
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
@@ -65,16 +65,16 @@ def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
     assert "seed = 0, not 1" in error and error.count("error:") == 1
 
 
-def test_two_hosts_train_together_stop_together_and_one_goes_on(crash_test, whole, tmp_path):
-    """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
+def test_two_hosts_train_and_stop_together_and_one_of_them_resumes(crash_test, whole, tmp_path):
+    """Two processes, a device each, share the parameters. One receives the signal and both stop; then one resumes."""
     workdir, second = tmp_path / "run", tmp_path / "second"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
     fields = {"checkpoint_every": 100_000, "distributed": True, "mesh.fsdp": 2}
     hosts = [
-        crash_test.start(workdir, 100_000, said=said, env={**shared, "JAX_PROCESS_ID": str(i)}, **fields)
-        for i, said in enumerate((workdir, second))
+        crash_test.start(workdir, 100_000, log=log, env={**shared, "JAX_PROCESS_ID": str(i)}, **fields)
+        for i, log in enumerate((workdir, second))
     ]
     deadline = time.monotonic() + 600
     while len(crash_test.losses(workdir)) < 4:

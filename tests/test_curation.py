@@ -1,9 +1,11 @@
-"""Curation, from genuine files to shards that training reads; small videos in many codecs, whole and damaged."""
+"""Curation from video files to shards that training reads, on small videos in many codecs, intact and damaged."""
 
+import ast
 import contextlib
 import csv
 import dataclasses
 import errno
+import graphlib
 import hashlib
 import itertools
 import json
@@ -23,8 +25,9 @@ import pytest
 from PIL import Image
 
 from lavie_jax.curation import __main__ as command
-from lavie_jax.curation import duplicates, filters, pipeline, segments, video
+from lavie_jax.curation import duplicates, filters, pipeline, scenes, video
 from lavie_jax.curation.inputs import Caption, caption_of, find_videos
+from lavie_jax.curation.job import CurationJob
 from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shards, sources, video_files
 from lavie_jax.data.config import DataConfig
@@ -34,20 +37,20 @@ from lavie_jax.training.step import Task, make_state, make_update
 from tests import videos
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--min-height", "80", "--workers", "1")  # of the tests' videos
+SMALL = ("--min-height", "80", "--workers", "1")  # the tests' videos have 96 rows
 STEPS = 30  # of training
 
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory):
-    """(a folder of videos, {file: (caption, why it is dropped)})."""
+    """Returns a folder of videos and {file: (caption, reason for dropping it)}."""
     folder = tmp_path_factory.mktemp("wild") / "in"
     return folder, videos.write_wild(folder)
 
 
 @pytest.fixture(scope="module")
 def curated(wild, tmp_path_factory):
-    """The set that curation makes of it, in one go and one process."""
+    """Returns the set curated from `wild` in one uninterrupted run and one process."""
     out = tmp_path_factory.mktemp("curated") / "out"
     command.main(["--input", str(wild[0]), "--out", str(out), *SMALL, "--shard-clips", "4"])
     return out
@@ -58,13 +61,13 @@ def rows_of(out, name):
 
 
 def digests_of(out):
-    """What must be the same whenever the input is: all that was written, but for the report's pictures."""
+    """Returns the hashes of all files that must depend on the input alone: all but the report."""
     paths = [p for p in out.iterdir() if p.suffix in (".array_record", ".jsonl", ".json")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def records_of(out):
-    """The fields of every record, in order."""
+    """Returns the fields of every record, in order."""
     reader, _ = shards._open(sorted(out.glob("*.array_record")))
     return [msgpack.unpackb(reader[i]) for i in range(len(reader))]
 
@@ -75,7 +78,7 @@ def clip_of(record, tmp_path):
     return video_files.read_clip(path)
 
 
-# ---- what is kept and what is not ----
+# ---- what is kept and what is dropped ----
 
 
 def test_every_file_is_kept_or_dropped_for_its_own_reason(wild, curated):
@@ -88,8 +91,8 @@ def test_every_file_is_kept_or_dropped_for_its_own_reason(wild, curated):
 
 
 def test_every_clip_has_its_own_frames_caption_rate_and_times(curated, tmp_path):
-    """Whatever codec it came in: the first and last frame are those of the source, and of no other."""
-    # Seeds of `videos.write_wild`, frames of the source at the clip's start and end.
+    """For every codec, the first and last frame match the source's and differ from others."""
+    # Seeds of `videos.write_wild`.
     truth = {"film_25": 3, "odd_ntsc": 4, "varying": 5, "turned": 6, "web": 7, "old": 8, "wide_bars": 9, "within": 10}
     records = records_of(curated)
     assert len(records) == 10
@@ -108,50 +111,50 @@ def test_every_clip_has_its_own_frames_caption_rate_and_times(curated, tmp_path)
         land = videos.pan(seed, count, height=height, width=width)
         if stem == "turned":
             land = np.rot90(land, -1, axes=(1, 2))
-        if stem == "wide_bars":  # a row at either bar is cut away
+        if stem == "wide_bars":  # a row beside each bar is cropped too
             land = land[:, 1:-1]
         land = land[:, : record["height"], : record["width"]]
         for mine, theirs in ((frames[0], land[first]), (frames[-1], land[-1])):
             assert np.abs(mine.astype(int) - theirs).mean() < 12, record["source"]
-            assert np.abs(mine.astype(int) - land[len(land) // 2]).mean() > 20  # the measure tells frames apart
+            assert np.abs(mine.astype(int) - land[len(land) // 2]).mean() > 20  # the measure distinguishes frames
 
 
-def test_a_cut_is_found_to_the_frame(curated):
+def test_a_cut_is_found_at_the_exact_frame(curated):
     times = [(row["start"], row["end"]) for row in rows_of(curated, "clips") if row["source"] == "two_scenes.mp4"]
     assert times == [(0.0, 30 / 24), (30 / 24, 50 / 24)]
 
 
 @pytest.mark.parametrize("lengths", [(1, 20), (20, 1), (3, 3, 4, 14), (24,)])
-def test_scenes_end_where_they_end_however_short_and_their_samples_are_their_own(lengths, tmp_path):
+def test_scenes_of_any_length_end_at_the_cut_and_have_samples_of_their_own(lengths, tmp_path):
     lands = [videos.pan(30 + i, n) for i, n in enumerate(lengths)]
     path = videos.encode(tmp_path / "a.mp4", np.concatenate(lands), crf="8")
-    found = list(segments.find_scenes(path, threshold=3.0))
+    found = list(scenes.find_scenes(path, threshold=3.0))
     assert [scene.last - scene.first for scene in found] == list(lengths)
     for scene, land in zip(found, lands):
         assert np.abs(scene.samples[0].astype(int) - land[0]).mean() < 8
-        assert len(scene.samples) == len(land) if len(land) <= segments.SAMPLES else len(scene.samples) >= 8
+        assert len(scene.samples) == len(land) if len(land) <= scenes.SAMPLES else len(scene.samples) >= 8
 
 
-def test_a_long_scene_costs_no_more_samples_and_they_are_evenly_spread():
-    samples = segments._Samples()
+def test_a_long_scene_has_a_bounded_number_of_evenly_spaced_samples():
+    samples = scenes._Samples()
     for i in range(1000):
         samples.add(np.full((1, 1, 3), i % 251, np.uint8))
     kept = samples.stack()[:, 0, 0, 0]
     assert 8 <= len(kept) <= 16 and kept.tolist() == [i % 251 for i in range(0, 1000, 64)]
 
 
-def test_repeated_frames_do_not_make_motion_a_cut(tmp_path):
-    """Every third frame is shown twice, as film on television is."""
+def test_repeated_frames_do_not_make_motion_look_like_a_cut(tmp_path):
+    """Every third frame is shown twice, as in telecined film."""
     land = videos.pan(40, 40)
     shown = np.sort(np.concatenate([np.arange(40), np.arange(0, 40, 3)]))
     path = videos.encode(tmp_path / "a.mp4", land[shown], crf="8")
-    assert len(list(segments.find_scenes(path, threshold=3.0))) == 1
+    assert len(list(scenes.find_scenes(path, threshold=3.0))) == 1
 
 
 # ---- filters ----
 
 
-def test_bars_are_found_to_the_row_and_a_dark_room_has_none():
+def test_bars_are_found_at_the_exact_row_and_a_dark_room_has_none():
     land = videos.pan(50, 8)
     assert filters.bars(videos.barred(land, rows=12)) == (12, 12, 0, 0)
     assert filters.bars(np.pad(land, ((0, 0), (9, 0), (20, 14), (0, 0)))) == (9, 0, 20, 14)
@@ -168,21 +171,21 @@ def test_bars_are_found_to_the_row_and_a_dark_room_has_none():
         ({"letterbox": "crop"}, "", (94, 160)),
         ({"letterbox": "keep"}, "", (128, 160)),
         ({"letterbox": "drop"}, "letterbox", (0, 0)),
-        ({"letterbox": "crop", "min_height": 100}, "low resolution", (0, 0)),  # it counts what is left
+        ({"letterbox": "crop", "min_height": 100}, "low resolution", (0, 0)),  # without the bars
         ({"letterbox": "keep", "min_height": 100}, "", (128, 160)),
     ],
 )
-def test_black_bars_are_cut_off_kept_or_a_reason(wild, tmp_path, want, reason, size):
+def test_black_bars_are_cropped_kept_or_a_reason_to_drop(wild, tmp_path, want, reason, size):
     (one,) = [v for v in find_videos(wild[0], None) if v.name == "wide_bars.mp4"]
     thresholds = filters.Thresholds(**{"min_height": 80, **want})
     video.curate_video(one, tmp_path, thresholds, captioner=None, scorer=None)
     (found,) = video.read_result(tmp_path / one.key)
     assert (found.reason, (found.height, found.width)) == (reason, size)
-    (tmp_path / one.key / "result.json").write_text("[{")  # half a result is none
+    (tmp_path / one.key / "result.json").write_text("[{")  # an incomplete result counts as missing
     assert video.read_result(tmp_path / one.key) is None
 
 
-def test_bars_at_full_size_cover_those_that_were_seen_and_leave_even_sides():
+def test_bars_at_full_size_cover_the_measured_ones_and_leave_even_sides():
     rng = np.random.default_rng(0)
     for _ in range(100):
         small, zoom = rng.integers(60, 400, 2), rng.uniform(1, 9, 2)
@@ -195,7 +198,7 @@ def test_bars_at_full_size_cover_those_that_were_seen_and_leave_even_sides():
             assert (mine >= theirs * scale and mine <= (theirs + 1) * scale + 2) if theirs else mine <= 1
 
 
-def test_a_small_thing_that_moves_is_no_static_clip_and_noise_is_no_motion():
+def test_a_small_moving_object_counts_as_motion_and_noise_does_not():
     still = np.repeat(videos.pan(51, 1), 12, axis=0)
     rng = np.random.default_rng(0)
     grain = np.clip(still + rng.normal(0, 1.5, still.shape), 0, 255).astype(np.uint8)
@@ -205,29 +208,29 @@ def test_a_small_thing_that_moves_is_no_static_clip_and_noise_is_no_motion():
     assert filters.motion(still) > 0.002
 
 
-def test_standing_text_is_told_from_stripes_that_slide_along_themselves():
+def test_static_text_is_distinguished_from_stripes_that_slide_along_themselves():
     land = videos.pan(52, 12, height=120, width=240)
-    land[:, ::6] //= 3  # stripes along the pan: their edges stand in every frame
+    land[:, ::6] //= 3  # stripes along the pan: their edges are static
     assert filters.overlay(land) == 0
     assert filters.overlay(videos.lettered(land)) > 0.004
-    assert filters.overlay(np.repeat(videos.lettered(land[:1]), 12, axis=0)) is None  # everything stands
+    assert filters.overlay(np.repeat(videos.lettered(land[:1]), 12, axis=0)) is None  # everything is static
 
 
 def test_a_near_duplicate_is_found_among_many_and_others_are_not():
-    """The parts of the hashes lose none: the same answers as comparing with each."""
-    index = duplicates.Index(16)
-    prints = [duplicates.fingerprint(videos.pan(seed, 8)) for seed in range(60, 100)]
-    assert [index.find_or_add(one) for one in prints] == [None] * 40
+    """Looking up parts of the hashes gives the same answers as comparing with every clip."""
+    index = duplicates.HashIndex(16)
+    hashes = [duplicates.perceptual_hash(videos.pan(seed, 8)) for seed in range(60, 100)]
+    assert [index.find_or_add(one) for one in hashes] == [None] * 40
     noisy = np.clip(videos.pan(77, 8).astype(int) + np.random.default_rng(0).normal(0, 6, (8, 96, 160, 3)), 0, 255)
-    assert index.find_or_add(duplicates.fingerprint(noisy.astype(np.uint8))) == 17
-    flat = [np.full((8, 32, 32, 3), colour, np.uint8) for colour in (60, 160)]  # hashes of nothing are alike
-    assert [index.find_or_add(duplicates.fingerprint(one)) for one in flat] == [None, None]
+    assert index.find_or_add(duplicates.perceptual_hash(noisy.astype(np.uint8))) == 17
+    flat = [np.full((8, 32, 32, 3), colour, np.uint8) for colour in (60, 160)]  # with equal difference hashes
+    assert [index.find_or_add(duplicates.perceptual_hash(one)) for one in flat] == [None, None]
 
 
 # ---- captions ----
 
 
-def test_the_caption_that_covers_a_scene_is_its_own():
+def test_a_scene_gets_the_caption_that_covers_it():
     early, late = Caption("early", start=0, end=4), Caption("late", start=4, end=9)
     assert caption_of((early, late), start=0, end=5) == early
     assert caption_of((early, late), start=3, end=9) == late
@@ -259,40 +262,40 @@ def test_a_table_captions_parts_of_a_video_and_gives_categories(wild, tmp_path):
     assert (tmp_path / "out/report/categories.png").stat().st_size > 1000
 
 
-def tell_colour(frames):
-    """A captioner: it says what it sees."""
+def caption_with_mean_colour(frames):
+    """A captioner whose captions can be checked against the frames."""
     return "a land of colour {} {} {}".format(*frames.mean((0, 1, 2)).round().astype(int))
 
 
-def test_a_captioner_speaks_for_each_scene_that_has_no_caption(wild, tmp_path):
+def test_a_captioner_captions_each_scene_without_a_given_caption(wild, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("two_scenes.mp4", "silent.mp4", "film_25.mov", "film_25.txt"):
         shutil.copy(wild[0] / name, folder)
     command.main(["--input", str(folder), "--out", str(tmp_path / "out"), *SMALL,
-                  "--captioner", "tests.test_curation:tell_colour"])  # fmt: skip
+                  "--captioner", "tests.test_curation:caption_with_mean_colour"])  # fmt: skip
     for record in records_of(tmp_path / "out"):
         if record["source"] == "film_25.mov":
             assert record["caption"] == "the land of film 25"
             continue
-        said = [int(word) for word in record["caption"].split()[-3:]]
-        seen = clip_of(record, tmp_path)[0].mean((0, 1, 2))
-        assert np.abs(said - seen).max() < 4
+        captioned = [int(word) for word in record["caption"].split()[-3:]]
+        actual = clip_of(record, tmp_path)[0].mean((0, 1, 2))
+        assert np.abs(captioned - actual).max() < 4
     assert len(records_of(tmp_path / "out")) == 4
 
 
-# ---- the same whatever happens ----
+# ---- reproducible whatever happens ----
 
 
-def test_more_workers_make_the_same_bytes(wild, curated, tmp_path):
+def test_more_workers_write_the_same_bytes(wild, curated, tmp_path):
     out = tmp_path / "out"
     command.main(["--input", str(wild[0]), "--out", str(out), "--min-height", "80", "--workers", "3",
                   "--shard-clips", "4"])  # fmt: skip
     assert digests_of(out) == digests_of(curated)
 
 
-def test_a_killed_run_goes_on_and_makes_the_same_bytes(wild, curated, tmp_path, monkeypatch):
-    """Killed among the videos, then stopped before a video's end, while shards are written, and before the manifest."""
+def test_a_killed_run_resumes_and_writes_the_same_bytes(wild, curated, tmp_path, monkeypatch):
+    """Killed between videos; then stopped within one, between two, while writing shards, and before the manifest."""
     out = tmp_path / "out"
     words = ["--input", str(wild[0]), "--out", str(out), *SMALL, "--shard-clips", "4"]
     line = [sys.executable, "-m", "lavie_jax.curation", *words]
@@ -310,9 +313,9 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(wild, curated, tmp_path, 
     for module, name, after in (
         (video.video_files, "encode", 2),
         (pipeline, "curate_video", 3),
-        (pipeline.assemble, "_described", 19),  # in the second shard
+        (pipeline.assemble, "_fields", 19),  # in the second shard
         (pipeline.report, "write", 0),
-        (pipeline.assemble, "finish", 0),
+        (pipeline.output, "write_manifest", 0),
     ):
         calls, real = itertools.count(), getattr(module, name)
 
@@ -328,7 +331,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(wild, curated, tmp_path, 
         assert not (out / "manifest.json").exists()
     assert all(path.stat().st_mtime_ns == when for path, when in
                ((folder / "result.json", when) for folder, when in done.items()))  # fmt: skip
-    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # what a kill within a shard leaves
+    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # as left by a kill within a shard
     command.main(words)
     assert digests_of(out) == digests_of(curated)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in curated.iterdir())
@@ -360,19 +363,19 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
     assert digests_of(tmp_path / "out") == before
 
 
-def test_a_full_disk_and_a_dead_worker_are_told_in_one_line_and_cost_nothing(wild, tmp_path, monkeypatch):
+def test_a_full_disk_and_a_dead_worker_are_reported_in_one_line_and_lose_no_work(wild, tmp_path, monkeypatch):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name in ("film_25.mov", "film_25.txt", "web.webm", "web.txt"):
         shutil.copy(wild[0] / name, folder)
-    job = pipeline.Job(thresholds=filters.Thresholds(min_height=80))
+    job = CurationJob(thresholds=filters.Thresholds(min_height=80))
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(video.video_files, "encode", full)
-        with pytest.raises(UserError, match="is full: make room, and the same command goes on"):
+        with pytest.raises(UserError, match="is full: free some space and run the same command to resume"):
             pipeline.curate(folder, out, job)
     killer = dataclasses.replace(job, captioner="os:abort")
     (folder / "web.txt").unlink()
@@ -392,9 +395,9 @@ def die(frames):
 
 
 def test_training_steps_on_the_shards(curated):
-    """Training's own data pipeline and update step, with a model that compiles at once: each frame from the one before.
+    """Uses training's data pipeline and update step, with a tiny model that predicts each frame from the previous one.
 
-    It does better than one that says the same of every frame: what it was shown are clips.
+    It must beat a constant prediction, which shows that it was trained on clips.
     """
 
     def loss(params, frozen, batch, rng):
@@ -414,9 +417,9 @@ def test_training_steps_on_the_shards(curated):
     assert np.isfinite(found["loss"]) and found["loss"] < 0.5 * found["spread"]
 
 
-def test_the_shards_are_a_source_of_every_clip(curated):
-    """Nothing that was kept is skipped in training: all clips have as many frames as a training clip wants."""
-    window = video_files.Window(frames=16)
+def test_training_can_read_every_clip_of_the_shards(curated):
+    """Training skips none of the kept clips: all have enough frames."""
+    window = video_files.ClipWindow(frames=16)
     records = sources.open_records(
         "array_record", str(curated), medium="video", split="train", window=window, val_fraction=0.0
     )
@@ -435,22 +438,38 @@ def test_the_report_shows_what_was_written(curated):
         assert f'src="report/{name}.png"' in page
         with Image.open(curated / f"report/{name}.png") as image:
             assert np.asarray(image.convert("RGB")).std() > 10
-    assert "aesthetic.png" not in page and "categories.png" not in page  # nothing was given
+    assert "aesthetic.png" not in page and "categories.png" not in page  # neither was given
     for row in rows_of(curated, "dropped"):
         assert f"<td>{row['reason']}</td>" in page
 
 
-def test_the_manifest_has_the_hashes_of_what_it_lists(curated):
+def test_the_manifest_has_the_hashes_of_the_files_it_lists(curated):
     manifest = json.loads((curated / "manifest.json").read_text())
     names = {p.name for p in curated.iterdir() if p.suffix in (".array_record", ".jsonl")}
     assert set(manifest["files"]) == names and len(names) == 5
-    for name, told in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         content = (curated / name).read_bytes()
-        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     clips = rows_of(curated, "clips")
     for record, row in zip(records_of(curated), clips, strict=True):
         assert row.pop("sha256") == hashlib.sha256(record.pop("video")).hexdigest()
         assert {key: value for key, value in row.items() if key not in ("shard", "index")} == record
+
+
+# ---- structure ----
+
+
+def test_modules_import_each_other_in_one_direction():
+    """Also within functions: no module of the package is reachable from itself."""
+    folder = ROOT / "lavie_jax/curation"
+    imports = {}
+    for path in folder.glob("*.py"):
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        names = [name for n in nodes for name in (n.module, *(f"{n.module}.{alias.name}" for alias in n.names))]
+        found = {name.split(".")[2] for name in names if name.startswith("lavie_jax.curation.")}
+        imports[path.stem] = {name for name in found if (folder / f"{name}.py").is_file()}
+    sorter = graphlib.TopologicalSorter(imports)
+    assert len(list(sorter.static_order())) == len(imports) > 10  # raises CycleError
 
 
 # ---- bad input ----
@@ -459,22 +478,22 @@ def test_the_manifest_has_the_hashes_of_what_it_lists(curated):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--input", "nowhere"), "--input 'nowhere' is no folder"),
+        (("--input", "nowhere"), "--input 'nowhere' is not a folder"),
         (("--input", "bare"), "no .mp4, .webm, .mkv, .mov, .avi in 'bare'"),
         (("--captions", "none.csv"), "no table 'none.csv'"),
         (("--captions", "wrong.csv"), "has the columns film, words; needed are"),
-        (("--captions", "times.csv"), "start is in seconds; given 'noon'"),
+        (("--captions", "times.csv"), "start must be a number of seconds; given 'noon'"),
         (("--out", "in/out"), "lies in the input folder"),
-        (("--out", "full"), "is not empty (it has file)"),
+        (("--out", "full"), "is not empty (it contains file)"),
         (("--out", "full/file"), "--out 'full/file'"),
-        (("--workers", "0"), "--workers and --shard-clips are at least 1"),
+        (("--workers", "0"), "--workers and --shard-clips must be at least 1"),
         (("--letterbox", "corp"), "did you mean 'crop'"),
         (("--min-frames", "-1"), "--min-frames must be at least 0"),
-        (("--captioner", "nowhere"), "--captioner is a folder or 'module:function'"),
+        (("--captioner", "nowhere"), "--captioner must be a folder or 'module:function'"),
         (("--captioner", "json:nothing"), "cannot be imported"),
-        (("--captioner", "bare"), "is no model folder: config.json is missing"),
+        (("--captioner", "bare"), "is not a model folder: config.json is missing"),
         (("--min-aesthetic", "5"), "--min-aesthetic needs --aesthetic-clip"),
-        (("--aesthetic-clip", "bare"), "belong together"),
+        (("--aesthetic-clip", "bare"), "must be given together"),
         (("--min-words", "99"), "no clip is left of 1 videos: 1 short caption"),
     ],
 )
@@ -495,12 +514,12 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, wild, tmp_path, m
     assert Path("full/file").read_text() == "mine" and not list(Path(".").glob("out/*.array_record"))
 
 
-def test_what_is_not_installed_is_told_before_any_work(wild, tmp_path, monkeypatch):
+def test_missing_libraries_are_reported_before_any_work(wild, tmp_path, monkeypatch):
     for name in ("scenedetect", "matplotlib"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             with pytest.raises(UserError, match=rf"curation needs {name}: pip install .*lavie_jax\[curation\]"):
-                pipeline.curate(wild[0], tmp_path / "out", pipeline.Job())
+                pipeline.curate(wild[0], tmp_path / "out", CurationJob())
     assert not os.path.exists(tmp_path / "out")
 
 
@@ -517,5 +536,5 @@ def test_thresholds_that_are_off_drop_nothing(wild, tmp_path):
         filters.Thresholds(), min_words=0, min_frames=0, min_height=0, min_brightness=0, min_motion=0, letterbox="keep",
         max_overlay=1, duplicate_bits=-1,
     )  # fmt: skip
-    outcome = pipeline.curate(folder, tmp_path / "out", pipeline.Job(thresholds=off))
+    outcome = pipeline.curate(folder, tmp_path / "out", CurationJob(thresholds=off))
     assert outcome.clips == len(names) + 1 and not outcome.dropped

@@ -1,4 +1,4 @@
-"""Captioners and aesthetic scores, with tiny random models in the folders that transformers writes."""
+"""Captioners and aesthetic scores, with tiny random models saved by transformers."""
 
 import json
 
@@ -12,13 +12,13 @@ from lavie_jax.curation import models
 from lavie_jax.errors import UserError
 from tests import videos
 
-torch = pytest.importorskip("torch", reason="models of captions and scores run with PyTorch")
+torch = pytest.importorskip("torch", reason="captioning and scoring models run with PyTorch")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "a", "red", "blue", "land", "moves", "by")
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
-    """A folder with a BLIP of a few thousand parameters, and the model."""
+    """Returns the folder of a BLIP with a few thousand parameters, the model and its processor."""
     import transformers
 
     folder = tmp_path_factory.mktemp("blip")
@@ -44,7 +44,7 @@ def blip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A folder with a CLIP of a few thousand parameters, and its vision model."""
+    """Returns the folder of a CLIP with a few thousand parameters, and its vision model."""
     import transformers
 
     folder = tmp_path_factory.mktemp("clip")
@@ -70,12 +70,12 @@ def test_a_model_folder_captions_the_middle_frame(blip):
     captioner = models.make_captioner(str(folder))
     pixels = processor(images=Image.fromarray(frames[4]), return_tensors="pt")
     ids = model.generate(**pixels, max_new_tokens=models.CAPTION_TOKENS, do_sample=False)
-    said = captioner(frames)
-    assert said == processor.batch_decode(ids, skip_special_tokens=True)[0] == captioner(frames)
-    assert said and set(said.split()) <= set(WORDS)
+    caption = captioner(frames)
+    assert caption == processor.batch_decode(ids, skip_special_tokens=True)[0] == captioner(frames)
+    assert caption and set(caption.split()) <= set(WORDS)
 
 
-def test_scores_are_the_heads_of_clips_embeddings(clip, tmp_path):
+def test_a_score_is_the_head_applied_to_clip_embeddings(clip, tmp_path):
     import transformers
 
     folder, model = clip
@@ -93,8 +93,8 @@ def test_scores_are_the_heads_of_clips_embeddings(clip, tmp_path):
     assert models.make_scorer(folder, tmp_path / "head.pth")(frames) == pytest.approx(expected, abs=1e-3)
 
 
-def test_scores_and_captions_of_models_are_stored_and_filter(blip, clip, tmp_path):
-    """One layer in safetensors, whose median of the scenes' scores is the threshold: half of them stay."""
+def test_scores_and_captions_are_stored_and_used_as_filters(blip, clip, tmp_path):
+    """With the median score as the threshold, the upper half of the scenes is kept."""
     folder = tmp_path / "in"
     folder.mkdir()
     for seed in range(5):
@@ -104,7 +104,7 @@ def test_scores_and_captions_of_models_are_stored_and_filter(blip, clip, tmp_pat
     words = ["--input", str(folder), "--workers", "1", "--min-height", "80", "--min-words", "0",
              "--aesthetic-clip", str(clip[0]), "--aesthetic-head", str(tmp_path / "head.safetensors")]  # fmt: skip
     for seed in range(5):
-        (folder / f"{seed}.txt").write_text("said by hand")
+        (folder / f"{seed}.txt").write_text("written by hand")
     command.main([*words, "--out", str(tmp_path / "all")])
     rows = [json.loads(line) for line in (tmp_path / "all/clips.jsonl").read_text().splitlines()]
     scores = {row["source"]: row["aesthetic"] for row in rows}
@@ -118,18 +118,18 @@ def test_scores_and_captions_of_models_are_stored_and_filter(blip, clip, tmp_pat
     assert reasons == ["low aesthetic score"] * 2
 
 
-def test_wrong_models_are_refused(clip, tmp_path):
+def test_unsuitable_models_are_refused(clip, tmp_path):
     rng = np.random.default_rng(0)
     folder = clip[0]
-    for widths, message in (((5, 1), "scores embeddings of 5 numbers; CLIP in .* gives 6"), ((6, 2), "do not lead to")):
+    for widths, message in (((5, 1), "takes embeddings of 5 numbers; CLIP in .* has 6"), ((6, 2), "do not chain to")):
         ((weight, bias),) = linear(rng, *widths)
         save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
         with pytest.raises(UserError, match=message):
             models.make_scorer(folder, tmp_path / "head.safetensors")
     save_file({"weight": np.ones((1, 6), np.float32), "scale": np.ones(1, np.float32)}, tmp_path / "head.safetensors")
-    with pytest.raises(UserError, match="is no linear head"):
+    with pytest.raises(UserError, match="is not a linear head"):
         models.make_scorer(folder, tmp_path / "head.safetensors")
-    with pytest.raises(UserError, match="holds no image-to-text model"):
+    with pytest.raises(UserError, match="does not hold an image-to-text model"):
         models.make_captioner(str(folder))
     with pytest.raises(UserError, match="does not exist"):
         models.make_scorer(folder, tmp_path / "nothing.safetensors")

@@ -9,8 +9,8 @@ from lavie_jax import parallel
 from lavie_jax.cascade import denoising
 from lavie_jax.cascade.denoising import Clip, Plan, denoise
 from lavie_jax.cascade.model import StageModel
-from lavie_jax.cascade.windows import cut, grid, overlapping, whole
 from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.stages.windows import cut, grid, overlapping, whole
 
 SHAPE = (11, 6, 10, 4)
 

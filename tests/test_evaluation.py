@@ -1,4 +1,4 @@
-"""The detectors see what is there and nothing else; the command measures and refuses."""
+"""The detectors, the measures of generated videos, and the commands that report them."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def test_detectors_are_right_on_true_clips(split):
 
 
 def blurred(clip):
-    """What a small autoencoder does to a clip: softer edges, and noise."""
+    """Softens edges and adds noise, like a small autoencoder."""
     soft = clip.astype(np.float32)
     for axis in (1, 2):
         soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
@@ -67,7 +67,7 @@ def clip_of(**change):
     "attribute, value",
     [("shape", "ring"), ("colour", "cyan"), ("size", "small"), ("background", "black"), ("motion", "down")],
 )
-def test_a_change_of_one_attribute_is_seen_in_that_one_alone(attribute, value):
+def test_changing_one_attribute_changes_only_that_detection(attribute, value):
     before, after = detect(clip_of()), detect(clip_of(**{attribute: value}))
     assert getattr(after, attribute) == value
     for name in ("shape", "colour", "size", "background", "motion"):
@@ -81,28 +81,23 @@ def test_time_reversed_and_mirrored_clips_move_the_other_way():
     assert detect(np.repeat(clip[5:6], 16, 0)).motion == "still"
 
 
-def test_a_slow_drift_is_no_motion():
+def test_a_slow_drift_does_not_count_as_motion():
     a = world.Attributes("circle", "red", "small", "blue", "right")
     full = world.render(a, 0.5, 0.5, frames=64, fps=32, height=64, width=64)
-    assert detect(full[:16]).motion == "still"  # a quarter of the way
+    assert detect(full[:16]).motion == "still"  # a quarter of the usual path
 
 
 def test_an_empty_clip_shows_nothing():
-    seen = detect(np.full((16, 64, 64, 3), world.RGB["gray"], np.uint8))
-    assert (seen.shape, seen.colour, seen.motion, seen.background) == (
-        "nothing",
-        "nothing",
-        "nothing",
-        "gray",
-    )
+    found = detect(np.full((16, 64, 64, 3), world.RGB["gray"], np.uint8))
+    assert (found.shape, found.colour, found.motion, found.background) == ("nothing", "nothing", "nothing", "gray")
     assert detect(np.random.default_rng(0).integers(120, 136, (4, 64, 64, 3), dtype=np.uint8)).shape == "nothing"
 
 
 def test_standard_errors_and_chance():
     true = samples("val", 60)
-    asked = [s.attributes for s in true]
-    seen = asked[1:] + asked[:1]  # every clip gets another's caption
-    table = evaluation.score(seen, asked)
+    attributes = [s.attributes for s in true]
+    shifted = attributes[1:] + attributes[:1]  # every clip is compared with another's caption
+    table = evaluation.score(shifted, attributes)
     assert table["all"]["accuracy"] == 0 and table["shape"]["accuracy"] < 0.45
     for cell in table.values():
         assert cell["n"] == 60
@@ -112,20 +107,20 @@ def test_standard_errors_and_chance():
 
 def test_mistakes_are_named_and_counted():
     clip = clip_of(motion="up")
-    asked = [dataclasses.replace(detect(clip), motion=motion) for motion in ("left", "up", "down", "left")]
-    wrong = evaluation.mistakes([detect(clip)] * 4, asked)
+    attributes = [dataclasses.replace(detect(clip), motion=motion) for motion in ("left", "up", "down", "left")]
+    wrong = evaluation.mistakes([detect(clip)] * 4, attributes)
     assert list(wrong["direction"].items()) == [("up, not left", 2), ("up, not down", 1)]
     assert not any(wrong[row] for row in wrong if row != "direction")
 
 
-def test_the_command_measures_writes_its_result_and_sheets(tmp_path, capsys):
+def test_the_command_writes_its_result_and_contact_sheets(tmp_path, capsys):
     out = tmp_path / "new" / "result.json"
     evaluation.main(["--truth", "--samples", "20", "--split", "val", "--json", str(out), "--sheets", str(tmp_path)])
     result = json.loads(out.read_text())
     assert result["what"] == "truth" and result["splits"]["val"]["direction"]["accuracy"] == 1
     assert (tmp_path / "val.png").is_file()
     assert "| val | 20 | 100.0 ± 0.0 |" in capsys.readouterr().out
-    evaluation.main(["--truth", "--samples", "10", "--split", "image", "--json", str(out)])  # its own: again
+    evaluation.main(["--truth", "--samples", "10", "--split", "image", "--json", str(out)])  # replaces its own file
     assert list(json.loads(out.read_text())["splits"]) == ["image"]
 
 
@@ -133,9 +128,9 @@ def test_the_command_measures_writes_its_result_and_sheets(tmp_path, capsys):
     "arguments, message",
     [
         (["--truth", "--split", "vall"], "did you mean 'val'"),
-        (["--truth", "--samples", "0"], "samples: at least 1"),
-        (["--truth", "--batch-size", "0"], "batch_size: at least 1"),
-        (["--truth", "--seed", "-1"], "seed: at least 0"),
+        (["--truth", "--samples", "0"], "--samples must be at least 1"),
+        (["--truth", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--truth", "--seed", "-1"], "--seed must be at least 0"),
         (["--weights", "no such folder"], "no such folder"),
         (["--vae", "--weights", "no such folder"], "no such folder"),
     ],
@@ -148,7 +143,7 @@ def test_the_command_refuses_wrong_input_in_one_line(arguments, message, capsys)
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_the_command_overwrites_no_file_but_its_own(tmp_path, capsys):
+def test_the_command_overwrites_only_its_own_files(tmp_path, capsys):
     (tmp_path / "mine.json").write_text('{"kind": "diary"}')
     for arguments in (
         ["--json", str(tmp_path / "mine.json")],
@@ -164,34 +159,34 @@ def test_score_refuses_unequal_lists():
         evaluation.score([], [])
 
 
-# ---- interpolation and super-resolution against the truth ----
+# ---- interpolation and super-resolution against the true frames ----
 
 
-def test_fidelity_of_the_truth_and_of_known_damage():
+def test_fidelity_of_the_true_clip_and_of_known_degradations():
     true = world.clip("val", 1, frames=9, fps=8, height=64, width=64).pixels
     assert fidelity.psnr(true, true) == float("inf") and fidelity.sharpness(true, true) == 1
     assert fidelity.flicker(true, true) == 0
     darker = np.maximum(true, 10) - 10
     assert fidelity.psnr(darker, np.maximum(true, 10)) == pytest.approx(20 * np.log10(255 / 10), abs=1e-4)
-    assert fidelity.flicker(darker, np.maximum(true, 10)) == 0  # wrong, but steadily
+    assert fidelity.flicker(darker, np.maximum(true, 10)) == 0  # wrong, but constant over time
     flickering = darker.copy()
     flickering[::2] = np.maximum(true[::2], 10)
     assert fidelity.flicker(flickering, np.maximum(true, 10)) == pytest.approx(10)
-    blurred = cascade.bicubic(cascade.smaller(true))
+    blurred = cascade.bicubic(cascade.downscaled(true))
     assert blurred.shape == true.shape and 0.1 < fidelity.sharpness(blurred, true) < 0.8
 
 
-def test_the_box_of_an_object_holds_it_with_a_margin():
+def test_the_box_of_an_object_contains_it_with_a_margin():
     true = world.clip("val", 1, frames=9, fps=8, height=64, width=64).pixels
     box = fidelity.object_box(true)
     background = true[0, 0, 0].astype(int)
-    differs = np.abs(true.astype(int) - background).max(-1) > fidelity.STANDS_OUT
+    differs = np.abs(true.astype(int) - background).max(-1) > fidelity.MIN_CONTRAST
     assert box[differs].all() and 0.01 < box.mean() < 0.6
     assert not fidelity.object_box(np.full((2, 8, 8, 3), 7, np.uint8)).any()
 
 
 def test_repeated_and_blended_key_frames():
-    """Of a ramp over time, linear blending is the ramp again and repeating its staircase."""
+    """For a ramp over time, linear blending restores the ramp and repeating gives a staircase."""
     ramp = np.broadcast_to(np.arange(0, 34, 2, dtype=np.uint8)[:, None, None, None], (17, 4, 4, 3))
     np.testing.assert_array_equal(cascade.blended(ramp[::4]), ramp)
     assert cascade.repeated(ramp[::4])[:, 0, 0, 0].tolist() == [0] * 3 + [8] * 4 + [16] * 4 + [24] * 4 + [32] * 2
@@ -204,8 +199,8 @@ def test_only_moving_objects_are_measured():
 
 @pytest.mark.heavy
 def test_both_later_stages_are_measured(tmp_path, capsys, monkeypatch):
-    """With networks of random weights: every row and column is there, and the baselines beat them."""
-    monkeypatch.setattr(cascade, "FEW_FRAMES", 5)  # one compiled program for both lengths
+    """With random weights, every row and column is present, and the baselines win."""
+    monkeypatch.setattr(cascade, "FEW_FRAMES", 5)  # both lengths share one compiled program
     out = tmp_path / "result.json"
     words = ["--clips", "1", "--vsr-frames", "3", "--json", str(out)]
     for stage in ("interpolation", "vsr"):
@@ -222,7 +217,7 @@ def test_both_later_stages_are_measured(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--stages", "vrs"], "did you mean 'vsr'"), (["--clips", "0"], "clips: at least 1"),
+    [(["--stages", "vrs"], "did you mean 'vsr'"), (["--clips", "0"], "--clips must be at least 1"),
      (["--split", "train"], "unknown split"), (["--vsr-weights", "nowhere", "--stages", "vsr"], "nowhere")],
 )  # fmt: skip
 def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message, capsys):
@@ -233,24 +228,24 @@ def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message,
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_the_detectors_read_what_later_stages_made_of_the_base_s_frames():
+def test_outputs_of_later_stages_are_reduced_to_what_the_base_generated():
     base = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), np.uint8)
     longer = np.zeros((13, 6, 8, 3), np.uint8)
     longer[::4] = base
     large = repeat(longer, "t h w c -> t (h a) (w b) c", a=4, b=4)
-    for made, stages in ((longer, ("base", "interpolation")), (large, ("base", "interpolation", "vsr"))):
-        np.testing.assert_array_equal(evaluation._as_base_makes_them(made, stages), base)
+    for video, stages in ((longer, ("base", "interpolation")), (large, ("base", "interpolation", "vsr"))):
+        np.testing.assert_array_equal(evaluation._as_from_base(video, stages), base)
 
 
 @pytest.mark.parametrize("words", [["--stages", "base,vsr", "--truth"], ["--stages", "base,vsr", "--split", "image"]])
-def test_later_stages_are_for_sampled_videos(words, capsys):
+def test_later_stages_need_sampled_videos(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(words)
-    assert stopped.value.code == 2 and "later ones are for sampled videos" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "later stages need sampled videos" in capsys.readouterr().err
 
 
-def test_prompts_are_followed_through_the_whole_cascade(tmp_path):
-    """With networks of random weights: it samples all stages and scores every row."""
+def test_the_whole_cascade_is_scored(tmp_path):
+    """With random weights, all stages are sampled and every row is scored."""
     folder, out = make_cascade(tmp_path / "cascade"), tmp_path / "result.json"
     words = ["--weights", str(folder), "--stages", "base,interpolation,vsr", "--samples", "3", "--batch-size", "2"]
     evaluation.main([*words, "--split", "val", "--json", str(out)])
@@ -262,38 +257,38 @@ def test_prompts_are_followed_through_the_whole_cascade(tmp_path):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_no_prediction_beats_the_least_loss(prediction):
-    """Of x0 that is one of a few pictures: to know which is best, then to weigh them, then to guess the likeliest."""
+def test_no_prediction_is_better_than_the_least_loss(prediction):
+    """For x0 out of a few images, knowing which is best, then weighting them, then choosing the likeliest."""
     schedule, rng = Schedule(prediction=prediction), np.random.default_rng(0)
-    possible = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
+    candidates = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
     least, likeliest = [], []
     for i in range(60):
-        x0, eps = possible[i % 5][None], rng.standard_normal((1, 2, 2, 1)).astype(np.float32)
+        x0, eps = candidates[i % 5][None], rng.standard_normal((1, 2, 2, 1)).astype(np.float32)
         assert noise_levels.least_loss(schedule, 600, x0, eps, x0) < 1e-8
-        least.append(noise_levels.least_loss(schedule, 600, x0, eps, possible))
+        least.append(noise_levels.least_loss(schedule, 600, x0, eps, candidates))
         x_t = np.asarray(schedule.add_noise(jnp.asarray(x0), jnp.asarray(eps), jnp.array([600])))
-        near = np.square(x_t - schedule.alphas_cumprod[600] ** 0.5 * possible).sum(axis=(1, 2, 3)).argmin()
-        likeliest.append(noise_levels.least_loss(schedule, 600, x0, eps, possible[near][None]))
+        near = np.square(x_t - schedule.alphas_cumprod[600] ** 0.5 * candidates).sum(axis=(1, 2, 3)).argmin()
+        likeliest.append(noise_levels.least_loss(schedule, 600, x0, eps, candidates[near][None]))
     assert 0 < np.mean(least) < np.mean(likeliest)
 
 
 @pytest.mark.parametrize("name", noise_levels.WORDS)
-def test_an_exchanged_word_is_another_one_that_makes_sense(name):
+def test_a_replaced_word_makes_sense(name):
     for i, sample in enumerate(samples("val", 40)):
-        caption = noise_levels.exchanged(sample, name, i)
+        caption = noise_levels.replace_word(sample, name, i)
         assert caption != sample.caption
         assert len(set(caption.split()) ^ set(sample.caption.split())) <= 5
         a = sample.attributes
         if name in ("colour", "background"):
             assert f"{a.colour} {a.shape}" not in caption or f"over a {a.background}" not in caption
             words = caption.split()
-            assert words[-2] not in words[:-2]  # a shape in the background's colour would not be seen
+            assert words[-2] not in words[:-2]  # a shape in the background's colour would be invisible
 
 
 @pytest.mark.heavy
 def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
-    """An untrained model is far from the least loss."""
-    monkeypatch.setattr(noise_levels, "PLACES", 6)
+    """The loss of an untrained model is far above the lower bound."""
+    monkeypatch.setattr(noise_levels, "POSITIONS", 6)
     monkeypatch.setattr(noise_levels, "LEVELS", (300, 700))
     folder, out = make_stage(tmp_path / "base", "base", height=16, width=16), tmp_path / "levels.json"
     noise_levels.main(["--weights", str(folder), "--samples", "2", "--json", str(out)])
@@ -304,4 +299,4 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
     assert "| t | still | least | clip |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         noise_levels.main(["--samples", "0"])
-    assert capsys.readouterr().err.startswith("error: samples of at least 1")
+    assert capsys.readouterr().err.startswith("error: --samples must be at least 1")

@@ -1,4 +1,4 @@
-"""The order of the house: who may import whom, what sampling and training need, and who may print."""
+"""Who may import whom, which packages sampling and training need, and who may print."""
 
 import ast
 import subprocess
@@ -10,32 +10,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
-GROUND = {"models", "diffusion", "data", "parallel"}  # these know none of each other
-MIDDLE = {"weights", "stages"}
-UPPER = {"cascade", "training"}
-KNOWS = {
-    "errors": set(),
-    "samples": {"data"},
+# From the ground up. A unit may import those that it lists, itself, and the HELPERS.
+HELPERS = {"errors", "fields", "results"}
+GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
+CORE = GROUND | {"stages", "weights"}
+SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
+MAY_IMPORT = {
+    **dict.fromkeys(HELPERS, set()),
     **dict.fromkeys(GROUND, set()),
-    **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
-    "cascade": GROUND | MIDDLE | {"samples"},
-    "training": GROUND | MIDDLE | {"cascade", "samples"},  # its sample grids show what a user would see
-    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples"}),
-    "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
-    "__init__": GROUND | MIDDLE | UPPER | {"samples"},
+    "stages": {"models", "diffusion"},
+    "weights": {"models", "diffusion", "stages"},
+    "samples": {"data", "stages"},
+    "cascade": CORE | {"samples"},
+    "training": CORE,
+    **dict.fromkeys(SATELLITES, CORE | {"samples", "cascade", "training"}),
+    "__init__": CORE | {"samples", "cascade"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
-# Installed for some configurations only, or slow to import; whoever needs one imports it where it is used.
+# Needed by some configurations only, or slow to import: whoever needs one imports it where it is used.
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
     "scenedetect", "cv2", "matplotlib",
 ]  # fmt: skip
+MAX_STAGE_COMPARISONS = 8  # what differs between the stages belongs in `lavie_jax/stages/`
+STAGE_NAMES = {"base", "interpolation", "vsr"}
 
 SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def unit(path: Path) -> str:
-    """The room that a file of the package belongs to: `models` for lavie_jax/models/unet.py."""
+    """The package or module that a file belongs to: `models` for lavie_jax/models/unet.py."""
     return path.parts[1].removesuffix(".py")
 
 
@@ -52,6 +56,10 @@ def imported(path: Path, tree: ast.AST) -> set[str]:
     return names
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
 def is_command(tree: ast.Module) -> bool:
     """True for a file that `python -m` runs."""
     return any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body)
@@ -60,26 +68,65 @@ def is_command(tree: ast.Module) -> bool:
 def modules() -> list[str]:
     """Importable names of the library's modules, without commands and the reader of PyTorch files."""
     return [
-        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        module_name(path)
         for path, tree in SOURCES.items()
         if not is_command(tree) and path.name not in ("__main__.py", "torch_files.py")
     ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_a_file_imports_only_what_its_rank_may_know(path):
+def test_a_file_imports_only_from_units_below_its_own(path):
     here = unit(path)
-    assert here in KNOWS, f"{here} has no rank: give it a place in KNOWS"
-    allowed = KNOWS[here] | {here, "errors"}
+    assert here in MAY_IMPORT, f"{here} has no rank: add it to MAY_IMPORT"
+    allowed = MAY_IMPORT[here] | {here} | HELPERS
     for name in imported(path, SOURCES[path]):
         root, *rest = name.split(".")
         assert root not in ("configs", "train", "sample", "convert_torch"), f"{path} imports the script {name}"
         if root == "lavie_jax" and rest:
-            assert rest[0] in allowed, f"{path} imports {name}; {here} may know {sorted(allowed)}"
+            assert rest[0] in allowed, f"{path} imports {name}; {here} may import {sorted(allowed)}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {module_name(path): path for path in SOURCES}
+    graph = {}
+    for name, path in names.items():
+        found = imported(path, SOURCES[path])
+        # `from package import module` and `from module import name`
+        graph[name] = {n if n in names else n.rpartition(".")[0] for n in found} & set(names) - {name}
+        if path.name == "__init__.py":  # a package's own modules may use its names through the package
+            graph[name] -= {"lavie_jax"}
+    graph = {name: others - {"lavie_jax"} for name, others in graph.items()}  # it holds the version, and imports lazily
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            path.append(name)
+            for other in graph[name]:
+                visit(other)
+            path.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_few_places_outside_the_stages_compare_a_stages_name():
+    comparisons = []
+    scripts = [ROOT / name for name in ("train.py", "sample.py", "convert_torch.py")]
+    for path in [*PACKAGE.rglob("*.py"), *scripts]:
+        if PACKAGE / "stages" in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                if STAGE_NAMES.intersection(value for value in constants if isinstance(value, str)):
+                    comparisons.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert len(comparisons) <= MAX_STAGE_COMPARISONS, comparisons
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if unit(p) == "models"], ids=str)
-def test_models_need_jax_flax_and_einops_only(path):
+def test_models_need_only_jax_flax_and_einops(path):
     roots = {name.split(".")[0] for name in imported(path, SOURCES[path])}
     assert roots <= MODEL_LIBRARIES | {"lavie_jax"} | sys.stdlib_module_names
 
@@ -93,15 +140,15 @@ def test_library_code_does_not_print(path):
     assert not lines, f"{path} prints in lines {lines}: use absl's logging"
 
 
-def test_sampling_and_training_import_without_the_packages_they_may_not_need():
-    """One process in which importing any of ON_DEMAND fails imports every library module and sample.py."""
+def test_sampling_and_training_import_without_optional_packages():
+    """Imports every library module and sample.py in one process in which importing any of ON_DEMAND fails."""
     program = f"""
 import importlib, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {ON_DEMAND!r}:
-            raise ImportError(name + " is imported although nothing asked for it")
+            raise ImportError(name + " is imported although nothing needs it")
 
 sys.meta_path.insert(0, Refuse())
 for module in {[*modules(), "sample"]!r}:

@@ -30,11 +30,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import UNet
-from lavie_jax.models.unet_config import UNetConfig
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.compvis import Sizes, rename
+from lavie_jax.weights.diffusers_configs import unet_config, vae_config
 
 torch = pytest.importorskip("torch")
 sd = pytest.fixture(make_sd, scope="module")
@@ -186,10 +185,10 @@ def to_compvis(part, name):
 
 def write_compvis(file):
     """A CompVis checkpoint of the tiny SD, with what such files drag along."""
-    image = UNetConfig.from_diffusers(SD_UNET | {"attention_head_dim": 8}, "image")
+    image = unet_config(SD_UNET | {"attention_head_dim": 8}, "image")
     parts = {
         "unet": state_dict("unet", image),
-        "vae": state_dict("vae", VAEConfig.from_diffusers(VAE)),
+        "vae": state_dict("vae", vae_config(VAE)),
         "text_encoder": state_dict("text_encoder", CLIPTextConfig(**TEXT), "text_model"),
     }
     tensors = {to_compvis(part, name): t for part, named in parts.items() for name, t in named.items()}

@@ -17,8 +17,9 @@ from PIL import Image
 
 from lavie_jax import weights
 from lavie_jax.curation import __main__ as command
-from lavie_jax.curation import latents as encoding
+from lavie_jax.curation import latent_encoder
 from lavie_jax.curation import pipeline as curation
+from lavie_jax.curation.job import LatentJob
 from lavie_jax.data import latents, pipeline, shards, tokens, transforms, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.tokens import load_tokenizer
@@ -49,7 +50,7 @@ def curate(*words):
 def few_frames_at_a_time():
     """A device of the eight of the tests takes 3 frames: 24 in all, as the clips have, or nearly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "MOST_FRAMES", 3)
+        patch.setattr(latent_encoder, "MAX_FRAMES", 3)
         yield
 
 
@@ -171,8 +172,8 @@ def test_the_manifest_says_what_made_a_set_and_has_the_hashes_of_its_files(made,
 
 
 def test_a_long_clip_is_encoded_in_parts_that_fit_together(made, clips, base, monkeypatch, tmp_path):
-    monkeypatch.setattr(encoding, "MOST_FRAMES", 1)
-    encoder = encoding.Encoder(command.LatentJob(weights=str(base), fps=10.0))
+    monkeypatch.setattr(latent_encoder, "MAX_FRAMES", 1)
+    encoder = latent_encoder.LatentEncoder(LatentJob(weights=str(base), fps=10.0))
     content = shards.ShardRecords(clips, medium="video", val_fraction=0.0)[0].content
     path = _written(content, tmp_path)
     parts = list(encoder.parts_of_clip(path, (16, 24)))
@@ -208,7 +209,7 @@ def test_pictures_are_clips_of_one_frame_and_those_that_cannot_be_read_are_liste
 def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, base, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ("--input", films, "--out", out, "--latents", base, "--latent-fps", "16", "--shard-clips", "3")
-    seen, real = set(), encoding.Encoder.latents
+    seen, real = set(), latent_encoder.LatentEncoder.latents
 
     def stopping(self, frames, name):
         seen.add(name)
@@ -217,7 +218,7 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
         return real(self, frames, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding.Encoder, "latents", stopping)
+        patch.setattr(latent_encoder.LatentEncoder, "latents", stopping)
         with pytest.raises(KeyboardInterrupt):
             curate(*words)
     assert [p.name for p in out.glob("16x24/*")] == ["clips-00000.array_record"]
@@ -226,7 +227,9 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
     (out / "16x24/clips-00007.array_record").write_bytes(b"of more videos")
     encoded = set()
     monkeypatch.setattr(
-        encoding.Encoder, "latents", lambda self, frames, name: encoded.add(name) or real(self, frames, name)
+        latent_encoder.LatentEncoder,
+        "latents",
+        lambda self, frames, name: encoded.add(name) or real(self, frames, name),
     )
     curate(*words)
     assert len(encoded) == CLIPS - 3 and digests_of(out) == digests_of(made)
@@ -432,7 +435,7 @@ def test_a_set_that_is_not_whole_is_refused(made, tmp_path):
         (("--latents", "BASE", "--latent-sizes", "16"), "sizes are HEIGHTxWIDTH, such as"),
         (("--latents", "BASE", "--latent-fps", "0"), "--latent-fps must be above 0"),
         (("--latent-sizes", "16x24"), "need --latents"),
-        (("--stills", "array_record:x"), "one of --input, a folder of videos, and --stills"),
+        (("--stills", "array_record:x"), "give either --input, a folder of videos, or --stills"),
     ],
 )
 def test_bad_words_are_one_line_and_exit_code_2(words, message, films, base, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Interpolation and super-resolution with tiny random models: what they start from and what comes out."""
+"""Interpolation and super-resolution with tiny random models, from their input to their output."""
 
 import dataclasses
 
@@ -10,16 +10,17 @@ import tiny
 
 import lavie_jax
 from lavie_jax import cascade
-from lavie_jax.cascade import interpolation, pixels, running, vsr
+from lavie_jax.cascade import running
 from lavie_jax.cascade.denoising import Plan, denoise
 from lavie_jax.diffusion import Schedule, make_sampler
 from lavie_jax.errors import UserError
-from lavie_jax.samples import settings as sample_settings
-from lavie_jax.samples.settings import Source
-from lavie_jax.samples.shelf import Memory
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
+from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.stages import STAGES, clips
+from lavie_jax.stages import settings as stage_settings
+from lavie_jax.stages.clips import ClipInfo
+from lavie_jax.stages.vsr import TILE
 from lavie_jax.weights import load_folder
-from lavie_jax.weights.expected import compare, seal
+from lavie_jax.weights.expected import compare, fingerprint
 from lavie_jax.weights.folder import part_dir, read_json, read_part
 
 PROMPT = "a red circle"
@@ -45,28 +46,28 @@ def clip(frames=4, height=16, width=24) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
 
 
-def source(frames, height=16, width=24, fps=5.0) -> Source:
-    return Source(frames=frames, height=height, width=width, fps=fps, own=True)
+def info(frames, height=16, width=24, fps=5.0) -> ClipInfo:
+    return ClipInfo(frames=frames, height=height, width=width, fps=fps, own=True)
 
 
 def prepared(pipe, stage, frames, seed=0, **given):
     """(model, settings, the clip before its first step)."""
-    made = cascade.plan(pipe.weights, [stage], {stage: given}, source(*frames.shape[:3]))[stage]
+    made = cascade.resolve_settings(pipe.weights, [stage], {stage: given}, info(*frames.shape[:3]))[stage]
     model = pipe.model(stage)
-    job = running.Job(cascade.Request(prompt=PROMPT, seed=seed), Memory(), frames)
-    (ready,) = running._prepared(model, made, [job])
+    sample = running.Sample(cascade.Request(prompt=PROMPT, seed=seed), MemoryCache(), frames)
+    (ready,) = running._prepared(model, made, [sample])
     return model, made, ready
 
 
 def latents_of(pipe, stage, frames, **given) -> np.ndarray:
     model, made, ready = prepared(pipe, stage, frames, **given)
     sampler = make_sampler(made.sampler, made.steps, model.weights.schedule)
-    windows = running.PASSES[stage].windows(ready.shape, made)
+    windows = STAGES[stage].windows(ready.shape, made)
     denoise(model, [ready], Plan(sampler=sampler, guidance=made.guidance, windows=windows, rows=model.mesh.size))
     return ready.state["x"]
 
 
-def test_the_stages_of_one_call_are_those_of_several(single):
+def test_one_call_equals_one_call_per_stage(single):
     video = single(PROMPT, stages=("base", "interpolation", "vsr"), seed=1)
     assert video.shape == (1, 13, 64, 96, 3) and video.dtype == np.uint8
     (key_frames,) = single(PROMPT, seed=1)
@@ -77,7 +78,7 @@ def test_the_stages_of_one_call_are_those_of_several(single):
 
 @pytest.mark.parametrize("stage", ["interpolation", "vsr"])
 def test_one_device_and_eight_agree(stage, single, folder):
-    """With more windows than one: 18 key frames, and 7 frames in windows of 4 and tiles of 8."""
+    """With several windows: 18 key frames, and 7 frames in windows of 4 and tiles of 8."""
     frames = clip(18, 8, 8) if stage == "interpolation" else clip(7, 8, 12)
     given = {"steps": 2} | ({"window_frames": 4, "tile": 8} if stage == "vsr" else {})
     one = latents_of(single, stage, frames, **given)
@@ -87,9 +88,9 @@ def test_one_device_and_eight_agree(stage, single, folder):
 
 
 @pytest.mark.parametrize("stage", ["interpolation", "vsr"])
-def test_a_sample_is_the_plain_loop(stage, single):
-    """Against a few lines that do the same by themselves, from noise to latents."""
-    frames = clip(4 if stage == "interpolation" else 8)  # one window, of programs that are compiled already
+def test_a_sample_equals_a_plain_loop(stage, single):
+    """Compared with a few independent lines, from noise to latents."""
+    frames = clip(4 if stage == "interpolation" else 8)  # one window, whose programs are compiled already
     model, made, ready = prepared(single, stage, frames, seed=3)
     images = jnp.asarray(frames / np.float32(127.5) - 1)
     length = 13 if stage == "interpolation" else 8
@@ -97,7 +98,7 @@ def test_a_sample_is_the_plain_loop(stage, single):
 
     def normal(stream, i, shape):
         key = jax.random.key(3, impl="threefry2x32")
-        for word in (list(STAGES).index(stage), stream, i):
+        for word in (STAGES[stage].noise_number, stream, i):
             key = jax.random.fold_in(key, np.uint32(word))
         return jax.random.normal(key, shape)
 
@@ -108,7 +109,7 @@ def test_a_sample_is_the_plain_loop(stage, single):
         keys = (mean + jnp.exp(logvar / 2) * jnp.stack(own)) * model.vae.config.scaling_factor
         concat = keys[np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3])]
     else:
-        signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[50])
+        signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[50])
         concat = signal * images + np.sqrt(1 - signal**2) * jnp.stack(own)
     np.testing.assert_allclose(ready.concat, concat, atol=2e-4)
 
@@ -128,10 +129,10 @@ def test_a_sample_is_the_plain_loop(stage, single):
     assert np.linalg.norm(found - state["x"][0]) <= 1e-3 * np.linalg.norm(found)
 
 
-def test_key_frames_can_be_the_means_of_their_posteriors(single):
+def test_key_frames_can_be_the_modes_of_their_posteriors(single):
     frames = clip(4)
-    model, made, ready = prepared(single, "interpolation", frames, key_latents="mean")
-    assert made.key_latents == "mean"
+    model, made, ready = prepared(single, "interpolation", frames, key_latents="mode")
+    assert made.key_latents == "mode"
     images = jnp.asarray(frames / np.float32(127.5) - 1)
     mean, _ = model.vae.apply({"params": model.vae_params}, images, method="encode")
     np.testing.assert_allclose(ready.concat[::4], mean * model.vae.config.scaling_factor, atol=2e-4)
@@ -149,11 +150,11 @@ def test_key_frames_can_be_kept(single):
 
 
 @pytest.mark.parametrize("start", range(5))
-def test_kept_key_frames_find_their_places_in_any_piece(start):
+def test_kept_key_frames_are_at_the_right_positions_of_any_piece(start):
     made = np.zeros((6, 4, 4, 3), np.uint8)
     frames = np.arange(1, 9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    settings = sample_settings.InterpolationSettings(**{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True)
-    found = interpolation.finish(made, start, settings, frames)[:, 0, 0, 0]
+    settings = stage_settings.InterpolationSettings(**{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True)
+    found = STAGES["interpolation"].finish(made, start, settings, frames)[:, 0, 0, 0]
     expected = [i // 4 + 1 if i % 4 == 0 else 0 for i in range(start, start + 6)]
     assert found.tolist() == expected
 
@@ -164,36 +165,38 @@ def test_odd_sides_are_padded_and_cropped_back(single, weights):
     assert made.shape == (1, 13, 15, 22, 3)
     even = np.pad(frames, [(0, 0), (0, 1), (0, 2), (0, 0)], mode="edge")
     np.testing.assert_array_equal(made, single(PROMPT, stages="interpolation", clip=even)[:, :, :15, :22])
-    settings = cascade.plan(weights, ["interpolation"], {}, source(4, 15, 22))
-    (note,) = cascade.notes(weights, settings, source(4, 15, 22))
+    settings = cascade.resolve_settings(weights, ["interpolation"], {}, info(4, 15, 22))
+    (note,) = cascade.padding_notes(weights, settings, info(4, 15, 22))
     assert "15x22" in note and "padded to 16x24" in note
 
 
-def test_low_resolution_sides_are_padded_to_what_the_unet_halves(weights):
+def test_low_resolution_sides_are_padded_to_multiples_that_the_unet_can_halve(weights):
     config = dataclasses.replace(
         tiny.UNETS["vsr"], block_out_channels=(16,) * 4, attention_levels=(True,) * 4, attention_heads=(2,) * 4,
         only_cross_attention=(False,) * 4,
     )  # fmt: skip
     large = dataclasses.replace(weights["vsr"], unet=dataclasses.replace(weights["vsr"].unet, config=config))
-    settings = cascade.plan({"vsr": large}, ["vsr"], {}, source(3, 33, 40))["vsr"]
+    settings = cascade.resolve_settings({"vsr": large}, ["vsr"], {}, info(3, 33, 40))["vsr"]
     assert (settings.height, settings.width) == (132, 160)
-    assert vsr.latent_shape(large, settings) == (3, 40, 40, 4)
+    assert STAGES["vsr"].latent_shape(large, settings) == (3, 40, 40, 4)
 
 
-def test_sizes_and_rates_follow_the_clip(weights):
-    settings = cascade.plan(weights, ["interpolation", "vsr"], {"vsr": {"steps": 7}}, source(6, 16, 20, fps=5.0))
+def test_size_and_rate_follow_the_clip(weights):
+    settings = cascade.resolve_settings(
+        weights, ["interpolation", "vsr"], {"vsr": {"steps": 7}}, info(6, 16, 20, fps=5.0)
+    )
     first, last = settings["interpolation"], settings["vsr"]
-    assert (first.frames, first.height, first.width, first.fps) == (21, 16, 20, 20.0), "its duration stays"
+    assert (first.frames, first.height, first.width, first.fps) == (21, 16, 20, 20.0), "the duration is unchanged"
     assert (last.frames, last.height, last.width, last.fps) == (21, 64, 80, 20.0)
     assert (first.steps, last.steps, last.noise_level, last.negative_prompt) == (3, 7, 50, "blue")
-    after_base = cascade.plan(weights, ["base", "interpolation"], {})
+    after_base = cascade.resolve_settings(weights, ["base", "interpolation"], {})
     assert after_base["interpolation"].fps == 24, "the weights' own"
 
 
-def test_large_frames_are_tiled_unasked(weights):
-    assert cascade.plan(weights, ["vsr"], {}, source(2, 320, 512))["vsr"].tile == 0
-    assert cascade.plan(weights, ["vsr"], {}, source(2, 480, 640))["vsr"].tile == vsr.TILE
-    assert cascade.plan(weights, ["vsr"], {"vsr": {"tile": 0}}, source(2, 480, 640))["vsr"].tile == 0
+def test_large_frames_are_tiled_by_default(weights):
+    assert cascade.resolve_settings(weights, ["vsr"], {}, info(2, 320, 512))["vsr"].tile == 0
+    assert cascade.resolve_settings(weights, ["vsr"], {}, info(2, 480, 640))["vsr"].tile == TILE
+    assert cascade.resolve_settings(weights, ["vsr"], {"vsr": {"tile": 0}}, info(2, 480, 640))["vsr"].tile == 0
 
 
 def test_the_low_resolution_schedule_comes_from_the_folder(single):
@@ -207,15 +210,19 @@ def test_the_low_resolution_schedule_comes_from_the_folder(single):
         abar = schedule.alphas_cumprod[50]
         return (made.concat - np.sqrt(abar) * images) / np.sqrt(1 - abar)
 
-    np.testing.assert_allclose(noise(released, LOW_RES_SCHEDULE), noise(other, Schedule()), atol=1e-4)
+    np.testing.assert_allclose(noise(released, STAGES["vsr"].low_res_schedule), noise(other, Schedule()), atol=1e-4)
 
 
 BAD = {
-    "noise level": (["vsr"], {"vsr": {"noise_level": 351}}, "noise_level: a whole number from 0 to 350"),
-    "noise level of the model": (["vsr"], {"vsr": {"noise_level": 300}}, "this model knows 0 to 299"),
-    "overlap": (["vsr"], {"vsr": {"overlap_frames": 8}}, "fewer than window_frames = 8"),
+    "noise level": (["vsr"], {"vsr": {"noise_level": 351}}, "noise_level must be from 0 to 350"),
+    "noise level of the model": (
+        ["vsr"],
+        {"vsr": {"noise_level": 300}},
+        "noise_level must be from 0 to 299 for",
+    ),
+    "overlap": (["vsr"], {"vsr": {"overlap_frames": 8}}, "overlap_frames must be below window_frames = 8"),
     "windows": (["vsr"], {"vsr": {"windows": "oficial"}}, "did you mean 'official'"),
-    "tile": (["vsr"], {"vsr": {"tile": 4}}, "tile: at least 8 pixels"),
+    "tile": (["vsr"], {"vsr": {"tile": 4}}, "tile must be at least 8, or 0, not 4"),
     "sampler": (["vsr"], {"vsr": {"sampler": "eulr"}}, "vsr stage: unknown sampler 'eulr'"),
     "setting": (["vsr"], {"vsr": {"step": 3}}, "did you mean 'steps'"),
     "of no stage": (["vsr"], {"base": {"steps": 3}}, "steps is given for base"),
@@ -229,14 +236,14 @@ def test_wrong_settings_are_refused(case, weights):
     stages, given, message = BAD[case]
     have = {"base": weights["base"]} if given is None else weights
     with pytest.raises(UserError, match=message):
-        cascade.plan(have, stages, given or {}, source(1))
+        cascade.resolve_settings(have, stages, given or {}, info(1))
 
 
-def test_a_clip_that_memory_cannot_hold_is_refused_with_a_way_out(weights, monkeypatch):
-    monkeypatch.setattr(pixels, "free_memory", lambda: 1e6)
-    cascade.plan(weights, ["vsr"], {}, source(10))
+def test_a_clip_that_exceeds_memory_is_refused_with_advice(weights, monkeypatch):
+    monkeypatch.setattr(clips, "free_memory", lambda: 1e6)
+    cascade.resolve_settings(weights, ["vsr"], {}, info(10))
     with pytest.raises(UserError, match=r"1000 frames of 16x24 .* at most 2\d frames .* -segment_time 5 "):
-        cascade.plan(weights, ["vsr"], {}, source(1000))
+        cascade.resolve_settings(weights, ["vsr"], {}, info(1000))
 
 
 @pytest.mark.parametrize(
@@ -245,28 +252,28 @@ def test_a_clip_that_memory_cannot_hold_is_refused_with_a_way_out(weights, monke
         ("vsr,base", False, "cannot be run in this order"),
         ("base,base", False, "cannot be run in this order"),
         ("vsr,interpolation", True, "cannot be run in this order"),
-        ("", False, "none cannot be run"),
+        ("", False, "none given"),
         ("vsr", False, "vsr needs a clip"),
-        ("base,vsr", True, "base makes its clip from the prompt"),
+        ("base,vsr", True, "base starts from the prompt alone"),
         ("base,upscale", False, "unknown 'upscale'"),
     ],
 )
 def test_impossible_stages_are_refused(stages, own, message):
     with pytest.raises(UserError, match=message):
-        sample_settings.parse_stages(stages, own_clip=own)
+        stage_settings.parse_stages(stages, own_clip=own)
 
 
-def test_possible_stages_are_taken():
+def test_possible_stages_are_accepted():
     for names in ("base", "base,interpolation", "base, vsr", "base,interpolation,vsr"):
-        assert sample_settings.parse_stages(names, own_clip=False) == tuple(names.replace(" ", "").split(","))
+        assert stage_settings.parse_stages(names, own_clip=False) == tuple(names.replace(" ", "").split(","))
     for names in ("interpolation", "vsr", "interpolation,vsr"):
-        assert sample_settings.parse_stages(names.split(","), own_clip=True) == tuple(names.split(","))
+        assert stage_settings.parse_stages(names.split(","), own_clip=True) == tuple(names.split(","))
 
 
-def test_settings_know_the_stages_and_their_released_defaults():
-    assert sample_settings.STAGES == tuple(STAGES)
-    for name, stage in STAGES.items():
-        made = sample_settings.SETTINGS[name].make(stage.sampling, {})
+def test_every_stage_has_settings_that_hold_its_released_defaults():
+    assert list(stage_settings.STAGE_INFO) == list(STAGES)
+    for stage in STAGES.values():
+        made = stage.info.settings.make(stage.sampling, {})
         assert stage.sampling.items() <= made.to_dict().items()
 
 
@@ -281,7 +288,7 @@ def test_a_cascades_folder_gives_its_stages(folder, tmp_path):
 
 
 def test_a_stage_that_a_folder_lacks_is_refused(folder):
-    with pytest.raises(UserError, match="stage vsr has no weights, there are those of: base; give --vsr-weights"):
+    with pytest.raises(UserError, match="stage vsr has no weights; available stages: base. Give --vsr-weights"):
         lavie_jax.load(stages=["base", "vsr"], folders={"base": folder / "base"})
 
 
@@ -291,16 +298,16 @@ def test_without_a_path_the_shipped_cascade_is_loaded(folder, monkeypatch):
     assert set(lavie_jax.load(stages=["vsr"]).weights) == {"vsr"}
 
 
-def test_of_the_shipped_stages_some_may_be_missing(folder, tmp_path, monkeypatch):
+def test_some_of_the_shipped_stages_may_be_missing(folder, tmp_path, monkeypatch):
     (tmp_path / "base").symlink_to(folder / "base")
     monkeypatch.setattr(cascade, "SHIPPED", tmp_path)
     pipe = lavie_jax.load(devices=jax.devices()[:1])
     assert set(pipe.weights) == {"base"}
-    with pytest.raises(UserError, match="stage vsr has no weights, there are those of: base; give --vsr-weights"):
+    with pytest.raises(UserError, match="stage vsr has no weights; available stages: base. Give --vsr-weights"):
         pipe(PROMPT, stages="base,vsr")
 
 
-def test_what_is_shipped_with_the_package_can_be_loaded():
+def test_the_shipped_models_can_be_loaded():
     found = cascade.stage_folders()
     assert list(found) == ["base", "interpolation", "vsr"]
     for stage, folder in found.items():
@@ -309,4 +316,6 @@ def test_what_is_shipped_with_the_package_can_be_loaded():
             config, tensors, _ = read_part(folder, part)
             shapes = {path: tensor.shape for path, tensor in tensors.items()}
             assert compare(part, config, shapes) == []
-            assert read_json(part_dir(folder, part) / "config.json")["fits"] == seal(config, shapes), "ship it again"
+            assert read_json(part_dir(folder, part) / "config.json")["fits"] == fingerprint(config, shapes), (
+                "ship it again"
+            )

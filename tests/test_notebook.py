@@ -1,4 +1,4 @@
-"""The Colab notebook: it is what its script makes, and every cell of it runs, in a fresh process."""
+"""The committed Colab notebook equals the output of its script, and every cell runs in a fresh process."""
 
 import hashlib
 import json
@@ -20,12 +20,9 @@ ROOT = Path(__file__).parents[1]
 QUICK = {"frames": 4, "base_steps": 2, "interpolation_steps": 1, "vsr_steps": 1}
 
 
-def run(cwd: Path, *runs: dict, there: bool = True) -> subprocess.CompletedProcess:
-    """Run the notebook in `cwd` with these form values; with `there`, lavie_jax can be imported beforehand."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT) if there else "",
-    }
+def run(cwd: Path, *runs: dict, installed: bool = True) -> subprocess.CompletedProcess:
+    """Runs the notebook in `cwd` once per dict of form values. `installed`: lavie_jax is importable from the start."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT) if installed else ""}
     command = [sys.executable, str(ROOT / "tests/run_notebook.py"), str(make_notebook.NOTEBOOK), json.dumps(runs)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -38,13 +35,13 @@ def stages_of(paths: list[Path]) -> list[str]:
     return [path.parent.name.rpartition("-")[0] for path in paths]
 
 
-def test_the_committed_notebook_is_what_the_script_makes():
+def test_the_committed_notebook_is_the_output_of_the_script():
     assert make_notebook.NOTEBOOK.read_text(encoding="utf-8") == make_notebook.notebook(), (
         "run python -m tools.make_notebook"
     )
 
 
-def test_it_is_a_notebook_of_format_4_5_for_colab():
+def test_it_is_a_colab_notebook_of_format_4_5():
     content = json.loads(make_notebook.notebook())
     assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
     assert content["metadata"]["kernelspec"]["name"] == "python3" and content["metadata"]["accelerator"] == "TPU"
@@ -56,7 +53,7 @@ def test_it_is_a_notebook_of_format_4_5_for_colab():
         assert all(line.endswith("\n") for line in cell["source"][:-1])
 
 
-def test_every_field_of_a_form_is_plain_python_of_its_kind():
+def test_every_form_field_has_a_default_of_its_type():
     kinds = {"string": str, "integer": int, "boolean": bool, "raw": object}
     fields = re.findall(r"^(\w+) = (.*?)  # @param (.*)$", "".join(text for _, _, text in make_notebook.CELLS), re.M)
     assert len(fields) == len({name for name, _, _ in fields}) > 20
@@ -68,9 +65,9 @@ def test_every_field_of_a_form_is_plain_python_of_its_kind():
             assert isinstance(value, kinds[re.fullmatch(r'\{type:"(\w+)"\}', kind)[1]]), name
 
 
-def test_every_cell_runs_with_the_shipped_cascade_and_again_finds_what_it_made(tmp_path):
+def test_every_cell_runs_with_the_shipped_cascade_and_reuses_its_results(tmp_path):
     values = {"results": str(tmp_path / "results"), "height": 32, "width": 32, **QUICK}
-    done = run(ROOT / "notebooks", values, values, there=False)
+    done = run(ROOT / "notebooks", values, values, installed=False)
     assert done.returncode == 0, done.stderr
     paths = shown(done)
     assert stages_of(paths) == [*tiny.UNETS, *tiny.UNETS]
@@ -80,7 +77,7 @@ def test_every_cell_runs_with_the_shipped_cascade_and_again_finds_what_it_made(t
     assert shapes == [(4, 32, 32, 3), (13, 32, 32, 3), (13, 128, 128, 3)]
     assert (vsr.parent / "contact-sheet.png").exists()
     (left,) = re.findall(r"left on the devices: (\d+) bytes", done.stdout)
-    assert int(left) < 10_000, "a stage's weights were still there when the next one came"
+    assert int(left) < 10_000, "a stage's weights were still on the device when the next stage started"
 
 
 @pytest.mark.heavy  # test_convert.py converts such files, and the test above samples
@@ -88,7 +85,7 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     import checkpoints
 
-    monkeypatch.setitem(checkpoints.TEXT, "vocab_size", 256)  # as many as the small tokenizer has
+    monkeypatch.setitem(checkpoints.TEXT, "vocab_size", 256)  # the small tokenizer's size
     files = {"stable_diffusion": checkpoints.write_sd(tmp_path / "sd")}
     files["upscaler"] = checkpoints.write_sd(tmp_path / "x4", unet=checkpoints.X4_UNET, image=checkpoints.X4_IMAGE)
     (files["upscaler"] / "scheduler/scheduler_config.json").write_text(json.dumps(checkpoints.X4_SCHEDULER))
@@ -112,11 +109,11 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     assert refused.returncode and "vsr.pt is damaged, or another file" in refused.stderr
     assert {path.name for path in weights.iterdir()} == {"base", "interpolation"} and files["lavie_vsr"].exists()
 
-    done = run(tmp_path, {**values, "lavie_vsr_sha256": sha256})  # those that are converted are left alone
+    done = run(tmp_path, {**values, "lavie_vsr_sha256": sha256})  # converted stages are skipped
     assert done.returncode == 0, done.stderr
     assert {path.name for path in weights.iterdir()} == set(tiny.UNETS)
     assert load_folder(weights / "interpolation").stage == "interpolation"
-    assert not (weights / "interpolation" / "vae").exists(), "it is the base's"
+    assert not (weights / "interpolation" / "vae").exists(), "it should be shared with the base"
     assert not list(tmp_path.glob("*.pt")) and (tmp_path / "sd").is_dir() and (tmp_path / "x4").is_dir()
     assert stages_of(shown(done)) == list(tiny.UNETS)
     assert [read_video(path).shape[:3] for path in shown(done)] == [(2, 16, 24), (5, 16, 24), (5, 32, 48)]

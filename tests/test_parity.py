@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.parity.__main__ import main
 from lavie_jax.parity.cases import read_case
 from lavie_jax.parity.judge import judge
 from lavie_jax.parity.kinds import RUN
+from lavie_jax.weights.diffusers_configs import vae_config
 from lavie_jax.weights.expected import expected_shapes
 from lavie_jax.weights.names import to_torch
 
@@ -49,7 +49,7 @@ MODEL = {
 def small_vae(tmp_path_factory):
     """A case of our own: a small VAE with another salt, its outputs from the code under test."""
     parent = tmp_path_factory.mktemp("parity")
-    shapes = expected_shapes(VAEConfig.from_diffusers(MODEL)).items()
+    shapes = expected_shapes(vae_config(MODEL)).items()
     named = (to_torch("vae", path, np.empty(shape), "old") for path, shape in shapes)
     manifest = {name: list(array.shape) for name, array in named}
     (parent / "manifests").mkdir()

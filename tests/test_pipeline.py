@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, pipeline, sources, tokens, transforms, video_files
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.pipeline import Examples
-from lavie_jax.data.video_files import Window
+from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
@@ -151,15 +152,15 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"frames": -1}, "frames or images"),
         ({"height": 0}, "at least 1"),
         ({"fps": 0.0}, "fps must be above 0"),
-        ({"fps": None}, "give fps"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"caption_drop": 1.5}, "caption_drop is a probability"),
-        ({"handheld": -0.1}, "handheld is a probability"),
+        ({"fps": None}, "set fps"),
+        ({"seed": -1}, "seed' must be at least 0"),
+        ({"caption_drop": 1.5}, "caption_drop' must be from 0 to 1"),
+        ({"handheld": -0.1}, "handheld' must be from 0 to 1"),
         ({"full_height": 8, "full_width": 64}, "patches of 16x24 do not fit into frames of 8x64"),
-        ({"slowest_fps": 9.0}, "slowest_fps is above 0 and at most fps; given 9.0 and 8.0"),
+        ({"slowest_fps": 9.0}, "slowest_fps must be above 0 and at most fps; given 9.0 and 8.0"),
         ({"source": "video_folder", "path": ".", "slowest_fps": 1.0}, "slowest_fps is for Moving Shapes"),
-        ({"source": "video_folder", "path": ".", "clip_stills": 0.5}, "clip_stills is for Moving Shapes"),
-        ({"clip_stills": 2.0}, "clip_stills is a probability"),
+        ({"source": "video_folder", "path": ".", "images_from_clips": 0.5}, "images_from_clips is for Moving Shapes"),
+        ({"images_from_clips": 2.0}, "'data.images_from_clips' must be from 0 to 1, not 2.0"),
         ({"source": "video_folder"}, "needs a path"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
@@ -194,11 +195,11 @@ def config_of(folder, **change):
 
 
 def source_of(folder, *, split="train", val_fraction=0.0, height=16, width=16):
-    window = Window(frames=4, fps=8)
+    window = ClipWindow(frames=4, fps=8)
     clips = sources.open_records(
         "video_folder", str(folder), medium="video", split=split, window=window, val_fraction=val_fraction
     )
-    return sources.RecordSource(clips=clips, window=window, height=height, width=width, random_place=split == "train")
+    return sources.RecordSource(clips=clips, window=window, height=height, width=width, random_crop=split == "train")
 
 
 def test_a_video_folder_gives_every_clip_once_an_epoch_in_changing_order(folder):
@@ -408,12 +409,12 @@ def test_the_share_of_stills_among_clips():
 
 
 def test_the_share_of_frames_of_clips_among_stills():
-    config = DataConfig(frames=0, images=2, height=16, width=16, clip_stills=0.25, caption_drop=0)
+    config = DataConfig(frames=0, images=2, height=16, width=16, images_from_clips=0.25, caption_drop=0)
     examples = Examples(config, make_source(config))
     captions = [text for i in range(200) for text in examples[i]["image_captions"]]
     moving = [text for text in captions if " moving " in text or " standing " in text]
     assert 70 < len(moving) < 130 and examples[0]["images"].shape == (2, 16, 16, 3)
-    none = dataclasses.replace(config, clip_stills=0.0)  # and the rest are those that there were
+    none = dataclasses.replace(config, images_from_clips=0.0)  # and the rest are those that there were
     before = {text for i in range(200) for text in Examples(none, make_source(none))[i]["image_captions"]}
     assert set(captions) - set(moving) <= before
 

@@ -16,7 +16,7 @@ from lavie_jax import parallel
 from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention, rotary_embedding
 from lavie_jax.models.layers import Frames
-from lavie_jax.models.unet import Setting, TransformerBlock
+from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import __main__ as command
 from lavie_jax.planner import chips, plan, report, tables
 from lavie_jax.planner.apart import measure_apart

@@ -1,4 +1,4 @@
-"""sample.py: from the command line to files, and what it refuses."""
+"""sample.py: from the command line to files, and bad input that it refuses."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from lavie_jax.errors import UserError
 from lavie_jax.samples import outputs
 from lavie_jax.samples.outputs import Output, slug
 from lavie_jax.samples.prompts import Prompt, read_prompts
-from lavie_jax.samples.settings import complete
 from lavie_jax.samples.sheets import compared
-from lavie_jax.samples.shelf import Shelf
+from lavie_jax.samples.stage_cache import StageCache
+from lavie_jax.stages.settings import complete
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red circle moving left"
@@ -63,10 +63,12 @@ def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tm
     assert "3/3" in shown.err and "step" in shown.err
 
     before = state(out)
-    monkeypatch.setattr(Cascade, "__init__", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
+    monkeypatch.setattr(
+        Cascade, "__init__", lambda *a, **k: pytest.fail("nothing is to be made, but a model was loaded")
+    )
     assert run("--prompt", PROMPT, "--fps", "5") == 0
     assert state(out) == before
-    assert "1 of 1 samples are in" in capsys.readouterr().out
+    assert "1 of 1 samples exist in" in capsys.readouterr().out
 
 
 def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):
@@ -87,32 +89,32 @@ def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):
     assert (without != video).any()
 
 
-def test_a_sample_of_before_there_was_a_setting_has_its_default(run, tmp_path, capsys):
+def test_a_sample_older_than_a_setting_has_its_default(run, tmp_path, capsys):
     assert run("--prompt", PROMPT) == 0
     path = tmp_path / "out" / "0000-a-red-circle-moving-left-0.json"
     sidecar = json.loads(path.read_text())
     assert sidecar["request"].pop("guidance_rescale") == 0.0
     path.write_text(json.dumps(sidecar))
     assert run("--prompt", PROMPT) == 0
-    assert "1 of 1 samples are in" in capsys.readouterr().out
+    assert "1 of 1 samples exist in" in capsys.readouterr().out
     assert run("--prompt", PROMPT, "--guidance-rescale", "0.7") == 2
-    assert "guidance_rescale = 0.0, asked for is 0.7" in capsys.readouterr().err
+    assert "guidance_rescale = 0.0, not 0.7 as requested now" in capsys.readouterr().err
 
 
-def test_another_request_for_the_same_name_is_refused_by_field(run, tmp_path, capsys):
+def test_another_request_with_the_same_name_is_refused_by_field(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--prompt", PROMPT) == 0
     before = state(out)
     capsys.readouterr()
     assert run("--prompt", PROMPT, "--steps", "2") == 2
     error = capsys.readouterr().err
-    assert "steps = 3, asked for is 2" in error and "--overwrite" in error
+    assert "steps = 3, not 2 as requested now" in error and "--overwrite" in error
     assert state(out) == before
     assert run("--prompt", PROMPT, "--steps", "2", "--overwrite") == 0
     assert json.loads((out / "0000-a-red-circle-moving-left-0.json").read_text())["request"]["steps"] == 2
 
 
-def test_a_file_that_no_run_made_is_never_overwritten(run, tmp_path, capsys):
+def test_a_file_without_a_json_is_never_overwritten(run, tmp_path, capsys):
     mine = tmp_path / "out" / "0000-a-red-circle-moving-left-0.mp4"
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
@@ -121,7 +123,7 @@ def test_a_file_that_no_run_made_is_never_overwritten(run, tmp_path, capsys):
 
 
 def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
-    """Else an old video, beside the new JSON, would be skipped as if it were the new one."""
+    """Otherwise an old video beside the new JSON would be taken for the new one and skipped."""
     video = np.zeros((2, 16, 16, 3), np.uint8)
 
     def output(steps, *formats):
@@ -139,7 +141,7 @@ def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
     assert names(tmp_path) == {"0000-a-0.json"}
     assert output(2, "npz").to_make(overwrite=False) == ("npz",)
     output(2, "npz").write(video, ("npz",), {})
-    output(2, "gif").write(video, ("gif",), {})  # of the same request: both stay
+    output(2, "gif").write(video, ("gif",), {})  # of the same request: both are kept
     assert names(tmp_path) == {f"0000-a-0.{ending}" for ending in ("json", "npz", "gif")}
 
 
@@ -151,7 +153,7 @@ def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
     frames = sorted((out / stems[0]).iterdir())
     with np.load(out / f"{stems[0]}.npz") as arrays:
         np.testing.assert_array_equal(arrays["video"], np.stack([np.asarray(Image.open(f)) for f in frames]))
-    (out / f"{stems[1]}.npz").unlink()  # as if the run had been killed there
+    (out / f"{stems[1]}.npz").unlink()  # as after a kill at this point
     (out / "contact-sheet.png").unlink()
     before = state(out)
     assert run("--prompt", PROMPT, "--num-videos", "2", "--seed", "4", "--format", "npz,gif") == 0
@@ -162,7 +164,7 @@ def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
     }
 
 
-def test_parts_are_the_whole_and_the_sheet_comes_back_without_a_model(run, tmp_path, monkeypatch, capsys):
+def test_parts_make_up_the_whole_and_a_sheet_needs_no_model(run, tmp_path, monkeypatch, capsys):
     args = ("--prompt", PROMPT, "--prompt", "a blue square", "--num-videos", "2", "--format", "npz")
     assert run(*args, "--part", "1/2", "--no-contact-sheet") == 0
     stems = [f"{i:04d}-{name}-{seed}" for i, name in enumerate((slug(PROMPT), "a-blue-square")) for seed in (0, 1)]
@@ -171,7 +173,9 @@ def test_parts_are_the_whole_and_the_sheet_comes_back_without_a_model(run, tmp_p
     assert names(tmp_path / "out") == {f"{s}.{e}" for s in stems for e in ("npz", "json")} | {
         "contact-sheet-part-0.png"
     }
-    monkeypatch.setattr(Cascade, "__init__", lambda *a, **k: pytest.fail("a model was loaded with nothing to make"))
+    monkeypatch.setattr(
+        Cascade, "__init__", lambda *a, **k: pytest.fail("nothing is to be made, but a model was loaded")
+    )
     (tmp_path / "out" / f"{stems[0]}.npz").write_bytes(b"damaged since")
     capsys.readouterr()
     assert run(*args) == 0
@@ -195,13 +199,13 @@ def test_prompt_files_bring_their_own_seeds_and_negative_prompts(run, folder, tm
         np.testing.assert_array_equal(arrays["video"], expected)
 
 
-def test_words_and_ends_that_the_model_does_not_see_are_named(run, capsys):
+def test_unknown_words_and_truncated_ends_are_named(run, capsys):
     assert run("--prompt", "a dragon moving left", "--prompt", f"{PROMPT} right left") == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 2 and "'left'" in warnings[0] and "dragon" in warnings[1] and "circle" in warnings[1]
 
 
-# ---- several stages, and a clip of the user's ----
+# ---- several stages, and a user's clip ----
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +242,11 @@ def video_in(path: Path) -> np.ndarray:
         return arrays["video"]
 
 
-def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monkeypatch, capsys):
+def test_a_killed_cascade_resumes_at_its_stage_and_step(cascaded, tmp_path, monkeypatch, capsys):
     stem, out = "0000-a-red-circle-moving-left-0", tmp_path / "out"
     assert cascaded(out=tmp_path / "whole") == 0
     monkeypatch.setattr(denoising, "SAVE_EVERY", 1)
-    save = Shelf.save_state
+    save = StageCache.save_state
 
     def killed(self, stage, step, state):
         save(self, stage, step, state)
@@ -250,10 +254,10 @@ def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shelf, "save_state", killed)
+        patch.setattr(StageCache, "save_state", killed)
         assert cascaded() == 130
-    shelf = out / "stages" / stem
-    assert names(shelf) == {"base.json", "base.npy", "vsr.json", "vsr.state.npz"} and names(out) == {"stages"}
+    cache = out / "stages" / stem
+    assert names(cache) == {"base.json", "base.npy", "vsr.json", "vsr.state.npz"} and names(out) == {"stages"}
 
     capsys.readouterr()
     assert cascaded("--vsr-steps", "2") == 2
@@ -262,11 +266,11 @@ def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monk
 
     calls = counted(monkeypatch)
     assert cascaded() == 0
-    assert set(calls) == {"vsr"} and len(calls) == 1  # the last step of 3, whose 3 windows share one call on 8 devices
+    assert set(calls) == {"vsr"} and len(calls) == 1  # the last of 3 steps; its 3 windows share one call on 8 devices
     np.testing.assert_array_equal(video_in(out / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz"))
-    assert names(shelf) == {"base.json", "base.npy", "vsr.json", "vsr.npy"}
-    np.testing.assert_array_equal(np.load(shelf / "vsr.npy"), video_in(out / f"{stem}.npz"))
-    assert np.load(shelf / "base.npy").shape == (4, 16, 24, 3)
+    assert names(cache) == {"base.json", "base.npy", "vsr.json", "vsr.npy"}
+    np.testing.assert_array_equal(np.load(cache / "vsr.npy"), video_in(out / f"{stem}.npz"))
+    assert np.load(cache / "base.npy").shape == (4, 16, 24, 3)
 
     request = json.loads((out / f"{stem}.json").read_text())["request"]
     assert request["stages"] == ["base", "vsr"] and request["steps"] == request["vsr"]["steps"] == 3
@@ -276,15 +280,15 @@ def test_a_killed_cascade_goes_on_at_its_stage_and_step(cascaded, tmp_path, monk
     assert state(out) == before
     (out / f"{stem}.npz").unlink()
     calls.clear()
-    assert cascaded() == 0 and not calls, "the exact frames are there still"
+    assert cascaded() == 0 and not calls, "the lossless frames are still cached"
     assert cascaded("--vsr-steps", "2", "--overwrite", out=out) == 0 and calls == ["base"] * 3 + ["vsr"] * 2
     assert cascaded("--overwrite", out=out) == 0 and calls[5:] == ["base"] * 3 + ["vsr"] * 3
     np.testing.assert_array_equal(video_in(out / f"{stem}.npz"), video_in(tmp_path / "whole" / f"{stem}.npz"))
 
 
-def test_a_killed_run_of_the_base_stage_goes_on_and_leaves_nothing(run, tmp_path, monkeypatch):
+def test_a_killed_run_of_the_base_stage_resumes_and_leaves_nothing_behind(run, tmp_path, monkeypatch):
     monkeypatch.setattr(denoising, "SAVE_EVERY", 1)
-    save = Shelf.save_state
+    save = StageCache.save_state
 
     def killed(self, stage, step, state):
         save(self, stage, step, state)
@@ -292,11 +296,11 @@ def test_a_killed_run_of_the_base_stage_goes_on_and_leaves_nothing(run, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shelf, "save_state", killed)
+        patch.setattr(StageCache, "save_state", killed)
         assert run("--prompt", PROMPT, "--format", "npz") == 130
     calls = counted(monkeypatch)
     assert run("--prompt", PROMPT, "--format", "npz", "--overwrite") == 0
-    assert calls == ["base"], "--overwrite goes on, too, with what it left itself"
+    assert calls == ["base"], "--overwrite resumes its own unfinished work"
     stem = "0000-a-red-circle-moving-left-0"
     assert names(tmp_path / "out") == {f"{stem}.npz", f"{stem}.json", "contact-sheet.png"}
     assert run("--prompt", PROMPT, "--format", "npz", out=tmp_path / "whole") == 0
@@ -305,11 +309,11 @@ def test_a_killed_run_of_the_base_stage_goes_on_and_leaves_nothing(run, tmp_path
     )
 
 
-def test_a_clip_of_the_users_is_upscaled_at_its_own_rate(cascaded, tmp_path):
+def test_a_user_clip_is_upscaled_at_its_own_rate(cascaded, tmp_path):
     clip = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), np.uint8)
     path = lavie_jax.save_video(clip, tmp_path / "blue-square.mp4", fps=5)
     assert cascaded("--input", str(path), stages="vsr") == 0
-    stem = "0000-a-red-circle-moving-left-0"  # of the prompt: the file's name says nothing
+    stem = "0000-a-red-circle-moving-left-0"  # from the prompt, not from the file's name
     with np.load(tmp_path / "out" / f"{stem}.npz") as arrays:
         assert arrays["video"].shape == (4, 64, 96, 3) and arrays["fps"] == 5
     sidecar = json.loads((tmp_path / "out" / f"{stem}.json").read_text())
@@ -319,8 +323,8 @@ def test_a_clip_of_the_users_is_upscaled_at_its_own_rate(cascaded, tmp_path):
 
 def test_the_contact_sheet_of_a_cascade_has_a_row_for_each_stage(cascaded, tmp_path):
     assert cascaded(stages="base,interpolation,vsr") == 0
-    shelf = tmp_path / "out" / "stages" / "0000-a-red-circle-moving-left-0"
-    rows = compared({stage: np.load(shelf / f"{stage}.npy") for stage in ("base", "interpolation", "vsr")})
+    cache = tmp_path / "out" / "stages" / "0000-a-red-circle-moving-left-0"
+    rows = compared({stage: np.load(cache / f"{stage}.npy") for stage in ("base", "interpolation", "vsr")})
     height, width, gap = 128, 192, 4  # shown at twice their size, below a line of caption
     with Image.open(tmp_path / "out" / "contact-sheet.png") as image:
         pixels = np.asarray(image)
@@ -332,7 +336,7 @@ def test_the_contact_sheet_of_a_cascade_has_a_row_for_each_stage(cascaded, tmp_p
             np.testing.assert_array_equal(pixels[bottom - height : bottom, left : left + width], frame)
 
 
-def test_a_clip_of_the_users_is_on_the_contact_sheet_beside_what_was_made_of_it(cascaded, tmp_path, monkeypatch):
+def test_the_contact_sheet_shows_a_user_clip_beside_the_result(cascaded, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(sample.ContactSheets, "add", lambda self, clips, prompt: shown.append(clips))
     clip = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
@@ -350,7 +354,7 @@ def test_without_weights_the_shipped_cascade_is_sampled(stages_folder, tmp_path,
     args = ["--prompt", PROMPT, "--out", str(tmp_path / "out"), "--no-contact-sheet"]
     assert sample.main([*args, "--stages", "base,vsr"]) == 2
     error = capsys.readouterr().err
-    assert error == "error: stage vsr has no weights, there are those of: base; give --vsr-weights\n"
+    assert error == "error: stage vsr has no weights; available stages: base. Give --vsr-weights\n"
     (shipped / "vsr").symlink_to(stages_folder / "vsr")
     assert sample.main([*args, "--stages", "base,vsr"]) == 0
     made_with = json.loads((tmp_path / "out" / "0000-a-red-circle-moving-left-0.json").read_text())["made_with"]
@@ -372,21 +376,27 @@ BAD_CASCADE = {
     "order": (["--stages", "vsr,base"], "cannot be run in this order"),
     "stage": (["--stages", "base,vrs"], "did you mean 'vsr'"),
     "no clip": (["--stages", "vsr"], "vsr needs a clip"),
-    "clip for base": (["--input", "{file}"], "base makes its clip from the prompt"),
+    "clip for base": (["--input", "{file}"], "base starts from the prompt alone"),
     "no clip there": (["--stages", "vsr", "--input", "nowhere.mp4"], "'nowhere.mp4' does not exist"),
     "no video": (["--stages", "vsr", "--input", "{file}"], "cannot read the video"),
     "no frames": (["--stages", "vsr", "--input", "{empty}"], "empty.mp4"),
-    "key latents": (["--stages", "base,interpolation", "--interpolation-key-latents", "mode"], "key_latents: unknown"),
-    "noise level": (["--stages", "base,vsr", "--vsr-noise-level", "351"], "noise_level: a whole number from 0 to 350"),
-    "noise level below": (["--stages", "base,vsr", "--vsr-noise-level", "-1"], "noise_level: a whole number"),
+    "key latents": (
+        ["--stages", "base,interpolation", "--interpolation-key-latents", "median"],
+        "key_latents: unknown",
+    ),
+    "noise level": (
+        ["--stages", "base,vsr", "--vsr-noise-level", "351"],
+        "noise_level must be from 0 to 350",
+    ),
+    "noise level below": (["--stages", "base,vsr", "--vsr-noise-level", "-1"], "noise_level must be from 0"),
     "steps": (["--stages", "base,vsr", "--vsr-steps", "0"], "vsr stage: steps"),
     "sampler": (["--stages", "base,vsr", "--vsr-sampler", "eulr"], "did you mean 'euler'"),
     "of no stage": (["--vsr-steps", "3"], "steps is given for vsr, which is not among the stages base"),
     "of base": (["--stages", "vsr", "--input", "{clip}", "--steps", "3"], "steps is given for base"),
-    "no weights": (["--stages", "base,vsr", "--weights", "{base}"], "vsr has no weights, there are those of: base"),
+    "no weights": (["--stages", "base,vsr", "--weights", "{base}"], "vsr has no weights; available stages: base"),
     "weights of another": (["--stages", "base,vsr", "--vsr-weights", "{base}"], "'base', but 'vsr' is needed"),
     "image": (["--stages", "base,interpolation", "--frames", "1"], "at least 2 key frames"),
-    "prompt": (["--stages", "vsr", "--input", "{clip}", "--prompt", " "], "prompt: an empty one"),
+    "prompt": (["--stages", "vsr", "--input", "{clip}", "--prompt", " "], "prompt: an empty prompt"),
 }
 
 
@@ -406,7 +416,7 @@ def test_bad_input_of_a_cascade_is_one_line_and_nothing_is_written(case, stages_
     assert state(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_a_longer_clip_than_memory_holds_says_how_to_split_it(tmp_path):
+def test_the_error_for_a_clip_longer_than_memory_tells_how_to_split_it(tmp_path):
     path = lavie_jax.save_video(np.zeros((20, 16, 24, 3), np.uint8), tmp_path / "clip.mp4", fps=2)
     with pytest.raises(UserError, match="ffmpeg -i .*clip.mp4 -f segment -segment_time 2 "):
         read_clip(path, max_bytes=8.5 * 16 * 24 * 3)
@@ -426,13 +436,16 @@ BAD = {
     "frames": (["--frames", "0"], "frames"),
     "steps": (["--steps", "0"], "steps"),
     "too many steps": (["--steps", "2000"], "steps"),
-    "num-videos": (["--num-videos", "0"], "num-videos: at least 1"),
-    "guidance": (["--guidance", "nan"], "guidance: a finite number"),
-    "rescaled guidance": (["--guidance-rescale", "1.5"], "guidance_rescale: a number from 0 to 1 is needed, given 1.5"),
+    "num-videos": (["--num-videos", "0"], "num-videos must be at least 1"),
+    "guidance": (["--guidance", "nan"], "guidance must be finite"),
+    "rescaled guidance": (
+        ["--guidance-rescale", "1.5"],
+        "guidance_rescale must be from 0 to 1",
+    ),
     "fps": (["--fps", "0"], "fps"),
-    "fps that no encoder takes": (["--fps", "1e-5"], "fps: a number from 0.01 to 1000"),
+    "fps that no encoder takes": (["--fps", "1e-5"], "fps must be from 0.01 to 1000"),
     "bytes that are no text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),
-    "seed": (["--seed", "1.5"], "seed: a whole number"),
+    "seed": (["--seed", "1.5"], "seed must be a whole number"),
     "last seed": (["--seed", "4294967295", "--num-videos", "2"], "last seed"),
     "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
     "flag": (["--step", "3"], "--step"),
@@ -443,8 +456,8 @@ BAD = {
     "prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt does not exist"),
     "weights": (["--weights", "nowhere"], "nowhere does not exist"),
     "out": (["--out", "{file}/below"], "is a file"),
-    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is no folder of this machine"),
-    "part": (["--part", "2/2"], "part: I/N with I from 0 to N-1 is needed"),
+    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is not a folder of this machine"),
+    "part": (["--part", "2/2"], "part must be I/N with I from 0 to N-1"),
     "PyTorch file for a folder": (["--weights", "{file}"], "PyTorch files become one by convert_torch.py import"),
 }
 
@@ -476,7 +489,7 @@ def test_weights_that_cannot_be_sampled_are_refused(case, folder, run, tmp_path,
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_what_needs_no_weights_is_refused_before_they_are_read(folder, run, tmp_path, capsys):
+def test_settings_are_checked_before_weights_are_read(folder, run, tmp_path, capsys):
     weights = shutil.copytree(folder, tmp_path / "weights")
     file = weights / "unet" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + np.float32(np.nan).tobytes())
@@ -487,7 +500,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_read(folder, run, tmp_
     assert "holds NaN" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+def test_system_errors_are_one_line(monkeypatch, capsys):
     def run(args):
         raise OSError(28, "No space left on device", "samples/contact-sheet.png")
 
@@ -520,11 +533,11 @@ def test_prompt_files_are_read(name, text, expected, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"\n \n", "no prompts"),
+        ("p.txt", b"\n \n", "contains no prompts"),
         ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("p.md", b"a cat", ".txt, .csv, .jsonl"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ("p.jsonl", b'"a"', "line 1: an object"),
+        ("p.jsonl", b'"a"', "line 1 must be an object"),
         ("p.jsonl", b'{"prompt": "a", "sede": 1}', "line 1: unknown field 'sede'; did you mean 'seed'"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', "line 1, seed"),
         ("p.jsonl", b'{"prompt": ""}', "line 1: the prompt is empty"),
@@ -543,7 +556,7 @@ def test_wrong_prompt_files_are_refused_with_the_line(name, content, message, tm
         read_prompts(tmp_path / name)
 
 
-def test_names_of_files_are_plain_and_short():
+def test_file_names_are_plain_and_short():
     assert slug("A Café, on Mars!") == "a-cafe-on-mars"
     assert slug("赤い円") == "prompt"
     assert len(slug("very " * 100)) <= 48 and not slug("very " * 100).endswith("-")
@@ -566,7 +579,7 @@ assert "jax" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_the_script_keeps_its_compiled_programs(folder, tmp_path, monkeypatch):
+def test_compiled_programs_are_cached(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     args = ("sample.py", "--prompt", PROMPT, "--frames", "1", "--weights", str(folder), "--out", str(tmp_path / "out"))
     done = command(*args, XDG_CACHE_HOME=str(tmp_path / "cache"))

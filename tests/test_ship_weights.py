@@ -1,4 +1,4 @@
-"""What is shipped is the model in half precision, whole, once, and not too large."""
+"""A shipped model is complete, in half precision, without duplicate parts, and not too large."""
 
 import jax
 import numpy as np
@@ -12,10 +12,10 @@ from tools import ship_weights
 
 @pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
 def test_a_stage_is_shipped_in_half_precision(tmp_path, stage):
-    made, shared, shipped = make_stage(tmp_path / "made", stage), tmp_path / "shared", tmp_path / "assets" / stage
-    ship_weights.main([str(made), str(shared)])
-    ship_weights.main([str(made), str(shipped), "--share", str(shared)])
-    source, copy = load_folder(made), load_folder(shipped)
+    trained, shared, shipped = make_stage(tmp_path / "trained", stage), tmp_path / "shared", tmp_path / "assets" / stage
+    ship_weights.main([str(trained), str(shared)])
+    ship_weights.main([str(trained), str(shipped), "--share", str(shared)])
+    source, copy = load_folder(trained), load_folder(shipped)
     assert copy.schedule == source.schedule and copy.low_res_schedule == source.low_res_schedule
     assert copy.sampling == source.sampling
     for part in ("unet", "vae", "text_encoder"):
@@ -24,9 +24,9 @@ def test_a_stage_is_shipped_in_half_precision(tmp_path, stage):
     assert not (shipped / "vae").exists() and (shared / "vae").exists()
 
 
-def test_too_large_a_model_is_refused(tmp_path, monkeypatch):
-    made = make_stage(tmp_path / "made", "base")
+def test_a_model_above_the_limit_is_refused(tmp_path, monkeypatch):
+    trained = make_stage(tmp_path / "trained", "base")
     monkeypatch.setitem(ship_weights.LIMITS, "base", 0)
-    with pytest.raises(UserError, match="at most 0 may be shipped of stage base"):
-        ship_weights.main([str(made), str(tmp_path / "assets")])
+    with pytest.raises(UserError, match="the limit of stage base is 0 MiB"):
+        ship_weights.main([str(trained), str(tmp_path / "assets")])
     assert not (tmp_path / "assets").exists()

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from lavie_jax.data import folders, moving_shapes, pipeline, shards, sources, tars, video_files
-from lavie_jax.data.config import DataConfig, make_source
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig
 from lavie_jax.data.records import Record, Records
-from lavie_jax.data.video_files import VideoInfo, Window
+from lavie_jax.data.video_files import ClipWindow, VideoInfo
 from lavie_jax.errors import UserError
 
 RATES = (8, 12, 25, Fraction(30000, 1001), 30, 24)
@@ -104,7 +105,7 @@ def config_of(kind, stores, **change):
 
 
 def records_of(kind, path, medium="video", split="train", val_fraction=0.0):
-    window = Window(frames=4, fps=8)
+    window = ClipWindow(frames=4, fps=8)
     return sources.open_records(kind, str(path), medium=medium, split=split, window=window, val_fraction=val_fraction)
 
 
@@ -145,7 +146,7 @@ def test_the_splits_share_no_record(kind, stores):
 
 @pytest.mark.parametrize("kind", sources.KINDS)
 def test_a_batch_is_refused_that_has_more_clips_than_there_are(kind, stores):
-    with pytest.raises(UserError, match="batch of 6 needs as many clips; .* has 5 to train on"):
+    with pytest.raises(UserError, match="batch of 6 needs as many clips; .* has 5 for training"):
         pipeline.open_examples(config_of(kind, stores), batch_size=6)
 
 
@@ -155,7 +156,7 @@ def test_a_part_of_a_mixture_is_refused_that_has_fewer_clips_than_its_share(stor
         source="mixture", videos=parts, frames=2, images=0, height=16, width=16,
         video_weights=((0, (1, 9)), (5, (1, 1))),
     )  # fmt: skip
-    with pytest.raises(UserError, match="of 12, of which 6 are its share, .* 'video_folder:.* has 5 to train on"):
+    with pytest.raises(UserError, match="of 12, of which 6 come from here, .* 'video_folder:.* has 5 for training"):
         pipeline.open_examples(config, batch_size=12)
     pipeline.open_examples(config, batch_size=10)
 
@@ -174,7 +175,7 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
     kinds = list(sources.KINDS)
     config = DataConfig(
         source="mixture", videos=tuple(f"{kind}:{stores[kind][0]}" for kind in kinds),
-        stills=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
+        image_parts=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
         video_weights=((0, (1, 1, 1, 1)), (2, (0, 1, 1, 2))),
     )  # fmt: skip
     whole = batches(config, 5)
@@ -196,7 +197,7 @@ def test_images_alone_need_no_clips(stores):
 def test_clips_and_images_may_be_of_different_kinds(stores):
     config = config_of("array_record", stores, image_source="webdataset", image_path=str(stores["webdataset"][1]))
     source = make_source(config)
-    assert isinstance(source.clips, shards.ShardRecords) and isinstance(source.pictures, tars.TarRecords)
+    assert isinstance(source.clips, shards.ShardRecords) and isinstance(source.images, tars.TarRecords)
 
 
 # ---- time ----
@@ -207,7 +208,7 @@ def test_a_window_takes_frames_by_rate_or_by_stride(tmp_path):
     for rate in (12, 24):
         path = video_files.save_video(ramp, tmp_path / f"{rate}.mp4", fps=rate)
         numbers = {}
-        for window in (Window(frames=3, fps=6), Window(frames=3), Window(frames=3, stride=5)):
+        for window in (ClipWindow(frames=3, fps=6), ClipWindow(frames=3), ClipWindow(frames=3, stride=5)):
             frames = video_files.read_window(path.read_bytes(), window, place=1.0)
             numbers[str(window)] = np.abs(frames.mean((1, 2, 3))[:, None] - ramp.mean((1, 2, 3))).argmin(1).tolist()
         step = rate // 6
@@ -231,16 +232,16 @@ def test_a_window_of_a_stream_of_varying_rate_shows_what_is_on_screen(tmp_path):
             frame.pts, frame.time_base = time, Fraction(1, 12)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    window = Window(frames=3, fps=3)
+    window = ClipWindow(frames=3, fps=3)
     frames = video_files.read_window(tmp_path / "vfr.mp4", window, place=0.0)
     grays = np.round((frames.mean((1, 2, 3)) - 20) / 30).astype(int).tolist()
     assert grays == [0, 2, 4]  # at 0, 4/12 and 8/12 s
 
 
 def test_the_room_of_a_window():
-    assert Window(frames=5, fps=4).room(VideoInfo(17, 8)) == pytest.approx(1.0)
-    assert Window(frames=17).room(VideoInfo(17, 29.97)) == 0.0
-    assert Window(frames=18).room(VideoInfo(17, 29.97)) < 0
+    assert ClipWindow(frames=5, fps=4).room(VideoInfo(17, 8)) == pytest.approx(1.0)
+    assert ClipWindow(frames=17).room(VideoInfo(17, 29.97)) == 0.0
+    assert ClipWindow(frames=18).room(VideoInfo(17, 29.97)) < 0
 
 
 # ---- what real files are ----
@@ -267,7 +268,7 @@ def test_damaged_files_of_a_folder_are_left_out_counted_and_named(clips, damaged
     assert "1 of 7 have a caption that is not UTF-8" in caplog.text and "silent.txt" in caplog.text
     assert "1 of 7 are shorter than 4 frames at 8 fps" in caplog.text and "short.mp4" in caplog.text
     assert "of 7 cannot be read" in caplog.text and "empty.mp4" in caplog.text and "picture.mp4" in caplog.text
-    with pytest.raises(UserError, match="is a picture, not a video"):
+    with pytest.raises(UserError, match="is an image, not a video"):
         video_files.video_info(tmp_path / "picture.mp4")
 
 
@@ -289,7 +290,7 @@ def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, d
         np.testing.assert_array_equal(row["video"], first[number]["video"])
         assert row["skipped"] == first[number]["skipped"]
     batches(config, 3)
-    assert "skipped, number 1: " in caplog.text
+    assert "skipped record 1: " in caplog.text
     with pytest.raises(UserError, match="3 records were skipped, more than data.max_unreadable allows"):
         batches(dataclasses.replace(config, max_unreadable=2), 5)
 
@@ -341,13 +342,13 @@ def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", b"clip,words\nx.mp4,hello\n", "has the columns clip, words; needed are a file, one of path"),
+        ("a.csv", b"clip,words\nx.mp4,hello\n", "has the columns clip, words; it needs a file, one of path"),
         ("a.csv", b"path,caption\nx.mp4,caf\xe9\n", "a.csv is not UTF-8"),
         ("a.csv", b"path,caption\nx.mp4,one,two\n", "line 2 has more fields than the 2 columns"),
-        ("a.csv", b'path,caption\nx.mp4,"cut', "after line 1 is no CSV"),
+        ("a.csv", b'path,caption\nx.mp4,"cut', "after line 1 is not CSV"),
         ("a.csv", b"path,caption\n", "has no rows"),
-        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n{"path":', "line 2 is no JSON"),
-        ("a.jsonl", b'["x.mp4", "y"]\n', "line 1 is no JSON object"),
+        ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n{"path":', "line 2 is not JSON"),
+        ("a.jsonl", b'["x.mp4", "y"]\n', "line 1 is not a JSON object"),
         ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n', "of 1 videos 1 name no file that exists"),
     ],
 )
@@ -408,15 +409,15 @@ def test_shards_that_are_cut_short_or_of_another_schema_are_refused(clips, store
     whole = next(stores["array_record"][0].iterdir()).read_bytes()
     for keep in (0, 100, len(whole) - 500, 65536):
         (tmp_path / "cut.array_record").write_bytes(whole[:keep])
-        with pytest.raises(UserError, match="the shard '.*cut.array_record' is cut short or damaged"):
+        with pytest.raises(UserError, match="the shard '.*cut.array_record' is truncated or damaged"):
             records_of("array_record", tmp_path)
     os.remove(tmp_path / "cut.array_record")
     content = clips[0][0].read_bytes()
     shards.write_shards([{"video": content, "caption": "x"}], tmp_path, name="a")
     shards.write_shards([{"video": content, "caption": "x", "score": 1.0}], tmp_path, name="b")
-    with pytest.raises(UserError, match="different schema: .*a-00000.* caption, video, those of .*b-00000.* score"):
+    with pytest.raises(UserError, match="different fields: .*a-00000.* caption, video, those of .*b-00000.* score"):
         records_of("array_record", tmp_path)
-    with pytest.raises(UserError, match="have the fields caption, video; needed are image and caption"):
+    with pytest.raises(UserError, match="have the fields caption, video; they need image and caption"):
         records_of("array_record", tmp_path / "a-*", medium="image")
     with pytest.raises(UserError, match="has shards named 'a' already"):
         shards.write_shards([{"video": content, "caption": "x"}], tmp_path, name="a")
@@ -438,7 +439,7 @@ def test_places_with_no_data_are_refused(tmp_path, kind, message):
 
 
 def test_tfds_data_sets_have_the_fields_and_splits_they_say(stores):
-    with pytest.raises(UserError, match="have caption, video; needed are image and caption"):
+    with pytest.raises(UserError, match="have caption, video; they need image and caption"):
         records_of("tfds", stores["tfds"][0], medium="image")
     found = records_of("tfds", stores["tfds"][0])
     assert {found[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}

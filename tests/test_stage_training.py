@@ -1,4 +1,4 @@
-"""What the stages are fed in training, and that each learns from video files."""
+"""Training inputs of the stages, and that each stage learns from video files."""
 
 import contextlib
 from pathlib import Path
@@ -13,9 +13,10 @@ from lavie_jax.data import moving_shapes, pipeline, video_files
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE, VAEConfig
-from lavie_jax.samples import settings
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
-from lavie_jax.training import build, diffusion, inputs, optimizer, options
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.conditioning import EncodedClips
+from lavie_jax.stages.settings import MAX_NOISE_LEVEL
+from lavie_jax.training import build, diffusion, optimizer, options
 from lavie_jax.training.step import make_state, make_update
 from lavie_jax.weights.names import ZERO_AT_FIRST
 from tests.tiny import make_base, random_params
@@ -24,12 +25,12 @@ ROOT = Path(__file__).parents[1]
 VAE_CONFIG = VAEConfig(latent_channels=2, scaling_factor=0.5, patch_size=2)
 
 
-def clips(*lead: int, logvar: float = -30.0) -> inputs.Clips:
-    """Frames of 8x4 and a made-up posterior of 4x2, each frame unlike the others."""
+def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
+    """Frames of 8x4 and an arbitrary posterior of 4x2, different in each frame."""
     rng = np.random.default_rng(0)
     pixels = jnp.asarray(rng.uniform(-1, 1, (*lead, 8, 4, 3)), jnp.float32)
     mean = jnp.asarray(rng.normal(size=(*lead, 4, 2, 2)), jnp.float32)
-    return inputs.Clips(pixels, mean, jnp.full_like(mean, logvar))
+    return EncodedClips(pixels, mean, jnp.full_like(mean, logvar))
 
 
 # ---- inputs ----
@@ -37,50 +38,52 @@ def clips(*lead: int, logvar: float = -30.0) -> inputs.Clips:
 
 def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     clip = clips(2, 9)
-    made = inputs.key_frames(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    made = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
     assert made["key_latents"].shape == (2, 3, 4, 2, 2)
     shown = STAGES["interpolation"].condition(made).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
-    keys = inputs.key_frames(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))["key_latents"]
-    targets = blurred.draw(jax.random.key(2), VAE_CONFIG)[:, ::4]
-    assert float(jnp.abs(keys - targets).min()) > 0  # the network cannot find the target's own draw in its input
+    keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))[
+        "key_latents"
+    ]
+    targets = blurred.sample(jax.random.key(2), VAE_CONFIG)[:, ::4]
+    assert float(jnp.abs(keys["key_latents"] - targets).min()) > 0  # the target's own sample is not in the input
 
 
-def test_draws_of_a_certain_posterior_are_its_mean():
+def test_samples_without_variance_are_the_mean():
     blurred = clips(2, 9, logvar=0.0)
-    drawn = blurred.certain().draw(jax.random.key(2), VAE_CONFIG)
-    np.testing.assert_array_equal(drawn, 0.5 * blurred.mean)
-    assert not np.array_equal(blurred.draw(jax.random.key(2), VAE_CONFIG), drawn)
+    sample = blurred.without_variance().draw(jax.random.key(2), VAE_CONFIG)
+    np.testing.assert_array_equal(sample, 0.5 * blurred.mean)
+    assert not np.array_equal(blurred.sample(jax.random.key(2), VAE_CONFIG), sample)
 
 
 @pytest.mark.parametrize("frames", [4, 6, 16])
-def test_interpolation_wants_whole_gaps(frames):
-    inputs.check_frames("base", frames)
-    inputs.check_frames("interpolation", 4 * frames + 1)
+def test_interpolation_trains_on_whole_gaps(frames):
+    STAGES["base"].check_training_frames(frames)
+    STAGES["interpolation"].check_training_frames(4 * frames + 1)
     with pytest.raises(UserError, match="begin and end with a key frame"):
-        inputs.check_frames("interpolation", frames)
+        STAGES["interpolation"].check_training_frames(frames)
 
 
-def test_low_resolution_frames_are_the_means_of_squares_with_levels_of_their_own():
+def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row():
     clip = clips(400, 2)
-    made = inputs.low_resolution(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    made = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
     np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
     level = np.asarray(made["noise_level"])
-    assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= settings.MAX_NOISE_LEVEL
-    assert 25 < np.median(level) < 65  # low ones, as one samples with
+    assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL
+    assert 25 < np.median(level) < 65  # low levels, as used in sampling
     shown = STAGES["vsr"].condition(made)
-    signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[level])[:, None, None, None, None]
+    signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[level])[:, None, None, None, None]
     rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)
     np.testing.assert_allclose([rest.mean(), rest.std()], [0, 1], atol=0.03)
 
 
 @pytest.mark.parametrize("stage", ["interpolation", "vsr"])
-def test_images_beside_a_clip_have_conditions_of_their_own(stage):
-    """Each is a clip of one frame; a row has one noise level."""
+def test_images_beside_a_clip_have_their_own_conditions(stage):
+    """Each image is a clip of one frame; a row has one noise level."""
     video, stills = clips(2, 5), clips(2, 3, 1)
     rng, level_rng = jax.random.key(0), jax.random.key(1)
-    make = inputs.INPUTS[stage]
+    make = STAGES[stage].training_inputs
     latents = jnp.concatenate([video.mean, stills.mean[:, :, 0]], axis=1)
     image_inputs = make(stills, VAE_CONFIG, rng, level_rng)
     pair = STAGES[stage].training_pair(
@@ -99,7 +102,7 @@ def test_images_beside_a_clip_have_conditions_of_their_own(stage):
 def test_large_batches_are_encoded_a_few_frames_at_a_time(monkeypatch):
     config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, patch_size=4)
     vae, frames = VAE(config), jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 8, 8, 3)), jnp.float32)
-    params = random_params(vae, frames[0])
+    params = random_params(config)
     whole = diffusion.encode_frames(vae, params, frames)
     monkeypatch.setattr(diffusion, "VAE_PIXELS", 2 * 2 * 8 * 8 // jax.device_count())  # two frames of both rows
     assert "scan" in str(jax.make_jaxpr(lambda x: diffusion.encode_frames(vae, params, x))(frames))

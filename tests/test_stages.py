@@ -1,15 +1,16 @@
-"""What each stage feeds its UNet, in sampling and in training."""
+"""The inputs of each stage's UNet, in sampling and in training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lavie_jax.diffusion import Schedule
-from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES, Condition, Text, denoiser, predict
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.conditioning import Condition, Text, denoiser, predict
 
 
 class Recorder:
-    """Stands in for a UNet: records its inputs and answers with the text's mean."""
+    """A fake UNet that records its inputs and returns the text's mean."""
 
     def apply(self, variables, x, t, text, image_text=None, image_t=None, noise_level=None):
         self.calls = {
@@ -37,7 +38,7 @@ def test_low_res_frames_are_noised_at_their_level():
     low_res, noise = (jnp.asarray(rng.normal(size=(2, 3, 4, 4, 3)), jnp.float32) for _ in range(2))
     level = jnp.array([0, 350])
     condition = STAGES["vsr"].condition({"low_res": low_res, "low_res_noise": noise, "noise_level": level})
-    signal = np.sqrt(LOW_RES_SCHEDULE.alphas_cumprod[[0, 350]])[:, None, None, None, None]
+    signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[[0, 350]])[:, None, None, None, None]
     np.testing.assert_allclose(condition.concat, signal * low_res + np.sqrt(1 - signal**2) * noise, atol=1e-6)
     np.testing.assert_array_equal(condition.noise_level, level)
     linear = Schedule()
@@ -56,17 +57,18 @@ def test_guidance_moves_away_from_the_null_text():
     assert unet.calls["x"].shape == (6, 2, 4, 4, 7) and unet.calls["t"].tolist() == [10] * 6
     assert unet.calls["noise_level"].tolist() == [1, 2, 3, 1, 2, 3]
     denoiser(unet, {}, text, null, Condition(), guidance=1.0)(x, 10)
-    assert unet.calls["x"].shape[0] == 3  # the unconditional half is not computed for nothing
+    assert unet.calls["x"].shape[0] == 3  # the unconditional half is left out
 
 
-def test_guided_halves_in_turn_are_the_same():
+def test_sequential_guidance_gives_the_same_result():
     unet, rng = Recorder(), np.random.default_rng(0)
     text, null = (jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32) for _ in range(2))
     x, condition = jnp.ones((3, 2, 4, 4, 4)), Condition(jnp.ones((3, 2, 4, 4, 3)), jnp.array([1, 2, 3]))
-    together, in_turn = (
-        denoiser(unet, {}, text, null, condition, guidance=7.5, in_turn=in_turn)(x, 10) for in_turn in (False, True)
+    together, sequential = (
+        denoiser(unet, {}, text, null, condition, guidance=7.5, sequential_guidance=one_by_one)(x, 10)
+        for one_by_one in (False, True)
     )
-    np.testing.assert_allclose(in_turn, together, rtol=1e-5)
+    np.testing.assert_allclose(sequential, together, rtol=1e-5)
     assert unet.calls["x"].shape == (3, 2, 4, 4, 7)
 
 
@@ -78,9 +80,7 @@ def test_an_image_takes_the_image_path():
 
 
 def test_training_pair_is_the_forward_process():
-    """x_t and the target are what the schedule says of one x0 and one eps, with one timestep a video and one an
-    image.
-    """
+    """x_t and the target follow from one x0 and one eps, with a timestep for each video and each image."""
     stage = STAGES["base"]
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4 + 2, 2, 2, 4)), jnp.float32)
     pair = stage.training_pair(latents, {}, jax.random.key(0), images=2)
@@ -92,7 +92,7 @@ def test_training_pair_is_the_forward_process():
     np.testing.assert_array_equal(pair.x_t, again.x_t)
 
 
-def test_predict_hands_over_everything():
+def test_predict_passes_everything_to_the_unet():
     unet = Recorder()
     latents = jnp.zeros((2, 5, 4, 4, 4))
     inputs = {

@@ -1,4 +1,4 @@
-"""Whether torch is installed for the converter's tests depends on what pip would bring along with it."""
+"""Torch is installed for the converter's tests only if pip would not install CUDA packages with it."""
 
 import importlib.util
 import subprocess
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "torch_for_tests.py"
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """The script as a module, with `installs` listing the pip commands that it would have run."""
+    """Returns the script as a module whose `installs` records pip commands instead of running them."""
     spec = importlib.util.spec_from_file_location("torch_for_tests", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,21 +28,21 @@ def tool(tmp_path, monkeypatch):
 
 def test_a_cpu_build_is_installed(tool):
     tool.planned = lambda: ["torch", "sympy", "filelock"]
-    assert tool.why_not() is None
+    assert tool.install() is None
     assert tool.installs[0][-2:] == ["install", tool.TORCH]
 
 
-def test_a_cuda_build_is_not_and_pip_is_asked_once(tool):
+def test_a_cuda_build_is_not_installed_and_pip_is_asked_once(tool):
     tool.planned = lambda: ["torch", "nvidia-cublas", "cuda-toolkit"]
-    reason = tool.why_not()
+    reason = tool.install()
     assert "2 CUDA packages" in reason
     tool.planned = lambda: pytest.fail("asked again")
-    assert tool.why_not() == reason
+    assert tool.install() == reason
     assert not tool.installs
 
 
-def test_without_an_answer_pip_is_asked_again(tool):
+def test_if_pip_fails_it_is_asked_again(tool):
     tool.planned = lambda: None
-    assert "pip finds no" in tool.why_not()
+    assert "pip cannot find" in tool.install()
     tool.planned = lambda: ["torch"]
-    assert tool.why_not() is None
+    assert tool.install() is None

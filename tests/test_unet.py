@@ -13,10 +13,12 @@ from flax import traverse_util
 from lavie_jax.errors import UserError
 from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip, conditions_around
 from lavie_jax.models.layers import Frames
-from lavie_jax.models.unet import Setting, Transformer, UNet
-from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
+from lavie_jax.models.transformer import Setting, Transformer
+from lavie_jax.models.unet import UNet
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.training.operations import count_operations
+from lavie_jax.weights.diffusers_configs import STAGE_UNET_FIELDS, inflated_config, unet_config
 
 TINY = {
     "block_out_channels": [16],
@@ -71,7 +73,7 @@ def random_params(unet, *inputs):
 
 def make(kind, change=None):
     """(unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, noise_level."""
-    config = UNetConfig.from_diffusers(KINDS[kind] | (change or {}), kind)
+    config = unet_config(KINDS[kind] | (change or {}), kind)
     config = dataclasses.replace(config, temporal_norm_groups=4, **dict.fromkeys(OURS.get(kind, ()), True))
     rng = np.random.default_rng(1)
 
@@ -233,6 +235,26 @@ def test_modulation_by_the_caption_changes_nothing_when_new():
     assert relative_error(run({"params": params}, x, t, text), before) > 1e-3
 
 
+def test_padding_of_texts_is_masked():
+    """Padded texts with masks give what the texts alone give, in the additions of small models too."""
+    unet, (x, t, text, image_text, image_t, _) = make("base")
+    x = x[:, jnp.array([0, 1, 4, 5])]  # 2 frames and 2 images
+    params = random_params(unet, x, t, text, image_text, image_t)
+    apply = jax.jit(functools.partial(unet.apply, {"params": params}))
+    plain = apply(x, t, text, image_text, image_t)
+    long_text, long_image_text = (
+        jnp.concatenate([tokens, jnp.full_like(tokens[..., :3, :], 50.0)], axis=-2) for tokens in (text, image_text)
+    )
+    mask, image_mask = (
+        jnp.broadcast_to(jnp.arange(8) < 5, tokens.shape[:-1]) for tokens in (long_text, long_image_text)
+    )
+    masked = apply(x, t, long_text, long_image_text, image_t, text_mask=mask, image_text_mask=image_mask)
+    assert relative_error(masked, plain) < 1e-5
+    video_only = apply(x, t, long_text, long_image_text, image_t, text_mask=mask)
+    assert relative_error(video_only[:, :2], plain[:, :2]) < 1e-5  # the images attend to their padding here
+    assert relative_error(video_only[:, 2:], plain[:, 2:]) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("remat", "kernels"),
     [
@@ -306,10 +328,10 @@ def test_odd_sides_come_back_whole():
 
 def test_config_survives_json():
     for kind, json in KINDS.items():
-        config = UNetConfig.from_diffusers(json, kind)
+        config = unet_config(json, kind)
         assert UNetConfig.from_dict(config.to_dict()) == config
-        assert config.image_config() == UNetConfig.from_diffusers(json, "image")
-    assert set(VIDEO_FIELDS) == {*KINDS, "image"}
+        assert config.image_config() == unet_config(json, "image")
+    assert set(STAGE_UNET_FIELDS) == {*KINDS, "image"}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +346,7 @@ def test_config_survives_json():
 )
 def test_what_the_unet_cannot_express_is_refused(change, names):
     with pytest.raises(UserError, match=names):
-        UNetConfig.from_diffusers(TINY | TWO_LEVELS | change, "base")
+        unet_config(TINY | TWO_LEVELS | change, "base")
 
 
 def test_mixed_up_inputs_are_refused():
@@ -335,9 +357,9 @@ def test_mixed_up_inputs_are_refused():
 
 
 def test_inflated_is_the_inverse_of_image_config():
-    for kind in VIDEO_FIELDS:
-        image = UNetConfig.from_diffusers(TINY, "image")
-        assert image.inflated(kind).image_config() == image
+    for kind in STAGE_UNET_FIELDS:
+        image = unet_config(TINY, "image")
+        assert inflated_config(image, kind).image_config() == image
 
 
 def test_the_mid_block_always_attends_to_itself():

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE, SpatialAttention, VAEConfig, sample_posterior
+from lavie_jax.weights.diffusers_configs import vae_config
 
 SMALL = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
 
@@ -190,7 +191,7 @@ def test_config_roundtrip_and_errors():
         "sample_size": 512,
         "scaling_factor": 0.18215,
     }
-    config = VAEConfig.from_diffusers(sd)
+    config = vae_config(sd)
     assert config.factor == 8 and config.layers_per_block == 2 and config.norm_num_groups == 32
     for change, message in [
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types"),
@@ -200,4 +201,4 @@ def test_config_roundtrip_and_errors():
         ({"latent_channels": 0}, "latent_channels"),
     ]:
         with pytest.raises(UserError, match=message):
-            VAEConfig.from_diffusers({"block_out_channels": [64]} | change)
+            vae_config({"block_out_channels": [64]} | change)

@@ -216,7 +216,7 @@ def test_a_contact_sheet_shows_a_row_a_video(tmp_path):
     first, last = videos[0][0].repeat(2, 0).repeat(2, 1), videos[0][-1].repeat(2, 0).repeat(2, 1)
     np.testing.assert_array_equal(sheet[-136:-8, 4:132], first)
     np.testing.assert_array_equal(sheet[-136:-8, -132:-4], last)
-    with pytest.raises(UserError, match="a caption a video"):
+    with pytest.raises(UserError, match="one caption per video; given 3 videos and 2 captions"):
         video_files.contact_sheet(videos, captions[:2], tmp_path / "sheet.png")
 
 

@@ -1,7 +1,9 @@
-"""Gives the planner's tests the TPU compiler that belongs to the installed jax; no TPU is needed.
+"""Installs the TPU compiler (libtpu) that matches the installed jax, for the planner's tests. No TPU is needed.
 
-Run by `make test`. It goes into a folder of its own in the environment: where jax finds libtpu by itself, it looks for
-a TPU at every start. Without it those tests are skipped; what is printed says which case it is.
+    python tools/libtpu_for_tests.py        # run by `make test`
+
+The compiler goes to a separate folder of the environment, because jax searches for a TPU at every start if it can
+import libtpu. If it cannot be installed, the tests that need it are skipped. Prints which case applies.
 """
 
 import re
@@ -15,23 +17,23 @@ FOLDER = Path(sys.prefix) / "libtpu-for-tests"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
 
 
-def wanted() -> str:
-    """As jax has it: "libtpu==0.0.42.*"."""
+def requirement() -> str:
+    """Returns jax's own requirement, such as "libtpu==0.0.42.*"."""
     return next(word for need in metadata.requires("jax") if (word := re.split(r"[ ;]", need)[0]).startswith("libtpu"))
 
 
 def main() -> None:
-    want, note = wanted(), FOLDER / "wanted"
-    if note.exists() and note.read_text() == want:
-        print(f"{want} is installed beside the environment: the planner's tests run.")
+    libtpu, note = requirement(), FOLDER / "wanted"
+    if note.exists() and note.read_text() == libtpu:
+        print(f"{libtpu} is installed in {FOLDER}: the planner's compilation tests run.")
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
-    if subprocess.run([*PIP, "install", "--no-deps", "--target", FOLDER, want]).returncode:
+    if subprocess.run([*PIP, "install", "--no-deps", "--target", FOLDER, libtpu]).returncode:
         shutil.rmtree(FOLDER, ignore_errors=True)
-        print(f"No {want}: pip could not install it. The planner's tests that compile for a TPU are skipped.")
+        print(f"pip could not install {libtpu}: the planner's compilation tests are skipped.")
         return
-    note.write_text(want)
-    print(f"{want} was installed beside the environment: the planner's tests run.")
+    note.write_text(libtpu)
+    print(f"{libtpu} was installed in {FOLDER}: the planner's compilation tests run.")
 
 
 if __name__ == "__main__":

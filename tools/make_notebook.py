@@ -1,9 +1,10 @@
-"""Write notebooks/lavie_colab.ipynb, the project in Colab: from weights to videos, stage by stage.
+"""Writes notebooks/lavie_colab.ipynb, which samples videos in Colab stage by stage, from weights or PyTorch files.
 
     python -m tools.make_notebook
 
-The cells are here and nowhere else; tests/test_notebook.py sees to it that the committed notebook is what this makes,
-and runs it. Cells are plain Python, without magics; a line `name = value  # @param ...` is a field of a Colab form.
+Edit the cells here, not in the notebook: tests/test_notebook.py checks that the committed notebook equals the output of
+this script, and runs it. Cells are plain Python without magics. A line `name = value  # @param ...` is a field of a
+Colab form.
 """
 
 import json
@@ -14,16 +15,17 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lavie_colab.ipynb"
 ABOUT = """
 # LaVie in JAX
 
-Text to video in three stages ([LaVie](https://arxiv.org/abs/2309.15103)): **base** makes key frames from a prompt,
-**interpolation** four times as many frames, **vsr** frames of four times the size.
+Text to video in three stages ([LaVie](https://arxiv.org/abs/2309.15103)): **base** generates key frames from a prompt,
+**interpolation** generates four times as many frames, and **vsr** enlarges them to four times the size.
 
-Run the cells from top to bottom. With nothing changed they sample a small model that comes with the project; it knows
-one small world, coloured shapes that move. Weights of your own, Stable Diffusion and LaVie's checkpoints, are converted
-below. One stage's weights are on the chip at a time, and on the host they are mapped from disk, not held in memory: it
-is made for one chip of 16 GB and a host of 12 GB. The project's README says what was measured, and what not yet.
+Run the cells from top to bottom. With the default settings they sample a small model that is included in the project
+and was trained on Moving Shapes, a data set of moving coloured shapes. To use LaVie itself, convert its checkpoints and
+Stable Diffusion below. Only one stage's weights are on the chip at a time, and the host maps them from disk instead of
+loading them into memory. The notebook is designed for one chip with 16 GB and a host with 12 GB; the project's README
+lists what has been measured.
 
-Everything is kept in the folder `results`. A cell that was stopped goes on where it was when it is run again, also in a
-new session if the folder is on a mounted Drive. Other settings go to another folder: nothing is overwritten.
+All results are stored in the folder `results`. If a cell is interrupted, run it again and it resumes, also in a new
+session if the folder is on a mounted Drive. Different settings use different folders, so nothing is overwritten.
 """
 
 INSTALL = """
@@ -33,8 +35,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# @markdown In Colab: the address of the project's git repository, and the runtime's hardware. Where `lavie_jax` is
-# @markdown installed already, both are left alone. If Colab then asks for a restart, restart and run this cell again.
+# @markdown In Colab: the URL of the project's git repository, and the hardware of the runtime. Both are ignored if
+# @markdown `lavie_jax` is installed already. If Colab asks for a restart afterwards, restart and run this cell again.
 repository = ""  # @param {type:"string"}
 hardware = "tpu"  # @param ["tpu", "cuda", "cpu"]
 
@@ -45,17 +47,17 @@ for folder in (Path.cwd(), Path.cwd().parent):  # opened in a clone
         sys.path.insert(0, str(folder))
 if importlib.util.find_spec("lavie_jax") is None:
     if not repository and not CLONE.exists():
-        raise SystemExit("repository: give the address of the project's git repository")
+        raise SystemExit("repository: enter the URL of the project's git repository")
     extra = {"tpu": "[tpu]", "cuda": "[cuda]", "cpu": ""}[hardware]
     if not CLONE.exists():
         subprocess.run(["git", "clone", "--depth", "1", repository, str(CLONE)], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{CLONE}{extra}"], check=True)
-if CLONE.exists():  # for sample.py and convert_torch.py, which are no part of the package
+if CLONE.exists():  # for sample.py and convert_torch.py, which are not part of the package
     sys.path.insert(0, str(CLONE))
 """
 
 DEVICE = """
-# @title The device
+# @title Device
 import jax
 
 import lavie_jax
@@ -65,12 +67,12 @@ for device in jax.local_devices():
     memory = (device.memory_stats() or {}).get("bytes_limit")
     print(device.device_kind, "" if memory is None else f"{memory / 2**30:.1f} GiB")
 if jax.local_devices()[0].platform == "cpu":
-    print("No TPU or GPU: good for the small model. In Colab: Runtime, Change runtime type.")
+    print("No TPU or GPU: sufficient for the small model only. In Colab: Runtime > Change runtime type.")
 """
 
 KEEP = """
-# @title Where things are kept
-# @markdown To keep them beyond this session, mount Drive and name a folder in it: `/content/drive/MyDrive/lavie`.
+# @title Where to store results
+# @markdown To keep them after this session, mount Drive and use a folder in it, such as `/content/drive/MyDrive/lavie`.
 results = "results"  # @param {type:"string"}
 mount_drive = False  # @param {type:"boolean"}
 
@@ -83,16 +85,16 @@ if mount_drive:
 WEIGHTS = """
 ## Weights
 
-Leave `weights` empty, and the small model that comes with the project is used; go on with the prompt. Or name a folder
-that has some of `base/`, `interpolation/` and `vsr/`, or that shall get them from PyTorch files of yours.
+Leave `weights` empty to use the included small model, and continue with the prompt. Otherwise name a folder that
+contains some of `base/`, `interpolation/` and `vsr/`, or a new folder for weights converted from PyTorch files.
 
-For those, name LaVie's checkpoints and the image models that they were made from: Stable Diffusion 1.4 for base and
-interpolation, the x4-upscaler for vsr. A place is a path, e.g. on a mounted Drive, or on the Hugging Face hub
-`hub:OWNER/NAME` for an image model and `hub:OWNER/NAME/FILE` for a checkpoint. An image model is a diffusers folder,
-or a CompVis `.ckpt` with the folder of its tokenizer. A SHA-256 that you give is checked; for a folder give
-`HASH NAME, HASH NAME` of files in it.
+To convert, name LaVie's checkpoints and the image models that they were trained from: Stable Diffusion 1.4 for base and
+interpolation, the x4-upscaler for vsr. Each is a path, e.g. on a mounted Drive, or a location on the Hugging Face hub:
+`hub:OWNER/NAME` for an image model, `hub:OWNER/NAME/FILE` for a checkpoint. An image model is a diffusers folder, or a
+CompVis `.ckpt` with the folder of its tokenizer. SHA-256 hashes are optional and are checked if given; for a folder,
+enter `HASH NAME, HASH NAME` for files in it.
 
-Their licences are between you and their authors: read them before you use or share what you make.
+These models have their own licences. Read them before you use or share the results.
 """
 
 CONVERT = """
@@ -103,7 +105,7 @@ from lavie_jax.weights import originals
 
 weights = ""  # @param {type:"string"}
 
-# @markdown PyTorch files, to be converted into it:
+# @markdown PyTorch files to convert into this folder:
 lavie_base = ""  # @param {type:"string"}
 lavie_base_sha256 = ""  # @param {type:"string"}
 lavie_interpolation = ""  # @param {type:"string"}
@@ -116,23 +118,23 @@ stable_diffusion_tokenizer = ""  # @param {type:"string"}
 upscaler = ""  # @param {type:"string"}
 upscaler_sha256 = ""  # @param {type:"string"}
 downloads = "downloads"  # @param {type:"string"}
-# @markdown Once converted, delete the files named above and what was downloaded (folders that you named stay):
+# @markdown After conversion, delete the files named above and all downloads (folders that you named are kept):
 delete_originals = False  # @param {type:"boolean"}
 
 diffusion = (stable_diffusion, stable_diffusion_sha256)
-sources = {  # stage: its checkpoint and its image model, each with its hash
+originals_of = {  # stage -> (checkpoint, image model), each with its hash
     "base": ((lavie_base, lavie_base_sha256), diffusion),
     "interpolation": ((lavie_interpolation, lavie_interpolation_sha256), diffusion),
     "vsr": ((lavie_vsr, lavie_vsr_sha256), (upscaler, upscaler_sha256)),
 }
-named = [stage for stage, ((checkpoint, _), _) in sources.items() if checkpoint]
+named = [stage for stage, ((checkpoint, _), _) in originals_of.items() if checkpoint]
 if named and not weights:
-    raise SystemExit("weights: name the folder for what is converted")
+    raise SystemExit("weights: name a folder for the converted weights")
 todo = [stage for stage in named if not (Path(weights) / stage / "config.json").exists()]
 for number, stage in enumerate(todo):
-    (checkpoint, checkpoint_hash), (image_model, image_hash) = sources[stage]
+    (checkpoint, checkpoint_hash), (image_model, image_hash) = originals_of[stage]
     if not image_model:
-        raise SystemExit(f"{stage}: name the image model that the checkpoint was made from, too")
+        raise SystemExit(f"{stage}: also name the image model that the checkpoint was trained from")
     files = {
         "unet": originals.get(checkpoint, downloads, sha256=checkpoint_hash),
         "pretrained": originals.get(image_model, downloads, sha256=image_hash),
@@ -141,25 +143,25 @@ for number, stage in enumerate(todo):
     if stage != "vsr" and stable_diffusion_tokenizer:
         files["tokenizer"] = stable_diffusion_tokenizer
     if stage == "interpolation" and (Path(weights) / "base" / "config.json").exists():
-        files["share"] = Path(weights) / "base"  # VAE and text encoder are the same: they are kept once
+        files["share"] = Path(weights) / "base"  # VAE and text encoder are the same and stored once
     if convert_torch.main(["import", f"--stage={stage}", *(f"--{name}={path}" for name, path in files.items())]):
         raise SystemExit(f"{stage} was not converted")
     if delete_originals:
         originals.discard(checkpoint, downloads)
-        if image_model not in [sources[later][1][0] for later in todo[number + 1 :]]:
+        if image_model not in [originals_of[later][1][0] for later in todo[number + 1 :]]:
             originals.discard(image_model, downloads)
 
 print("weights:", ", ".join(f"{stage} in {path}" for stage, path in cascade.stage_folders(weights or None).items()))
 """
 
 PROMPT = """
-# @title What to make
+# @title Prompt and settings
 prompt = "a small red circle moving left over a blue background"  # @param {type:"string"}
 seed = 0  # @param {type:"integer"}
-# @markdown `all` is every stage that has weights.
+# @markdown `all` = every stage that has weights.
 stages = "all"  # @param ["all", "base", "base,interpolation", "base,vsr", "base,interpolation,vsr"]
 
-# @markdown What is empty or `None` is as the weights say.
+# @markdown Empty fields and `None` use the defaults of the weights.
 negative_prompt = ""  # @param {type:"string"}
 frames = None  # @param {type:"raw"}
 height = None  # @param {type:"raw"}
@@ -171,7 +173,8 @@ interpolation_steps = None  # @param {type:"raw"}
 interpolation_guidance = None  # @param {type:"raw"}
 vsr_steps = None  # @param {type:"raw"}
 vsr_guidance = None  # @param {type:"raw"}
-# @markdown Noise on the small frames, 0 to 350: more lets vsr invent more. Tiles, in small pixels, need less memory.
+# @markdown Noise level of the small frames, 0 to 350: higher lets vsr add more detail. Tiles, sized in pixels of the
+# @markdown small frames, need less memory.
 vsr_noise_level = None  # @param {type:"raw"}
 vsr_tile = None  # @param {type:"raw"}
 """
@@ -183,29 +186,29 @@ from IPython.display import Image, Video, display
 
 import sample
 from lavie_jax.samples.outputs import slug
-from lavie_jax.samples.settings import parse_stages
+from lavie_jax.stages.settings import parse_stages
 
 chosen = parse_stages(list(cascade.stage_folders(weights or None)) if stages == "all" else stages, own_clip=False)
 
 
-def make(stage, given, clip=None):
-    """Make a stage of the sample, or find what a run before made; show it. Returns the file of its exact frames."""
+def make(stage, settings, clip=None):
+    """Samples a stage, or reuses its result from an earlier run, and shows it. Returns the file of the exact frames."""
     name = f"{slug(prompt)}-{seed}"
     words = [f"--prompt={prompt}", f"--seed={seed}", f"--stages={stage}"]
     words += [f"--format={'mp4' if stage == 'vsr' else 'mp4,npz'}"]
     words += [f"--weights={weights}"] if weights else []
     words += [f"--input={clip}"] if clip else []
     prefix = "" if stage == "base" else f"{stage}-"
-    words += [f"--{prefix}{setting}={value}" for setting, value in given.items() if value is not None]
-    # Its settings, and through `clip` those of the stages before, name the folder: none is used for two requests.
+    words += [f"--{prefix}{setting}={value}" for setting, value in settings.items() if value is not None]
+    # The settings, and through `clip` those of earlier stages, determine the folder: no two requests share one.
     out = Path(results) / name / f"{stage}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
     if sample.main([*words, f"--out={out}"]):
-        raise SystemExit(f"{stage} is not finished; this cell, run again, goes on where it is")
-    jax.clear_caches()  # the next stage's programs take the place of this one's
+        raise SystemExit(f"{stage} is not finished; run this cell again to resume")
+    jax.clear_caches()  # frees memory for the programs of the next stage
     display(Video(filename=str(out / f"0000-{name}.mp4"), embed=True, width=512, html_attributes="controls loop"))
     if (sheet := out / "contact-sheet.png").exists():
         display(Image(filename=str(sheet)))
-    print(f"kept in {out}")
+    print(f"stored in {out}")
     return out / f"0000-{name}.npz"
 
 
@@ -229,12 +232,12 @@ clip = make(
 """
 
 INTERPOLATION = """
-# @title Interpolation: the frames between them
+# @title Interpolation: frames between the key frames
 smooth = clip
 if "interpolation" in chosen:
     smooth = make("interpolation", {"steps": interpolation_steps, "guidance": interpolation_guidance}, clip)
 else:
-    print("interpolation is not among the stages")
+    print("interpolation is not among the chosen stages")
 """
 
 VSR = """
@@ -246,11 +249,11 @@ if "vsr" in chosen:
         smooth,
     )
 else:
-    print("vsr is not among the stages")
+    print("vsr is not among the chosen stages")
 """
 
 KEPT = """
-# @title What is kept
+# @title Stored videos
 for path in sorted((Path(results) / f"{slug(prompt)}-{seed}").rglob("*.mp4")):
     print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
 """

@@ -1,9 +1,10 @@
-"""Gives the converter's tests a PyTorch, unless that would bring gigabytes of CUDA along.
+"""Installs PyTorch for the converter's tests, unless that would install gigabytes of CUDA packages.
 
-Run by `make test`. Where pip can have the pinned version as a CPU build (macOS, or a package index that
-serves one), it is installed; where every build on offer depends on CUDA packages, nothing is installed and
-the tests that need torch are skipped. A torch that is already in the environment is always used. What is
-printed says which case it is.
+    python tools/torch_for_tests.py         # run by `make test`
+
+A torch that is already in the environment is used as it is. Otherwise the pinned version is installed if pip offers a
+CPU build of it (on macOS, or from an index of CPU builds). If every build depends on CUDA packages, nothing is
+installed and the tests that need torch are skipped. Prints which case applies.
 """
 
 import json
@@ -14,11 +15,11 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
-CUDA_ONLY = Path(sys.prefix) / "torch-is-cuda-only"  # remembers that answer; goes with the environment
+CUDA_ONLY = Path(sys.prefix) / "torch-is-cuda-only"  # remembers the answer for this environment
 
 
 def planned() -> list[str] | None:
-    """Names of the packages that installing torch would bring, or None where pip finds no way."""
+    """Returns the packages that pip would install with torch, or None if it cannot install torch."""
     command = [*PIP, "install", "--dry-run", "--report", "-", TORCH]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
@@ -26,16 +27,16 @@ def planned() -> list[str] | None:
     return [package["metadata"]["name"].lower() for package in json.loads(answer.stdout)["install"]]
 
 
-def why_not() -> str | None:
+def install() -> str | None:
     """Installs torch and returns None, or returns the reason for not installing it."""
     if CUDA_ONLY.exists():
         return CUDA_ONLY.read_text()
     names = planned()
     if names is None:
-        return f"pip finds no {TORCH} for Python {sys.version_info.major}.{sys.version_info.minor}"
+        return f"pip cannot find {TORCH} for Python {sys.version_info.major}.{sys.version_info.minor}"
     cuda = sum(name.startswith(("nvidia", "cuda")) for name in names)
     if cuda:
-        CUDA_ONLY.write_text(f"{TORCH} would bring {cuda} CUDA packages, gigabytes")
+        CUDA_ONLY.write_text(f"{TORCH} would install {cuda} CUDA packages, gigabytes")
         return CUDA_ONLY.read_text()
     if subprocess.run([*PIP, "install", TORCH]).returncode:
         return f"installing {TORCH} failed"
@@ -48,12 +49,12 @@ def main() -> None:
         return
     except metadata.PackageNotFoundError:
         pass
-    reason = why_not()
+    reason = install()
     if reason is None:
-        print(f"{TORCH} was installed, a CPU build: the converter's tests run.")
+        print(f"A CPU build of {TORCH} was installed: the converter's tests run.")
     else:
-        print(f"No torch: {reason}. Tests that need it are skipped; to run them, install a CPU build")
-        print(f"of torch>=2.4 with {sys.executable} -m pip.")
+        print(f"torch is not installed: {reason}. Tests that need it are skipped. To run them, install")
+        print(f"a CPU build of torch>=2.4 with {sys.executable} -m pip.")
 
 
 if __name__ == "__main__":

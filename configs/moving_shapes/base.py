@@ -1,7 +1,7 @@
-"""The base stage on Moving Shapes: joint image-video training (LaVie section 3.2, Eq. 3) of the shipped model.
+"""The base stage on Moving Shapes: joint image-video training (LaVie, section 3.2, Eq. 3) of the shipped model.
 
-An image model is inflated and trained on clips of 16 frames with still images beside each, as the paper does it
-with Stable Diffusion; the still images show shapes and colours that no clip does. In order:
+An image model is inflated and trained on clips of 16 frames with images beside each, as in the paper with Stable
+Diffusion. Some shapes and colours occur in images only. In this order:
 
     python train.py --config configs/moving_shapes/vae.py --workdir runs/vae
     python train.py --config configs/moving_shapes/image.py --workdir runs/image \\
@@ -13,8 +13,8 @@ with Stable Diffusion; the still images show shapes and colours that no clip doe
 
     python train.py --config configs/moving_shapes/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
 
-Modes: "" for one GPU, "cpu" for 2 CPU cores and two hours (the same files with `:cpu`, but
-for the VAE's), "tiny". Hardware, time and result: docs/moving_shapes.md; the mode "" has not been run.
+Modes: "" for one GPU; "cpu" for 2 CPU cores and two hours (add `:cpu` to each file but the VAE's); "tiny". Hardware,
+time and result: docs/moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict
@@ -35,67 +35,44 @@ PROMPTS = (
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "", "cpu" and "tiny"."""
+    """Returns the config of a mode."""
     common.check_mode(mode, ("cpu", "tiny"))
-    config = common.training()
-    config.stage = "base"
-    config.init_from = ""  # the image model's weights folder
-    config.inflate = False  # motion.py did it
-    config.vae_from = ""  # the VAE's weights folder; not needed where init_from has it
-    config.text_from = ""  # the weights folder of a text encoder that is not to be trained
-    config.train_text_encoder = True  # no released text encoder knows this world only
+    config = common.new_config("base")
+    config.train_text_encoder = True  # from random weights: released text encoders are not specific to this data
     config.cpu_devices = 2
 
     config.vae = vae.get_config("tiny" if mode == "tiny" else "").vae
-    config.text_encoder = ConfigDict(
-        {
-            "vocab_size": 192,
-            "hidden_size": 128,
-            "intermediate_size": 512,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 16,
-            "hidden_act": "quick_gelu",
-        }
+    common.set_fields(
+        config.text_encoder,
+        vocab_size=192,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=16,
     )
-    config.unet = ConfigDict(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (96, 128, 192),
-            "layers_per_block": 1,
-            "attention_levels": (True, True, True),
-            "cross_attention_dim": 128,
-            "attention_heads": (4, 4, 6),
-            "only_cross_attention": (False, False, False),
-            "norm_num_groups": 16,
-            "temporal_attention": "before_ff",
-            "temporal_position": True,
-            "motion_embedding": True,
-            "caption_modulation": True,
-        }
+    common.set_fields(
+        config.unet,
+        block_out_channels=(96, 128, 192),
+        layers_per_block=1,
+        attention_levels=(True, True, True),
+        cross_attention_dim=128,
+        attention_heads=(4, 4, 6),
+        only_cross_attention=(False, False, False),
+        norm_num_groups=16,
+        temporal_attention="before_ff",
+        temporal_position=True,
+        motion_embedding=True,
+        caption_modulation=True,
     )
-    # The betas of LaVie; v-prediction learns the small world better than noise prediction.
-    config.schedule = ConfigDict(
-        {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps": 1000, "prediction": "v_prediction"}
-    )
-    config.sampling = ConfigDict({"sampler": "ddim", "steps": 20, "guidance": 4.0})
+    config.schedule.prediction = "v_prediction"  # better than noise prediction on this data
+    common.set_fields(config.sampling, sampler="ddim", steps=20, guidance=4.0)
 
-    config.data = common.moving_shapes()
+    config.data.images = 4
     config.batch = 32
-    config.loss = ConfigDict(
-        {
-            "alpha": 1.0,
-            "min_snr_gamma": 0.0,
-            "high_noise": 0.0,
-            # Outlines are decided at t = 300 to 600, directions at 700 to 900.
-            "logit_normal": (0.5, 1.3),
-            "posterior_mean": False,
-            "held_out_timesteps": (100, 300, 500, 700, 900),
-        }
-    )
+    config.loss.logit_normal = (0.5, 1.3)  # outlines are decided at t = 300 to 600, directions at 700 to 900
     config.steps = 40_000
-    config.optimizer.kind = "muon"  # half of Adam's steps; at 3e-3 it unlearns
+    config.optimizer.kind = "muon"  # needs half of Adam's steps; diverges at a learning rate of 3e-3
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup = 500
     config.optimizer.decay = "cosine"
@@ -105,7 +82,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.prompts = PROMPTS
 
     if mode == "cpu":
-        # The outermost level, 16x16 places, costs most on a CPU: a third of the width, and no attention.
+        # The outermost level, of 16x16 positions, costs most on a CPU: a third of the width, and no attention.
         config.unet.block_out_channels, config.unet.attention_heads = (32, 64, 96), (2, 4, 4)
         config.unet.attention_levels = (False, True, True)
         config.unet.norm_num_groups = 8
@@ -116,15 +93,17 @@ def get_config(mode: str = "") -> ConfigDict:
         config.checkpoint_every = config.sample_every = config.held_out_every = 500
     if mode == "tiny":
         config.vae_from, config.cpu_devices = "random", 0
-        # One level, and the middle block's attention: enough to show that it works, and less to compile.
+        # One level, with attention in the middle block: enough to run all the code, and less to compile.
         config.unet.block_out_channels, config.unet.attention_heads = (16,), (2,)
         config.unet.attention_levels, config.unet.only_cross_attention = (False,), (False,)
-        config.unet.norm_num_groups = 4  # with a group for each channel a bias before a norm would learn from rounding
+        config.unet.norm_num_groups = (
+            4  # with one channel per group, biases before a norm would only learn rounding errors
+        )
         config.unet.cross_attention_dim = config.text_encoder.hidden_size = 32
         config.text_encoder.intermediate_size, config.text_encoder.num_hidden_layers = 64, 1
         config.data.height = config.data.width = 32
         config.data.frames, config.data.images, config.batch = 4, 1, 2
-        config.optimizer.kind = "adamw"  # less to compile, too
+        config.optimizer.kind = "adamw"  # also less to compile
         config.steps, config.optimizer.warmup, config.held_out_batches = 20, 5, 1
         config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
         config.sampling.steps, config.prompts = 2, PROMPTS[:2]

@@ -1,12 +1,13 @@
-"""The image model that the base stage on Moving Shapes starts from, as LaVie starts from Stable Diffusion.
+"""The image model that the base stage on Moving Shapes starts from, as LaVie's starts from Stable Diffusion.
 
     python train.py --config configs/moving_shapes/image.py --workdir runs/image \\
         --config.vae_from=runs/vae/weights
     python train.py --config configs/moving_shapes/image.py:tiny --workdir runs/image-tiny    # a minute on a CPU
 
-The UNet of `base.py` on still images alone; its temporal layers exist and are not trained. Trained from
-scratch on videos, the same network learned the backgrounds and stalled. Modes as in `base.py`.
-Hardware, time and result: not yet measured.
+It is the UNet of `base.py`, trained on images alone; its temporal layers exist and are not trained. Trained from
+scratch on videos, the same network learned the backgrounds and then stalled.
+
+Modes as in `base.py`. Hardware, time and result: not measured.
 """
 
 from ml_collections import ConfigDict
@@ -15,14 +16,14 @@ from configs.moving_shapes import base
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "", "cpu" and "tiny"."""
+    """Returns the config of a mode."""
     config = base.get_config(mode)
     config.data.frames, config.data.images = 0, 8
-    # An untrained "moving left" in a caption would upset all that the image model says of it.
-    config.data.clip_stills = 0.5
+    # So the text encoder learns motion words before the image model is inflated: untrained ones would spoil its output.
+    config.data.images_from_clips = 0.5
     config.steps = {"": 20_000, "cpu": 1600, "tiny": 20}[mode]
-    config.optimizer.learning_rate = 2e-3  # from nothing; a trained model unlearns at that
-    # Above t = 700, where only its place is open, a still is soon predicted as well as it can be.
+    config.optimizer.learning_rate = 2e-3  # from random weights; a trained model diverges at this rate
+    # Above t = 700 only the position is undecided, and images are soon predicted as well as possible.
     config.loss.logit_normal = (-0.3, 1.2)
     config.prompts = (
         "a small red circle over a blue background",

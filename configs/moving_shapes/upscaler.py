@@ -4,8 +4,9 @@
         --config.vae_from=runs/vsr_vae/weights
     python train.py --config configs/moving_shapes/upscaler.py:tiny --workdir runs/upscaler-tiny  # a minute on a CPU
 
-The UNet of `vsr.py` on stills alone; its temporal layers exist and are not trained. Modes as in `vsr.py`.
-Hardware, time and result of "cpu": docs/moving_shapes.md. "" was not run yet.
+It is the UNet of `vsr.py`, trained on images alone; its temporal layers exist and are not trained.
+
+Modes as in `vsr.py`. Hardware, time and result of "cpu": docs/moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from configs.moving_shapes import vsr
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "", "cpu" and "tiny"."""
+    """Returns the config of a mode."""
     config = vsr.get_config(mode)
     config.regime = "joint"
     config.inflate = False

@@ -4,12 +4,14 @@
         --config.init_from=lavie_jax/assets/base
     python train.py --config configs/moving_shapes/vsr_vae.py:tiny --workdir runs/vsr_vae-tiny    # a minute on a CPU
 
-The base's VAE, which saw frames of 64x64 only, is no better at 256x256 than bicubic enlargement (32.7 against 32.6 dB).
-This one is trained on squares around the shapes of large frames, with less of the KL divergence: fewer steps
-than the base's if it starts from it.
+The base stage's VAE was trained on frames of 64x64 only. At 256x256 it is not better than bicubic enlargement (32.7
+against 32.6 dB). This one is trained on squares around the shapes of large frames, with a smaller weight of the KL
+divergence. Starting from the base stage's VAE, it needs fewer steps.
 
-Hardware: one of 2 shared CPU cores, 25 minutes. Result: 36.9 dB on squares of held-out stills; what enlarged clips can
-reach at most is measured with super-resolution (docs/moving_shapes.md).
+Hardware: one of 2 shared CPU cores, 25 minutes. Result: 36.9 dB on squares of held-out images. docs/moving_shapes.md
+compares it with the quality of the upscaled clips, for which it is the upper bound.
+
+Modes: "" and "tiny".
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +20,7 @@ from configs.moving_shapes import vae
 
 
 def get_config(mode: str = "") -> ConfigDict:
-    """Modes: "" and "tiny"."""
+    """Returns the config of a mode."""
     config = vae.get_config(mode)
     config.loss.kl = 1e-4
     config.steps = 2000

@@ -1,16 +1,15 @@
-"""Text to video through the stages of LaVie (arXiv 2309.15103):
+"""Text to video through the stages of LaVie (arXiv 2309.15103), for users of the library: `load` and `Cascade`.
 
-    base            prompt                        -> key frames                   base.py            sec. 3.1
-    interpolation   prompt + key frames           -> 4 (K - 1) + 1 frames         interpolation.py   sec. 3.3
-    vsr             prompt + low-resolution clip  -> the clip at 4 times the size vsr.py             sec. 3.4
+    base            prompt                        -> key frames                   sec. 3.1
+    interpolation   prompt + key frames           -> 4 (K - 1) + 1 frames         sec. 3.3
+    vsr             prompt + low-resolution clip  -> the clip at 4 times the size sec. 3.4
 
-Every stage goes the same way (`running.py`): `prepare` makes what the UNet sees besides noise, `denoising.py` walks
-from noise to latents in `windows.py`'s windows, `model.py` decodes them, `finish` crops. What goes into a UNet is in
-`stages.py`, the maths of a step in `diffusion/`, settings and files in `samples/`.
+What a stage does is in `lavie_jax/stages/`. Here is what all stages share: `running.py` takes samples through a stage,
+`denoising.py` takes latents from noise to data in windows, `model.py` has the networks on the devices.
 
-`Cascade` is what a user holds. One stage's weights are on the devices at a time, and all samples go through a stage
-before the next one begins. A sample depends on its prompt, its seed and the settings alone: its noise is keyed by the
-seed, and neither the batch nor the number of devices shows in it.
+One stage's weights are on the devices at a time, and all samples go through a stage before the next one begins. A
+sample depends on its prompt, seed and settings: noise is keyed by the seed, so that batch and devices change a sample
+by rounding at most.
 """
 
 import importlib.metadata
@@ -31,14 +30,15 @@ from jaxtyping import UInt8
 import lavie_jax
 from lavie_jax import parallel
 from lavie_jax.cascade.model import StageModel
-from lavie_jax.cascade.pixels import padding_note
-from lavie_jax.cascade.running import PASSES, Job, Request, run_stage
+from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompts import check_seed
-from lavie_jax.samples.settings import STAGES, Settings, Source, parse_stages
-from lavie_jax.samples.shelf import Memory
+from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.clips import ClipInfo, padding_note
+from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
 from lavie_jax.weights import Weights, load_folder
 
 SHIPPED = Path(__file__).parents[1] / "assets"
@@ -56,27 +56,27 @@ def load(
     devices: Sequence[jax.Device] | None = None,
     fsdp: int = 1,
 ) -> "Cascade":
-    """The stages in a weights folder, ready to sample.
+    """Loads the stages in a weights folder.
 
     Args:
-        path: one stage's folder, or a cascade's with some of `base/ interpolation/ vsr/`. Without it and `folders`,
-            the small cascade that is shipped.
-        stages: those to load; default: all that there are.
-        folders: {stage: folder} of stages whose weights are elsewhere.
-        dtype: of parameters and computation. Default: `default_dtype`.
-        devices: to spread samples and windows over. Default: all of this process.
-        fsdp: over how many of them each weight is split, for models that are too large for one device.
+        path: a stage's folder, or a cascade's, with some of `base/ interpolation/ vsr/` inside. Default, without
+            `folders`: the small cascade that is shipped with the package.
+        stages: the stages to load. Default: all in the folder.
+        folders: {stage: folder} for stages whose weights are elsewhere.
+        dtype: of parameters and computation. Default: see `default_dtype`.
+        devices: the devices to spread samples and windows over. Default: all of this process.
+        fsdp: the number of devices that each weight is split over, for models too large for one device.
 
     Raises:
-        UserError: a folder is missing, incomplete, damaged or of another stage, or there is none of a stage; `fsdp`
-            does not divide the devices.
+        UserError: a folder is missing, incomplete, damaged or of another stage; a stage has no weights; `fsdp` does
+            not divide the devices.
     """
     _mesh(devices, fsdp)  # refused before anything is read
-    found = stage_folders(path, folders, stages)
+    available = stage_folders(path, folders, stages)
     for stage in stages or ():
-        if stage not in found:
-            raise _no_weights(stage, found)
-    weights = {stage: load_folder(found[stage], stage=stage) for stage in stages or found}
+        if stage not in available:
+            raise _no_weights(stage, available)
+    weights = {stage: load_folder(available[stage], stage=stage) for stage in stages or available}
     return Cascade(weights, dtype=dtype, devices=devices, fsdp=fsdp)
 
 
@@ -89,58 +89,56 @@ def stage_folders(
     folders: Mapping[str, str | os.PathLike] | None = None,
     stages: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """{stage: its folder} of what a weights folder holds, with `folders` in their place; see `load`.
+    """{stage: folder} of a weights folder, overridden by `folders`; see `load`.
 
-    A folder of one stage is taken to be of the one stage that is wanted, whatever it is: loading it will tell.
+    A folder of one stage counts as the only stage in `stages`, whatever it holds: loading it checks that.
     """
     path = SHIPPED if path is None and not folders else path
-    found = {}
+    available = {}
     if path is not None:
         path = Path(path)
-        found = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
-        if path == SHIPPED and not found:
-            raise UserError(f"no model is shipped in {path} yet: give a weights folder with --weights")
-        if (path / "config.json").exists() or not found:
+        available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
+        if path == SHIPPED and not available:
+            raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
+        if (path / "config.json").exists() or not available:
             stage = stages[0] if stages and len(stages) == 1 else load_folder(path, params=False).stage
             if stage not in STAGES:
-                raise UserError(f"{path} holds a {stage}, which makes no videos by itself; {', '.join(STAGES)} do")
-            found = {stage: path}
-    found |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
-    return {stage: found[stage] for stage in STAGES if stage in found}
+                raise UserError(f"{path} holds a {stage}, which cannot make videos alone; {', '.join(STAGES)} can")
+            available = {stage: path}
+    available |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
+    return {stage: available[stage] for stage in STAGES if stage in available}
 
 
-def _no_weights(stage: str, there: Iterable[str]) -> UserError:
-    has = ", ".join(there) or "none"
-    return UserError(f"stage {stage} has no weights, there are those of: {has}; give --{stage}-weights")
-
-
-def base_folder(path: str | os.PathLike) -> Path:
-    """The base stage's own folder: `path`, or `path/base` where `path` holds a cascade."""
-    nested = Path(path) / "base"
-    return nested if not (Path(path) / "config.json").exists() and nested.is_dir() else Path(path)
+def _no_weights(stage: str, available: Iterable[str]) -> UserError:
+    names = ", ".join(available) or "none"
+    return UserError(f"stage {stage} has no weights; available stages: {names}. Give --{stage}-weights")
 
 
 def default_dtype(devices: Sequence[jax.Device]) -> DTypeLike:
-    """float32 on a CPU, where bfloat16 is slower, bfloat16 elsewhere."""
+    """float32 on a CPU, where bfloat16 is slower; bfloat16 elsewhere."""
     return jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
 
 
-# ---- what is asked for ----
+# ---- settings ----
 
 
-def plan(
+def resolve_settings(
     weights: Mapping[str, Weights],
     stages: Sequence[str],
     given: Mapping[str, Mapping[str, Any]],
-    source: Source | None = None,
+    clip: ClipInfo | None = None,
 ) -> dict[str, Settings]:
-    """{stage: its settings}, each stage's clip being the source of the next; the first one's is `source`, or none.
+    """{stage: its settings}; each stage starts from the clip of the one before.
 
-    `given` holds for each stage what shall differ from the settings that come with its weights.
+    Args:
+        weights: {stage: weights folder}, parameters or not.
+        stages: those to run, in order.
+        given: {stage: settings that override those of its weights}.
+        clip: the user's clip, which the first stage starts from.
 
     Raises:
-        UserError: a stage without weights, a setting of a stage that is not run, that is out of range or that its
-            model cannot make, or a clip that is longer than memory allows.
+        UserError: a stage has no weights, a setting belongs to a stage that is not run, is out of range or impossible
+            for its model, or a clip is longer than memory allows.
     """
     for stage, values in given.items():
         if stage not in stages and (name := next((n for n, v in values.items() if v is not None), None)):
@@ -150,26 +148,30 @@ def plan(
         if stage not in weights:
             raise _no_weights(stage, weights)
         try:
-            settings[stage] = made = PASSES[stage].resolve(weights[stage], given.get(stage, {}), source)
+            settings[stage] = made = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
             make_sampler(made.sampler, made.steps, weights[stage].schedule)
         except UserError as error:
-            raise error if stage == "base" else UserError(f"{stage} stage: {error}") from None
-        source = Source(frames=made.frames, height=made.height, width=made.width, fps=made.fps)
+            raise STAGE_INFO[stage].located(error) from None
+        clip = _output_of(made)
     return settings
 
 
-def notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], source: Source | None) -> list[str]:
-    """Lines about clips whose sides are padded on their way through the stages."""
+def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], clip: ClipInfo | None) -> list[str]:
+    """Lines about clips that are padded on their way through the stages."""
     lines = []
     for stage, made in settings.items():
-        if stage != "base":
-            lines.append(padding_note(stage, source, PASSES[stage].multiple(weights[stage])))
-        source = Source(frames=made.frames, height=made.height, width=made.width, fps=made.fps)
+        if clip is not None:
+            lines.append(padding_note(stage, clip, STAGES[stage].padding(weights[stage])))
+        clip = _output_of(made)
     return [line for line in lines if line]
 
 
+def _output_of(settings: Settings) -> ClipInfo:
+    return ClipInfo(frames=settings.frames, height=settings.height, width=settings.width, fps=settings.fps)
+
+
 class Cascade:
-    """Prompts to videos, through the stages whose weights it has."""
+    """Prompts to videos, through the stages whose weights it holds."""
 
     def __init__(
         self,
@@ -179,7 +181,7 @@ class Cascade:
         devices: Sequence[jax.Device] | None = None,
         fsdp: int = 1,
     ):
-        """From weights that are loaded, {stage: weights}; `dtype`, `devices` and `fsdp` as in `load`."""
+        """Takes loaded weights, {stage: weights}; `dtype`, `devices` and `fsdp` as in `load`."""
         self.weights = dict(weights)
         self.mesh = _mesh(devices, fsdp)
         self.devices = list(self.mesh.devices.flat)
@@ -187,7 +189,7 @@ class Cascade:
         self._model = None
 
     def model(self, stage: str) -> StageModel:
-        """A stage on the devices, in the place of the one before: small devices hold one."""
+        """A stage on the devices. It replaces the one before: small devices hold only one."""
         if self._model is None or self._model.weights.stage != stage:
             self._model = None
             self._model = StageModel(self.weights[stage], dtype=self.dtype, mesh=self.mesh)
@@ -213,62 +215,59 @@ class Cascade:
         self,
         prompt: str | Sequence[str],
         *,
-        stages: str | Sequence[str] = ("base",),
+        stages: str | Sequence[str] = (MAIN_STAGE,),
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str] | None = None,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_rescale: float | None = None,
-        interpolation: Mapping[str, Any] | None = None,
-        vsr: Mapping[str, Any] | None = None,
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
+        **settings: Any,
     ) -> UInt8[np.ndarray, "b t H W 3"]:
-        """Videos, (B, T, H, W, 3) uint8. What is not given is as in the weights' config.json.
+        """Samples videos, (B, T, H, W, 3) uint8.
 
-        `prompt`, `seed` and `negative_prompt` are one for all, or one for each of B samples. The settings by name
-        are the base stage's; those of the others are mappings: `vsr={"steps": 20, "noise_level": 30}`, see
-        `samples.settings`. Without base among the `stages`, the first one starts from `clip`. `frames` = 1 makes
-        images, by the joint model's image path, without temporal attention. `batch_size` samples are denoised
-        together by the base stage (see `videos`).
+            cascade("a red circle moving left", stages="base,vsr", steps=20, vsr={"steps": 10, "noise_level": 30})
+
+        Args:
+            prompt: one for all samples, or one for each of B; likewise `seed` and `negative_prompt`.
+            stages: those to run, in order.
+            seed: from 0 to 2^32 - 1.
+            negative_prompt: for the base stage; other stages have theirs in their settings.
+            clip: what the first stage starts from, where the stages begin with a later one.
+            batch_size: see `videos`.
+            progress: whether to show a bar for each stage.
+            settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
+                another stage as a mapping under its name. Omitted settings default to the weights folder's
+                config.json. `frames=1` makes images by the joint model's image path, without temporal attention.
 
         Raises:
-            UserError: a setting that is out of range or that this model cannot make; lists of different lengths;
-                stages in an impossible order or without weights.
+            UserError: a setting is unknown, out of range or impossible for this model; lists differ in length; stages
+                are in an impossible order or without weights.
         """
         stages = parse_stages(stages, own_clip=clip is not None)
-        given = {
-            "base": dict(
-                frames=frames, height=height, width=width, sampler=sampler, steps=steps, guidance=guidance,
-                guidance_rescale=guidance_rescale,
-            ),
-            "interpolation": interpolation or {},
-            "vsr": vsr or {},
-        }  # fmt: skip
-        source = None
+        others = {name: values for name, values in settings.items() if name in STAGE_INFO}
+        given = others | {MAIN_STAGE: {name: v for name, v in settings.items() if name not in STAGE_INFO}}
+        clip_info = None
         if clip is not None:
             _check_clip(clip)
-            # its rate is not asked for: an array comes back without one
-            source = Source(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
-        settings = plan(self.weights, stages, given, source)
-        if negative_prompt is not None and "base" not in stages:
-            raise UserError(f'negative_prompt is the base stage\'s; for {stages[0]}: {{"negative_prompt": ...}}')
+            # the frame rate does not matter here: an array is returned without one
+            clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
+        resolved = resolve_settings(self.weights, stages, given, clip_info)
+        if negative_prompt is not None and MAIN_STAGE not in stages:
+            raise UserError(
+                f"negative_prompt belongs to the stage {MAIN_STAGE}, which is not run; for {stages[0]}: "
+                f'{stages[0]}={{"negative_prompt": ...}}'
+            )
         requests = [
             Request(prompt=text, seed=check_seed(number), negative_prompt=other)
             for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
         ]
-        for line in notes(self.weights, settings, source):
+        for line in padding_notes(self.weights, resolved, clip_info):
             logging.warning("%s", line)
-        for stage, made in settings.items():
+        for stage, made in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
             for line in text_warnings(tokenizer, [r.prompt + made.prompt_suffix for r in requests]):
                 logging.warning("%s", line)
-        return np.stack(list(self.videos(requests, settings, clip=clip, batch_size=batch_size, progress=progress)))
+        return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
 
     def videos(
         self,
@@ -276,63 +275,71 @@ class Cascade:
         settings: Mapping[str, Settings],
         *,
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
-        shelves: Sequence[Memory] | None = None,
+        caches: Sequence[MemoryCache] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-        """The requested videos in order, as the last of the stages in `settings` (`plan`) makes them.
+        """Yields the requested videos in order, as the last stage makes them.
 
-        `shelves`, one for each request, keep what the stages make, and what is on them already is not made again.
-        `batch_size`, rounded up to a multiple of the devices, is how many samples of the base stage are denoised
-        together; the default is one a device. `progress` shows a bar for each stage.
+        Args:
+            requests: one for each video.
+            settings: {stage: settings} of the stages to run, from `resolve_settings`.
+            clip: what the first stage starts from, if it needs one.
+            caches: one for each request; they keep the stages' frames, and what they hold is not made again.
+            batch_size: how many samples the base stage denoises together, rounded up to a multiple of the devices.
+                Default: one per device.
+            progress: whether to show a bar for each stage.
         """
         if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size: at least 1 is needed, given {batch_size}")
-        jobs = [Job(request, shelf, clip) for request, shelf in zip(requests, shelves or [Memory() for _ in requests])]
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        samples = [
+            Sample(request, cache, clip)
+            for request, cache in zip(requests, caches or [MemoryCache() for _ in requests])
+        ]
         *first, last = settings
         for number, stage in enumerate(first, start=1):
             later = list(settings)[number:]
-            for job in jobs:  # what comes after it may be on the shelf already
-                job.needed = all(job.shelf.get(name) is None for name in later)
-            for job, _ in zip(jobs, self._stage(stage, jobs, settings[stage], batch_size, progress)):
-                job.before = stage
-        for job in jobs:
-            job.needed = True
-        yield from self._stage(last, jobs, settings[last], batch_size, progress)
+            for sample in samples:  # the output of a later stage may be cached already
+                sample.needed = all(sample.cache.get(name) is None for name in later)
+            for sample, _ in zip(samples, self._stage(stage, samples, settings[stage], batch_size, progress)):
+                sample.previous = stage
+        for sample in samples:
+            sample.needed = True
+        yield from self._stage(last, samples, settings[last], batch_size, progress)
 
     def _stage(
-        self, stage: str, jobs: Sequence[Job], settings: Settings, batch_size: int | None, progress: bool
+        self, stage: str, samples: Sequence[Sample], settings: Settings, batch_size: int | None, progress: bool
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"] | None]:
-        """One stage of every job, in order: from its shelf, or made now; None where it is not needed."""
-        todo = [job for job in jobs if job.needed and job.shelf.get(stage) is None]
-        made = run_stage(self.model(stage), settings, todo, batch_size, progress) if todo else iter(())
-        for job in jobs:
-            yield next(made) if job in todo else job.shelf.get(stage)
+        """One stage of every sample, in order: cached, or made now; None where it is not needed."""
+        missing = [sample for sample in samples if sample.needed and sample.cache.get(stage) is None]
+        outputs = run_stage(self.model(stage), settings, missing, batch_size, progress) if missing else iter(())
+        for sample in samples:
+            yield next(outputs) if sample in missing else sample.cache.get(stage)
 
 
-# ---- texts ----
+# ---- arguments ----
 
 
 def _check_clip(clip: np.ndarray) -> None:
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.size:
-        raise UserError(f"clip: uint8 of shape (frames, H, W, 3) is needed, given {clip.dtype} of {clip.shape}")
+        raise UserError(f"clip must be uint8 of shape (frames, H, W, 3), not {clip.dtype} of {clip.shape}")
 
 
 def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
-    """Lines about what of `texts` the model will not see.
+    """Lines about the parts of `texts` that the model ignores.
 
-    These are ends of texts beyond its context, and words that a small model does not know.
+    These are the ends of texts beyond its context, and words that a small model does not know.
     """
     texts = dict.fromkeys(texts)
     length = tokens.context_length(tokenizer)
     lines = [
-        f"a prompt is longer than the model's {length} tokens, its end is cut: {lost!r}"
+        f"a prompt is longer than the model's {length} tokens and is truncated: {lost!r} is ignored"
         for text in texts
         if (lost := tokens.lost_text(tokenizer, text))
     ]
     if unknown := dict.fromkeys(word for text in texts for word in tokens.unknown_words(tokenizer, text)):
         known = ", ".join(tokens.known_words(tokenizer))
-        lines.append(f"this small model does not know, and leaves out: {', '.join(unknown)}. It knows: {known}")
+        lines.append(f"unknown to this small model, and ignored: {', '.join(unknown)}. It knows: {known}")
     return lines
 
 
@@ -343,5 +350,5 @@ def _aligned(**values: object) -> Iterable[tuple]:
     lengths = {n: len(v) for n, v in lists.items()}
     count = max(lengths.values(), default=1)
     if 0 in lengths.values() or any(n != count for n in lengths.values()):
-        raise UserError(f"lists of one length, at least 1, are needed; given {lengths}")
+        raise UserError(f"lists must have one length of at least 1, not {lengths}")
     return zip(*(lists.get(n, [v] * count) for n, v in values.items()))

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
-from lavie_jax.cascade.windows import Window
 from lavie_jax.diffusion import Sampler
-from lavie_jax.stages import Condition, denoiser
+from lavie_jax.stages.conditioning import Condition, denoiser
+from lavie_jax.stages.windows import Window
 
 TOGETHER_PLACES = 16 * 40 * 64  # latent places of a device's rows up to which both guided halves share one UNet call
 SAVE_EVERY = 5  # steps between two saved states
@@ -182,7 +182,15 @@ def predict_rows(
 
     def predict(params, state, i, text, null_text, condition):
         denoise = denoiser(
-            unet, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image, in_turn=in_turn
+            unet,
+            params,
+            text,
+            null_text,
+            condition,
+            guidance=guidance,
+            rescale=rescale,
+            image=image,
+            sequential_guidance=in_turn,
         )
         answers = []
 

@@ -1,7 +1,7 @@
-"""One stage's weights on the devices: text encoder, VAE and noise. The UNet's turn is in `denoising.py`.
+"""One stage's weights on the devices: text encoder, VAE and noise. The UNet is called in `denoising.py`.
 
-Everything goes through in pieces of a fixed size, spread over the devices, while clips stay on the host: how long a
-clip is does not show in a device's memory.
+Clips stay on the host and go through the networks in pieces of a fixed size, spread over the devices. A device's memory
+therefore does not depend on the length of a clip.
 """
 
 import functools
@@ -23,19 +23,18 @@ from lavie_jax.models.placement import split_by_rows
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
+from lavie_jax.stages.clips import to_float
 from lavie_jax.weights import Part, Weights
-
-CONDITION_STREAM = 2**32 - 1  # of the noise in a stage's condition; stream 0 starts denoising, i + 1 is for step i
 
 BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
 
 
 class StageModel:
-    """One stage's weights on the devices, whole on each or split over the mesh's axis `fsdp`, and what is compiled
-    from them."""
+    """One stage's networks and weights, which are whole on every device or split over the mesh axis `fsdp`."""
 
     def __init__(self, weights: Weights, *, dtype: DTypeLike, mesh: Mesh):
         self.weights, self.dtype, self.mesh = weights, dtype, mesh
+        self.stage = STAGES[weights.stage]
         self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
         self.unet, self.text_encoder, self.vae = networks(weights, dtype)
         self.unet_params = self._place(weights.unet, self.unet.dtype)
@@ -44,48 +43,50 @@ class StageModel:
 
     def _place(self, part: Part, dtype: DTypeLike) -> dict:
         places = parallel.shardings(part.params, self.mesh)
-        # Leaf by leaf: a copy of the whole model in another dtype would not fit a small host.
+        # Leaf by leaf: a small host cannot hold a copy of the whole model in another dtype.
         return jax.tree.map(lambda p, place: parallel.put(np.asarray(p).astype(dtype), place), part.params, places)
 
     @property
     def device(self) -> jax.Device:
-        """Where what needs one device alone is computed."""
+        """The device for computations that need only one."""
         return self.mesh.devices.flat[0]
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b l d"]:
         """Last hidden states of the text encoder.
 
-        Each different text goes through it alone: they are few, and one program serves any number of them.
+        Each distinct text is encoded separately: they are few, and one compiled program serves any number of them.
         """
         ids = dict(zip(texts, tokens.tokenize(self.tokenizer, texts)))
         known, largest = self.text_encoder.config.vocab_size, max(row.max() for row in ids.values())
         if largest >= known:
             raise UserError(
-                f"{self.weights.path}: its tokenizer gives token {largest}, its text encoder has {known} tokens: they "
-                "do not belong together"
+                f"{self.weights.path}: the tokenizer returns token {largest}, but the text encoder has {known} tokens: "
+                "they do not belong together"
             )
         encoded = {t: _encode_text(self.text_params, row[None], model=self.text_encoder) for t, row in ids.items()}
         return np.concatenate([np.asarray(encoded[text]) for text in texts])
 
     def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Standard normal noise of a clip, keyed by its seed."""
-        return _normal(self._words(seed, stream), shape=shape)[0]
+        return _normal(self._words(seed, stream), shape)[0]
 
     def frame_noise(
         self, seed: int, stream: int, frames: Sequence[int], shape: tuple[int, ...]
     ) -> Float[Array, "t ..."]:
-        """Standard normal noise of frames with these numbers, each keyed by seed and number: however a clip is cut,
-        they have the same."""
+        """Standard normal noise of the frames with these indices, keyed by seed, stream and index.
+
+        A frame's noise is therefore the same however a clip is cut into windows.
+        """
         rows = self._words(seed, stream).repeat(len(frames), axis=0)
-        return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape=shape)
+        return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape)
 
     def _words(self, seed: int, stream: int) -> UInt32[np.ndarray, "1 3"]:
-        return np.array([[seed, list(STAGES).index(self.weights.stage), stream]], np.uint32)
+        return np.array([[seed, self.stage.noise_number, stream]], np.uint32)
 
     def encode(
         self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"] | None = None
     ) -> Float[np.ndarray, "t h w c"]:
-        """Scaled latents, one draw from each frame's posterior, whose randomness is `noise`; without, its mean."""
+        """Scaled latents: a sample of each frame's posterior, with the standard normal `noise`, else its mode."""
         if noise is None:
             factor, (count, height, width) = self.vae.config.factor, frames.shape[:3]
             shape = count, height // factor, width // factor, self.vae.config.latent_channels
@@ -100,9 +101,9 @@ class StageModel:
         return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]
 
     def decode(self, latents: Float[np.ndarray, "t h w c"]) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        """The frames of scaled latents, a few at a time and in order. UserError when the latents are not finite."""
+        """Frames of scaled latents, a few at a time and in order. Raises UserError when latents are not finite."""
         if not np.isfinite(latents).all():
-            raise UserError("a sample became infinite or NaN while it was denoised: use a smaller guidance")
+            raise UserError("a sample became infinite or NaN during denoising: use a smaller guidance scale")
         factor, (count, height, width) = self.vae.config.factor, latents.shape[:3]
 
         def started():
@@ -114,14 +115,14 @@ class StageModel:
             yield np.asarray(frames)[:wanted]
 
     def _spread(self, rows: np.ndarray, size: int) -> Array:
-        """Rows over the devices; the last is repeated up to `size`, so that one program serves every piece."""
+        """Rows spread over the devices, padded to `size` by the last one, so that one program serves every piece."""
         filled = np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)]) if len(rows) < size else rows
         return parallel.put(filled, parallel.batch_sharding(self.mesh))
 
 
 def networks(weights: Weights, dtype: DTypeLike) -> tuple[UNet, CLIPText, VAE]:
-    """A stage's networks, to be computed in `dtype`, which is that of their parameters too."""
-    vae_dtype = jnp.float32 if weights.stage == "vsr" else dtype  # the x4 VAE overflows in half precision
+    """A stage's networks, which compute in `dtype` and have parameters of it."""
+    vae_dtype = STAGES[weights.stage].vae_dtype or dtype
     return (
         UNet(weights.unet.config, dtype),
         CLIPText(weights.text_encoder.config, dtype),
@@ -130,14 +131,15 @@ def networks(weights: Weights, dtype: DTypeLike) -> tuple[UNet, CLIPText, VAE]:
 
 
 def pieces(count: int, height: int, width: int, *, devices: int) -> list[tuple[slice, int]]:
-    """(frames, how many) that the devices' VAEs take together, piece by piece; sides are those of pixels."""
+    """(frames, number of rows) of the pieces in which the devices' VAEs take `count` frames of `height` x `width`
+    pixels."""
     each = max(1, min(math.ceil(count / devices), VAE_PIXELS // (height * width)))
     size = each * devices
     return [(slice(i, i + size), size) for i in range(0, count, size)]
 
 
 def one_ahead(results: Iterator) -> Iterator:
-    """Each of `results` after the next was asked for: devices work on that one while the host fetches this."""
+    """Yields each result after requesting the next one: devices compute that while the host fetches this."""
     before = next(results, None)
     for result in results:
         yield before
@@ -147,18 +149,18 @@ def one_ahead(results: Iterator) -> Iterator:
 
 
 def per_device(f, mesh: Mesh, *specs: PartitionSpec):
-    """`f` on every device, each with its own rows of what is `BATCH`. Traced within a jitted function.
+    """`f` on every device, each with its own rows of the `BATCH` arguments. For use inside a jitted function.
 
-    Weights that are split over `fsdp` are gathered where they are used, layer by layer, by the compiler.
+    The compiler gathers weights that are split over `fsdp` layer by layer, where they are used.
     """
     if mesh.shape["fsdp"] == 1:
         return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
 
-    def together(*args):
+    def partitioned(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return split_by_rows(f(*args))
 
-    return together
+    return partitioned
 
 
 # ---- compiled ----
@@ -169,10 +171,16 @@ def _encode_text(params: dict, ids: Int[Array, "b l"], *, model: CLIPText) -> Fl
     return model.apply({"params": params}, ids)
 
 
+def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise for each row of words. The generator and its variant are named, because a user's jax
+    configuration must not change a seed's sample."""
+    with jax.threefry_partitionable(True):
+        return _threefry_normal(words, shape=shape)
+
+
 @functools.partial(jax.jit, static_argnames="shape")
-def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        # The generator is named, because a user's jax configuration must not change a seed's sample.
         key = jax.random.key(words[0], impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)
@@ -185,7 +193,7 @@ def _normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Arr
 def encode_rows(
     params: dict, frames: UInt8[Array, "n H W 3"], noise: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh
 ) -> Float[Array, "n h w c"]:
-    """Scaled latents, rows split over the devices: `StageModel.encode` of one piece."""
+    """Scaled latents of one piece of `StageModel.encode`, rows split over the devices."""
 
     def encode(params, frames, noise):
         mean, logvar = vae.apply({"params": params}, to_float(frames), method="encode")
@@ -196,15 +204,10 @@ def encode_rows(
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def decode_rows(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
-    """Frames, rows split over the devices: `StageModel.decode` of one piece."""
+    """Frames of one piece of `StageModel.decode`, rows split over the devices."""
 
     def decode(params, latents):
         images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")
         return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
     return per_device(decode, mesh, ALL, BATCH)(params, latents)
-
-
-def to_float(frames: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """0..255 to [-1, 1]."""
-    return frames.astype(jnp.float32) / 127.5 - 1

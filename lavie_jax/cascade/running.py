@@ -1,4 +1,4 @@
-"""One stage for many samples: prepare, denoise, decode, finish, with what a killed run left taken up again."""
+"""One stage for many samples: prepare, denoise, decode, finish. The work of an interrupted run is taken up again."""
 
 import contextlib
 import dataclasses
@@ -11,20 +11,18 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
-from lavie_jax.cascade import base, interpolation, vsr
 from lavie_jax.cascade.denoising import Clip, Plan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import Settings
-from lavie_jax.samples.shelf import Memory
-
-PASSES = {"base": base, "interpolation": interpolation, "vsr": vsr}
+from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.stages.settings import Settings
+from lavie_jax.stages.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sample to make. `negative_prompt` is for the base stage, in place of its settings'."""
+    """One sample to make. `negative_prompt` replaces that of the main stage's settings."""
 
     prompt: str
     seed: int
@@ -32,74 +30,90 @@ class Request:
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
-    """One sample in work: the user's clip, where results are kept, and the stage that is done (`before`)."""
+class Sample:
+    """One sample in progress.
+
+    Attributes:
+        request: what was asked for.
+        cache: where the stages' frames and states are kept.
+        clip: the user's clip to start from, if any.
+        previous: the stage whose output the next one starts from; None for the user's clip.
+        needed: whether the stage at hand has to be run for it.
+    """
 
     request: Request
-    shelf: Memory
+    cache: MemoryCache
     clip: UInt8[np.ndarray, "t h w 3"] | None
-    before: str | None = None
+    previous: str | None = None
     needed: bool = True
 
     @property
     def source(self) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """What the next stage starts from. Not kept open: a system gives a process a few hundred files."""
-        return self.clip if self.before is None else self.shelf.get(self.before)
+        """The frames that the next stage starts from. They are opened anew: a process may have few open files."""
+        return self.clip if self.previous is None else self.cache.get(self.previous)
 
 
 def run_stage(
-    model: StageModel, settings: Settings, jobs: Sequence[Job], batch_size: int | None, progress: bool
+    model: StageModel, settings: Settings, samples: Sequence[Sample], batch_size: int | None, progress: bool
 ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-    """The stage's frames of every job, in order, each as soon as it is on its shelf."""
-    stage = model.weights.stage
-    passes, ways = PASSES[stage], model.mesh.size
-    rows = ways
-    if stage == "base":  # its windows are few and small: more than one a device may be wanted
-        rows = min(math.ceil(n / ways) * ways for n in (batch_size or ways, len(jobs)))
+    """The stage's frames of every sample, in order, each as soon as it is in its cache."""
+    stage, devices = model.stage, model.mesh.size
+    rows = devices
+    if stage.batched:
+        rows = min(math.ceil(n / devices) * devices for n in (batch_size or devices, len(samples)))
     plan = Plan(
         sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule),
         guidance=settings.guidance,
         rescale=settings.guidance_rescale,
-        windows=passes.windows(passes.latent_shape(model.weights, settings), settings),
+        windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
         rows=rows,
-        image=stage == "base" and settings.frames == 1,
+        image=stage.is_image(settings),
     )
     count = len(plan.windows)
-    together = max(1, rows // count)
+    group_size = max(1, rows // count)
     bar = tqdm(
-        total=len(jobs) * plan.sampler.steps * count, unit="step" if count == 1 else "window",
-        desc=f"{stage}: compiling", disable=not progress,
+        total=len(samples) * plan.sampler.steps * count, unit="step" if count == 1 else "window",
+        desc=f"{stage.name}: compiling", disable=not progress,
     )  # fmt: skip
 
     def on_window():
-        bar.set_description(f"{stage}: denoising", refresh=False)
+        bar.set_description(f"{stage.name}: denoising", refresh=False)
         bar.update()
 
     with bar:
-        for start in range(0, len(jobs), together):
-            group = jobs[start : start + together]
-            with _memory_in_words(stage):
+        for start in range(0, len(samples), group_size):
+            group = samples[start : start + group_size]
+            with _memory_advice(stage):
                 clips = _prepared(model, settings, group)
                 bar.update(count * sum(clip.step for clip in clips))
                 denoise(model, clips, plan, on_window)
-            for clip, job in zip(clips, group):
-                with _memory_in_words(stage):
-                    frames = _decoded(model, settings, clip.state["x"], job.source, progress)
-                    made = job.shelf.put(stage, (settings.frames, settings.height, settings.width, 3), frames)
-                yield made
+            for clip, sample in zip(clips, group):
+                with _memory_advice(stage):
+                    pieces = _decoded(model, settings, clip.state["x"], sample.source, progress)
+                    shape = (settings.frames, settings.height, settings.width, 3)
+                    frames = sample.cache.put(stage.name, shape, pieces)
+                yield frames
 
 
-def _prepared(model: StageModel, settings: Settings, jobs: Sequence[Job]) -> list[Clip]:
-    """The jobs' clips, at the step where the run before stopped."""
-    stage, clips = model.weights.stage, []
-    for job in jobs:
-        own = job.request.negative_prompt if stage == "base" else None
-        negative = settings.negative_prompt if own is None else own
-        text, null_text = model.encode_text([job.request.prompt + settings.prompt_suffix, negative])
-        clip = PASSES[stage].prepare(model, settings, job.request.seed, text, null_text, job.source)
-        if saved := job.shelf.load_state(stage):
+def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample]) -> list[Clip]:
+    """The samples' clips, at the step where an interrupted run stopped."""
+    stage, clips = model.stage, []
+    shape = stage.latent_shape(model.weights, settings)
+    for sample in samples:
+        seed, own = sample.request.seed, sample.request.negative_prompt
+        negative = own if stage.info.main and own is not None else settings.negative_prompt
+        text, null_text = model.encode_text([sample.request.prompt + settings.prompt_suffix, negative])
+        concat, noise_level = stage.prepare(model, settings, seed, sample.source)
+
+        def noise(stream: int, frames: range, seed: int = seed):
+            return stage.noise(model, seed, stream, frames, shape)
+
+        clip = Clip(
+            text=text, null_text=null_text, shape=shape, noise=noise, concat=concat, noise_level=noise_level,
+            save=functools.partial(sample.cache.save_state, stage.name),
+        )  # fmt: skip
+        if saved := sample.cache.load_state(stage.name):
             clip.step, clip.state = saved
-        clip.save = functools.partial(job.shelf.save_state, stage)
         clips.append(clip)
     return clips
 
@@ -111,26 +125,24 @@ def _decoded(
     source: UInt8[np.ndarray, "t h w 3"] | None,
     progress: bool,
 ) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-    """Frames of latents as they leave the stage, a few at a time."""
-    stage, start = model.weights.stage, 0
-    with tqdm(total=len(latents), unit="frame", desc=f"{stage}: decoding", leave=False, disable=not progress) as bar:
-        for made in model.decode(latents):
-            yield PASSES[stage].finish(made, start, settings, source)
-            start += len(made)
-            bar.update(len(made))
+    """The stage's output from its latents, a few frames at a time."""
+    stage, start = model.stage, 0
+    desc = f"{stage.name}: decoding"
+    with tqdm(total=len(latents), unit="frame", desc=desc, leave=False, disable=not progress) as bar:
+        for frames in model.decode(latents):
+            yield stage.finish(frames, start, settings, source)
+            start += len(frames)
+            bar.update(len(frames))
 
 
 @contextlib.contextmanager
-def _memory_in_words(stage: str):
-    """A device that is out of memory is for the user to know, not a fault of the program."""
+def _memory_advice(stage: Stage):
+    """Turns device out-of-memory errors into a UserError with advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        ways_out = {
-            "base": "a smaller batch size, fewer frames, or a smaller height and width",
-            "interpolation": "a clip of a smaller height and width",
-            "vsr": "smaller windows: a smaller tile, or fewer window frames",
-        }
-        raise UserError(f"the device has too little memory for the stage {stage}: take {ways_out[stage]}") from error
+        raise UserError(
+            f"the device has too little memory for the stage {stage.name}: use {stage.memory_advice}"
+        ) from error

@@ -1,34 +1,39 @@
-"""From the results of all videos to shards, lists and the manifest, in the order of the videos' names."""
+"""Writes shards and lists from the results of all videos, in the order of the videos' names."""
 
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
 
-from lavie_jax.curation.duplicates import Index
+from lavie_jax.curation.duplicates import HashIndex
 from lavie_jax.curation.inputs import Video
+from lavie_jax.curation.output import CLIPS, DROPPED, file_hashes, write_lines
 from lavie_jax.curation.video import REASONS, Segment, read_result
 from lavie_jax.data import shards
-from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
-MANIFEST, CLIPS, DROPPED, NAME = "manifest.json", shards.LIST, "dropped.jsonl", "clips"
-_INTERNAL = ("reason", "detail", "file", "fingerprint")  # fields of a Segment that a record has not
+NAME = "clips"
+_INTERNAL = ("reason", "detail", "file", "perceptual_hash")  # fields of a Segment that records do not have
 
-Found = list[tuple[Video, Segment]]
+Segments = list[tuple[Video, Segment]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """What becomes a record of latents: its other `fields`, the size of its frames, and the frames, in parts."""
+class PendingRecord:
+    """A clip or an image whose latents are to be computed.
+
+    Attributes:
+        fields: the other fields of its record.
+        size: (height, width) of its frames.
+        parts: returns the frames, uint8 (T, H, W, 3), a few at a time.
+    """
 
     fields: Mapping[str, object]
     size: tuple[int, int]
@@ -36,21 +41,21 @@ class Example:
 
 
 @runtime_checkable
-class Encoder(Protocol):
-    """What makes latents: `latents.Encoder`. Named here because the workers, who import this file, load no jax."""
+class LatentWriter(Protocol):
+    """The interface of `latent_encoder.LatentEncoder`, declared here because worker processes must not load jax."""
 
     def size_of(self, height: int, width: int) -> tuple[int, int]: ...
 
     def parts_of_clip(self, clip: Path, size: tuple[int, int]) -> Iterator[np.ndarray]: ...
 
-    def write(self, examples: Sequence[Example], out: Path, shard_clips: int) -> tuple[list[Path], list[dict]]: ...
+    def write(self, records: Sequence[PendingRecord], out: Path, shard_clips: int) -> tuple[list[Path], list[dict]]: ...
 
     def manifest(self, medium: str, rows: Sequence[Mapping[str, object]]) -> dict[str, object]: ...
 
-    def pictures(self, stored: np.ndarray) -> np.ndarray: ...
+    def decode(self, stored: np.ndarray) -> np.ndarray: ...
 
 
-def write(
+def write_set(
     videos: Sequence[Video],
     work: Path,
     out: Path,
@@ -58,28 +63,33 @@ def write(
     settings: Mapping[str, object],
     duplicate_bits: int,
     shard_clips: int,
-    encoder: Encoder | None = None,
+    encoder: LatentWriter | None = None,
 ) -> dict[str, object]:
-    """Writes shards of `shard_clips` clips, and the lists of what was kept and dropped; returns what `finish` writes.
+    """Writes shards of `shard_clips` clips and the lists of kept and dropped segments.
 
-    Of near-duplicates the first is kept. With an `encoder`, records hold latents. Raises UserError when nothing is
-    left.
+    The first of several near-duplicates is kept. With an `encoder`, records hold latents.
+
+    Returns:
+        The manifest, for `output.write_manifest`.
+
+    Raises:
+        UserError: no clip is left.
     """
-    found = _without_duplicates(videos, work, duplicate_bits)
-    kept = [(video, segment) for video, segment in found if not segment.reason]
-    lost = [(video, segment) for video, segment in found if segment.reason]
-    counts = Counter(segment.reason for _, segment in lost)
-    dropped = {reason: counts[reason] for reason in REASONS if counts[reason]}
-    write_lines(out / DROPPED, ({"reason": s.reason, "detail": s.detail, **_described(v, s)} for v, s in lost))
+    kept, dropped = [], []
+    for video, segment in _mark_duplicates(videos, work, duplicate_bits):
+        (dropped if segment.reason else kept).append((video, segment))
+    counts = Counter(segment.reason for _, segment in dropped)
+    counts = {reason: counts[reason] for reason in REASONS if counts[reason]}
+    write_lines(out / DROPPED, ({"reason": s.reason, "detail": s.detail, **_fields(v, s)} for v, s in dropped))
     if not kept:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
         raise UserError(f"no clip is left of {len(videos)} videos: {reasons}. {os.fspath(out / DROPPED)!r} lists them")
-    told: dict[str, object] = {}
+    latents: dict[str, object] = {}
     if encoder is None:
         paths, rows = _write_clips(kept, work, out, shard_clips)
     else:
-        paths, rows = encoder.write([_example(*one, work, encoder) for one in kept], out, shard_clips)
-        told = {"latents": encoder.manifest("video", rows)}
+        paths, rows = encoder.write([_pending(*pair, work, encoder) for pair in kept], out, shard_clips)
+        latents = {"latents": encoder.manifest("video", rows)}
     write_lines(out / CLIPS, rows)
     return {
         "format": 1,
@@ -87,80 +97,58 @@ def write(
         "videos": len(videos),
         "clips": len(kept),
         "hours": sum(segment.frames / segment.fps for _, segment in kept) / 3600,
-        "dropped": dropped,
-        **told,
-        "files": files(out, [*paths, out / CLIPS, out / DROPPED]),
+        "dropped": counts,
+        **latents,
+        "files": file_hashes(out, [*paths, out / CLIPS, out / DROPPED]),
     }
 
 
-def _write_clips(kept: Found, work: Path, out: Path, shard_clips: int) -> tuple[list[Path], list[dict]]:
-    """(shards of encoded clips, a row for each record)."""
-    for before in (*out.glob(f"{NAME}-*{shards.SUFFIX}"), *out.glob(".[0-9]*-*")):
-        before.unlink()  # of a run that was stopped while it wrote them, whole or under temporary names
-    digests: list[str] = []
-    paths = shards.write_shards(_records(kept, work, digests), out, name=NAME, shard_records=shard_clips)
-    places = [{"shard": paths[i // shard_clips].name, "index": i % shard_clips} for i in range(len(kept))]
-    rows = [{**place, "sha256": sha, **_described(*one)} for place, sha, one in zip(places, digests, kept)]
-    return paths, rows
-
-
-def _example(video: Video, segment: Segment, work: Path, encoder: Encoder) -> Example:
-    """A clip, as what its latents are made of."""
-    clip, size = work / video.key / segment.file, encoder.size_of(segment.height, segment.width)
-    return Example(_described(video, segment), size, functools.partial(encoder.parts_of_clip, clip, size))
-
-
-def finish(out: Path, manifest: Mapping[str, object]) -> None:
-    """Writes the manifest, which says that the set is whole."""
-    with finished(out / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _without_duplicates(videos: Sequence[Video], work: Path, duplicate_bits: int) -> Found:
-    """Every segment in order; those that were kept and nearly repeat an earlier one are dropped."""
-    found: Found = []
-    index, known = Index(max(duplicate_bits, 0)), []
+def _mark_duplicates(videos: Sequence[Video], work: Path, duplicate_bits: int) -> Segments:
+    """Returns every segment in order, with those that nearly repeat an earlier kept one marked as dropped."""
+    marked: Segments = []
+    index, names = HashIndex(max(duplicate_bits, 0)), []
     for video in videos:
         segments = read_result(work / video.key)
         if segments is None:
-            raise UserError(f"the result of {video.name!r} is gone or damaged: the same command makes it again")
+            raise UserError(
+                f"the result of {video.name!r} is missing or damaged: run the same command again to recreate it"
+            )
         for segment in segments:
             if not segment.reason and duplicate_bits >= 0:
-                place = index.find_or_add(segment.fingerprint)
-                if place is None:
-                    known.append(f"{video.name} {segment.start:.2f}-{segment.end:.2f} s")
+                position = index.find_or_add(segment.perceptual_hash)
+                if position is None:
+                    names.append(f"{video.name} {segment.start:.2f}-{segment.end:.2f} s")
                 else:
-                    segment = dataclasses.replace(segment, reason="near-duplicate", detail=f"of {known[place]}")
-            found.append((video, segment))
-    return found
+                    segment = dataclasses.replace(segment, reason="near-duplicate", detail=f"of {names[position]}")
+            marked.append((video, segment))
+    return marked
 
 
-def _described(video: Video, segment: Segment) -> dict[str, object]:
-    """What is said of a clip: the fields of its record, but for the video."""
-    fields = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name not in _INTERNAL}
-    return {"source": video.name, **fields}
+def _write_clips(kept: Segments, work: Path, out: Path, shard_clips: int) -> tuple[list[Path], list[dict]]:
+    """Writes shards of encoded clips; returns their paths and one row per record."""
+    for stale in (*out.glob(f"{NAME}-*{shards.SUFFIX}"), *out.glob(".[0-9]*-*")):
+        stale.unlink()  # complete or temporary, left by a run that was killed while it wrote them
+    digests: list[str] = []
+    paths = shards.write_shards(_records(kept, work, digests), out, name=NAME, shard_records=shard_clips)
+    positions = [{"shard": paths[i // shard_clips].name, "index": i % shard_clips} for i in range(len(kept))]
+    rows = [{**position, "sha256": sha, **_fields(*pair)} for position, sha, pair in zip(positions, digests, kept)]
+    return paths, rows
 
 
-def _records(kept: Found, work: Path, digests: list[str]) -> Iterator[dict[str, object]]:
+def _records(kept: Segments, work: Path, digests: list[str]) -> Iterator[dict[str, object]]:
+    """Yields the records, and appends the SHA-256 of each clip to `digests`."""
     for video, segment in tqdm(kept, "shards", unit="clip"):
         content = (work / video.key / segment.file).read_bytes()
         digests.append(hashlib.sha256(content).hexdigest())
-        yield {"video": content, **_described(video, segment)}
+        yield {"video": content, **_fields(video, segment)}
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """A line of JSON for each row."""
-    with finished(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _pending(video: Video, segment: Segment, work: Path, encoder: LatentWriter) -> PendingRecord:
+    clip, size = work / video.key / segment.file, encoder.size_of(segment.height, segment.width)
+    return PendingRecord(_fields(video, segment), size, functools.partial(encoder.parts_of_clip, clip, size))
 
 
-def files(out: Path, paths: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Size and SHA-256 of each file, by its place in `out`."""
-    return {path.relative_to(out).as_posix(): _file(path) for path in paths}
-
-
-def _file(path: Path) -> dict[str, object]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _fields(video: Video, segment: Segment) -> dict[str, object]:
+    """Returns the fields of a clip's record, except for the video."""
+    fields = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name not in _INTERNAL}
+    return {"source": video.name, **fields}

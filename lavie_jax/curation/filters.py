@@ -1,7 +1,7 @@
-"""What a scene is judged by: small functions of its frames, and the thresholds that decide.
+"""Measurements of a scene and the thresholds that decide whether it is kept.
 
-The frames are samples of a scene, spread over it, in the small size of `segments.find_scenes`. What is measured is
-stored beside every clip, so that a data set can be filtered again, more strictly, without a new run.
+Functions take sample frames spread over a scene, in the small size of `scenes.find_scenes`. The measurements are stored
+with every clip, so a data set can be filtered more strictly later without another run.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from lavie_jax.errors import UserError, suggest
 
-DARK = 24  # grays up to this are black bars: video black, and what compression makes of it
-BLOCK = 8  # pixels; the side of the squares in which overlaid text is sought
+DARK = 24  # grays up to this belong to black bars: video black is 16, and compression adds noise
+BLOCK = 8  # pixels; side of the squares in which overlaid text is detected
 LETTERBOX = ("crop", "drop", "keep")
 
 
@@ -24,18 +24,18 @@ def _threshold(default: float | str, text: str) -> dataclasses.Field:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """What is dropped. The first three are the paper's; 0 turns a test off, where nothing else is said."""
+    """Thresholds of the filters. The first three defaults are the paper's. 0 turns a test off unless noted."""
 
-    min_words: int = _threshold(3, "drop captions of fewer words")
-    min_frames: int = _threshold(16, "drop scenes of fewer frames")
+    min_words: int = _threshold(3, "drop captions with fewer words")
+    min_frames: int = _threshold(16, "drop scenes with fewer frames")
     min_height: int = _threshold(720, "drop clips whose shorter side, without black bars, has fewer pixels")
-    cut: float = _threshold(3.0, "how many times its neighbours' change a cut's is (PySceneDetect's AdaptiveDetector)")
-    min_brightness: float = _threshold(32.0, "drop scenes with 99 of 100 pixels darker, of 255")
-    min_motion: float = _threshold(0.002, "drop scenes in which a smaller share of the pixels changes")
-    letterbox: str = _threshold("crop", "what happens to black bars, or to scenes with them")
-    max_overlay: float = _threshold(0.004, "drop scenes with a larger share of standing text or marks; 1 turns it off")
-    duplicate_bits: int = _threshold(16, "drop clips whose hash differs in at most so many of 256 bits; -1: off")
-    min_aesthetic: float = _threshold(0.0, "drop scenes with a lower aesthetic score; 0: none")
+    cut: float = _threshold(3.0, "cut where a frame's change exceeds its neighbours' by this factor (AdaptiveDetector)")
+    min_brightness: float = _threshold(32.0, "drop scenes whose 99th percentile of gray, 0 to 255, is lower")
+    min_motion: float = _threshold(0.002, "drop scenes in which a smaller fraction of the pixels changes")
+    letterbox: str = _threshold("crop", "crop black bars, drop scenes with them, or keep both")
+    max_overlay: float = _threshold(0.004, "drop scenes with a larger fraction of static text or marks; 1: off")
+    duplicate_bits: int = _threshold(16, "drop clips whose hash differs in at most this many of 256 bits; -1: off")
+    min_aesthetic: float = _threshold(0.0, "drop scenes with a lower aesthetic score; 0: off")
 
     def __post_init__(self):
         if self.letterbox not in LETTERBOX:
@@ -43,14 +43,14 @@ class Thresholds:
         if self.cut <= 0:
             raise UserError(f"--cut must be above 0; given {self.cut:g}")
         if not -1 <= self.duplicate_bits <= 64:
-            raise UserError(f"--duplicate-bits is -1 to 64 of 256; given {self.duplicate_bits}")
+            raise UserError(f"--duplicate-bits must be from -1 to 64; given {self.duplicate_bits}")
         for name in ("min_words", "min_frames", "min_height", "min_brightness", "min_motion", "max_overlay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 0; given {getattr(self, name):g}")
 
 
 class Bars(NamedTuple):
-    """Black rows and columns at the edges, in pixels."""
+    """Numbers of black rows and columns at the edges."""
 
     top: int = 0
     bottom: int = 0
@@ -58,74 +58,75 @@ class Bars(NamedTuple):
     right: int = 0
 
     def cut(self, frames: UInt8[np.ndarray, "*t h w 3"]) -> UInt8[np.ndarray, "*t ph pw 3"]:
-        """The picture between the bars."""
+        """Returns the picture between the bars."""
         height, width = frames.shape[-3:-1]
         return frames[..., self.top : height - self.bottom, self.left : width - self.right, :]
 
 
 def gray(frames: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t h w"]:
-    """Luma, 0 to 255, float32."""
+    """Returns luma, 0 to 255, float32."""
     return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 
 
 def brightness(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
-    """The gray that 99 of 100 pixels of all frames stay below, 0 to 255: low where even the lights are dark."""
+    """Returns the 99th percentile of luma over all frames, 0 to 255. It is low if even the brightest parts are dark."""
     return float(np.percentile(gray(frames), 99))
 
 
 def motion(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
-    """The share of pixels, 0 to 1, whose gray changes from one frame to the next by more than compression would."""
+    """Returns the fraction of pixels whose luma changes between consecutive samples by more than compression noise."""
     change = np.abs(np.diff(gray(frames), axis=0))
     return float((change > 8).mean()) if len(change) else 0.0
 
 
 def bars(frames: UInt8[np.ndarray, "t h w 3"]) -> Bars:
-    """The black bars that all frames have.
+    """Returns the black bars that all frames share.
 
-    A dark edge is a bar where it is at least 2 % of the side and the picture begins at once over half of its length:
-    so a bright thing in a black room has none.
+    A dark edge is a bar if it covers at least 2 % of the side and the picture begins abruptly along at least half of
+    its length. A bright object in a dark room therefore has no bars around it.
     """
-    lights = gray(frames)
-    top, bottom = _ends(lights)
-    inside = lights[:, top : lights.shape[1] - bottom]
-    left, right = _ends(rearrange(inside, "t h w -> t w h"))
+    luma = gray(frames)
+    top, bottom = _dark_ends(luma)
+    inside = luma[:, top : luma.shape[1] - bottom]
+    left, right = _dark_ends(rearrange(inside, "t h w -> t w h"))
     return Bars(top, bottom, left, right)
 
 
-def _ends(lights: Float[np.ndarray, "t rows w"]) -> tuple[int, int]:
-    """How many rows at the start and at the end are bars."""
-    dark = np.percentile(lights, 98, axis=2).max(axis=0) <= DARK
+def _dark_ends(luma: Float[np.ndarray, "t rows w"]) -> tuple[int, int]:
+    """Returns the numbers of bar rows at the start and at the end."""
+    dark = np.percentile(luma, 98, axis=2).max(axis=0) <= DARK
     if dark.all():
         return 0, 0
-    lit = (lights.max(axis=0) > DARK).mean(axis=1) >= 0.5
-    first, last = int(np.argmin(dark)), int(np.argmin(dark[::-1]))
+    lit = (luma.max(axis=0) > DARK).mean(axis=1) >= 0.5
     least = max(2, round(0.02 * len(dark)))
-    # A scaled edge is a row or two of grays between bar and picture.
-    found = [n if n >= least and lit[side[n : n + 3]].any() else 0
-             for n, side in ((first, np.arange(len(dark))), (last, np.arange(len(dark))[::-1]))]  # fmt: skip
-    return found[0], found[1]
+
+    def length(dark: Bool[np.ndarray, " rows"], lit: Bool[np.ndarray, " rows"]) -> int:
+        n = int(np.argmin(dark))
+        # Scaling leaves a row or two of intermediate grays between bar and picture.
+        return n if n >= least and lit[n : n + 3].any() else 0
+
+    return length(dark, lit), length(dark[::-1], lit[::-1])
 
 
 def overlay(frames: UInt8[np.ndarray, "t h w 3"]) -> float | None:
-    """The share of the picture, 0 to 1, that is standing text or marks; None where that cannot be told.
+    """Returns the fraction of the picture covered by static text or marks; None if it cannot be determined.
 
-    Where a camera moves, edges move along. An edge may also slide along itself and seem to stand, but only in one
-    direction: so what counts are squares in which edges in both directions stand in all frames. It can be told only
-    where at least half of the picture changes: without, everything stands.
+    When the camera moves, edges of the scene move too. An edge may slide along itself and appear static, but only in
+    one direction. The measure therefore counts squares in which edges in both directions are static in all frames. It
+    requires that at least half of the picture changes; in a still picture everything is static.
     """
-    lights = gray(frames)
-    if len(lights) < 4 or min(lights.shape[1:]) < 2 * BLOCK or (np.ptp(lights, axis=0) > 16).mean() < 0.5:
+    luma = gray(frames)
+    if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK or (np.ptp(luma, axis=0) > 16).mean() < 0.5:
         return None
-    both = [_standing(np.diff(lights, axis=axis)) for axis in (1, 2)]
-    rows, columns = (side // BLOCK for side in lights.shape[1:])
+    rows, columns = (side // BLOCK for side in luma.shape[1:])
     marked = np.ones((rows, columns), bool)
-    for edges in both:
-        edges = np.pad(edges, ((0, 1), (0, 1)))[: rows * BLOCK, : columns * BLOCK]
+    for axis in (1, 2):
+        edges = np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1)))[: rows * BLOCK, : columns * BLOCK]
         blocks = rearrange(edges, "(r i) (c j) -> r c (i j)", i=BLOCK, j=BLOCK)
         marked &= blocks.sum(-1) >= 3
     return float(marked.mean())
 
 
-def _standing(slope: Float[np.ndarray, "t h w"]) -> np.ndarray:
-    """Where all frames have an edge of the same sign."""
+def _static_edges(slope: Float[np.ndarray, "t h w"]) -> Bool[np.ndarray, "h w"]:
+    """Returns where all frames have an edge of the same sign."""
     return (slope.min(axis=0) > 12) | (slope.max(axis=0) < -12)

@@ -1,6 +1,6 @@
-"""Captions and aesthetic scores from models that a person brings; both run with PyTorch, on one thread.
+"""Captions and aesthetic scores from user-supplied models, run with PyTorch on one thread.
 
-Nothing is downloaded: models are folders as transformers saves them.
+Nothing is downloaded: a model is a folder in the format of transformers' `save_pretrained`.
 """
 
 import importlib
@@ -15,36 +15,38 @@ from PIL import Image
 
 from lavie_jax.errors import UserError
 
-Captioner = Callable[[np.ndarray], str]  # of sample frames, uint8 (T, H, W, 3)
+# Both take the sample frames of a scene, uint8 (T, H, W, 3).
+Captioner = Callable[[np.ndarray], str]
 Scorer = Callable[[np.ndarray], float]
 
 CAPTION_TOKENS = 40
-# How CLIP's training pictures were scaled (arXiv 2103.00020).
+# Per-channel normalization of CLIP's training images (arXiv 2103.00020).
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def make_captioner(what: str | Captioner) -> Captioner:
-    """The captioner that a folder, "module:function" or a function is.
+def make_captioner(captioner: str | Captioner) -> Captioner:
+    """Returns the captioner given by a model folder, "module:function", or a function.
 
-    A folder holds an image-to-text model with its processor, as transformers saves BLIP or GIT: it captions the middle
-    frame, greedily, so that the same frame has the same caption. A function gets the sample frames of a scene.
+    A folder holds an image-to-text model with its processor, such as BLIP or GIT. It captions the middle frame
+    greedily, so that the same frame always gets the same caption. A function receives the sample frames of a scene.
 
-    Raises UserError for what is neither, or cannot be loaded.
+    Raises:
+        UserError: it is none of these, or cannot be loaded.
     """
-    if callable(what):
-        return what
-    if Path(what).is_dir():
-        return _model_captioner(Path(what))
-    module, colon, name = what.partition(":")
+    if callable(captioner):
+        return captioner
+    if Path(captioner).is_dir():
+        return _model_captioner(Path(captioner))
+    module, colon, name = captioner.partition(":")
     if not colon:
-        raise UserError(f"--captioner is a folder or 'module:function'; {what!r} is neither")
+        raise UserError(f"--captioner must be a folder or 'module:function'; {captioner!r} is neither")
     try:
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--captioner {what!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise UserError(f"--captioner {what!r} is no function")
-    return found
+        raise UserError(f"--captioner {captioner!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise UserError(f"--captioner {captioner!r} is not a function")
+    return function
 
 
 def _model_captioner(folder: Path) -> Captioner:
@@ -53,7 +55,7 @@ def _model_captioner(folder: Path) -> Captioner:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{str(folder)!r} holds no image-to-text model with its processor: {error}") from error
+        raise UserError(f"{str(folder)!r} does not hold an image-to-text model with its processor: {error}") from error
     model.eval()
 
     def caption(frames: np.ndarray) -> str:
@@ -68,15 +70,15 @@ def _model_captioner(folder: Path) -> Captioner:
 
 
 def make_scorer(clip: Path, head: Path) -> Scorer:
-    """The aesthetic score of a scene: the mean over its first, middle and last sample frame.
+    """Returns a function that computes the aesthetic score of a scene, the mean over three of its sample frames.
 
     Args:
-      clip: a CLIP model's folder, as transformers saves it.
-      head: .safetensors or PyTorch file of a linear layer, or of several in a row without anything between, on CLIP's
-        normalised image embedding; such are the predictors of LAION.
+        clip: folder of a CLIP model.
+        head: .safetensors or PyTorch file of one or more consecutive linear layers, without activations, on CLIP's
+            normalized image embedding. LAION's predictors have this form.
 
     Raises:
-      UserError: the folder holds no CLIP, or the head does not fit it.
+        UserError: the folder does not hold a CLIP model, or the head does not fit it.
     """
     from lavie_jax.weights.pretrained import read_weights_file
 
@@ -85,11 +87,11 @@ def make_scorer(clip: Path, head: Path) -> Scorer:
     try:
         model = transformers.CLIPVisionModelWithProjection.from_pretrained(clip, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{str(clip)!r} holds no CLIP model: {error}") from error
+        raise UserError(f"{str(clip)!r} does not hold a CLIP model: {error}") from error
     model.eval()
     side, width = model.config.image_size, model.config.projection_dim
     if layers[0][0].shape[1] != width:
-        raise UserError(f"{head} scores embeddings of {layers[0][0].shape[1]} numbers; CLIP in {clip} gives {width}")
+        raise UserError(f"{head} takes embeddings of {layers[0][0].shape[1]} numbers; CLIP in {clip} has {width}")
 
     def score(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
         chosen = frames[[0, len(frames) // 2, -1]]
@@ -106,7 +108,7 @@ def make_scorer(clip: Path, head: Path) -> Scorer:
 
 
 def _square(frame: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "s s 3"]:
-    """The middle of a frame, as CLIP sees pictures."""
+    """Resizes and center-crops a frame like CLIP's image processor."""
     picture = Image.fromarray(np.ascontiguousarray(frame))
     zoom = side / min(picture.size)
     size = tuple(max(side, round(n * zoom)) for n in picture.size)
@@ -116,26 +118,26 @@ def _square(frame: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "
 
 
 def _linear_layers(head: Path, tensors: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(weight, bias) of each layer, first to last."""
+    """Returns (weight, bias) of each layer, first to last."""
     names = sorted((n for n in tensors if n.endswith("weight")), key=lambda n: [int(i) for i in re.findall(r"\d+", n)])
     pairs = [(n, n.removesuffix("weight") + "bias") for n in names]
     if not names or {n for pair in pairs for n in pair} != set(tensors):
-        raise UserError(f"{head} is no linear head: weights and biases alone are wanted; found {', '.join(tensors)}")
+        raise UserError(f"{head} is not a linear head: only weights and biases are allowed; found {', '.join(tensors)}")
     layers = [(tensors[w].astype(np.float32), tensors[b].astype(np.float32)) for w, b in pairs]
     widths = [weight.shape[::-1] if weight.ndim == 2 else (0, 0) for weight, _ in layers]
     if any(a[1] != b[0] for a, b in zip(widths, widths[1:])) or widths[-1][1] != 1:
-        raise UserError(f"{head}: the layers ({', '.join(map(str, widths))}) do not lead to one score")
+        raise UserError(f"{head}: layers of shapes {', '.join(map(str, widths))} do not chain to a single score")
     return layers
 
 
 def _libraries(folder: Path):
-    """(torch, transformers), for a model in `folder`. torch is held to one thread: workers are the parallelism."""
+    """Imports torch, limited to one thread because workers provide the parallelism, and transformers."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} is no model folder: config.json is missing")
+        raise UserError(f"{str(folder)!r} is not a model folder: config.json is missing")
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"captions and scores by a model need PyTorch: pip install 'torch>=2.4' ({error})") from error
+        raise UserError(f"captioning and scoring models need PyTorch: pip install 'torch>=2.4' ({error})") from error
     torch.set_num_threads(1)
     return torch, transformers

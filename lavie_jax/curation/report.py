@@ -1,6 +1,6 @@
-"""report.html and its pictures: what a curated set holds, after figures 8 and 9 of the paper, and what was dropped.
+"""Writes report.html: statistics of the kept clips, after the paper's figures 8 and 9, and what was dropped and why.
 
-Everything is read back from the lists and shards, so the report shows what was written.
+Everything is read back from the lists and shards, so the report shows what was actually written.
 """
 
 import html
@@ -13,31 +13,32 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from lavie_jax.curation import assemble
+from lavie_jax.curation.assemble import LatentWriter
+from lavie_jax.curation.output import CLIPS, DROPPED
 from lavie_jax.curation.video import REASONS
 from lavie_jax.data import latents, shards, video_files
 
-PAGE, PICTURES = "report.html", "report"
+PAGE, FIGURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
 _BAR = "#3a6ea5"
 
 
-def write(out: Path, manifest: Mapping, encoder: assemble.Encoder | None = None) -> None:
-    """Writes `out/report.html` and the PNGs in `out/report/` that it shows; sets of latents need their `encoder`."""
-    clips, dropped = (_lines(out / name) for name in (assemble.CLIPS, assemble.DROPPED))
-    folder = out / PICTURES
+def write(out: Path, manifest: Mapping, encoder: LatentWriter | None = None) -> None:
+    """Writes `out/report.html` and its figures in `out/report/`. A set of latents needs its `encoder`."""
+    clips, dropped = (_read_lines(out / name) for name in (CLIPS, DROPPED))
+    folder = out / FIGURES
     folder.mkdir(exist_ok=True)
-    for before in folder.glob("*.png"):  # of a run that was stopped here
-        before.unlink()
-    pictures = []
+    for stale in folder.glob("*.png"):  # left by an interrupted run
+        stale.unlink()
+    figures = []
 
     def at(name: str, title: str) -> tuple[Path, str]:
-        pictures.append((name, title))
+        figures.append((name, title))
         return folder / f"{name}.png", title
 
     _histogram([row["frames"] / row["fps"] for row in clips], "seconds", *at("durations", "Clip durations"))
     words = [len(row["caption"].split()) for row in clips]
-    _histogram(words, "words", *at("captions", "Caption lengths"), whole=True)
+    _histogram(words, "words", *at("captions", "Caption lengths"), integers=True)
     sizes = Counter(f"{row['width']}x{row['height']}" for row in clips)
     _bars(sizes, "clips", *at("resolutions", "Resolutions, width x height"))
     scores = [row["aesthetic"] for row in clips if row["aesthetic"] is not None]
@@ -47,22 +48,22 @@ def write(out: Path, manifest: Mapping, encoder: assemble.Encoder | None = None)
     if set(categories) != {"(none)"}:
         _bars(categories, "clips", *at("categories", "Categories"))
     if dropped:
-        _bars(manifest["dropped"], "segments or files", *at("dropped", "Reasons for drops"))
+        _bars(manifest["dropped"], "scenes or files", *at("dropped", "Reasons for dropping"))
     chosen = np.unique(np.linspace(0, len(clips) - 1, SHEET_CLIPS).round().astype(int)).tolist()
     samples = _latent_samples(out, chosen, encoder) if encoder else _samples(out, chosen)
     videos, captions = zip(*samples)
     video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
-    page = _page(manifest, dropped, pictures)
+    page = _page(manifest, dropped, figures)
     with video_files.finished(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _lines(path: Path) -> list[dict]:
+def _read_lines(path: Path) -> list[dict]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-# ---- pictures ----
+# ---- figures ----
 
 
 def _figure(height: float = 3.2):
@@ -72,11 +73,11 @@ def _figure(height: float = 3.2):
     return figure, figure.subplots()
 
 
-def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, whole: bool = False) -> None:
-    """How many clips have which value; `whole` = values are whole numbers."""
+def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, integers: bool = False) -> None:
+    """Plots the distribution of a value over clips."""
     figure, axes = _figure()
     low, high = min(values), max(values)
-    if whole:
+    if integers:
         step = max(1, -(-int(high - low + 1) // 40))
         edges = np.arange(low, high + step + 1, step) - 0.5
     else:
@@ -86,17 +87,17 @@ def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, wh
     axes.axvline(middle, color="black", linewidth=1, linestyle="--", label=f"median {middle:.3g}")
     axes.set(title=title, xlabel=unit, ylabel="clips")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=whole)
-    axes.legend(loc="upper right")  # "best" warns where it takes long
+    axes.xaxis.get_major_locator().set_params(integer=integers)
+    axes.legend(loc="upper right")  # "best" warns when it is slow
     figure.savefig(path, dpi=100)
 
 
 def _bars(counts: Mapping[str, int], unit: str, path: Path, title: str, *, most: int = 12) -> None:
-    """A bar for each name, the most frequent on top; those beyond `most` are one."""
+    """Plots a bar per name, the most frequent on top. Names beyond the first `most` share one bar."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown, rest = ranked[:most], ranked[most:]
     if rest:
-        shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
+        shown.append((f"{len(rest)} more", sum(count for _, count in rest)))
     figure, axes = _figure(1 + 0.28 * len(shown))
     names, numbers = zip(*reversed(shown))
     labels = [name if len(name) <= 32 else f"{name[:31]}…" for name in names]
@@ -113,28 +114,28 @@ Sample = tuple[np.ndarray, str]  # a few small frames of a clip, uint8 (T, H, W,
 
 
 def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
-    """Frames and captions of some clips."""
+    """Yields sample frames and captions of the chosen clips."""
     records = shards.ShardRecords(out, medium="video", val_fraction=0.0)
     for record in (records[i] for i in chosen):
         info = video_files.video_info(record.content, name=record.name)
-        apart = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
-        window = video_files.Window(frames=min(SHEET_FRAMES, info.frames), stride=apart)
+        stride = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
+        window = video_files.ClipWindow(frames=min(SHEET_FRAMES, info.frames), stride=stride)
         frames = video_files.read_window(record.content, window, place=0.0, name=record.name)
-        yield np.stack([_small(frame) for frame in frames]), record.caption
+        yield np.stack([_thumbnail(frame) for frame in frames]), record.caption
 
 
-def _latent_samples(out: Path, chosen: Sequence[int], encoder: assemble.Encoder) -> Iterator[Sample]:
-    """Likewise, of what the VAE makes of the latents: what training will see."""
+def _latent_samples(out: Path, chosen: Sequence[int], encoder: LatentWriter) -> Iterator[Sample]:
+    """Yields the same for latents, decoded by the VAE."""
     records = shards.ShardRecords(out, medium="latents", val_fraction=0.0)
     for name, fields in (records.fields(i) for i in chosen):
         record = latents.unpack_record(name, fields)
         count = len(record.latents)
-        # As many of a short clip too: one program for each size.
-        shown = encoder.pictures(record.latents[np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)])
-        yield np.stack([_small(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
+        # A constant number of frames, also for short clips, so that each size compiles once.
+        shown = encoder.decode(record.latents[np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)])
+        yield np.stack([_thumbnail(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
 
 
-def _small(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
+def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
     height, width = frame.shape[:2]
     zoom = SHEET_SIDE / min(height, width)
     size = (round(width * zoom), round(height * zoom))
@@ -148,32 +149,32 @@ _STYLE = (
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
     "img{max-width:100%}figure{display:inline-block;margin:.5em 0}"
 )
-_EXAMPLES = 3  # of each reason
+_EXAMPLES = 3  # per reason
 
 
-def _page(manifest: Mapping, dropped: Sequence[Mapping], pictures: Sequence[tuple[str, str]]) -> str:
+def _page(manifest: Mapping, dropped: Sequence[Mapping], figures: Sequence[tuple[str, str]]) -> str:
     reasons = manifest["dropped"]
-    numbers = {
-        "videos": manifest["videos"],
-        "clips kept": manifest["clips"],
-        "hours kept": f"{manifest['hours']:.3f}",
-        "segments or files dropped": sum(reasons.values()),
+    summary = {
+        "Input videos": manifest["videos"],
+        "Clips kept": manifest["clips"],
+        "Hours kept": f"{manifest['hours']:.3f}",
+        "Scenes or files dropped": sum(reasons.values()),
     }
     rows = []
     for reason in (r for r in REASONS if r in reasons):
-        some = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
-        named = "<br>".join(html.escape(_example(row)) for row in some)
-        rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{named}</td></tr>")
-    figures = "\n".join(f'<figure><img src="{PICTURES}/{name}.png" alt="{title}"></figure>' for name, title in pictures)
+        chosen = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
+        examples = "<br>".join(html.escape(_example(row)) for row in chosen)
+        rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{examples}</td></tr>")
+    images = "\n".join(f'<figure><img src="{FIGURES}/{name}.png" alt="{title}"></figure>' for name, title in figures)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Curated clips</title><style>{_STYLE}</style></head><body>
 <h1>Curated clips</h1>
-<table>{"".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in numbers.items())}</table>
-{figures}
+<table>{"".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in summary.items())}</table>
+{images}
 <h2>Dropped</h2>
-<p>Each under the first reason that applied; <a href="{assemble.DROPPED}">{assemble.DROPPED}</a> lists all,
-<a href="{assemble.CLIPS}">{assemble.CLIPS}</a> what was kept.</p>
-<table><tr><th>reason</th><th>number</th><th>for example</th></tr>{"".join(rows)}</table>
+<p>Each scene or file is counted under the first reason that applied. <a href="{DROPPED}">{DROPPED}</a> lists all that
+were dropped, <a href="{CLIPS}">{CLIPS}</a> all clips that were kept.</p>
+<table><tr><th>Reason</th><th>Count</th><th>Examples</th></tr>{"".join(rows)}</table>
 <h2>Settings</h2>
 <table>{"".join(_setting(key, value) for key, value in manifest["settings"].items())}</table>
 </body></html>
@@ -186,5 +187,5 @@ def _setting(key: str, value: object) -> str:
 
 def _example(row: Mapping) -> str:
     detail = f": {row['detail']}" if row["detail"] else ""
-    times = f" {row['start']:.2f}-{row['end']:.2f} s" if row["end"] else ""  # of an unreadable file there are none
+    times = f" {row['start']:.2f}-{row['end']:.2f} s" if row["end"] else ""  # an unreadable file has none
     return f"{row['source']}{times}{detail}"

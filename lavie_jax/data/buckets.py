@@ -1,7 +1,7 @@
-"""Buckets: a few sizes of frames that batches may have, so that clips keep their shape and few programs are compiled.
+"""Buckets: a few frame sizes, so that clips keep their shape and few programs are compiled.
 
-Every global batch is of one bucket. Which one is a function of the step, and which clip a function of the step and the
-place in the batch, so the position in the data is still one integer, and any number of processes finds the same.
+Every global batch has one size, a function of the step. A clip is a function of the step and its row in the batch, so
+the position in the data is still one integer, and any number of processes finds the same batches.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from lavie_jax.data.sources import Source
 from lavie_jax.errors import UserError
 
 Size = tuple[int, int]  # (height, width)
-ALIKE = 0.95  # buckets that keep nearly as much of a picture as the best one does
+ALIKE = 0.95  # buckets that keep nearly as much of a frame as the best one
 
 
 def size_name(size: Size) -> str:
@@ -31,10 +31,10 @@ def size_name(size: Size) -> str:
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """The number of the bucket that a picture belongs to.
+    """Index of the bucket for a frame of (height, width) `size`.
 
-    The one that keeps most of it when it is scaled until the bucket just fits inside and the rest is cut off. Of those
-    that keep nearly as much, the largest that it fills without being scaled up, else the smallest.
+    The best bucket keeps most of the frame, when it is scaled to cover the bucket and then cropped. Of the buckets that
+    keep nearly as much, the result is the largest that needs no upscaling, or else the smallest.
     """
     rows, columns = size
     scales = [max(height / rows, width / columns) for height, width in buckets]
@@ -46,7 +46,7 @@ def nearest(size: Size, buckets: Sequence[Size]) -> int:
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """((320, 512), (512, 320)) of "320x512,512x320"."""
+    """Parses "320x512,512x320" to ((320, 512), (512, 320))."""
     try:
         sizes = tuple(tuple(int(side) for side in size.split("x")) for size in text.split(","))
     except ValueError:
@@ -58,11 +58,13 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """A source for each size. Each has as large a share of the steps as it has of the clips.
+    """A source for each size. A bucket's fraction of the steps equals its fraction of the clips.
 
     Attributes:
-      order: which source a step is of, and the how-manieth of its steps it is; an "example" of it is a step.
-      batch: examples in a step.
+        sizes: (height, width) of each bucket.
+        sources: of each bucket.
+        order: assigns steps to buckets; one "example" of it is a step.
+        batch: examples per step.
     """
 
     sizes: tuple[Size, ...]
@@ -74,39 +76,46 @@ class Buckets:
         return sum(len(source) for source in self.sources)
 
     def of(self, index: int) -> tuple[Source, int, Size]:
-        """(source, number within it, size) of example `index`."""
-        step, place = divmod(index, self.batch)
+        """(source, index within it, size) of example `index`."""
+        step, row = divmod(index, self.batch)
         part, number = self.order(step)
-        return self.sources[part], number * self.batch + place, self.sizes[part]
+        return self.sources[part], number * self.batch + row, self.sizes[part]
 
     def __str__(self) -> str:
         shares = [len(source) / len(self) for source in self.sources]
         return ", ".join(f"{size_name(size)} {share:.1%}" for size, share in zip(self.sizes, shares))
 
 
-def make_buckets(parts: Sequence[tuple[Size, Source]], *, batch: int, whole: bool, seed: int) -> Buckets:
-    """Of sources, each of one size; those without clips are left out.
+def make_buckets(parts: Sequence[tuple[Size, Source]], *, batch: int, unique: bool, seed: int) -> Buckets:
+    """Makes buckets of (size, source) pairs; empty sources are left out.
 
-    `whole`: a batch holds no clip twice. Raises UserError for a source that has clips, and fewer than that needs.
+    Args:
+        parts: a source for each size.
+        batch: examples per step.
+        unique: whether a batch must not repeat a clip.
+        seed: of the order.
+
+    Raises:
+        UserError: `unique`, and a source has fewer clips than a batch.
     """
     used = [(size, source) for size, source in parts if len(source)]
     for size, source in used:
-        if whole and len(source) < batch:
+        if unique and len(source) < batch:
             raise UserError(
-                f"the bucket {size_name(size)} has {len(source)} clips to train on, fewer than a batch of {batch}: "
-                "leave it out of data.buckets, and they go to another"
+                f"the bucket {size_name(size)} has {len(source)} clips for training, fewer than a batch of {batch}: "
+                "remove it from data.buckets, and they join another"
             )
     shares = tuple(len(source) for _, source in used)
     sizes, sources = zip(*used)
     return Buckets(sizes=sizes, sources=sources, order=Order(((0, shares),), 1, seed), batch=batch)
 
 
-# ---- which record belongs to which bucket ----
+# ---- assignment of records to buckets ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some of the records of a kind of storage."""
+    """A subset of records."""
 
     records: Records
     indices: np.ndarray
@@ -119,14 +128,14 @@ class Subset:
 
 
 def divide(records: Records, medium: Medium, buckets: Sequence[Size]) -> list[Subset]:
-    """The records of each bucket, which may be none."""
+    """The records of each bucket; some may be empty."""
     sizes = records.listed_sizes() if isinstance(records, ShardRecords) else None
-    places = [nearest(size, buckets) for size in (_measured(records, medium) if sizes is None else sizes)]
-    return [Subset(records, np.flatnonzero(np.array(places) == number)) for number in range(len(buckets))]
+    numbers = [nearest(size, buckets) for size in (_measured(records, medium) if sizes is None else sizes)]
+    return [Subset(records, np.flatnonzero(np.array(numbers) == number)) for number in range(len(buckets))]
 
 
 def _measured(records: Records, medium: Medium) -> list[Size]:
-    """(height, width) of every record as it is shown; 1x1 of what cannot be read, which training will skip and name."""
+    """(height, width) of every record as shown; 1x1 for an unreadable one, which training skips and logs."""
 
     def measure(index: int) -> Size:
         try:
@@ -135,10 +144,10 @@ def _measured(records: Records, medium: Medium) -> list[Size]:
             return 1, 1
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = pool.map(measure, range(len(records)))
-        sizes = list(tqdm(found, "sizes", len(records), disable=len(records) < 500, leave=False))
+        measured = pool.map(measure, range(len(records)))
+        sizes = list(tqdm(measured, "sizes", len(records), disable=len(records) < 500, leave=False))
     if unreadable := sizes.count((1, 1)):
-        logging.warning("%d of %d %ss have no size that can be read", unreadable, len(records), medium)
+        logging.warning("%d of %d %ss have no readable size", unreadable, len(records), medium)
     return sizes
 
 
@@ -148,10 +157,10 @@ def _shown_size(record: Record, medium: Medium) -> Size:
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
-            turned = picture.getexif().get(_ORIENTATION, 1) in _TURNED
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except Exception as error:  # pictures from the web are broken in more ways than Pillow has names for
+            rotated = picture.getexif().get(_ORIENTATION, 1) in _ROTATED
+            return (picture.width, picture.height) if rotated else (picture.height, picture.width)
+    except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
 
-_ORIENTATION, _TURNED = 0x0112, range(5, 9)  # Exif: how the camera was held, and on which side
+_ORIENTATION, _ROTATED = 0x0112, range(5, 9)  # Exif: orientation tag, and its values with height and width swapped

@@ -1,6 +1,6 @@
-"""Files with captions: `clip.mp4` beside `clip.txt`, or a CSV or JSONL table that names files and captions.
+"""Files with captions: `clip.mp4` beside `clip.txt`, or a CSV or JSONL table of files and captions.
 
-WebVid's CSV (`videoid`, `page_dir`, `name`) is read as it comes. What cannot be used is left out, counted and named.
+WebVid's CSV (`videoid`, `page_dir`, `name`) is read unchanged. Unusable files are left out, counted and logged.
 """
 
 import concurrent.futures
@@ -20,12 +20,12 @@ from lavie_jax.errors import UserError
 TABLES = (".csv", ".tsv", ".jsonl")
 FILE_COLUMNS = ("path", "file", "file_name", "filename", "video", "image")
 CAPTION_COLUMNS = ("caption", "text", "name")
-_NAMED = 5  # of the files that are left out for one reason
+_NAMED = 5  # files that are logged per reason
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderRecords:
-    """Files with captions, in the order of their paths."""
+    """Files with captions, sorted by path."""
 
     rows: tuple[tuple[Path, str], ...]
 
@@ -38,7 +38,7 @@ class FolderRecords:
 
 
 class _Dropped:
-    """What is left out, under its reason."""
+    """Files that are left out, by reason."""
 
     def __init__(self):
         self.reasons: dict[str, list[str]] = {}
@@ -63,35 +63,35 @@ def open_folder(
     val_fraction: float = VAL_FRACTION,
     check: Callable[[Path], None] | None = None,
 ) -> FolderRecords:
-    """The records of a split.
+    """Opens the records of a split.
 
     Args:
-      path: a folder, searched to its depths, of files with a `.txt` of the same name beside each; or a table, whose
-        files are named relative to its own folder.
-      medium: which files count.
-      split: "train" or "val".
-      val_fraction: how many go to `val`.
-      check: raises UserError for a file that is not to be used, by a message that begins with the reason and a colon.
+        path: a folder, searched recursively, of files with a `.txt` of the same name beside each; or a table, whose
+            file names are relative to its own folder.
+        medium: kind of the files.
+        split: "train" or "val".
+        val_fraction: fraction of the files in `val`.
+        check: raises UserError for a file to leave out; its message starts with the reason and a colon.
 
     Raises:
-      UserError: there is no such folder, a table cannot be read or lacks a column, or no record is left.
+        UserError: there is no such folder, a table cannot be read or lacks a column, or no record is left.
     """
     path, dropped = Path(path), _Dropped()
     if path.suffix.lower() in TABLES:
-        root, found = path.parent, list(_table(path, medium, dropped))
+        root, files = path.parent, list(_table(path, medium, dropped))
     elif path.is_dir():
-        root, found = path, list(_sidecars(path, medium, dropped))
+        root, files = path, list(_sidecars(path, medium, dropped))
     else:
         raise UserError(f"no folder {os.fspath(path)!r}; a table of captions ends in {', '.join(TABLES)}")
-    total = len(found) + sum(map(len, dropped.reasons.values()))
-    rows = found if check is None else _checked(found, check, dropped)
+    total = len(files) + sum(map(len, dropped.reasons.values()))
+    rows = files if check is None else _checked(files, check, dropped)
     dropped.warn(total)
     names = [os.path.relpath(file, root).replace(os.sep, "/") for file, _ in rows]
-    mine = of_split(names, split, val_fraction)
-    if not len(mine):
+    indices = of_split(names, split, val_fraction)
+    if not len(indices):
         why = f"{str(dropped) or '0 are left out'}; the rest are in the other split"
         raise empty_split(path, medium, split, total, why)
-    return FolderRecords(tuple(rows[i] for i in mine))
+    return FolderRecords(tuple(rows[i] for i in indices))
 
 
 def _sidecars(folder: Path, medium: Medium, dropped: _Dropped) -> Iterator[tuple[Path, str]]:
@@ -128,9 +128,10 @@ def _checked(rows: list[tuple[Path, str]], check: Callable[[Path], None], droppe
 
 
 def read_table(path: Path, medium: Medium) -> Iterator[tuple[str, Path | None, str, Mapping[str, object]]]:
-    """(where it stands, its file or None if there is none, its caption or "", all fields) of every row of a table.
+    """Yields (location, file or None if it does not exist, caption or "", all fields) of every row of a table.
 
-    Raises UserError for what is no table, lacks a column or has no rows.
+    Raises:
+        UserError: the file is not a table, lacks a column or has no rows.
     """
     if not path.is_file():
         raise UserError(f"no table {os.fspath(path)!r}")
@@ -144,7 +145,7 @@ def read_table(path: Path, medium: Medium) -> Iterator[tuple[str, Path | None, s
 
 
 def _table(path: Path, medium: Medium, dropped: _Dropped) -> Iterator[tuple[Path, str]]:
-    """(file, caption) of every row that has both."""
+    """Yields (file, caption) of every row that has both."""
     for where, file, caption, _ in read_table(path, medium):
         if file is None:
             dropped.add("name no file that exists", where)
@@ -155,7 +156,7 @@ def _table(path: Path, medium: Medium, dropped: _Dropped) -> Iterator[tuple[Path
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """(where it stands, its fields) of every row."""
+    """Yields (location, fields) of every row."""
     name = os.fspath(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -172,16 +173,16 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8: byte {error.start} of a block. Save it as UTF-8.") from error
     except csv.Error as error:
-        raise UserError(f"{name} after line {reader.line_num} is no CSV: {error}") from error
+        raise UserError(f"{name} after line {reader.line_num} is not CSV: {error}") from error
 
 
 def _object(line: str, where: str) -> Mapping[str, object]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object with a file and a caption")
+        raise UserError(f"{where} is not a JSON object with a file and a caption")
     return row
 
 
@@ -190,19 +191,19 @@ def _column(path: Path, row: Mapping[str, object], allowed: tuple[str, ...]) -> 
         if name in row:
             return name
     raise UserError(
-        f"{os.fspath(path)!r} has the columns {', '.join(map(str, row))}; needed are a file, one of "
+        f"{os.fspath(path)!r} has the columns {', '.join(map(str, row))}; it needs a file, one of "
         f"{', '.join(FILE_COLUMNS)} (or WebVid's videoid with page_dir), and a caption, one of "
         f"{', '.join(CAPTION_COLUMNS)}"
     )
 
 
 def _file(path: Path, row: Mapping[str, object], medium: Medium) -> Path | None:
-    """The file that a row names; None where it does not exist."""
+    """The file of a row; None if it does not exist."""
     if "videoid" in row and not set(FILE_COLUMNS) & set(row):
-        folder, stem = str(row.get("page_dir") or ""), str(row["videoid"])
-        places = [path.parent / "videos" / folder, path.parent / folder, path.parent]
-        files = [place / f"{stem}{suffix}" for place in places for suffix in SUFFIXES[medium]]
+        page, stem = str(row.get("page_dir") or ""), str(row["videoid"])
+        folders = [path.parent / "videos" / page, path.parent / page, path.parent]
+        files = [folder / f"{stem}{suffix}" for folder in folders for suffix in SUFFIXES[medium]]
     else:
-        name = row[_column(path, row, (medium, *FILE_COLUMNS))]  # a table may name a clip and a picture
+        name = row[_column(path, row, (medium, *FILE_COLUMNS))]  # a table may list a clip and an image
         files = [path.parent / name] if isinstance(name, str) and name else []
     return next((file for file in files if file.is_file()), None)

@@ -1,7 +1,7 @@
 """Mixtures of sources, with weights that may change from step to step: a curriculum.
 
-Example i of a mixture is a pure function of i: which part it comes from, and the how-manieth example of that part
-it is. So a mixture has no state, every process finds the same, and each part still shows all its clips once an epoch.
+Example i of a mixture is a pure function of i: the part that it comes from, and its index within that part. So a
+mixture has no state, all processes agree, and each part still uses all its clips once per epoch.
 """
 
 import bisect
@@ -23,8 +23,8 @@ _in_batch = functools.lru_cache(maxsize=4)(permutation)
 
 
 def check_weights(weights: Any, parts: int, field: str) -> None:
-    """Raises UserError for weights that are none."""
-    allowed = f"{field} is ((0, ({parts} weights)), (step, ({parts} weights)), ...), steps rising from 0"
+    """Raises UserError for malformed weights."""
+    allowed = f"{field} is ((0, ({parts} weights)), (step, ({parts} weights)), ...), with increasing steps from 0"
     try:
         steps = [int(step) for step, _ in weights]
         rows = [[float(w) for w in row] for _, row in weights]
@@ -34,22 +34,22 @@ def check_weights(weights: Any, parts: int, field: str) -> None:
         raise UserError(f"{allowed}; given the steps {steps}")
     for row in rows:
         if len(row) != parts or not all(0 <= w < float("inf") for w in row) or not sum(row) > 0:
-            raise UserError(f"{allowed}, none below 0 and not all 0; given {row}")
+            raise UserError(f"{allowed}, none negative and not all 0; given {row}")
 
 
 def shares_at(weights: Weights, step: int) -> tuple[float, ...]:
-    """The weights that hold at a step, as shares that sum to 1."""
+    """The weights at a step, normalized to a sum of 1."""
     row = next(row for start, row in reversed(list(weights)) if start <= step)
     return tuple(w / sum(row) for w in row)
 
 
 def largest_shares(weights: Weights) -> tuple[float, ...]:
-    """The largest share that each part has at any step."""
+    """The largest normalized weight of each part over all steps."""
     return tuple(max(shares) for shares in zip(*(shares_at(weights, step) for step, _ in weights)))
 
 
 def _counts(number: int, shares: Sequence[Fraction]) -> list[int]:
-    """How many of the first `number` examples come from each part."""
+    """Number of examples from each part among the first `number`."""
     counts, rest, left = [], number, Fraction(1)
     for share in shares:
         part = share / left if left else Fraction(0)
@@ -59,21 +59,21 @@ def _counts(number: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def _part_of(number: int, shares: Sequence[Fraction]) -> int:
-    """The part of example `number`: the one whose count goes up with it. Spread as evenly as the shares allow."""
+    """The part of example `number`, the one whose count increases with it: as evenly spread as the shares allow."""
     before, after = _counts(number, shares), _counts(number + 1, shares)
     return next(part for part, counts in enumerate(zip(before, after)) if counts[0] != counts[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which part each example comes from: parts in turn by their shares, then shuffled within each batch.
+    """Assigns examples to parts: in turn by their shares, then shuffled within each batch.
 
-    The shuffle spreads a slow part over all processes, each of which makes some rows of a batch.
+    The shuffle spreads a slow part over all processes, each of which computes some rows of a batch.
 
     Attributes:
-      weights: see `check_weights`.
-      batch: examples in a step.
-      seed: of the shuffle.
+        weights: see `check_weights`.
+        batch: examples per step.
+        seed: of the shuffle.
     """
 
     weights: Weights
@@ -82,7 +82,7 @@ class Order:
 
     @functools.cached_property
     def _phases(self) -> list[tuple[int, tuple[Fraction, ...], tuple[int, ...]]]:
-        """(first example, shares, how many examples of each part came before) of each row of weights."""
+        """(first example, shares, earlier examples of each part) of each row of weights."""
         phases: list = []
         for step, row in self.weights:
             exact = [Fraction(w / max(row)).limit_denominator(10**6) for w in row]
@@ -95,9 +95,9 @@ class Order:
         return phases
 
     def __call__(self, index: int) -> tuple[int, int]:
-        """(part, number within the part) of example `index`."""
-        step, place = divmod(index, self.batch)
-        index = step * self.batch + int(_in_batch(self.batch, "mixture", self.seed, step)[place])
+        """(part, index within the part) of example `index`."""
+        step, row = divmod(index, self.batch)
+        index = step * self.batch + int(_in_batch(self.batch, "mixture", self.seed, step)[row])
         start, shares, before = self._phases[bisect.bisect(self._phases, index, key=lambda phase: phase[0]) - 1]
         part = _part_of(index - start, shares)
         return part, before[part] + _counts(index - start, shares)[part]
@@ -105,7 +105,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Videos of several sources, and images of several, each with an `Order` of its own."""
+    """Videos of several sources and images of several, each with its own `Order`."""
 
     videos: tuple[Source, ...]
     images: tuple[Source, ...]
@@ -116,11 +116,11 @@ class Mixture:
         return sum(len(source) for source in self.videos or self.images)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
-        """Clip `index` of the mixture: of the part whose turn it is."""
+        """Clip `index` of the mixture."""
         part, number = self.video_order(index)
         return self.videos[part].video(number, rng)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
-        """Still `index` of the mixture, likewise."""
+        """Image `index` of the mixture."""
         part, number = self.image_order(index)
         return self.images[part].image(number, rng, margin=margin)

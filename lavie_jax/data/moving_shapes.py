@@ -1,13 +1,13 @@
-"""Moving Shapes: one coloured shape that moves, or stands still, over a plain background.
+"""Moving Shapes: a data set of one coloured shape that moves, or stands still, over a plain background.
 
-A clip is a pure function of (split, index, frames, frame rate, height, width): nothing is stored, every
-process renders what it needs, and an endless training set fits in no file at all. Lengths are in units of
-the shorter side and speeds in sides per second, so an index shows the same motion at every resolution of
-one aspect ratio, and at every frame rate over the same time: 16 frames at 8 fps and 61 frames at 32 fps.
+A clip is a pure function of (split, index, frames, frame rate, height, width): nothing is stored, and every process
+renders the clips it needs. Lengths are in units of the shorter side and speeds in sides per second, so an index has
+the same motion at every resolution of one aspect ratio, and at every frame rate over the same time: 16 frames at 8 fps
+and 61 frames at 32 fps.
 
-The splits: `train` and `val` draw from the same (shape, colour, motion) combinations, `held_out` from the
-one in eight that neither has, and `image_only` puts in motion the shapes and colours that training shows in
-still images alone. Detectors that read the attributes off the pixels: `lavie_jax.evaluation.moving_shapes`.
+Splits: `train` and `val` use the same (shape, colour, motion) combinations, `held_out` the one in eight that neither
+has, and `image_only` moves the shapes and colours that training has in images alone. Detectors of the attributes are in
+`lavie_jax.evaluation.moving_shapes`.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ MARGIN = 0.02  # between the shape and the frame, at least
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What a clip shows. `motion` is None in a still image, "still" in a clip that stands still."""
+    """Attributes of a clip. `motion` is None for an image, and "still" for a clip without motion."""
 
     shape: str
     colour: str
@@ -68,7 +68,7 @@ class Sample:
     attributes: Attributes
 
 
-# ---- silhouettes: signed distances, any unit, y down; `_geometry` brings them to equal area ----
+# ---- silhouettes: signed distances, any unit, y down; `_geometry` scales them to equal area ----
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def _geometry(shape: str) -> tuple[float, tuple[float, float, float, float]]:
 
 
 def coverage(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0 to 1: antialiased over one pixel.
+    """Fraction of each pixel that the shape covers, antialiased over one pixel.
 
     `radius` (of the circle of equal area), `x` and `y` (relative to the shape's origin) are in pixels.
     """
@@ -126,11 +126,11 @@ def coverage(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndar
     return np.clip(0.5 - distance, 0, 1)
 
 
-# ---- what an index shows ----
+# ---- attributes of an index ----
 
 
 def is_held_out(shape: str, colour: str, motion: str) -> bool:
-    """One colour of the eight for each (shape, motion): every pair of attributes stays in training."""
+    """Holds out one of the eight colours for each (shape, motion), so that training has every pair of attributes."""
     numbers = VIDEO_SHAPES.index(shape), VIDEO_COLOURS.index(colour), list(MOTIONS).index(motion)
     return (3 * numbers[0] + numbers[1] + 5 * numbers[2]) % 8 == 0
 
@@ -142,7 +142,7 @@ def combinations(split: str) -> tuple[tuple[str, str, str], ...]:
         raise UserError(f"unknown split {split!r}{suggest(split, SPLITS)}")
     if split == "image_only":
         pairs = list(itertools.product(IMAGE_SHAPES, VIDEO_COLOURS))
-        # The unseen colours come as often as the unseen shapes.
+        # Unseen colours are as frequent as unseen shapes.
         few = list(itertools.product(VIDEO_SHAPES, IMAGE_COLOURS))
         pairs = pairs * 3 + few * 4
         return tuple((s, c, m) for (s, c), m in itertools.product(pairs, MOTIONS))
@@ -151,7 +151,7 @@ def combinations(split: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def caption(attributes: Attributes, *, size: bool = True, background: bool = True) -> str:
-    """The caption in words, e.g. "a small red circle moving left over a blue background"."""
+    """The caption of attributes, e.g. "a small red circle moving left over a blue background"."""
     a = attributes
     words = f"{a.size} {a.colour} {a.shape}" if size else f"{a.colour} {a.shape}"
     words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -161,7 +161,7 @@ def caption(attributes: Attributes, *, size: bool = True, background: bool = Tru
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can have, sorted."""
+    """All words of captions, sorted."""
     fixed = "a an moving standing still over background up down left right"
     named = (*VIDEO_SHAPES, *IMAGE_SHAPES, *VIDEO_COLOURS, *IMAGE_COLOURS, *BACKGROUNDS, *SIZES)
     return tuple(sorted({*fixed.split(), *named}))
@@ -191,10 +191,12 @@ def clip(
     width: int = 64,
     drop: float = 0.0,
 ) -> Sample:
-    """Video number `index` of a split: `pixels` uint8 (T, H, W, 3).
+    """Returns clip `index` of a split: `pixels` uint8 (T, H, W, 3).
 
-    `drop` is the probability with which the caption leaves out the size, and, by itself, the background.
-    Raises UserError for an unknown split or sizes below 1.
+    `drop` is the probability that the caption omits the size, and, independently, the background.
+
+    Raises:
+        UserError: the split is unknown or a size is below 1.
     """
     u = _uniforms("video", split, int(index))
     shape, colour, motion = _pick(combinations(split), u[0])
@@ -204,7 +206,7 @@ def clip(
 
 
 def image(split: str, index: int, *, height: int = 64, width: int = 64, drop: float = 0.0) -> Sample:
-    """Still image number `index` of `train` or `val`, all shapes and colours: `pixels` uint8 (H, W, 3)."""
+    """Returns image `index` of `train` or `val`, with all shapes and colours: `pixels` uint8 (H, W, 3)."""
     if split not in ("train", "val"):
         raise UserError(f"no images in split {split!r}{suggest(split, ('train', 'val'))}")
     u = _uniforms("image", split, int(index))
@@ -233,10 +235,10 @@ def _path(a: Attributes, start: tuple[float, float], seconds: np.ndarray, sides)
 
 
 def render(a: Attributes, u: float, v: float, *, frames: int, fps: float, height: int, width: int) -> np.ndarray:
-    """uint8 (T, H, W, 3); (u, v) in [0, 1] is where the path starts among the places that allow it."""
+    """uint8 (T, H, W, 3); (u, v) in [0, 1] choose the start of the path among the possible ones."""
     if min(frames, height, width) < 1 or not fps > 0:
         raise UserError(
-            f"frames, height, width are at least 1 and fps above 0; given {frames}, {height}, {width} and {fps}"
+            f"frames, height and width must be at least 1 and fps above 0; given {frames}, {height}, {width} and {fps}"
         )
     shorter = min(height, width)
     seconds = np.arange(frames) / fps
@@ -254,7 +256,7 @@ def render(a: Attributes, u: float, v: float, *, frames: int, fps: float, height
     back = np.array(RGB[a.background], np.float32)
     colour = np.array(RGB[a.colour], np.float32)
     box = (back + mask * (colour - back) + 0.5).astype(np.uint8)
-    # Only the shape's box is computed; the part of the box outside the frame is background.
+    # Only the bounding box of the shape is computed.
     pixels = np.empty((len(path), height, width, 3), np.uint8)
     pixels[:] = RGB[a.background]
     for frame, patch, top, start in zip(pixels, box, y0, x0, strict=True):

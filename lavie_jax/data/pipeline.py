@@ -1,10 +1,9 @@
-"""Batches for training: `batches(...)` gives dicts of numpy arrays from a step on, for ever.
+"""Batches for training: `batches(...)` is an endless iterator of dicts of numpy arrays.
 
-Example i of the global stream is a pure function of (config, i): the clip, the stills beside it, the random
-crop and the dropped captions. Row r of step s is example s B + r, and a process makes the rows that its devices
-hold. So the position in the data is the step, one integer, and a batch is the same for any number of processes
-and of their workers; a resumed run starts at `start_step`. grain runs the workers; without them a thread of this
-process does the same work, and grain is not imported.
+Example i of the global stream is a pure function of (config, i): the clip, its images, the random crop and the dropped
+captions. Row r of step s is example s B + r, and each process computes the rows of its own devices. So the position in
+the data is one integer, the step, and a batch is the same for any number of processes and workers. grain runs the
+workers; with workers=0, a thread of this process does the same work and grain is not imported.
 """
 
 import dataclasses
@@ -18,20 +17,22 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import logging
+from einops import rearrange
 
 from lavie_jax.data import tokens, transforms
 from lavie_jax.data.buckets import Buckets
-from lavie_jax.data.config import DataConfig, latent_paths, make_source, mixture_weights
+from lavie_jax.data.build import make_source
+from lavie_jax.data.config import DataConfig, latent_paths, mixture_weights
 from lavie_jax.data.mixture import Mixture, largest_shares
 from lavie_jax.data.sources import Item, Source
 from lavie_jax.errors import UserError
 
-_EXAMPLES = 2**50  # endless, and still far from overflow after slicing and batching
+_EXAMPLES = 2**50  # effectively endless, and far from overflow after slicing and batching
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The global stream of examples as a random-access source; `batch` of them are a step's."""
+    """The global stream of examples as a random-access source, with `batch` examples per step."""
 
     config: DataConfig
     source: Source | Buckets
@@ -41,9 +42,10 @@ class Examples:
         return _EXAMPLES
 
     def fingerprint(self) -> str:
-        """SHA-256 of the number of clips and of the first example, by which hosts tell whether they have one data set.
+        """SHA-256 of the number of clips and the first example, to check that hosts read the same data.
 
-        UserError when the example cannot be read.
+        Raises:
+            UserError: the example cannot be read.
         """
         digest = hashlib.sha256(str(len(self.source)).encode())
         for name, value in sorted(self[0].items()):
@@ -53,13 +55,13 @@ class Examples:
 
     @functools.cached_property
     def encoded(self) -> bool:
-        """Whether clips and images are latents."""
+        """Whether clips and images are stored latents."""
         return bool(latent_paths(self.config))
 
     def __getitem__(self, index: int) -> dict:
-        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions`, dropped or not, `skipped`.
+        """Example `index`: uint8 `video` and `images`, `caption` and `image_captions` after dropping, and `skipped`.
 
-        Of sets of latents float16 `video_latents`, `image_latents`, `text` and `image_text`, each where there is any.
+        Sets of latents give float16 `video_latents` and `text` if T > 0, `image_latents` and `image_text` if M > 0.
         """
         c, index = self.config, int(index)
         rng = np.random.default_rng([c.seed, index])
@@ -71,17 +73,17 @@ class Examples:
         video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
-            # Counted as the images beside clips are, so that a mixture finds the same step.
-            picture = source.image(index * max(c.images, 1), rng, margin=reach)
+            # Indexed like the images beside clips, so that a mixture finds the same step.
+            image = source.image(index * max(c.images, 1), rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
             fps = c.fps or transforms.USUAL_FPS
-            video = picture._replace(pixels=transforms.handheld(picture.pixels, **shape, fps=fps, rng=rng))
+            video = image._replace(pixels=transforms.handheld(image.pixels, **shape, fps=fps, rng=rng))
         elif c.frames:
             video = source.video(index, rng)
-        stills = [source.image(index * c.images + j, rng) for j in range(c.images)]
-        items, kept = [video, *stills], rng.random(1 + c.images) >= c.caption_drop
+        image_items = [source.image(index * c.images + j, rng) for j in range(c.images)]
+        items, kept = [video, *image_items], rng.random(1 + c.images) >= c.caption_drop
         captions = [item.caption if keep else c.null_caption for item, keep in zip(items, kept)]
-        told = {
+        example = {
             "caption": captions[0],
             "image_captions": captions[1:],
             "skipped": [text for item in items for text in item.skipped],
@@ -89,23 +91,24 @@ class Examples:
         if self.encoded:
             texts = [item.text if keep else item.null_text for item, keep in zip(items, kept)]
             if c.frames:
-                told |= {"video_latents": video.pixels, "text": texts[0]}
+                example |= {"video_latents": video.pixels, "text": texts[0]}
             if c.images:
-                told |= {"image_latents": np.stack([item.pixels for item in stills]), "image_text": np.stack(texts[1:])}
-            return told
-        images = np.stack([item.pixels for item in stills]) if stills else empty
-        return {"video": video.pixels, "images": images, **told}
+                example["image_latents"] = np.stack([item.pixels for item in image_items])
+                example["image_text"] = np.stack(texts[1:])
+            return example
+        images = np.stack([item.pixels for item in image_items]) if image_items else empty
+        return {"video": video.pixels, "images": images, **example}
 
 
 def _collate(examples: Sequence[dict]) -> dict:
-    """Arrays stacked; captions stay lists."""
+    """Stacks arrays and lists captions."""
     columns = {key: [example[key] for example in examples] for key in examples[0]}
     return {key: np.stack(rows) if isinstance(rows[0], np.ndarray) else rows for key, rows in columns.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mine:
-    """Of the examples of every step only the `rows` of this process, one after the other."""
+class _LocalExamples:
+    """The `rows` of every step that this process computes, one after another."""
 
     examples: Examples
     rows: Sequence[int]
@@ -114,27 +117,27 @@ class _Mine:
         return len(self.examples) // self.examples.batch * len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        step, place = divmod(int(index), len(self.rows))
-        return self.examples[step * self.examples.batch + self.rows[place]]
+        step, row = divmod(int(index), len(self.rows))
+        return self.examples[step * self.examples.batch + self.rows[row]]
 
 
-def _plain(mine: _Mine, start: int) -> Iterator[dict]:
-    """What `_grain` gives, in this thread."""
-    count, step = len(mine.rows), start
+def _in_thread(local: _LocalExamples, start: int) -> Iterator[dict]:
+    """The batches of `_grain`, computed in this thread."""
+    count, step = len(local.rows), start
     while True:
-        yield _collate([mine[step * count + i] for i in range(count)])
+        yield _collate([local[step * count + i] for i in range(count)])
         step += 1
 
 
-def _leave_ctrl_c_to_the_run(*_: int) -> None:
-    """In a worker: Ctrl-C reaches the whole group, and the run still needs data until it has saved."""
+def _ignore_ctrl_c(*_: int) -> None:
+    """Runs in each worker: Ctrl-C reaches the whole process group, but the run needs data until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _grain(mine: _Mine, start: int, workers: int) -> Iterator[dict]:
-    """Batches by grain's worker processes, in order."""
+def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
+    """Batches of grain's worker processes, in order."""
     try:
-        import grain  # needed by those who ask for workers only
+        import grain  # needed only with workers
     except ImportError as error:
         raise UserError(f"workers={workers} needs the package grain: install it, or set workers=0") from error
     from absl import flags
@@ -142,14 +145,14 @@ def _grain(mine: _Mine, start: int, workers: int) -> Iterator[dict]:
     # grain's workers read absl flags, which a program that never parses them leaves unparsed.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    dataset = grain.MapDataset.source(mine).batch(len(mine.rows), drop_remainder=True, batch_fn=_collate)[start:]
+    dataset = grain.MapDataset.source(local).batch(len(local.rows), drop_remainder=True, batch_fn=_collate)[start:]
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_run))
+    return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_ignore_ctrl_c))
 
 
 def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
-    """Items of `source`, made by a thread that is `count` ahead. Its errors arrive at the reader."""
+    """Yields the items of `source` from a thread that runs `count` ahead. Its errors are raised in the reader."""
     ready: queue.Queue = queue.Queue(count)
     stop = threading.Event()
 
@@ -186,33 +189,36 @@ def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
 
 
 def open_examples(config: DataConfig, *, batch_size: int) -> Examples:
-    """The examples that a config names, `batch_size` a step, of all processes together.
+    """Opens the examples of a config, with `batch_size` per step over all processes.
 
-    Raises UserError for data that cannot be read, and with fewer clips than a batch.
+    Raises:
+        UserError: the data cannot be read, or has fewer clips than a batch.
     """
     if batch_size < 1:
-        raise UserError(f"a batch holds at least 1 example; given {batch_size}")
+        raise UserError(f"a batch needs at least 1 example; given {batch_size}")
     source = make_source(config, batch_size=batch_size)
-    if config.split == "train":  # held-out clips may come again
+    if config.split == "train":  # held-out clips may repeat within a batch
         _check_enough(config, source, batch_size)
     if isinstance(source, Buckets):
-        # A warning, because a run must show what it compiles.
+        # A warning, so that a run shows what it compiles.
         logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
     return Examples(config, source, batch_size)
 
 
 def _check_enough(config: DataConfig, source: Source | Buckets, batch_size: int) -> None:
-    """Refuses a set of clips, or a part of a mixture, that would show a clip twice in a step."""
-    where = config.path or config.image_path or ", ".join(config.videos + config.stills)
+    """Raises UserError for a data set, or a part of a mixture, that would repeat a clip within a step."""
+    where = config.path or config.image_path or ", ".join(config.videos + config.image_parts)
     parts = [(where, source, batch_size)]
     if isinstance(source, Mixture) and config.frames:
         shares = largest_shares(source.video_order.weights)
-        counts = [math.ceil(batch_size * share - 1e-9) for share in shares]  # 7 x (1 / 7) may be a little over 1
+        counts = [math.ceil(batch_size * share - 1e-9) for share in shares]  # 7 x (1 / 7) may exceed 1 by rounding
         parts = list(zip(config.videos, source.videos, counts))
     for name, part, needed in parts:
         if len(part) < needed:
-            share = f", of which {needed} are its share," if needed < batch_size else ""
-            raise UserError(f"a batch of {batch_size}{share} needs as many clips; {name!r} has {len(part)} to train on")
+            share = f", of which {needed} come from here," if needed < batch_size else ""
+            raise UserError(
+                f"a batch of {batch_size}{share} needs as many clips; {name!r} has {len(part)} for training"
+            )
 
 
 def batches(
@@ -224,47 +230,48 @@ def batches(
     workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches `start_step`, `start_step` + 1, ... of this process, without end.
+    """Yields batches `start_step`, `start_step` + 1, ... of this process, endlessly.
 
     Args:
-      examples: what batches are made of (`open_examples`).
-      tokenizer: a CLIP tokenizer (`lavie_jax.data.tokens`), or None for batches without tokens (a VAE's).
-      rows: those that this process makes of each batch (`parallel.local_rows`); default: all.
-      start_step: the first batch's number; a resumed run gives the step it resumes at.
-      workers: worker processes, by grain; 0 is a thread of this process.
-      prefetch: batches that are made ahead.
+        examples: the global stream (`open_examples`).
+        tokenizer: of the text encoder (`lavie_jax.data.tokens`), or None for batches without tokens (a VAE's).
+        rows: the rows of each batch that this process computes (`parallel.local_rows`); default: all.
+        start_step: index of the first batch; a resumed run passes the step it resumes at.
+        workers: worker processes of grain; 0 uses a thread of this process.
+        prefetch: number of batches that are prepared ahead.
 
-    Returns an iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise,
-    `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, B = the number of `rows`; of sets of latents, all
-    float32, `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
-    `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Close it to end
-    its thread and workers.
+    Returns:
+        An iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise, `tokens` (B, L)
+        int32, `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding adds bool
+        `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Sets of latents give float32
+        `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
+        `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Closing it
+        ends its thread and workers.
     """
     if workers < 0 or prefetch < 1 or start_step < 0:
-        raise UserError(
-            f"workers and start_step are at least 0 and prefetch 1; given {workers}, {start_step}, {prefetch}"
-        )
-    mine = _Mine(examples, range(examples.batch) if rows is None else rows)
-    raw = _grain(mine, start_step, workers) if workers else _plain(mine, start_step)
+        given = f"{workers}, {start_step}, {prefetch}"
+        raise UserError(f"workers and start_step must be at least 0 and prefetch at least 1; given {given}")
+    local = _LocalExamples(examples, range(examples.batch) if rows is None else rows)
+    raw = _grain(local, start_step, workers) if workers else _in_thread(local, start_step)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)
-    watched = _watched(raw, examples.config, start_step)
-    return _prefetched(_arrays(watched, ids), prefetch)
+    logged = _logged(raw, examples.config, start_step)
+    return _prefetched(_arrays(logged, ids), prefetch)
 
 
-def _watched(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterator[dict]:
-    """The same batches; says when the mixture changes, and counts, names and limits what was skipped."""
+def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterator[dict]:
+    """Passes batches through; logs changes of the mixture and skipped records, and limits their number."""
     seen: set[str] = set()
     shares: dict[str, float] = {}
     try:
         for step, batch in enumerate(raw, start_step):
             if shares != (now := mixture_weights(config, step)):
                 shares = now
-                # A warning, because a run must show what it was trained on.
+                # A warning, so that a run shows what it is trained on.
                 logging.warning("data from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
             for text in (text for row in batch.pop("skipped") for text in row):
                 if text not in seen:
                     seen.add(text)
-                    logging.warning("skipped, number %d: %s", len(seen), text)
+                    logging.warning("skipped record %d: %s", len(seen), text)
                 if len(seen) > config.max_unreadable:
                     raise UserError(
                         f"{len(seen)} records were skipped, more than data.max_unreadable allows; the last: {text}"
@@ -276,17 +283,21 @@ def _watched(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterat
 
 
 def _arrays(raw: Iterator[dict], ids: tokens.CachedTokens | None) -> Iterator[dict[str, np.ndarray]]:
-    """Pixels and latents as floats, captions as tokens: here, so that workers send bytes and load no tokenizer."""
+    """Converts pixels and latents to floats and captions to tokens: here, so that workers send bytes only."""
     try:
         for batch in raw:
-            if "video" not in batch:  # latents, whose captions are encoded already
+            if "video" not in batch:  # latents, with encoded captions
                 yield {key: rows.astype(np.float32) for key, rows in batch.items() if isinstance(rows, np.ndarray)}
                 continue
             out = {key: transforms.to_float(batch[key]) for key in ("video", "images")}
             if ids is not None:
-                out["tokens"] = ids(batch["caption"])
-                flat = ids([caption for row in batch["image_captions"] for caption in row])
-                out["image_tokens"] = flat.reshape(*batch["images"].shape[:2], ids.length)
+                count, images = batch["images"].shape[:2]
+                out["tokens"], mask = ids(batch["caption"])
+                flat, image_mask = ids([caption for row in batch["image_captions"] for caption in row])
+                out["image_tokens"] = rearrange(flat, "(b m) l -> b m l", b=count, m=images)
+                if mask is not None and image_mask is not None:
+                    out["token_mask"] = mask
+                    out["image_token_mask"] = rearrange(image_mask, "(b m) l -> b m l", b=count, m=images)
             yield out
     finally:
         raw.close()

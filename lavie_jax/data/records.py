@@ -1,7 +1,7 @@
-"""Records: clips and pictures as they lie on disk, still encoded, each with its caption.
+"""Records: encoded clips and images on disk, each with its caption.
 
-`Records` are random access: record i can be read by any process at any time. Folders are in `folders.py`,
-webdataset tars in `tars.py`, ArrayRecord shards and TFDS data sets in `shards.py`; `sources.py` decodes them.
+`Records` are random access: any process can read record i at any time. Folders are in `folders.py`, webdataset tars in
+`tars.py`, ArrayRecord shards and TFDS data sets in `shards.py`; `sources.py` decodes them.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Medium = Literal["video", "image"]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An encoded clip or picture: the path of its file, or its bytes. `name` is for messages."""
+    """An encoded clip or image: the path of its file, or its bytes. `name` is for messages."""
 
     name: str
     caption: str
@@ -34,7 +34,7 @@ class Record:
 
 @runtime_checkable
 class Records(Protocol):
-    """What a kind of storage offers. An index beyond its end is an IndexError, a damaged record a UserError."""
+    """The interface of a kind of storage. An index beyond the end raises IndexError, a damaged record UserError."""
 
     def __len__(self) -> int: ...
 
@@ -42,42 +42,48 @@ class Records(Protocol):
 
 
 def one_line(caption: str) -> str:
-    """A caption with single spaces between its words."""
+    """Returns a caption with single spaces between its words."""
     return " ".join(caption.split())
 
 
 def of_split(names: Iterable[str], split: str, val_fraction: float) -> np.ndarray:
-    """Indices of the `names` in a split, int64: by the name's hash, so a record stays in its split whatever is added.
+    """Indices of the `names` in a split, int64, by hash of the name: records keep their split when others are added.
 
-    `val` gets about `val_fraction` of them, one at least; 0 leaves all to `train`. Raises UserError for another split.
+    `val` gets about `val_fraction` of them, at least one; 0 assigns all to `train`.
+
+    Raises:
+        UserError: the split is neither train nor val.
     """
     if split not in ("train", "val"):
-        raise UserError(f"files have the splits train and val; given {split!r}")
+        raise UserError(f"files only have the splits train and val; given {split!r}")
     digests = (hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names)
-    places = np.frombuffer(b"".join(digests), "<u8").astype(np.float64) / 2**64
-    limit = max(val_fraction, places.min(initial=1.0)) if val_fraction else -1.0
-    return np.flatnonzero((places <= limit) == (split == "val"))
+    positions = np.frombuffer(b"".join(digests), "<u8").astype(np.float64) / 2**64
+    limit = max(val_fraction, positions.min(initial=1.0)) if val_fraction else -1.0
+    return np.flatnonzero((positions <= limit) == (split == "val"))
 
 
 def shard_files(path: str | Path, suffix: str) -> list[Path]:
-    """Shards, sorted: those of a folder and below it, of a pattern such as `clips-*.tar`, or one file.
+    """Sorted shards in a folder and its subfolders, of a pattern such as `clips-*.tar`, or one file.
 
-    Raises UserError where there is none.
+    Raises:
+        UserError: there is none.
     """
     name = os.fspath(path)
     if Path(path).is_dir():
-        found = sorted(p for p in Path(path).rglob(f"*{suffix}") if p.is_file())
+        files = sorted(p for p in Path(path).rglob(f"*{suffix}") if p.is_file())
     else:
-        found = sorted(Path(p) for p in glob.glob(name) if Path(p).is_file())
-        found = found or ([Path(path)] if Path(path).is_file() else [])  # a name that only looks like a pattern
-    if not found:
-        raise UserError(f"no {suffix} file at {name!r}: a folder, one file, or a pattern such as 'data/*{suffix}'")
-    return found
+        files = sorted(Path(p) for p in glob.glob(name) if Path(p).is_file())
+        files = files or ([Path(path)] if Path(path).is_file() else [])  # a file name that contains pattern characters
+    if not files:
+        raise UserError(f"no {suffix} file at {name!r}: give a folder, one file, or a pattern such as 'data/*{suffix}'")
+    return files
 
 
 def empty_split(where: str | Path, medium: str, split: str, of: int, why: str = "") -> UserError:
-    """The error for a split without records. `of` is how many there are in all."""
+    """The error for a split without records, of `of` records in total."""
     if not of:
-        return UserError(f"no {medium} with a caption in {os.fspath(where)!r}; docs/data.md says how files are named")
+        return UserError(
+            f"no {medium} with a caption in {os.fspath(where)!r}; docs/data.md explains how files are named"
+        )
     text = f"no {medium} for split {split!r} in {os.fspath(where)!r}: of {of} {medium}s"
     return UserError(f"{text} {why or 'all are in the other split'}")

@@ -1,7 +1,7 @@
 """ArrayRecord shards of msgpack records, and TFDS data sets; both without TensorFlow.
 
-A record is {"video": encoded clip} or {"image": encoded picture} with a "caption", and whatever else its maker
-wanted to keep beside it. `write_shards` writes them, `write_tfds` makes a TFDS data set of them.
+A record is {"video": encoded clip} or {"image": encoded image} with a "caption" and any further fields. `write_shards`
+writes shards, `write_tfds` converts them to a TFDS data set.
 """
 
 import itertools
@@ -18,14 +18,15 @@ from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
 SUFFIX = ".array_record"
-LIST = "clips.jsonl"  # of the records of the shards beside it, as the curation writes it
+LIST = "clips.jsonl"  # lists the records of the shards beside it; written by `lavie_jax.curation`
 
 
 class ShardRecords:
     """Records of ArrayRecord shards that belong to a split.
 
-    Raises UserError, at once, for shards that are cut short or damaged, and for records without a caption or the
-    medium, or of another kind than those of the first shard.
+    Raises:
+        UserError: a shard is truncated or damaged, or its first record lacks a caption or the medium, or has other
+            fields than that of the first shard.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ShardRecords:
         val_fraction: float = VAL_FRACTION,
     ):
         self.medium = medium
-        # One reader for all shards, which is opened in each process that uses it.
+        # One reader of all shards, which each process opens again.
         self.reader, counts = _open(shard_files(path, SUFFIX))
         _check_schema(self.reader, counts, medium)
         self.paths, self.starts = [path for path, _ in counts], np.cumsum([0, *(count for _, count in counts)])
@@ -54,14 +55,14 @@ class ShardRecords:
         return _record(fields, self.medium, name)
 
     def fields(self, index: int) -> tuple[str, dict[str, Any]]:
-        """(its name for messages, all that a record holds)."""
+        """(name for messages, all fields) of a record."""
         place = int(self.indices[index])
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
         name = f"{self.paths[shard]}[{place - self.starts[shard]}]"
         return name, _fields(self.reader, place, name)
 
     def listed_sizes(self) -> list[tuple[int, int]] | None:
-        """(height, width) of each record, where the curation wrote a list beside every shard; else None."""
+        """(height, width) of each record if there is a list beside every shard; else None."""
         lists = {path: Path(path).parent / LIST for path in self.paths}
         if not all(path.is_file() for path in lists.values()):
             return None
@@ -74,25 +75,25 @@ class ShardRecords:
             shards = np.searchsorted(self.starts, self.indices, side="right") - 1
             keys = [(Path(self.paths[n]), int(i - self.starts[n])) for n, i in zip(shards, self.indices)]
             return [sizes[path.parent, path.name, number] for path, number in keys]
-        except (OSError, ValueError, KeyError, TypeError):  # of another set than the shards
+        except (OSError, ValueError, KeyError, TypeError):  # the list belongs to another set
             return None
 
 
 def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:
-    """(a reader of all shards, each with its number of records)."""
-    from array_record.python import array_record_data_source  # comes with grain; for those who have shards
+    """Opens (a reader of all shards, [(shard, its number of records)])."""
+    from array_record.python import array_record_data_source  # part of grain; needed only for shards
 
     counts = []
     for path in paths:
         try:
             counts.append((os.fspath(path), len(array_record_data_source.ArrayRecordDataSource([os.fspath(path)]))))
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the shard {os.fspath(path)!r} is cut short or damaged: {error}. Leave it out.") from error
+            raise UserError(f"the shard {os.fspath(path)!r} is truncated or damaged: {error}. Remove it.") from error
     return array_record_data_source.ArrayRecordDataSource([path for path, _ in counts]), counts
 
 
 def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
-    """All that the record at `place` holds."""
+    """All fields of the record at `place`."""
     try:
         packed = reader[place]
     except (RuntimeError, ValueError, OSError) as error:
@@ -101,15 +102,19 @@ def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
 
 
 def unpack(packed: bytes, name: str) -> dict[str, Any]:
-    """The fields of a msgpack record. Raises UserError for what is none."""
+    """Decodes the fields of a msgpack record.
+
+    Raises:
+        UserError: it is not a msgpack map.
+    """
     import msgpack
 
     try:
         fields = msgpack.unpackb(packed)
     except (ValueError, msgpack.UnpackException) as error:
-        raise UserError(f"{name}: no msgpack record: {error}") from error
+        raise UserError(f"{name}: not a msgpack record: {error}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{name}: a record is a map of fields; found {type(fields).__name__}")
+        raise UserError(f"{name}: a record must be a map of fields, not {type(fields).__name__}")
     return fields
 
 
@@ -128,18 +133,18 @@ def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
 
 
 def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: str) -> None:
-    """The first record of every shard has the same fields, a caption and the medium among them."""
+    """Raises UserError unless the first record of every shard has the same fields, with caption and medium."""
     first, start = None, 0
     for path, count in counts:
         if not count:
-            raise UserError(f"the shard {path!r} has no records: leave it out")
+            raise UserError(f"the shard {path!r} has no records: remove it")
         fields = sorted(_fields(reader, start, f"{path}[0]"))
         if not {medium, "caption"} <= set(fields):
-            raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; needed are {medium} and caption")
+            raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; they need {medium} and caption")
         if first is not None and fields != first[1]:
             raise UserError(
-                f"shards of different schema: records of {first[0]!r} have {', '.join(first[1])}, those of {path!r} "
-                f"{', '.join(fields)}. Train on them as two sources of a mixture."
+                f"shards have different fields: records of {first[0]!r} have {', '.join(first[1])}, those of {path!r} "
+                f"{', '.join(fields)}. Train on them as two parts of a mixture."
             )
         first, start = first or (path, fields), start + count
 
@@ -181,29 +186,31 @@ def write_shard(records: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 class TFDSRecords:
-    """A TFDS data set, e.g. of `write_tfds`: a folder with `dataset_info.json`, its files in the ArrayRecord format.
+    """A TFDS data set, such as `write_tfds` writes: a folder with `dataset_info.json` and ArrayRecord files.
 
-    Split `val` is its "validation" or "val" where it has one, and otherwise a part of its "train".
+    Split `val` is its "validation" or "val" if it has one, and otherwise a part of its "train".
     """
 
     def __init__(self, path: str | Path, *, medium: Medium, split: str = "train", val_fraction: float = VAL_FRACTION):
-        import tensorflow_datasets as tfds  # without TensorFlow; for those who have such a data set
+        import tensorflow_datasets as tfds  # without TensorFlow; needed only for TFDS data sets
 
         self.medium, self.name = medium, os.fspath(path)
         if not (Path(path) / "dataset_info.json").is_file():
-            raise UserError(f"{self.name!r} is no TFDS data set: dataset_info.json is missing. Name a version's folder")
+            raise UserError(
+                f"{self.name!r} is not a TFDS data set: dataset_info.json is missing. Give the folder of a version"
+            )
         try:
             builder = tfds.builder_from_directory(self.name)
-        except Exception as error:  # whatever its files, and the libraries that parse them, have to say
+        except Exception as error:  # the libraries that parse its files raise many types
             raise UserError(f"cannot read the TFDS data set {self.name!r}: {error}") from error
-        found = {key: info.num_examples for key, info in builder.info.splits.items() if info.num_examples}
-        held_out = next((key for key in ("validation", "val") if key in found), None)
+        splits = {key: info.num_examples for key, info in builder.info.splits.items() if info.num_examples}
+        held_out = next((key for key in ("validation", "val") if key in splits), None)
         chosen = held_out if split == "val" and held_out else "train"
-        if chosen not in found:
-            raise UserError(f"{self.name!r} has no records to train on; its splits: {found or 'none'}")
+        if chosen not in splits:
+            raise UserError(f"{self.name!r} has no records for training; its splits: {splits or 'none'}")
         features = sorted(builder.info.features)
         if not {medium, "caption"} <= set(features):
-            raise UserError(f"records of {self.name!r} have {', '.join(features)}; needed are {medium} and caption")
+            raise UserError(f"records of {self.name!r} have {', '.join(features)}; they need {medium} and caption")
         try:
             self.records = builder.as_data_source(split=chosen)
         except (NotImplementedError, ValueError) as error:
@@ -227,17 +234,17 @@ class TFDSRecords:
 
 
 def write_tfds(shards: str | Path, folder: str | Path, *, medium: Medium = "video", files: int = 1) -> Path:
-    """Makes a TFDS data set `lavie_clips` in `folder` from the records of `shards`; returns its own folder.
+    """Converts `shards` to a TFDS data set `lavie_clips` in `folder`; returns the data set's own folder.
 
-    It holds `caption` and the encoded `video` or `image`, in the split "train". `tfds.builder_from_directory` opens
-    what is returned; the `tfds` command line, which needs TensorFlow, has no part in this.
+    Records have `caption` and the encoded `video` or `image`, in the split "train". `tfds.builder_from_directory` opens
+    the result. The `tfds` command line, which needs TensorFlow, is not used.
     """
     import tensorflow_datasets as tfds
 
     records = ShardRecords(shards, medium=medium, val_fraction=0.0)
 
     class LavieClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """Encoded clips, or pictures, with captions."""
+        """Encoded clips, or images, with captions."""
 
         VERSION = tfds.core.Version("1.0.0")
 

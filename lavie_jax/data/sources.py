@@ -1,9 +1,8 @@
-"""Where clips and stills come from: Moving Shapes, or records on disk.
+"""Data sources of clips and images: Moving Shapes, or records on disk.
 
-A source answers two questions, `video(index, rng)` and `image(index, rng)`, with uint8 pixels and a caption; with a
-`margin`, the image is that much larger than what a batch holds, both ways.
-The answer depends on its arguments alone, so that any process can make any example. `len` is how many
-different videos there are; the index of `video` and `image` may go beyond it.
+A source has `video(index, rng)` and `image(index, rng)`, which return uint8 pixels and a caption. They depend on their
+arguments alone, so that any process can compute any example. `len` is the number of different videos; an index may
+exceed it.
 """
 
 import dataclasses
@@ -32,46 +31,55 @@ _ENDLESS = 2**40
 
 
 class Item(NamedTuple):
-    """A clip's `pixels` uint8 (T, H, W, 3), or a still's (H, W, 3), with its caption, and what was skipped for it.
+    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and errors of records skipped for it.
 
-    Sets of latents have in their place float16 (T, h, w, 2 C), and encoded captions (L, D): see `latents.py`.
+    Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
 
     pixels: UInt8[np.ndarray, "*t h w 3"] | Float16[np.ndarray, "*t h w c"]
     caption: str
     skipped: tuple[str, ...] = ()
     text: Float16[np.ndarray, "l d"] | None = None
-    null_text: Float16[np.ndarray, "l d"] | None = None  # that takes its place when the caption is dropped
+    null_text: Float16[np.ndarray, "l d"] | None = None  # replaces `text` when the caption is dropped
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What the pipeline asks of a source."""
+    """The interface of a data source."""
 
     def __len__(self) -> int: ...
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
-        """Clip `index`, uint8 (T, H, W, 3), with its caption; `rng` draws the place in time and space."""
+        """Returns clip `index`, uint8 (T, H, W, 3), and its caption; `rng` chooses the start and the crop."""
         ...
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
-        """Still `index`, uint8 (H + margin, W + margin, 3), with its caption."""
+        """Returns image `index`, uint8 (H + margin, W + margin, 3), and its caption."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovingShapes:
-    """The small world. `drop`: how often a caption leaves out the size, and how often the background.
+    """Moving Shapes, rendered on demand.
 
-    Clips have rates between `slowest_fps` and `fps`; of the stills the share `clip_stills` are frames of clips. All are
-    (height, width) patches of `whole` ones, which are of that size where nothing larger is asked for.
+    Attributes:
+        split: one of `moving_shapes.SPLITS`.
+        frames: frames of a clip.
+        fps: the highest frame rate.
+        slowest_fps: the lowest frame rate.
+        images_from_clips: fraction of the images that are frames of clips.
+        height: of the patch that is returned.
+        width: of the patch that is returned.
+        whole: (height, width) of the frame that is rendered, if larger than the patch.
+        drop: probability that a caption omits the size, and that it omits the background.
+        seed: selects a disjoint range of indices.
     """
 
     split: str = "train"
     frames: int = 16
     fps: float = 8.0
     slowest_fps: float = 8.0
-    clip_stills: float = 0.0
+    images_from_clips: float = 0.0
     height: int = 64
     width: int = 64
     whole: tuple[int, int] = (0, 0)
@@ -99,7 +107,7 @@ class MovingShapes:
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
         number, how = index + self.seed * _ENDLESS, {"drop": self.drop, **self._whole(margin)}
-        if self.clip_stills and rng.random() < self.clip_stills:
+        if self.images_from_clips and rng.random() < self.images_from_clips:
             sample = moving_shapes.clip(self.split, number, frames=1, **how)
             pixels = sample.pixels
         else:
@@ -108,7 +116,7 @@ class MovingShapes:
         return Item(self._patch(pixels, margin, rng)[0], sample.caption)
 
     def _whole(self, margin: int) -> dict[str, int]:
-        """The size to draw."""
+        """The size to render."""
         return {"height": max(self.whole[0], self.height + margin), "width": max(self.whole[1], self.width + margin)}
 
     def _patch(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,43 +127,45 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """One picture, as a clip of one frame, turned as its camera was held."""
+    """Decodes an image as a clip of one frame, rotated as its Exif data asks."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except Exception as error:  # pictures from the web are broken in more ways than Pillow has names for
+    except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordSource:
-    """Clips and stills from records on disk.
+    """Clips and images from records on disk.
 
-    `video` is a random window of a clip, scaled until (height, width), and `whole`, just fits inside, and cut to
-    (height, width). `image` is one of the `pictures`, or, without, one random frame of a clip with its caption. Places
-    in time and space are random, or the middle with `random_place` = False.
+    `video` returns a window of a clip, scaled to cover both (height, width) and `whole`, and cropped to
+    (height, width). `image` returns one of `images`, or, if that is None, a random frame of a clip with its caption.
+    Starts and crops are random, or central with `random_crop` = False.
 
-    A record that cannot be read, or is too short, is skipped: the next one of the same order is shown in its place. Too
-    many in a row are a UserError.
+    A record that is unreadable or too short is replaced by the next one in the same order.
+
+    Raises:
+        UserError: `ATTEMPTS` records in a row are unusable.
     """
 
     clips: Records | None = None
-    pictures: Records | None = None
-    window: video_files.Window
+    images: Records | None = None
+    window: video_files.ClipWindow
     height: int
     width: int
     whole: tuple[int, int] = (0, 0)
-    random_place: bool = True
+    random_crop: bool = True
     seed: int = 0
 
     def __len__(self) -> int:
-        records = self.clips if self.clips is not None else self.pictures
+        records = self.clips if self.clips is not None else self.images
         return 0 if records is None else len(records)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
         def read(record: Record) -> Item:
-            place = rng.random() if self.random_place else 0.5
+            place = rng.random() if self.random_crop else 0.5
             frames = video_files.read_window(record.content, self.window, place=place, name=record.name)
             return Item(self._cut(frames, 0, rng), record.caption)
 
@@ -166,8 +176,7 @@ class RecordSource:
             one = dataclasses.replace(self.window, frames=1)
             return video_files.read_window(record.content, one, place=rng.random(), name=record.name)
 
-        pictures = self.pictures is not None
-        records, decode = (self.pictures, read_image) if pictures else (self.clips, frame)
+        records, decode = (self.clips, frame) if self.images is None else (self.images, read_image)
 
         def read(record: Record) -> Item:
             return Item(self._cut(decode(record), margin, rng)[0], record.caption)
@@ -176,13 +185,21 @@ class RecordSource:
 
     def _cut(self, frames: np.ndarray, margin: int, rng: np.random.Generator) -> np.ndarray:
         size = {"height": self.height + margin, "width": self.width + margin}
-        return transforms.resize_crop(frames, **size, rng=rng if self.random_place else None, whole=self.whole)
+        return transforms.resize_crop(frames, **size, rng=rng if self.random_crop else None, whole=self.whole)
 
 
 def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kind: str, seed: int) -> Item:
-    """What `read` makes of record `index` in the shuffled order, or of the first after it that can be read.
+    """Returns `read` of record `index` in the shuffled order, or of the first readable record after it.
 
-    `records` have a length and numbers, as `Records` do, and are what `read` takes.
+    Args:
+        records: a random-access sequence of what `read` takes.
+        index: position in the shuffled order; epochs follow one another.
+        read: decodes a record; raises UserError for one to skip.
+        kind: with `seed`, the key of the shuffle.
+        seed: with `kind`, the key of the shuffle.
+
+    Raises:
+        UserError: `ATTEMPTS` records in a row cannot be read.
     """
     skipped: list[str] = []
     for attempt in range(ATTEMPTS):
@@ -197,14 +214,14 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
-    """0 to `count` - 1 in an order that `key` alone decides."""
+    """The numbers 0 to `count` - 1 in an order that depends on `key` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
 
 
-@functools.lru_cache(maxsize=32)  # two epochs for each of 16 parts of a mixture that have different sizes
+@functools.lru_cache(maxsize=32)  # two epochs of 16 parts of a mixture with different sizes
 def _epoch_order(count: int, kind: str, seed: int, epoch: int) -> Int[np.ndarray, "count"]:  # noqa: F821
-    """The order of all records, another one each epoch; in half the memory, as there may be ten millions of them."""
+    """The order of all records in an epoch; int32 where possible, as there may be tens of millions."""
     order = permutation(count, kind, seed, epoch)
     return order.astype(np.int32) if count < 2**31 else order
 
@@ -213,18 +230,28 @@ def _epoch_order(count: int, kind: str, seed: int, epoch: int) -> Int[np.ndarray
 
 
 def open_records(
-    kind: str, path: str, *, medium: Medium, split: str, window: video_files.Window, val_fraction: float = VAL_FRACTION
+    kind: str,
+    path: str,
+    *,
+    medium: Medium,
+    split: str,
+    window: video_files.ClipWindow,
+    val_fraction: float = VAL_FRACTION,
 ) -> Records:
-    """The records of a split at `path`, of one of the KINDS. Raises UserError for what cannot be used."""
+    """Opens the records of a split at `path`, of one of KINDS.
+
+    Raises:
+        UserError: the kind is unknown, or the data cannot be used.
+    """
     if kind not in KINDS:
         raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
-    given = {"medium": medium, "split": split, "val_fraction": val_fraction}
+    options = {"medium": medium, "split": split, "val_fraction": val_fraction}
     if kind == "array_record":
-        return ShardRecords(path, **given)
+        return ShardRecords(path, **options)
     if kind == "tfds":
-        return TFDSRecords(path, **given)
+        return TFDSRecords(path, **options)
     if kind == "webdataset":
-        return TarRecords(path, **given)
+        return TarRecords(path, **options)
 
     def long_enough(clip: Path) -> None:
         try:
@@ -234,5 +261,5 @@ def open_records(
         if window.room(info) < 0:
             raise UserError(f"are shorter than {window}: {os.fspath(clip)!r}")
 
-    # Headers of single files are read now; those of clips within shards when they are shown.
-    return open_folder(path, **given, check=long_enough if medium == "video" else None)
+    # Headers of separate files are read now, those of clips in shards when the clips are used.
+    return open_folder(path, **options, check=long_enough if medium == "video" else None)

@@ -1,7 +1,7 @@
 """Webdataset tars, as img2dataset and video2dataset write them: `00012.mp4`, `00012.txt`, `00012.json` side by side.
 
-Each tar is walked once, header by header; from then on any record is two reads at known offsets. Only offsets are
-kept in memory, 40 bytes a record.
+The headers of each tar are read once; afterwards a record takes two reads at known offsets. Only the offsets are kept
+in memory, 40 bytes per record.
 """
 
 import concurrent.futures
@@ -30,19 +30,23 @@ _FIELDS = [("shard", "i4"), ("json", "?"), ("content", "i8"), ("size", "i8"), ("
 
 
 class TarRecords:
-    """The records of a split. Raises UserError for tars that are compressed, cut short or hold no pairs."""
+    """The records of a split.
+
+    Raises:
+        UserError: a tar is compressed or truncated, or there are no records.
+    """
 
     def __init__(self, path: str | Path, *, medium: Medium, split: str = "train", val_fraction: float = VAL_FRACTION):
         self.paths = shard_files(path, ".tar")
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             walks = pool.map(lambda numbered: _walk(*numbered, medium), enumerate(self.paths))
             walks = list(tqdm(walks, "tars", len(self.paths), disable=len(self.paths) < 50, leave=False))
-        names = [name for found, _ in walks for name in found]
+        names = [name for keys, _ in walks for name in keys]
         rows = np.concatenate([rows for _, rows in walks])
-        mine = of_split(names, split, val_fraction)
-        if not len(mine):
+        indices = of_split(names, split, val_fraction)
+        if not len(indices):
             raise empty_split(path, medium, split, len(rows))
-        self.rows = rows[mine]
+        self.rows = rows[indices]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +56,7 @@ class TarRecords:
         path = self.paths[row["shard"]]
         try:
             with path.open("rb") as file:
-                # The header just before says the name, which is not kept in memory.
+                # The name is not kept in memory: it is in the header just before.
                 file.seek(row["content"] - tarfile.BLOCKSIZE)
                 header, content = file.read(tarfile.BLOCKSIZE), file.read(row["size"])
                 file.seek(row["text"])
@@ -72,14 +76,14 @@ def _caption(text: bytes, is_json: bool, name: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: its caption is not UTF-8") from error
     except (json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{name}: its .json is no JSON object: {error}") from error
+        raise UserError(f"{name}: its .json is not a JSON object: {error}") from error
     if not isinstance(words, str) or not words.strip():
         raise UserError(f"{name}: no caption")
     return one_line(words)
 
 
 def _walk(number: int, path: Path, medium: Medium) -> tuple[list[str], np.ndarray]:
-    """(names, where their clip and caption lie) of the pairs of a tar. A name without the other half is counted."""
+    """(names, offsets of clip and caption) of the pairs in a tar. Members without a partner are counted and logged."""
     clips: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, tarfile.TarInfo] = {}
     try:
@@ -97,14 +101,14 @@ def _walk(number: int, path: Path, medium: Medium) -> tuple[list[str], np.ndarra
                     clips[key] = member
                 elif suffix == ".txt" or (suffix == ".json" and key not in texts):
                     texts[key] = member
-            # tarfile takes a header that is cut or damaged for the end; the true end is a block of zeros.
+            # tarfile stops at a truncated or damaged header as if it were the end; the true end is a block of zeros.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"it ends at byte {tar.offset} without an end mark")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"cannot read the tar {os.fspath(path)!r}: {error or 'it is empty'}. It is cut short, damaged or "
-            "compressed: fetch it again, unpack .gz, or leave it out."
+            f"cannot read the tar {os.fspath(path)!r}: {error or 'it is empty'}. It is truncated, damaged or "
+            "compressed: download it again, unpack .gz, or remove it."
         ) from error
     for one, other, what in ((clips, texts, "caption"), (texts, clips, medium)):
         alone = [key for key in one if key not in other]

@@ -1,8 +1,8 @@
-"""Captions to token ids: Stable Diffusion's CLIP tokenizers, and the tiny one of Moving Shapes.
+"""Converts captions to token ids: Stable Diffusion's CLIP tokenizers, and the small one of Moving Shapes.
 
-The tiny tokenizer is an ordinary CLIP tokenizer (byte-pair encoding with an end-of-word suffix, lower case)
-whose merges make every word of the small world one token. Its `tokenizer_config.json` lists those words, so
-that words the model was never trained on can be named, and kept from the text encoder.
+The small tokenizer is an ordinary CLIP tokenizer (byte-pair encoding with an end-of-word suffix, lower case) whose
+merges make every word of Moving Shapes one token. Its `tokenizer_config.json` lists those words, so that unknown words
+can be reported and removed before the text encoder.
 """
 
 import collections
@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from lavie_jax.errors import UserError
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_CLIP_LENGTH = 77  # for tokenizer folders that do not say
+_CLIP_LENGTH = 77  # for tokenizer folders without a length
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in order, until each word is one token: the commonest pair first."""
+    """Byte-pair merges, most frequent pair first, until each word is one token."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(tokens) > 1 for tokens in spelled):
@@ -43,12 +43,12 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
 def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: int = 16) -> Path:
     """Writes a CLIP tokenizer for `words` (lower-case letters only) that `load_tokenizer` reads.
 
-    `length` is the context: tokens of a text with its start and end. Returns the folder.
+    `length` is the context length, with start and end tokens. Returns the folder.
     """
     words = sorted(set(words))
     wrong = [word for word in words if not word or set(word) - set(_LETTERS)]
     if wrong:
-        raise UserError(f"words of a small tokenizer have letters a to z only; given {wrong}")
+        raise UserError(f"words of a small tokenizer may contain only the letters a to z; given {wrong}")
     merges = _merges(words)
     tokens = [*_LETTERS, *(c + "</w>" for c in _LETTERS), *map("".join, merges), _START, _END]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -72,31 +72,35 @@ def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: in
 
 
 def load_tokenizer(folder: str | Path):
-    """The CLIP tokenizer in a folder, by transformers. Raises UserError when there is none."""
+    """Loads the CLIP tokenizer in a folder, by transformers.
+
+    Raises:
+        UserError: files are missing or cannot be read.
+    """
     folder = Path(folder)
-    # Without its files CLIPTokenizer is empty and silent about it.
+    # Without its files, CLIPTokenizer is silently empty.
     if not (folder / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:
             raise UserError(f"no CLIP tokenizer in {os.fspath(folder)!r}: no {' and no '.join(missing)}")
-    # Not AutoTokenizer, which imports torch; here, so that the data pipeline's workers load neither.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is missing, as it should be
+    # Not AutoTokenizer, which imports torch. Imported here, so that the pipeline's workers load neither.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that PyTorch is missing
     from transformers import CLIPTokenizer
 
     try:
         return CLIPTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot parse
+    except Exception as error:  # tokenizers raises bare Exceptions for malformed files
         raise UserError(f"cannot read the tokenizer in {os.fspath(folder)!r}: {error}") from error
 
 
 def context_length(tokenizer) -> int:
-    """Tokens of a text, with its start and end; 77 where the tokenizer does not say."""
+    """Number of tokens of a text, with start and end; 77 for a tokenizer without a length."""
     length = tokenizer.model_max_length
     return length if length < 100_000 else _CLIP_LENGTH
 
 
 def known_words(tokenizer) -> tuple[str, ...] | None:
-    """The words of a small tokenizer; None for one that knows all words."""
+    """The words of a small tokenizer; None for one without a list of words."""
     words = tokenizer.init_kwargs.get("words")
     return None if words is None else tuple(words)
 
@@ -106,7 +110,7 @@ def _split(text: str) -> list[str]:
 
 
 def unknown_words(tokenizer, text: str) -> list[str]:
-    """Words of `text` that a small tokenizer does not know, in order, once each. Punctuation is no word."""
+    """Words of `text` that are not in a small tokenizer's list, in order, without repetition or punctuation."""
     words = known_words(tokenizer)
     if words is None:
         return []
@@ -114,27 +118,40 @@ def unknown_words(tokenizer, text: str) -> list[str]:
 
 
 def _readable(tokenizer, text: str) -> str:
-    # The pieces of an unknown word would be tokens that training never showed: the word is left out.
+    # The pieces of an unknown word would be tokens that were never trained, so the word is left out.
     words = known_words(tokenizer)
     return text if words is None else " ".join(word for word in _split(text) if word in words)
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:
-    """Token ids, padded and cut to the context length. A small tokenizer leaves unknown words out."""
+    """Token ids, padded and truncated to the context length. A small tokenizer leaves unknown words out."""
+    return tokenize_with_mask(tokenizer, texts)[0]
+
+
+def uses_mask(tokenizer) -> bool:
+    """Whether the tokenizer's text encoder has to ignore padding. CLIP was trained to attend to it."""
+    return not type(tokenizer).__name__.startswith("CLIP")
+
+
+def tokenize_with_mask(
+    tokenizer, texts: Sequence[str]
+) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, "n l"] | None]:
+    """Token ids as of `tokenize`, and True for every token that is not padding; the mask is None for CLIP."""
+    masked, length = uses_mask(tokenizer), context_length(tokenizer)
     if not texts:
-        return np.zeros((0, context_length(tokenizer)), np.int32)
-    ids = tokenizer(
+        return np.zeros((0, length), np.int32), np.zeros((0, length), bool) if masked else None
+    encoded = tokenizer(
         [_readable(tokenizer, text) for text in texts],
         padding="max_length",
         truncation=True,
-        max_length=context_length(tokenizer),
+        max_length=length,
         return_tensors="np",
-    ).input_ids
-    return np.asarray(ids, np.int32)
+    )
+    return np.asarray(encoded.input_ids, np.int32), np.asarray(encoded.attention_mask, bool) if masked else None
 
 
 def lost_text(tokenizer, text: str) -> str:
-    """The end of `text` that does not fit into the context: "" when all of it fits."""
+    """The end of `text` that exceeds the context length; "" if all of it fits."""
     text = _readable(tokenizer, text)
     kept = context_length(tokenizer) - 2  # without start and end
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
@@ -142,12 +159,19 @@ def lost_text(tokenizer, text: str) -> str:
 
 
 class CachedTokens:
-    """`tokenize` for training, where the same captions come again and again."""
+    """`tokenize_with_mask` with a cache, for training, where captions repeat."""
 
     def __init__(self, tokenizer):
-        self.length = context_length(tokenizer)
-        self._one = functools.lru_cache(maxsize=1 << 16)(lambda text: tokenize(tokenizer, [text])[0])
+        self._tokenizer = tokenizer
+        self._empty = tokenize_with_mask(tokenizer, [])
+        self._one = functools.lru_cache(maxsize=1 << 16)(self._tokenize)
 
-    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:
-        rows = [self._one(text) for text in texts]
-        return np.stack(rows) if rows else np.zeros((0, self.length), np.int32)
+    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+        ids, mask = tokenize_with_mask(self._tokenizer, [text])
+        return ids[0], None if mask is None else mask[0]
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, "n l"] | None]:
+        if not texts:
+            return self._empty
+        ids, masks = zip(*(self._one(text) for text in texts))
+        return np.stack(ids), None if masks[0] is None else np.stack(masks)

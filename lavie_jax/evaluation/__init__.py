@@ -1,1 +1,1 @@
-"""Measures of finished models: what is in the videos that they make."""
+"""Measures what generated videos show, and how close they are to the truth, on Moving Shapes."""

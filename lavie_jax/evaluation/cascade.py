@@ -1,14 +1,15 @@
-"""How near interpolation and super-resolution come to the truth, on clips of Moving Shapes, which is known.
+"""Compares interpolation and super-resolution with the true frames, on clips of Moving Shapes.
 
     python -m lavie_jax.evaluation.cascade --interpolation-weights DIR --vsr-weights DIR [--clips 16] [--json FILE]
 
-Interpolation makes 61 frames at 32 fps from every 4th of them, and 17 frames at 8 fps, with four times as much motion;
-what is compared are the frames in between, all through the stage's VAE: the model's, key frames repeated, key frames
-blended linearly, and the true frames, which are the ceiling. Super-resolution makes 256x256 frames from the means of
-their 4x4 squares: the model's, the same without its temporal layers, in LaVie's chunks of 8 frames, bicubic
-enlargement, and the true frames through the VAE.
-Clips 0, 1, ... of a split (`--split`, held_out by default) that do not stand still; clip i has seed `--seed` + i.
-Without `--...-weights` the shipped models are measured.
+Interpolation generates 61 frames at 32 fps from every 4th of them, and 17 frames at 8 fps, with four times the motion
+per frame. The frames in between are compared, all passed through the stage's VAE: the model's, repeated key frames,
+linearly blended key frames, and the true frames, which are the upper bound. Super-resolution generates 256x256 frames
+from the means of 4x4 squares. Compared are the model, the model in LaVie's chunks of 8 frames, the model without its
+temporal layers, bicubic enlargement, and the true frames passed through the VAE.
+
+Uses clips 0, 1, ... of a split (`--split`, held_out by default), skipping those without motion. Clip i has seed
+`--seed` + i. The default weights are the shipped models.
 """
 
 import argparse
@@ -26,29 +27,28 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lavie_jax import cascade
+from lavie_jax import cascade, results
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.moving_shapes import Sample
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
-from lavie_jax.evaluation import results
 from lavie_jax.evaluation.fidelity import flicker, object_box, psnr, sharpness
-from lavie_jax.stages import KEY_FRAME_SPACING
+from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import folder_hash
 
-KIND = "cascade"  # what marks our own JSON, which may be written anew
+KIND = "cascade"  # of the result file
 SPLITS = ("val", "held_out", "image_only")
-FEW_FRAMES = 17  # as long as 61 at KEY_FRAME_SPACING times the frame rate
-SCALE = 4  # pixels of a side for each low-resolution pixel
+FEW_FRAMES = 17  # as long as 61 frames at KEY_FRAME_SPACING times the rate
+SCALE = 4  # of super-resolution, per side
 
 Clip = UInt8[np.ndarray, "t h w 3"]
-Longer = UInt8[np.ndarray, "frames H W 3"]  # or larger
-Make = Callable[[Clip, str, int], Longer]  # (low-rate or low-resolution clip, caption, seed) -> the clip
+Output = UInt8[np.ndarray, "frames H W 3"]  # longer or larger than the input
+Method = Callable[[Clip, str, int], Output]  # (low-rate or low-resolution clip, caption, seed) -> clip
 Table = dict[str, dict[str, float]]
 
 
 def moving_samples(split: str, count: int, **shape: float) -> list[Sample]:
-    """The first `count` clips of a split in which the object moves; `shape` as `moving_shapes.clip` takes it."""
+    """Returns the first `count` clips of a split with motion; `shape` is passed to `moving_shapes.clip`."""
     samples, index = [], 0
     while len(samples) < count:
         sample = moving_shapes.clip(split, index, **shape)
@@ -57,121 +57,131 @@ def moving_samples(split: str, count: int, **shape: float) -> list[Sample]:
     return samples
 
 
-# ---- ways to make the frames ----
+# ---- methods that generate the frames ----
 
 
 def through_vae(pipe: cascade.Cascade, stage: str) -> Callable[[Clip], Clip]:
-    """Frames -> frames, by the stage's VAE and the posterior's mean."""
+    """Returns a function that encodes frames to the posterior mean of the stage's VAE and decodes them again."""
 
-    def through(frames: Clip) -> Clip:
+    def reconstruct(frames: Clip) -> Clip:
         model = pipe.model(stage)
         return np.concatenate(list(model.decode(model.encode(frames))))
 
-    return through
+    return reconstruct
 
 
-def by_model(pipe: cascade.Cascade, stage: str, **settings: str | int) -> Make:
-    """The stage as a user samples it, with the settings of its weights but for `settings`."""
+def by_model(pipe: cascade.Cascade, stage: str, **settings: str | int) -> Method:
+    """Returns the stage as a method; `settings` override those of its weights."""
 
-    def make(clip: Clip, caption: str, seed: int) -> Longer:
+    def sample(clip: Clip, caption: str, seed: int) -> Output:
         return pipe(caption, stages=(stage,), clip=clip, seed=seed, **{stage: settings})[0]
 
-    return make
+    return sample
 
 
 def without_temporal_layers(pipe: cascade.Cascade, stage: str) -> cascade.Cascade:
-    """The image model inside: everything temporal adds nothing."""
+    """Returns the cascade with a stage whose temporal layers contribute nothing, an image model."""
     weights = pipe.weights[stage]
     unet = dataclasses.replace(weights.unet, params=image_as_video(weights.unet.params))
     return cascade.Cascade({stage: dataclasses.replace(weights, unet=unet)}, dtype=pipe.dtype, devices=pipe.devices)
 
 
-def repeated(keys: Clip) -> Longer:
-    """Each frame is the nearest key frame, the earlier of two."""
+def repeated(keys: Clip) -> Output:
+    """Repeats the nearest key frame; the earlier one if two are equally near."""
     frames = np.arange(KEY_FRAME_SPACING * (len(keys) - 1) + 1)
     return keys[(frames + KEY_FRAME_SPACING // 2 - 1) // KEY_FRAME_SPACING]
 
 
-def blended(keys: Clip) -> Longer:
-    """Each frame is the mean of the key frames around it, weighted by nearness."""
-    place = np.arange(KEY_FRAME_SPACING * (len(keys) - 1) + 1) / KEY_FRAME_SPACING
-    before = np.minimum(place.astype(int), len(keys) - 2)
-    share = (place - before).astype(np.float32)[:, None, None, None]
-    return ((1 - share) * keys[before] + share * keys[before + 1] + 0.5).astype(np.uint8)
+def blended(keys: Clip) -> Output:
+    """Interpolates linearly between key frames."""
+    position = np.arange(KEY_FRAME_SPACING * (len(keys) - 1) + 1) / KEY_FRAME_SPACING
+    before = np.minimum(position.astype(int), len(keys) - 2)
+    weight = (position - before).astype(np.float32)[:, None, None, None]
+    return ((1 - weight) * keys[before] + weight * keys[before + 1] + 0.5).astype(np.uint8)
 
 
-def smaller(clip: Longer) -> Clip:
-    """Each pixel is the mean of a square of SCALE x SCALE, as in training."""
+def downscaled(clip: Output) -> Clip:
+    """Averages squares of SCALE x SCALE pixels, as in training."""
     means = reduce(clip.astype(np.float32), "t (h rows) (w columns) c -> t h w c", "mean", rows=SCALE, columns=SCALE)
     return (means + 0.5).astype(np.uint8)
 
 
-def bicubic(clip: Clip) -> Longer:
-    """SCALE times the size, frame by frame."""
+def bicubic(clip: Clip) -> Output:
+    """Enlarges each frame by SCALE."""
     size = SCALE * clip.shape[2], SCALE * clip.shape[1]
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in clip])
 
 
-# ---- the measures ----
+# ---- measurements ----
 
 
 def interpolation(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
-    """PSNR of the frames between key frames, of all pixels and inside the moving object's box: {row: {column}}."""
-    model, vae = by_model(pipe, "interpolation"), through_vae(pipe, "interpolation")
-    rows: dict[str, Make] = {
-        "model": model,
+    """Returns the PSNR of the frames between key frames, over all pixels and within the moving object's box."""
+    vae = through_vae(pipe, "interpolation")
+    methods: dict[str, Method] = {
+        "model": by_model(pipe, "interpolation"),
         "blended key frames": lambda keys, *_: vae(blended(keys)),
         "repeated key frames": lambda keys, *_: vae(repeated(keys)),
     }
 
-    def measure(made: Clip, true: Clip) -> dict[str, float]:
+    def measure(clip: Clip, true: Clip) -> dict[str, float]:
         between = np.arange(len(true)) % KEY_FRAME_SPACING != 0
-        made, true = made[between], true[between]
-        return {"psnr": psnr(made, true), "psnr_in_box": psnr(made, true, object_box(true))}
+        clip, true = clip[between], true[between]
+        return {"psnr": psnr(clip, true), "psnr_in_box": psnr(clip, true, object_box(true))}
 
-    return compare(rows, vae, samples, seed, lambda clip: clip[::KEY_FRAME_SPACING], measure)
+    return compare(methods, vae, samples, seed, lambda clip: clip[::KEY_FRAME_SPACING], measure)
 
 
 def super_resolution(pipe: cascade.Cascade, samples: Sequence[Sample], seed: int) -> Table:
-    """PSNR, sharpness of edges (1: as the truth's) and flicker (of 255) of enlarged clips: {row: {column}}."""
-    rows: dict[str, Make] = {
+    """Returns the measures of `enlargement` for each method."""
+    methods: dict[str, Method] = {
         "model": by_model(pipe, "vsr"),
         "model, chunks of 8 frames": by_model(pipe, "vsr", windows="official"),
         "model without temporal layers": by_model(without_temporal_layers(pipe, "vsr"), "vsr"),
         "bicubic": lambda clip, *_: bicubic(clip),
     }
+    return compare(methods, through_vae(pipe, "vsr"), samples, seed, downscaled, enlargement)
 
-    return compare(rows, through_vae(pipe, "vsr"), samples, seed, smaller, enlargement)
 
-
-def enlargement(made: Clip, true: Clip) -> dict[str, float]:
-    """What is measured of an enlarged clip."""
+def enlargement(clip: Clip, true: Clip) -> dict[str, float]:
+    """Returns PSNR, sharpness of edges (1 = as sharp as the true clip) and flicker (of 255) of an enlarged clip."""
     return {
-        "psnr": psnr(made, true),
-        "psnr_in_box": psnr(made, true, object_box(true)),
-        "sharpness": sharpness(made, true),
-        "flicker": flicker(made, true),
+        "psnr": psnr(clip, true),
+        "psnr_in_box": psnr(clip, true, object_box(true)),
+        "sharpness": sharpness(clip, true),
+        "flicker": flicker(clip, true),
     }
 
 
 def compare(
-    rows: Mapping[str, Make],
+    methods: Mapping[str, Method],
     vae: Callable[[Clip], Clip],
     samples: Sequence[Sample],
     seed: int,
-    source: Callable[[Longer], Clip],
+    degrade: Callable[[Output], Clip],
     measure: Callable[[Clip, Clip], dict[str, float]],
 ) -> Table:
-    """Each row's means over the samples, what it makes of each sample's `source`; last the true frames by the VAE."""
+    """Measures what each method makes of degraded clips, against the originals.
+
+    Args:
+        degrade: computes a method's input from the true clip.
+        measure: (generated clip, true clip) -> {column: value}.
+
+    Returns:
+        {method: {column: mean over the samples}}. The last row is the true frames passed through the VAE.
+    """
     table = {}
-    for row in (*rows, "true frames through the VAE"):
+    for row in (*methods, "true frames through the VAE"):
         cells = []
         for i, sample in enumerate(tqdm(samples, desc=row, unit="clip")):
             true = sample.pixels
-            made = rows[row](source(true), sample.caption, seed + i) if row in rows else vae(true)
-            cells.append(measure(made, true))
+            clip = methods[row](degrade(true), sample.caption, seed + i) if row in methods else vae(true)
+            cells.append(measure(clip, true))
         table[row] = {column: float(np.mean([cell[column] for cell in cells])) for column in cells[0]}
     return table
+
+
+MEASURES = {"interpolation": interpolation, "vsr": super_resolution}
 
 
 # ---- the command ----
@@ -180,44 +190,43 @@ def compare(
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m lavie_jax.evaluation.cascade",
-        description="Interpolation and super-resolution against the truth, on Moving Shapes.",
+        description="Compares interpolation and super-resolution with the true frames, on Moving Shapes.",
     )
-    parser.add_argument("--interpolation-weights", type=Path, help="a weights folder; default: the shipped one")
-    parser.add_argument("--vsr-weights", type=Path, help="likewise")
-    parser.add_argument("--stages", default="interpolation,vsr", help="which to measure")
-    parser.add_argument("--split", default="held_out", help=f"one of {', '.join(SPLITS)}")
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--vsr-frames", type=int, default=61, help="of a clip in super-resolution")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the tables here")
+    parser.add_argument("--interpolation-weights", type=Path, help="a weights folder (default: the shipped one)")
+    parser.add_argument("--vsr-weights", type=Path, help="a weights folder (default: the shipped one)")
+    parser.add_argument("--stages", default="interpolation,vsr", help="stages to measure (default: %(default)s)")
+    parser.add_argument("--split", default="held_out", help=f"one of {', '.join(SPLITS)} (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=16, help="number of clips (default: %(default)s)")
+    parser.add_argument(
+        "--vsr-frames", type=int, default=61, help="frames per clip in super-resolution (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the tables to this file")
     return parser.parse_args(argv)
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    """The stages; UserError for what would fail, or destroy a file, only after the sampling."""
+    """Checks everything that would otherwise fail, or replace a file, after sampling; returns the stages."""
     stages = args.stages.split(",")
     for stage in stages:
         if stage not in MEASURES:
-            raise UserError(f"stages: unknown {stage!r}{suggest(stage, MEASURES)}")
+            raise UserError(f"--stages: unknown stage {stage!r}{suggest(stage, MEASURES)}")
     if args.split not in SPLITS:
         raise UserError(f"unknown split {args.split!r}{suggest(args.split, SPLITS)}")
     for name, low in (("clips", 1), ("vsr_frames", 2), ("seed", 0)):
         if getattr(args, name) < low:
-            raise UserError(f"{name}: at least {low} is needed, given {getattr(args, name)}")
-    results.check_place(args.json, KIND)
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}; given {getattr(args, name)}")
+    results.check_path(args.json, KIND)
     return stages
 
 
-MEASURES = {"interpolation": interpolation, "vsr": super_resolution}
-
-
 def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
-    begin, tables, hashes = time.perf_counter(), {}, {}
-    given = {stage: getattr(args, f"{stage}_weights") for stage in stages}
-    folders = {**cascade.stage_folders(), **{stage: folder for stage, folder in given.items() if folder}}
+    start, tables, models = time.perf_counter(), {}, {}
+    named = {stage: getattr(args, f"{stage}_weights") for stage in stages}
+    folders = {**cascade.stage_folders(), **{stage: folder for stage, folder in named.items() if folder}}
     for stage in stages:
         if stage not in folders:
-            raise UserError(f"no {stage} model is shipped: give --{stage}-weights")
+            raise UserError(f"no {stage} model is shipped: name a weights folder with --{stage}-weights")
     for stage in stages:
         logging.info("stage %s", stage)
         pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
@@ -231,14 +240,14 @@ def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
         for name, (frames, fps) in lengths.items():
             samples = moving_samples(args.split, args.clips, frames=frames, fps=fps, **side)
             tables[name] = MEASURES[stage](pipe, samples, args.seed)
-        hashes[stage] = {"weights": os.fspath(folders[stage]), "hash": folder_hash(folders[stage])}
-    seconds = round(time.perf_counter() - begin, 1)
+        models[stage] = {"weights": os.fspath(folders[stage]), "hash": folder_hash(folders[stage])}
+    seconds = round(time.perf_counter() - start, 1)
     return {"kind": KIND, "split": args.split, "clips": args.clips, "seed": args.seed, "seconds": seconds,
-            "models": hashes, "tables": tables}  # fmt: skip
+            "models": models, "tables": tables}  # fmt: skip
 
 
 def markdown(tables: Mapping[str, Table]) -> str:
-    """A table for each stage."""
+    """Returns a table for each stage."""
     parts = []
     for stage, table in tables.items():
         columns = list(next(iter(table.values())))
@@ -248,7 +257,7 @@ def markdown(tables: Mapping[str, Table]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
+    """Runs the command line."""
     with one_line_errors():
         args = _parse(argv)
         result = _measure(args, _check(args))

@@ -1,38 +1,123 @@
-"""What LaVie's UNet has not, and a small one learns little without: for models trained from scratch.
+"""Extensions of LaVie's UNet with which small models, trained from scratch, learn much faster.
 
-Each is a field of `UNetConfig`, off for every released model, and starts as nothing.
+Each one is a field of `UNetConfig`, is off in every released model, and starts at zero, so that it changes nothing at
+initialization. The UNet calls the functions at the top of this file; the modules behind them follow.
 """
 
 import itertools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import einsum, rearrange
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
-from lavie_jax.models.layers import conv, dense, timestep_features
+from lavie_jax.models.layers import Frames, conv, dense, items_to_frames, on_video, timestep_features
+from lavie_jax.models.unet_config import UNetConfig
+
+BETWEEN_KEYS = (-1, 0, 1, 2)  # frame offsets; the mean of their key frames is the cross-fade between two key frames
+CUBIC = 2  # pixels on each side that bicubic interpolation reads
+
+
+def caption_embedding(
+    config: UNetConfig,
+    text: Float[Array, "b items l d"],
+    mask: Bool[Array, "b items l"] | None,
+    temb: Float[Array, "b items e"],
+    dtype: DTypeLike,
+) -> Float[Array, "b items e"] | None:
+    """`caption_modulation`: returns what scales and shifts the features of every residual block."""
+    if not config.caption_modulation:
+        return None
+    return CaptionEmbedding(dtype, name="caption_embedding")(text, mask, temb)
+
+
+def add_motion(
+    config: UNetConfig,
+    video: Float[Array, "b t h w c"],
+    text: Float[Array, "b items l d"],
+    mask: Bool[Array, "b items l"] | None,
+    dtype: DTypeLike,
+) -> Float[Array, "b t h w c"]:
+    """`motion_embedding`: adds the embedding of caption, time and position before temporal attention."""
+    if not config.motion_embedding:
+        return video
+    embedding = MotionEmbedding(dtype, name="motion_embedding_temporal")
+    return video + embedding(text[:, 0], None if mask is None else mask[:, 0], video.shape[1:4], video.shape[-1])
+
+
+def add_key_frames(
+    config: UNetConfig,
+    h: Float[Array, "b frames h w c"],
+    x: Float[Array, "b frames h w c_in"],
+    frames: Frames,
+    dtype: DTypeLike,
+) -> Float[Array, "b frames h w c"]:
+    """`key_frames_around`: adds the key frames on both sides to the first features."""
+    if not config.key_frames_around:
+        return h
+    keys = KeyFrameEmbedding(dtype, name="key_frame_embedding_temporal")
+    return on_video(lambda y: y + keys(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
+
+
+def add_condition(
+    config: UNetConfig,
+    prediction: Float[Array, "b frames h w c_out"],
+    x: Float[Array, "b frames h w c_in"],
+    temb: Float[Array, "b items e"],
+    frames: Frames,
+) -> Float[Array, "b frames h w c_out"]:
+    """`low_res_skip`, `key_frames_around`: adds a linear map of the condition to the prediction."""
+    if not (config.low_res_skip or config.key_frames_around):
+        return prediction
+    frame_temb = items_to_frames(temb, frames)
+    if config.low_res_skip:
+        skip = ConditionSkip(reach=CUBIC, name="low_res_skip")
+        prediction = prediction + skip(x, frame_temb, config.out_channels)
+    if config.key_frames_around:
+        skip = ConditionSkip(frames=BETWEEN_KEYS, name="key_frame_skip_temporal")
+        video = slice(frames.video)
+        prediction = on_video(
+            lambda y: y + skip(x[:, video], frame_temb[:, video], config.out_channels), prediction, frames
+        )
+    return prediction
+
+
+def max_over_words(x: Float[Array, "*b l c"], mask: Bool[Array, "*b l"] | None) -> Float[Array, "*b c"]:
+    """Takes the maximum over the words in each channel, so that one word of many is not averaged away.
+
+    Masked words do not count; without any word the result is 0.
+    """
+    if mask is None:
+        return x.max(axis=-2)
+    highest = jnp.where(mask[..., None], x, jnp.finfo(x.dtype).min).max(axis=-2)
+    return jnp.where(mask.any(axis=-1)[..., None], highest, 0)
 
 
 class MotionEmbedding(nn.Module):
-    """What the caption says, times when in the clip, times where in the picture: (B, L, D) -> (B, T, H, W, C).
+    """Product of embeddings of the caption, the time and the position in the frame, (B, T, H, W, C).
 
-    Attention whose positions are relative cannot tell frames apart that look alike, and under much noise, where the
-    motion of a clip is decided, all do. And "left" says something of a place in the picture only together with the
-    time: no two of the three do, so that a network of sums has no gradient to begin with. Hence the product. Zero at
-    first. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
-    transformers their places too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`,
-    however many frames or places lie between, so that what few of them taught holds for many.
+    Attention with relative positions cannot tell apart frames that look alike, and at high noise levels, where the
+    motion of a clip is decided, all frames do. A word such as "left" determines a position only together with the
+    time; no two of the three factors carry information alone, so a network of sums gets no gradient at first. Hence
+    the product. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
+    transformers their positions too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`
+    whatever its length, so that what was learned on short or small clips carries over to longer and larger ones.
     """
 
     SPAN: ClassVar[float] = 16.0
-    GAIN: ClassVar[float] = 30.0  # a product of three small numbers, brought to the size of what it is added to
+    GAIN: ClassVar[float] = 30.0  # scales a product of three small numbers to the size of the features it is added to
 
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
-        self, text: Float[Array, "b l d"], size: tuple[int, int, int], channels: int
+        self,
+        text: Float[Array, "b l d"],
+        mask: Bool[Array, "b l"] | None,
+        size: tuple[int, int, int],
+        channels: int,
     ) -> Float[Array, "b t h w c"]:
         def dense(name, init=nn.linear.default_kernel_init):
             return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name=name)
@@ -40,85 +125,87 @@ class MotionEmbedding(nn.Module):
         def positions(length):
             return timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
 
-        # the strongest of the words in each channel: one word of many is not averaged away
-        said = rearrange(dense("text")(text).max(axis=1), "b c -> b 1 1 1 c")
-        when = rearrange(dense("time")(positions(size[0])), "t c -> t 1 1 c")
+        caption = rearrange(max_over_words(dense("text")(text), mask), "b c -> b 1 1 1 c")
+        time = rearrange(dense("time")(positions(size[0])), "t c -> t 1 1 c")
         rows, columns = dense("row")(positions(size[1])), dense("column")(positions(size[2]))
-        where = rearrange(rows, "h c -> h 1 c") + columns
-        return dense("out", nn.initializers.zeros)(self.GAIN * said * when * where)
+        position = rearrange(rows, "h c -> h 1 c") + columns
+        return dense("out", nn.initializers.zeros)(self.GAIN * caption * time * position)
 
 
 class CaptionEmbedding(nn.Module):
-    """What a whole caption says at this noise level: (B, items, L, D) and (B, items, E) -> (B, items, E).
+    """Embedding of the whole caption at this noise level: (B, items, L, D) and (B, items, E) -> (B, items, E).
 
     Every residual block scales and shifts its features by it, as class-conditional diffusion models do with their
-    class (arXiv 2105.05233, sec. 3): an outline is a product of what the caption says and where in the shape a place
-    lies, and cross-attention alone is long in finding it.
+    class (arXiv 2105.05233, sec. 3). The outline of a shape is a product of the caption and the position within the
+    shape, which cross-attention alone takes long to find.
     """
 
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, text, temb):
+    def __call__(
+        self, text: Float[Array, "b items l d"], mask: Bool[Array, "b items l"] | None, temb: Float[Array, "b items e"]
+    ) -> Float[Array, "b items e"]:
         width = temb.shape[-1]
-        # the strongest of the words in each channel: one word of many is not averaged away
-        said = dense(width, dtype=self.dtype, name="linear_1")(text).max(axis=2)
-        return temb + dense(width, dtype=self.dtype, name="linear_2")(nn.silu(said))
-
-
-BETWEEN_KEYS = (-1, 0, 1, 2)  # offsets of frames; the mean of their key frames is the cross-fade between two of them
-CUBIC = 2  # places on each side that bicubic enlargement weighs
+        caption = max_over_words(dense(width, dtype=self.dtype, name="linear_1")(text), mask)
+        return temb + dense(width, dtype=self.dtype, name="linear_2")(nn.silu(caption))
 
 
 def conditions_around(
     x: Float[Array, "b f h w c_in"], width: int, *, frames: tuple[int, ...] = (0,), reach: int = 0
 ) -> Float[Array, "b f h w c"]:
-    """The channels of x behind the first `width`, of the places around each: everything outside repeats the border.
+    """Gathers the channels of x after the first `width` from each pixel's neighborhood; borders are repeated.
 
-    `frames` are offsets in time, `reach` is the number of places on each side in height and width.
+    Args:
+        x: x_t with the condition behind it.
+        width: number of channels of x_t.
+        frames: offsets in time.
+        reach: number of pixels on each side, in height and width.
     """
     condition, size = x[..., width:], x.shape[1:4]
     far = max(abs(offset) for offset in frames)
     padded = jnp.pad(condition, ((0, 0), (far, far), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     corners = itertools.product([far + offset for offset in frames], *[range(2 * reach + 1)] * 2)
-    seen = [padded[:, i : i + size[0], j : j + size[1], k : k + size[2]] for i, j, k in corners]
-    return jnp.concatenate(seen, axis=-1)
+    shifted = [padded[:, i : i + size[0], j : j + size[1], k : k + size[2]] for i, j, k in corners]
+    return jnp.concatenate(shifted, axis=-1)
 
 
 class KeyFrameEmbedding(nn.Module):
-    """The key frames on both sides of each frame, for the first features: (B, T, H, W, C_in) -> (B, T, H, W, features).
+    """Embeds the key frames on both sides of each frame: (B, T, H, W, C_in) -> (B, T, H, W, features).
 
-    The stage gives a frame the key frame nearest to it; of the other one it hears through temporal attention alone,
-    which sees a picture coarsely and is long in learning where to look. With both, and by how many of `BETWEEN_KEYS`
-    are which, moving what lies between them is a matter of convolutions. Zero at first.
+    The interpolation stage gives each frame its nearest key frame; the other one reaches it through temporal attention
+    alone, which is spatially coarse and takes long to learn where to look. With both, and the position between them
+    from which of `BETWEEN_KEYS` are equal, interpolation becomes a matter of convolutions.
     """
 
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int):
+    def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int) -> Float[Array, "b t h w features"]:
         keys = conditions_around(x, width, frames=BETWEEN_KEYS).astype(self.dtype)
         return conv(features, (3, 3), name="conv", dtype=self.dtype, zero=True)(keys)
 
 
 class ConditionSkip(nn.Module):
-    """What a linear map of x_t and the condition beside it predicts: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
+    """A linear prediction from x_t and the condition beside it: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
 
-    Key frames, or low-resolution frames, say nearly all of what is to be made, but norms and gates carry a picture
-    through only roughly, and of a plain background nothing may be lost. So the network starts from this map and adds
-    what it cannot say. Each noise level has a map of its own: the share of x0 in what v-prediction predicts grows with
-    the noise. EDM (arXiv 2206.00364, sec. 5) has such a path for x_t alone. Zero at first; in float32 whatever the
-    network computes in. It sees x_t of each place and the condition of those that `conditions_around` gives.
+    Key frames, or low-resolution frames, determine most of the output, but norms and gates pass an image through only
+    approximately, which shows in plain backgrounds. So the network starts from this map and adds a correction. The map
+    depends on the noise level, since the share of x0 in a v-prediction grows with the noise. EDM (arXiv 2206.00364,
+    sec. 5) has such a path for x_t alone. Computed in float32 whatever the dtype of the network. It reads x_t at each
+    pixel, and the condition in the neighborhood that `conditions_around` gathers.
     """
 
     frames: tuple[int, ...] = (0,)
     reach: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b f h w c_in"], temb: Float[Array, "b f e"], features: int):
+    def __call__(
+        self, x: Float[Array, "b f h w c_in"], temb: Float[Array, "b f e"], features: int
+    ) -> Float[Array, "b f h w features"]:
         x = x.astype(jnp.float32)
         around = conditions_around(x, features, frames=self.frames, reach=self.reach)
-        around = around / (2 * self.reach + 1)  # neighbours are alike, and Adam moves all their weights together
+        around = around / (2 * self.reach + 1)  # neighbors are correlated, and Adam moves all their weights together
         inputs = jnp.concatenate([x[..., :features], around], axis=-1)
         dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
         matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)

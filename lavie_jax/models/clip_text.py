@@ -1,12 +1,12 @@
 """The text encoder of CLIP (arXiv 2103.00020, section 2.4): OpenAI's ViT-L/14 and OpenCLIP's ViT-H.
 
-A causal pre-norm transformer. What the UNet attends to is the last hidden state after the final layer
-norm. Tokenizers are not here: they load with transformers from the weights folder.
+A causal pre-norm transformer. The UNet attends to its last hidden states, after the final layer norm. Tokenizers are
+elsewhere: `data/tokens.py` loads them from the weights folder.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import einops
 import flax.linen as nn
@@ -22,12 +22,12 @@ from lavie_jax.models.layers import dense
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+    """Computes x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU (with erf); Flax's default is the tanh approximation."""
+    """Computes the exact GELU, with erf; Flax's default is the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """Names and defaults of transformers' CLIPTextConfig. UserError for values that no model has."""
+    """Fields of transformers' CLIPTextConfig, with its defaults. Raises UserError for invalid values."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -61,74 +61,71 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
-        """From what `to_dict` gave; UserError for unknown names and wrong types."""
+        """Inverse of `to_dict`. Raises UserError for unknown names and wrong types."""
         return config_from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict that JSON can hold."""
+        """Returns a dict that JSON can represent."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_diffusers(cls, json: Mapping[str, Any]) -> "CLIPTextConfig":
-        """From `text_encoder/config.json`, or a whole CLIP model's (its `text_config`).
-
-        Fields that do not change the forward pass (dropout, token ids, dtype, ...) are ignored.
-        """
-        json = json.get("text_config") or json
-        names = {field.name for field in dataclasses.fields(cls)}
-        return config_from_dict(cls, {n: v for n, v in json.items() if n in names})
 
 
 class CLIPText(nn.Module):
-    """Tokens (B, L) to their last hidden states (B, L, D), float32; L at most `max_position_embeddings`.
+    """Encodes tokens (B, L) as their last hidden states (B, L, D), float32; L is at most `max_position_embeddings`.
 
     Every token attends to itself and those before it, padding included, as in Stable Diffusion.
+
+    Text encoders share this interface: `takes_mask` is whether padding is masked. Where it is, the encoder and the
+    UNet are called with the mask of the real tokens; elsewhere with None.
     """
+
+    takes_mask: ClassVar[bool] = False
 
     config: CLIPTextConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        cfg = self.config
-        if tokens.shape[1] > cfg.max_position_embeddings:
+    def __call__(self, tokens: Int[Array, "b l"], mask: None = None) -> Float[Array, "b l d"]:
+        if mask is not None:
+            raise ValueError("CLIP has no padding mask: it attends to padding; see takes_mask.")
+        config = self.config
+        if tokens.shape[1] > config.max_position_embeddings:
             raise UserError(
-                f"{tokens.shape[1]} tokens, but this text encoder has "
-                f"{cfg.max_position_embeddings} positions; cut the text"
+                f"the text has {tokens.shape[1]} tokens, but this text encoder only "
+                f"{config.max_position_embeddings} positions; shorten the text"
             )
-        x = Embeddings(cfg, self.dtype, name="embeddings")(tokens)
-        x = Encoder(cfg, self.dtype, name="encoder")(x)
-        return layer_norm(cfg, jnp.float32, "final_layer_norm")(x)
+        x = Embeddings(config, self.dtype, name="embeddings")(tokens)
+        x = TransformerLayers(config, self.dtype, name="encoder")(x)
+        return layer_norm(config, jnp.float32, "final_layer_norm")(x)
 
 
 class Embeddings(nn.Module):
-    """Tokens (B, L) to what they mean plus where they stand, (B, L, D)."""
+    """Sum of token and position embeddings: tokens (B, L) to (B, L, D)."""
 
     config: CLIPTextConfig
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        cfg = self.config
+        config = self.config
         words = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
+            config.vocab_size,
+            config.hidden_size,
             dtype=self.dtype,
             name="token_embedding",
             embedding_init=nn.initializers.normal(0.02),
         )(tokens)
-        places = nn.Embed(
-            cfg.max_position_embeddings,
-            cfg.hidden_size,
+        positions = nn.Embed(
+            config.max_position_embeddings,
+            config.hidden_size,
             dtype=self.dtype,
             name="position_embedding",
             embedding_init=nn.initializers.normal(0.01),
         )
-        return words + places(jnp.arange(tokens.shape[1]))
+        return words + positions(jnp.arange(tokens.shape[1]))
 
 
-class Encoder(nn.Module):
-    """The layers, one after the other: (B, L, D) to (B, L, D)."""
+class TransformerLayers(nn.Module):
+    """The stack of layers: (B, L, D) to (B, L, D)."""
 
     config: CLIPTextConfig
     dtype: DTypeLike
@@ -148,13 +145,13 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        cfg, dtype = self.config, self.dtype
-        x = x + SelfAttention(cfg, dtype, name="self_attn")(layer_norm(cfg, dtype, "layer_norm1")(x))
-        return x + MLP(cfg, dtype, name="mlp")(layer_norm(cfg, dtype, "layer_norm2")(x))
+        config, dtype = self.config, self.dtype
+        x = x + SelfAttention(config, dtype, name="self_attn")(layer_norm(config, dtype, "layer_norm1")(x))
+        return x + MLP(config, dtype, name="mlp")(layer_norm(config, dtype, "layer_norm2")(x))
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention, q, k and v with biases."""
+    """Causal multi-head attention; q, k and v have biases."""
 
     config: CLIPTextConfig
     dtype: DTypeLike
@@ -171,7 +168,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with the activation of the config between them."""
+    """Two dense layers with the config's activation between them."""
 
     config: CLIPTextConfig
     dtype: DTypeLike
@@ -184,5 +181,5 @@ class MLP(nn.Module):
 
 
 def layer_norm(config: CLIPTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """Statistics in float32 and in two passes: the fast variance loses digits where the mean is large."""
+    """Returns a layer norm with statistics in two passes: the fast variance is inaccurate where the mean is large."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

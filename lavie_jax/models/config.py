@@ -1,4 +1,4 @@
-"""Building the models' frozen dataclasses from JSON, with errors that name the field."""
+"""Builds the models' frozen dataclasses from JSON, with errors that name the field."""
 
 import dataclasses
 import typing
@@ -11,13 +11,15 @@ Config = TypeVar("Config")
 
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """An instance of the dataclass `cls` from what `dataclasses.asdict` and JSON made of one.
+    """Returns an instance of the dataclass `cls` from its `dataclasses.asdict`, as JSON stores it.
 
-    Lists become tuples. Raises UserError for a name that `cls` does not have, a field without default
-    that is absent, and a value of another type (bool, int, float, str, and tuples of those are checked).
+    Lists become tuples; bool, int, float, str, and tuples of those are checked.
+
+    Raises:
+        UserError: a name is unknown, a required field is missing, or a value has the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{cls.__name__}: a JSON object is needed, given {values!r}")
+        raise UserError(f"{cls.__name__} must be a JSON object, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
@@ -32,11 +34,11 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def checked(where: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind` (a type, optional, or `tuple[X, ...]`); UserError names `where` it came from."""
+    """Converts `value` to `kind` (a type, optional, or `tuple[X, ...]`); a UserError names `where` it came from."""
     if args := typing.get_args(kind):
         if typing.get_origin(kind) is tuple:
             if not isinstance(value, list | tuple):
-                raise UserError(f"{where}: a list is needed, given {value!r}")
+                raise UserError(f"{where} must be a list, not {value!r}")
             return tuple(checked(where, v, args[0]) for v in value)
         if type(None) in args and value is None:
             return None
@@ -44,19 +46,19 @@ def checked(where: str, value: Any, kind: Any) -> Any:
         return checked(where, value, kind)
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}: {kind.__name__} is needed, given {value!r}")
+        raise UserError(f"{where} must be of type {kind.__name__}, not {value!r}")
     return kind(value)
 
 
 def check_positive(where: str, **values: int) -> None:
-    """UserError for the first of `values` that is below 1."""
+    """Raises UserError for the first of `values` that is below 1."""
     for name, value in values.items():
         if value < 1:
-            raise UserError(f"{where}.{name}: at least 1 is needed, given {value}")
+            raise UserError(f"{where}.{name} must be at least 1, not {value}")
 
 
 def only_supported(where: str, given: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """UserError when a field of `given` has another value than the only one that `supported` names."""
+    """Raises UserError when a field of `given` differs from its only supported value. Absent fields are fine."""
     for name, value in supported.items():
-        if (found := given.get(name, value)) != value:
-            raise UserError(f"{where}: {name} = {found!r} is not supported; only {value!r} is")
+        if (actual := given.get(name, value)) != value:
+            raise UserError(f"{where}: {name} = {actual!r} is not supported; only {value!r} is")

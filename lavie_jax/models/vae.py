@@ -1,8 +1,8 @@
 """The image autoencoder of latent diffusion (arXiv 2112.10752, section 3.1 and appendix E.1).
 
-Stable Diffusion's (f = 8) and x4-upscaler's (f = 4) as diffusers lays them out, and small ones for small
-worlds: `patch_size` > 1 folds squares of pixels into channels before the first convolution, which makes
-every layer that much cheaper. Latents here are raw; callers multiply them by `scaling_factor`.
+Those of Stable Diffusion (f = 8) and of the x4-upscaler (f = 4), with diffusers' parameter layout, and small ones for
+small datasets: `patch_size` > 1 folds squares of pixels into channels before the first convolution, which makes all
+layers cheaper by that factor. Latents here are raw; callers multiply them by `scaling_factor`.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from jaxtyping import Array, Float
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention
-from lavie_jax.models.config import check_positive, config_from_dict, only_supported
+from lavie_jax.models.config import check_positive, config_from_dict
 from lavie_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv, dense
 
-EPS = 1e-6  # of every group norm in a VAE; the UNet's resnets have 1e-5
+EPS = 1e-6  # of every group norm in a VAE; 1e-5 in the UNet's residual blocks
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-VAE_PIXELS = 4 * 320 * 512  # that callers give a device's VAE at a time, for memory: 4 frames of the base stage
+VAE_PIXELS = 4 * 320 * 512  # pixels that callers pass at a time per device, to bound memory: 4 frames of the base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Names and defaults of diffusers' AutoencoderKL, and `patch_size`. UserError for impossible values."""
+    """Fields of diffusers' AutoencoderKL, with its defaults, and `patch_size`. Raises UserError for invalid values."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -43,7 +43,7 @@ class VAEConfig:
         sizes = {n: v for n, v in dataclasses.asdict(self).items() if type(v) is int}
         check_positive("VAEConfig", **sizes)
         if not self.block_out_channels:
-            raise UserError("VAEConfig.block_out_channels: at least one width is needed")
+            raise UserError("VAEConfig.block_out_channels must have at least one width")
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise UserError(
@@ -53,43 +53,23 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels on the side of the square that one latent stands for."""
+        """Downsampling factor: the side, in pixels, of the square that one latent pixel represents."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VAEConfig":
-        """From what `to_dict` gave; UserError for unknown names and wrong types."""
+        """Inverse of `to_dict`. Raises UserError for unknown names and wrong types."""
         return config_from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict that JSON can hold."""
+        """Returns a dict that JSON can represent."""
         return dataclasses.asdict(self) | {"block_out_channels": list(self.block_out_channels)}
-
-    @classmethod
-    def from_diffusers(cls, json: Mapping[str, Any]) -> "VAEConfig":
-        """From `vae/config.json`. UserError names a field that is unknown or cannot be had here."""
-        levels = len(json.get("block_out_channels", cls.block_out_channels))
-        supported = {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "act_fn": "silu",
-            "mid_block_add_attention": True,
-            "use_quant_conv": True,
-            "use_post_quant_conv": True,
-            "shift_factor": None,
-            "latents_mean": None,
-            "latents_std": None,
-        }
-        only_supported("the VAE's config.json", json, supported)
-        no_effect = {"sample_size", "force_upcast"}
-        ours = {n: v for n, v in json.items() if n not in no_effect and n not in supported and not n.startswith("_")}
-        return config_from_dict(cls, ours)
 
 
 class VAE(nn.Module):
-    """Images (..., H, W, C_in) in [-1, 1] to a Gaussian over latents (..., h, w, C), and latents to images.
+    """Encodes images (..., H, W, C_in) in [-1, 1] to a Gaussian over latents (..., h, w, C), and decodes latents.
 
-    h = H / factor, w = W / factor; what is returned is float32. Every image is on its own.
+    h = H / factor, w = W / factor. Outputs are float32. Images do not influence each other.
     """
 
     config: VAEConfig
@@ -104,18 +84,21 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=self.dtype)
 
     def __call__(self, images: Float[Array, "*b H W c"]) -> Float[Array, "*b H W d"]:
-        """The images made again from the posterior's mean; runs both halves, as initialisation needs."""
+        """Reconstructs images from the posterior's mean; uses both halves, as initialization must."""
         return self.decode(self.encode(images)[0])
 
     def encode(self, images: Float[Array, "*b H W c"]) -> tuple[Float[Array, "*b h w C"], Float[Array, "*b h w C"]]:
-        """The posterior's mean and log-variance, the latter clamped to [-30, 20].
+        """Returns the posterior's mean and its log-variance, clamped to [-30, 20].
 
-        UserError when the patch size does not divide the sides.
+        Raises:
+            UserError: the patch size does not divide the sides.
         """
         p = self.config.patch_size
         height, width = images.shape[-3:-1]
         if height % p or width % p:
-            raise UserError(f"images of {height}x{width} do not divide into patches of {p}x{p}")
+            raise UserError(
+                f"images of {height}x{width} cannot be split into patches: both sides must be multiples of {p}"
+            )
         x, lead = einops.pack([images], "* h w c")
         x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
         moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
@@ -123,7 +106,7 @@ class VAE(nn.Module):
         return mean, jnp.clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
 
     def decode(self, latents: Float[Array, "*b h w C"]) -> Float[Array, "*b H W c"]:
-        """Images of raw (unscaled) latents, not clipped."""
+        """Decodes raw (unscaled) latents to images, without clipping them."""
         p = self.config.patch_size
         z, lead = einops.pack([latents], "* h w c")
         x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
@@ -134,12 +117,12 @@ class VAE(nn.Module):
 def sample_posterior(
     mean: Float[Array, "*b h w C"], logvar: Float[Array, "*b h w C"], rng: jax.Array
 ) -> Float[Array, "*b h w C"]:
-    """One draw z = mean + exp(logvar / 2) eps from the encoder's posterior."""
+    """Samples z = mean + exp(logvar / 2) eps from the encoder's posterior."""
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
 
 
 class Encoder(nn.Module):
-    """(B, H, W, C_in p^2) to moments (B, h, w, 2 C)."""
+    """Patched images (B, H, W, C_in p^2) to moments (B, h, w, 2 C)."""
 
     config: VAEConfig
     dtype: DTypeLike
@@ -147,17 +130,17 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
-        cfg, widths = self.config, self.config.block_out_channels
+        config, widths = self.config, self.config.block_out_channels
         x = conv(widths[0], (3, 3), name="conv_in", dtype=self.dtype)(x)
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
-            x = DownBlock(cfg, width, not last, self.dtype, name=f"down_blocks_{i}")(x)
-        x = MidBlock(cfg, self.dtype, self.attention_kernel, name="mid_block")(x)
-        return head(x, cfg, 2 * cfg.latent_channels, self.dtype)
+            x = DownBlock(config, width, not last, self.dtype, name=f"down_blocks_{i}")(x)
+        x = MidBlock(config, self.dtype, self.attention_kernel, name="mid_block")(x)
+        return head(x, config, 2 * config.latent_channels, self.dtype)
 
 
 class Decoder(nn.Module):
-    """Latents (B, h, w, C) to (B, H, W, C_out p^2)."""
+    """Latents (B, h, w, C) to patched images (B, H, W, C_out p^2)."""
 
     config: VAEConfig
     dtype: DTypeLike
@@ -165,17 +148,17 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w d"]) -> Float[Array, "b H W c"]:
-        cfg, widths = self.config, self.config.block_out_channels[::-1]
+        config, widths = self.config, self.config.block_out_channels[::-1]
         x = conv(widths[0], (3, 3), name="conv_in", dtype=self.dtype)(z)
-        x = MidBlock(cfg, self.dtype, self.attention_kernel, name="mid_block")(x)
+        x = MidBlock(config, self.dtype, self.attention_kernel, name="mid_block")(x)
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
-            x = UpBlock(cfg, width, not last, self.dtype, name=f"up_blocks_{i}")(x)
-        return head(x, cfg, cfg.out_channels * cfg.patch_size**2, self.dtype)
+            x = UpBlock(config, width, not last, self.dtype, name=f"up_blocks_{i}")(x)
+        return head(x, config, config.out_channels * config.patch_size**2, self.dtype)
 
 
 class DownBlock(nn.Module):
-    """Residual blocks of one width, then half the sides, where `downsample` says so."""
+    """Residual blocks of one width; then, with `downsample`, a convolution that halves the sides."""
 
     config: VAEConfig
     width: int
@@ -192,7 +175,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one width, one more than on the way down, then twice the sides, likewise."""
+    """Residual blocks of one width, one more than in `DownBlock`; then, with `upsample`, a doubling of the sides."""
 
     config: VAEConfig
     width: int
@@ -209,7 +192,7 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention over all places, residual block."""
+    """Residual block, attention over all positions, residual block."""
 
     config: VAEConfig
     dtype: DTypeLike
@@ -217,14 +200,14 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        cfg, width = self.config, self.config.block_out_channels[-1]
-        x = resnet(cfg, width, self.dtype, "resnets_0")(x)
-        x = SpatialAttention(cfg, self.dtype, self.attention_kernel, name="attentions_0")(x)
-        return resnet(cfg, width, self.dtype, "resnets_1")(x)
+        config, width = self.config, self.config.block_out_channels[-1]
+        x = resnet(config, width, self.dtype, "resnets_0")(x)
+        x = SpatialAttention(config, self.dtype, self.attention_kernel, name="attentions_0")(x)
+        return resnet(config, width, self.dtype, "resnets_1")(x)
 
 
 class SpatialAttention(nn.Module):
-    """Residual self-attention over all places of an image, with one head as wide as the layer."""
+    """Residual self-attention over all positions of an image, with one head as wide as the layer."""
 
     config: VAEConfig
     dtype: DTypeLike
@@ -242,11 +225,11 @@ class SpatialAttention(nn.Module):
 
 
 def head(x: Float[Array, "b h w c"], config: VAEConfig, features: int, dtype: DTypeLike) -> Array:
-    """Norm, SiLU and convolution that end both halves; adds its parameters to the calling module."""
+    """Applies the norm, SiLU and convolution that end both halves; adds their parameters to the calling module."""
     x = GroupNorm(config.norm_num_groups, EPS, dtype=dtype, name="conv_norm_out")(x)
     return conv(features, (3, 3), name="conv_out", dtype=dtype)(nn.silu(x))
 
 
 def resnet(config: VAEConfig, width: int, dtype: DTypeLike, name: str) -> ResnetBlock:
-    """A residual block without time; adds its parameters to the calling module."""
+    """Returns a residual block without a time embedding; adds its parameters to the calling module."""
     return ResnetBlock(width, config.norm_num_groups, EPS, dtype=dtype, name=name)

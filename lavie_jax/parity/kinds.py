@@ -21,7 +21,9 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.parity.cases import Arrays, Case
-from lavie_jax.stages import STAGES, Condition, denoiser
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.conditioning import Condition, denoiser
+from lavie_jax.weights.diffusers_configs import clip_text_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare
 from lavie_jax.weights.names import from_torch, is_buffer
 
@@ -67,7 +69,7 @@ def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPText
 
 def run_text(case: Case) -> Arrays:
     """A text encoder: tokens to hidden states."""
-    model = CLIPText(CLIPTextConfig.from_diffusers(case.model))
+    model = CLIPText(clip_text_config(case.model))
     tokens = jnp.asarray(case.stored["ids"], jnp.int32)
     params = load_params(case, "text_encoder", model.config)
     return {"last_hidden_state": np.asarray(jax.jit(model.apply)({"params": params}, tokens))}
@@ -75,7 +77,7 @@ def run_text(case: Case) -> Arrays:
 
 def run_vae(case: Case) -> Arrays:
     """A VAE: an image to its posterior, a latent to its image."""
-    model = VAE(VAEConfig.from_diffusers(case.model))
+    model = VAE(vae_config(case.model))
     variables = {"params": load_params(case, "vae", model.config)}
     encode, decode = (jax.jit(partial(model.apply, method=method)) for method in ("encode", "decode"))
     mean, logvar = encode(variables, take(case, "image"))
@@ -94,7 +96,7 @@ def run_unet(case: Case) -> Arrays:
     level = None
     if stage == "vsr":
         level = jnp.broadcast_to(jnp.asarray(case.inputs["noise_level"]), x.shape[:1])
-    unet = UNet(UNetConfig.from_diffusers(case.model, stage))
+    unet = UNet(unet_config(case.model, stage))
     variables = {"params": load_params(case, "unet", unet.config)}
     output = jax.jit(unet.apply)(variables, x, timesteps, take(case, "context"), noise_level=level)
     return {"output": channels_first(output)}
@@ -110,7 +112,7 @@ def walk(sampler: Sampler, denoise: Denoise, init: jax.Array, noise_at: Callable
 
 def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
     """The latents that each sampler ends at, from the case's `init` noise under classifier-free guidance."""
-    unet = UNet(UNetConfig.from_diffusers(case.model, stage))
+    unet = UNet(unet_config(case.model, stage))
     params = load_params(case, "unet", unet.config)
     text, null_text = take(case, "context"), take(case, null_context)
     guidance = case.settings["guidance_scale"]

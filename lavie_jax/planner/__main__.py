@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
-from lavie_jax.evaluation.results import check_place
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.apart import Make, measure_apart
 from lavie_jax.planner.sampling import sampling_program
 from lavie_jax.planner.search import search
 from lavie_jax.planner.training import training_program
+from lavie_jax.results import check_path
 from lavie_jax.stages import STAGES
 from lavie_jax.training import options
 
@@ -96,7 +96,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     if args.program and not args.sample:
         raise UserError("--program goes with --sample: training is one program")
     chips.parse(args.topology)
-    check_place(args.json, report.KIND)
+    check_path(args.json, report.KIND)
     args.changed = {word[len("--config.") :].partition("=")[0]: word.partition("=")[2] for word in rest}
     config = options.load(args.config)
     for field, text in args.changed.items():

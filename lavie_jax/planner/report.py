@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lavie_jax.evaluation import results
+from lavie_jax import results
 from lavie_jax.planner import chips
 from lavie_jax.planner.chips import GIB
 from lavie_jax.planner.roofline import bound
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 def read(path: Path) -> list[Row]:
     """The rows in a file; none where there is no file. UserError for a file of another kind."""
-    results.check_place(path, KIND)
+    results.check_path(path, KIND)
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 

@@ -11,13 +11,13 @@ from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
 from lavie_jax.cascade.denoising import in_turn, predict_rows
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
-from lavie_jax.cascade.running import PASSES
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.planner.programs import Program, cast, placed
 from lavie_jax.planner.training import abstract_frozen
-from lavie_jax.samples.settings import Settings, Source
-from lavie_jax.stages import KEY_FRAME_SPACING, STAGES, Condition
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.conditioning import Condition
+from lavie_jax.stages.settings import Settings
 from lavie_jax.training import build
 from lavie_jax.weights import Part, Weights
 
@@ -46,7 +46,7 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
             ("vae", weights.vae, vae),
         )
     }
-    settings = PASSES[stage].resolve(weights, {}, _source(weights))
+    settings = STAGES[stage].resolve(weights, {}, STAGES[stage].default_clip(weights))
     step = _guided_step(weights, settings, (unet, text_encoder), params, mesh, rows)
     return [step, *_vae_work(weights, settings, vae, params, mesh)]
 
@@ -60,9 +60,9 @@ def _guided_step(
     weights: Weights, settings: Settings, models: tuple, params: dict, mesh: jax.sharding.Mesh, rows: int
 ) -> Program:
     unet, text_encoder = models
-    passes, sharding = PASSES[weights.stage], parallel.batch_sharding(mesh)
-    shape = passes.latent_shape(weights, settings)
-    windows = passes.windows(shape, settings)
+    stage, sharding = STAGES[weights.stage], parallel.batch_sharding(mesh)
+    shape = stage.latent_shape(weights, settings)
+    windows = stage.windows(shape, settings)
     window = max(windows, key=lambda w: np.prod(w.shape))
     sampler = make_sampler(settings.sampler, settings.steps, weights.schedule)
     total = rows * mesh.size
@@ -100,6 +100,7 @@ def _guided_step(
 
 
 def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax.sharding.Mesh) -> list[Program]:
+    stage = STAGES[weights.stage]
     factor, channels = weights.vae.config.factor, weights.vae.config.latent_channels
     sharding = parallel.batch_sharding(mesh)
     beside = (params["unet"], params["text_encoder"])
@@ -113,25 +114,14 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
             mesh=mesh, held={"parameters": params["vae"]}, beside=beside, note=note,
         )  # fmt: skip
 
-    height, width = (factor * side for side in PASSES[weights.stage].latent_shape(weights, settings)[1:3])
+    height, width = (factor * side for side in stage.latent_shape(weights, settings)[1:3])
     latents = ((height // factor, width // factor, channels), jnp.float32)
     programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
-    if weights.stage == "interpolation":  # the one stage that encodes
+    if stage.encodes_clip:
         frames = ((height, width, 3), jnp.uint8)
-        keys = (settings.frames - 1) // KEY_FRAME_SPACING + 1
+        keys = stage.default_clip(weights).frames
         programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
     return programs
-
-
-def _source(weights: Weights) -> Source | None:
-    """The clip from which the stage makes one of its default size."""
-    if weights.stage == "base":
-        return None
-    made = weights.sampling
-    frames, factor = made["frames"], weights.vae.config.factor
-    if weights.stage == "interpolation":
-        frames, factor = (frames - 1) // KEY_FRAME_SPACING + 1, 1
-    return Source(frames=frames, height=made["height"] // factor, width=made["width"] // factor, fps=made["fps"])
 
 
 def abstract_weights(config: Any) -> Weights:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from lavie_jax import results
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import results
 from lavie_jax.planner import chips
 from lavie_jax.planner.report import Row, collectives_text, fits, gib, planned, read, total
 from lavie_jax.planner.roofline import bound

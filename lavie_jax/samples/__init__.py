@@ -1,1 +1,1 @@
-"""What is asked for and where it goes: prompts, settings, files. No model and no jax: a wrong request fails at once."""
+"""Requests and files of `sample.py`: prompts, outputs, contact sheets, cached stages. No jax: errors come fast."""

@@ -1,7 +1,7 @@
-"""Where samples go: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON that says how to make it again.
+"""Files of samples: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON from which it can be made again.
 
-The JSON's `request` is what makes two samples the same, its `made_with` tells versions and hardware. A sample that is
-there is not made again, one that is there but differs is never overwritten unasked. Contact sheets are in `sheets.py`.
+The JSON's `request` determines the sample, its `made_with` records versions and hardware. An existing sample is not
+made again, and one that differs is overwritten only on request. Contact sheets are in `sheets.py`.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.samples.settings import Settings, complete
-from lavie_jax.samples.shelf import Shelf
+from lavie_jax.samples.stage_cache import StageCache
+from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
 
 SIDECAR_VERSION = 1
 STAGES_FOLDER = "stages"
@@ -31,10 +31,19 @@ STAGES_FOLDER = "stages"
 def save_video(
     video: UInt8[np.ndarray, "1 t h w 3"] | UInt8[np.ndarray, "t h w 3"], path: str | os.PathLike, *, fps: float
 ) -> Path:
-    """Write one video, as a pipeline returned it or (T, H, W, 3), in the format of the path's ending.
+    """Writes one video, as a `Cascade` returns it or (T, H, W, 3), in the format of the path's ending.
 
-    `.mp4`, `.gif`, `.npz` (exact) or `.png` (exact: a file for one frame, else a folder of that name without
-    the ending). Returns what was written. UserError for another ending, and for odd sides in an mp4.
+    Args:
+        video: uint8 frames.
+        path: ends in `.mp4`, `.gif`, `.npz` (lossless) or `.png` (lossless: a file for one frame, else a folder of
+            that name without the ending).
+        fps: frames per second.
+
+    Returns:
+        The path of what was written.
+
+    Raises:
+        UserError: another ending, or odd sides in an mp4.
     """
     path = Path(path)
     if path.suffix[1:] not in FORMATS:
@@ -43,7 +52,7 @@ def save_video(
 
 
 def parse_formats(names: str) -> tuple[str, ...]:
-    """`"mp4,png"` as a tuple; UserError for an unknown name, and for none."""
+    """`"mp4,png"` as a tuple. Raises UserError for an unknown format, or none."""
     formats = tuple(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
     if not formats:
         raise UserError(f"format: none given. Allowed: {', '.join(FORMATS)}")
@@ -54,16 +63,16 @@ def parse_formats(names: str) -> tuple[str, ...]:
 
 
 def check_formats(formats: tuple[str, ...], *, frames: int, height: int, width: int) -> None:
-    """UserError for an image in a video's format, and for odd sides in an mp4."""
+    """Raises UserError for an image in a video format, and for odd sides in an mp4."""
     films = [name for name in formats if name in ("mp4", "gif")]
     if frames == 1 and films:
-        raise UserError(f"format: one frame is an image, and {films[0]} is for videos; use png or npz")
+        raise UserError(f"format: one frame is an image, and {films[0]} is a video format; use png or npz")
     if "mp4" in formats and (height % 2 or width % 2):
-        raise UserError(f"format: an mp4 has even sides, not {height}x{width}; use gif, png or npz")
+        raise UserError(f"format: the sides of an mp4 must be even, not {height}x{width}; use gif, png or npz")
 
 
 def slug(text: str) -> str:
-    """A short name of lower-case ASCII letters, digits and hyphens: `"A red circle!"` is `a-red-circle`."""
+    """A short name of lower-case ASCII letters, digits and hyphens: `"A red circle!"` becomes `a-red-circle`."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")[:48].rstrip("-") or "prompt"
 
@@ -77,29 +86,29 @@ def make_request(
     negative_prompt: str | None = None,
     clip_hash: str | None = None,
 ) -> dict[str, Any]:
-    """All that decides what a sample shows, as JSON values.
+    """Everything that determines a sample, as JSON values.
 
-    `settings` and `hashes` (of the weights) are those of its stages. The base stage's stand by themselves, as they
-    are given to a call and on the command line, those of another stage under its name.
+    `settings` and `hashes` (of the weights) are {stage: ...}. Those of the main stage are entries of the request, as in
+    a call and on the command line; those of another stage are under its name.
     """
     request = {"prompt": prompt, "seed": seed, "stages": list(settings)}
     if clip_hash is not None:
         request["input_sha256"] = clip_hash
     for stage, made in settings.items():
         values = {**made.to_dict(), "weights_sha256": hashes[stage]}
-        request |= values if stage == "base" else {stage: values}
+        request |= values if STAGE_INFO[stage].main else {stage: values}
     if negative_prompt is not None:
         request["negative_prompt"] = negative_prompt
     return request
 
 
 def of_stage(request: Mapping[str, Any], stage: str) -> Mapping[str, Any]:
-    """One stage's settings in a request."""
-    return request if stage == "base" else request[stage]
+    """The settings of one stage in a request."""
+    return request if STAGE_INFO[stage].main else request[stage]
 
 
 def up_to(request: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    """The part of a request that decides what a stage of it makes."""
+    """The part of a request that determines the output of one of its stages."""
     stages = request["stages"]
     later = stages[stages.index(stage) + 1 :]
     return {**{n: v for n, v in request.items() if n not in later}, "stages": stages[: stages.index(stage) + 1]}
@@ -107,7 +116,14 @@ def up_to(request: Mapping[str, Any], stage: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """The files of one sample. `request` is all that decides what the sample shows (`make_request`)."""
+    """The files of one sample.
+
+    Attributes:
+        folder: where they are.
+        index: the position of its prompt among all.
+        formats: the requested ones.
+        request: everything that determines the sample (`make_request`).
+    """
 
     folder: Path
     index: int
@@ -116,66 +132,67 @@ class Output:
 
     @property
     def stem(self) -> str:
-        """The file name without its ending: number, prompt, seed."""
+        """The file name without its ending: index, prompt, seed."""
         return f"{self.index:04d}-{slug(self.request['prompt'])}-{self.request['seed']}"
 
     @property
-    def made(self) -> Mapping[str, Any]:
-        """The settings of the last stage: how many frames there are, how large and how fast."""
+    def final(self) -> Mapping[str, Any]:
+        """The settings of the last stage, which hold the size and rate of the output."""
         return of_stage(self.request, self.request["stages"][-1])
 
-    def shelf(self, dtype: str) -> Shelf:
-        """Where the stages' frames and states are kept. Of the base stage alone only the state is, until it is done."""
+    def cache(self, dtype: str) -> StageCache:
+        """The cache of the stages. Of the main stage alone, only the state is kept, until the sample is finished."""
         stages = self.request["stages"]
         records = {stage: {**up_to(self.request, stage), "dtype": dtype} for stage in stages}
-        return Shelf(self.folder / STAGES_FOLDER / self.stem, records, keep=stages != ["base"])
+        alone = len(stages) == 1 and STAGE_INFO[stages[0]].main
+        return StageCache(self.folder / STAGES_FOLDER / self.stem, records, keep=not alone)
 
     def path(self, ending: str) -> Path:
-        """The file of a format, or of the JSON; frames of a video as PNGs are a folder."""
-        if ending == "png" and self.made["frames"] > 1:
+        """The file of a format, or the JSON. A video as PNGs is a folder."""
+        if ending == "png" and self.final["frames"] > 1:
             return self.folder / self.stem
         return self.folder / f"{self.stem}.{ending}"
 
     def to_make(self, *, overwrite: bool) -> tuple[str, ...]:
-        """The formats that are still to be written; none when the sample is there.
+        """The formats that are still to be written; () when the sample exists.
 
-        Raises UserError when a file is there that this request would not make, unless `overwrite`.
+        Raises UserError when a file exists that this request would not make, unless `overwrite`.
         """
         if overwrite:
             return self.formats
-        there = [name for name in FORMATS if self.path(name).exists()]
+        existing = [name for name in FORMATS if self.path(name).exists()]
         sidecar = self.path("json")
         if not sidecar.exists():
-            if there:
+            if existing:
                 raise UserError(
-                    f"{self.path(there[0])} is there without a JSON that says how it was made; "
+                    f"{self.path(existing[0])} exists without a JSON that records how it was made; "
                     "choose another --out, or --overwrite"
                 )
             return self.formats
-        found = _read_request(sidecar)
-        if found is None:
+        stored = _read_request(sidecar)
+        if stored is None:
             raise UserError(
-                f"{sidecar} is there but does not say how a sample was made; choose another --out, or --overwrite"
+                f"{sidecar} exists but does not record how a sample was made; choose another --out, or --overwrite"
             )
-        if (name := self._difference(found)) is not None:
+        if (name := self._difference(stored)) is not None:
             raise UserError(
-                f"{sidecar} was made with {name} = {json.dumps(found.get(name))}, asked for is "
-                f"{json.dumps(self.request.get(name))}; choose another --out, or --overwrite"
+                f"{sidecar} was made with {name} = {json.dumps(stored.get(name))}, not "
+                f"{json.dumps(self.request.get(name))} as requested now; choose another --out, or --overwrite"
             )
-        return tuple(name for name in self.formats if name not in there)
+        return tuple(name for name in self.formats if name not in existing)
 
-    def _difference(self, found: Mapping[str, Any]) -> str | None:
-        """The first field in which the request `found` is not this one."""
-        names = sorted({*found, *self.request})
-        return next((name for name in names if found.get(name) != self.request.get(name)), None)
+    def _difference(self, stored: Mapping[str, Any]) -> str | None:
+        """The first field in which the request `stored` differs from this one."""
+        names = sorted({*stored, *self.request})
+        return next((name for name in names if stored.get(name) != self.request.get(name)), None)
 
     def write(
         self, video: UInt8[np.ndarray, "t h w 3"], formats: tuple[str, ...], made_with: Mapping[str, Any]
     ) -> list[Path]:
-        """Write the JSON and `formats` of a video; returns the paths of the latter.
+        """Writes the JSON and `formats` of a video; returns the paths of the latter.
 
-        Every file is complete when its name appears. The JSON comes first: after a run was killed between the
-        two, the next one finds its own request and makes what is missing.
+        Every file is complete when its name appears. The JSON comes first: when a run is killed between the two, the
+        next one finds its own request and makes what is missing.
         """
         sidecar = {"format_version": SIDECAR_VERSION, "request": dict(self.request), "made_with": dict(made_with)}
         text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
@@ -187,7 +204,7 @@ class Output:
                 part.write_text(text, encoding="utf-8")
                 _replace(part, self.path("json"))
             for name in formats:
-                _replace(save_as(video, part, name, fps=self.made["fps"]), self.path(name))
+                _replace(save_as(video, part, name, fps=self.final["fps"]), self.path(name))
         except OSError as error:
             raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
         finally:
@@ -195,12 +212,12 @@ class Output:
         return [self.path(name) for name in formats]
 
     def _remove_outdated(self) -> None:
-        """Remove what `--overwrite` replaces, all formats of another request: beside the new JSON, and be it only
-        after a crash, they would pass for this one's."""
-        found = _read_request(self.path("json")) if self.path("json").exists() else None
-        if found is None:  # of unknown origin: what was not asked for stays
+        """Removes what `--overwrite` replaces: all formats of another request. Beside the new JSON they would be taken
+        for this one's after a crash."""
+        stored = _read_request(self.path("json")) if self.path("json").exists() else None
+        if stored is None:  # of unknown origin: formats that were not requested stay
             paths = [self.path(name) for name in self.formats]
-        elif self._difference(found) is None:
+        elif self._difference(stored) is None:
             paths = []
         else:
             paths = [self.folder / self.stem, *(self.folder / f"{self.stem}.{name}" for name in FORMATS)]
@@ -208,7 +225,7 @@ class Output:
             _remove(path)
 
     def read(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """The sample, from the most exact of its files. UserError when that is damaged."""
+        """The sample, from the most accurate of its files. Raises UserError when that is damaged."""
         path = next(path for name in ("npz", "png", "mp4", "gif") if (path := self.path(name)).exists())
         try:
             if path.suffix == ".npz":
@@ -219,11 +236,11 @@ class Output:
                 return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
             return read_video(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read: delete it, and the same command makes it anew") from error
+            raise UserError(f"{path} cannot be read: delete it, and the same command makes it again") from error
 
 
 def _read_request(path: Path) -> dict[str, Any] | None:
-    """What a sample's JSON says was asked for; None when it does not."""
+    """The request in a sample's JSON, None when it has none."""
     try:
         request = json.loads(path.read_text(encoding="utf-8"))["request"]
     except (ValueError, KeyError, TypeError):
@@ -232,7 +249,7 @@ def _read_request(path: Path) -> dict[str, Any] | None:
 
 
 def _replace(part: Path, path: Path) -> None:
-    """Give the finished file or folder `part` its name; only --overwrite comes here with `path` already there."""
+    """Renames the finished file or folder `part`; `path` exists only under --overwrite."""
     if path.is_dir():
         _remove(path)
     os.replace(part, path)

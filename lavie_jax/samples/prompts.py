@@ -1,4 +1,4 @@
-"""Prompts from the command line and from txt, csv and jsonl files. Standard library only: errors come at once."""
+"""Prompts from the command line and from txt, csv and jsonl files. Standard library only, so that errors come fast."""
 
 import csv
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any
 
 from lavie_jax.errors import UserError, suggest
 
-MAX_SEED = 2**32 - 1  # a seed is the one 32-bit word that keys a sample's noise
+MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys a sample's noise
 FIELDS = ("prompt", "seed", "negative_prompt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A caption to sample; None where the run's own seed or negative prompt holds."""
+    """A caption to sample; None stands for the run's own seed or negative prompt."""
 
     text: str
     seed: int | None = None
@@ -24,19 +24,19 @@ class Prompt:
 
 
 def check_seed(seed: Any, where: str = "seed") -> int:
-    """`seed` as an int from 0 to 2^32 - 1; UserError otherwise."""
+    """`seed` as an int. Raises UserError when it is not a whole number from 0 to 2^32 - 1."""
     try:
         value = int(seed)
         exact = not isinstance(seed, bool) and value == (float(seed) if isinstance(seed, float) else value)
     except (TypeError, ValueError, OverflowError):
         exact = False
     if not exact or not 0 <= value <= MAX_SEED:
-        raise UserError(f"{where}: a whole number from 0 to {MAX_SEED} is needed, given {seed!r}")
+        raise UserError(f"{where} must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
     return value
 
 
 def check_unicode(text: str, where: str) -> None:
-    """UserError for text that UTF-8 cannot hold: a command line's bytes that were none, or half a pair in JSON."""
+    """Raises UserError for text that UTF-8 cannot encode, such as undecodable bytes of a command line."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -46,17 +46,17 @@ def check_unicode(text: str, where: str) -> None:
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, at least one.
 
-    - `.txt`: one prompt a line; empty lines are skipped.
-    - `.csv`: a header with `prompt` and, if wanted, `seed` and `negative_prompt`.
-    - `.jsonl`: one object a line with the same names.
+    - `.txt`: one prompt per line; empty lines are skipped.
+    - `.csv`: a header with `prompt`, and optionally `seed` and `negative_prompt`.
+    - `.jsonl`: one object per line with the same names.
 
-    Raises UserError for a file that is missing, empty, not UTF-8 or of another kind, and for a line that is
-    wrong, with its number.
+    Raises UserError for a file that is missing, empty, not UTF-8 or of another type, and for an invalid line, with its
+    number.
     """
     readers = {".txt": _from_txt, ".csv": _from_csv, ".jsonl": _from_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"prompt file {path}: its kind is told by its ending; use {', '.join(readers)}")
+        raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; use {', '.join(readers)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -67,12 +67,12 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from None
     prompts = list(reader(path, text))
     if not prompts:
-        raise UserError(f"prompt file {path} has no prompts in it")
+        raise UserError(f"prompt file {path} contains no prompts")
     return prompts
 
 
 def _from_txt(path: Path, text: str) -> Iterator[Prompt]:
-    for line in text.split("\n"):  # splitlines() would cut at rarer characters too
+    for line in text.split("\n"):  # splitlines() would split at rarer characters too
         if line.strip():
             yield Prompt(text=" ".join(line.split()))
 
@@ -88,9 +88,9 @@ def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
             if None in row or None in row.values():
                 raise UserError(
                     f"{where}: {len(rows.fieldnames)} columns are needed, as in the header; "
-                    'a prompt with commas stands in "quotes"'
+                    'put a prompt with commas in "quotes"'
                 )
-            # An empty cell means: not given.
+            # an empty cell is not given
             yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.reader.line_num}: {error}") from None
@@ -106,7 +106,7 @@ def _from_jsonl(path: Path, text: str) -> Iterator[Prompt]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg} (column {error.colno})") from None
         if not isinstance(values, dict):
-            raise UserError(f'{where}: an object like {{"prompt": "..."}} is needed, given {line.strip()[:60]}')
+            raise UserError(f'{where} must be an object like {{"prompt": "..."}}, not {line.strip()[:60]}')
         _check_fields(where, values)
         yield _prompt(where, {n: v for n, v in values.items() if v is not None})
 
@@ -116,15 +116,15 @@ def _check_fields(where: str, names: Iterable[str]) -> None:
         if name not in FIELDS:
             raise UserError(f"{where}: unknown field {name!r}{suggest(str(name), FIELDS)}")
     if "prompt" not in names:
-        raise UserError(f"{where}: there is no field 'prompt'")
+        raise UserError(f"{where}: the field 'prompt' is missing")
 
 
 def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
     text, negative = values.get("prompt", ""), values.get("negative_prompt")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: the prompt is empty or not a text: {text!r}")
+        raise UserError(f"{where}: the prompt is empty or not text: {text!r}")
     if negative is not None and not isinstance(negative, str):
-        raise UserError(f"{where}: the negative prompt is not a text: {negative!r}")
+        raise UserError(f"{where}: the negative prompt is not text: {negative!r}")
     for part in (text, negative or ""):
         check_unicode(part, where)
     seed = check_seed(values["seed"], f"{where}, seed") if "seed" in values else None

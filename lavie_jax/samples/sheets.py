@@ -1,4 +1,4 @@
-"""Contact sheets: all samples of a run on one page, and of a cascade the stages of each sample below each other."""
+"""Contact sheets: the samples of a run on one page, the stages of a cascade below each other."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -11,13 +11,13 @@ from jaxtyping import UInt8
 from lavie_jax.data.video_files import contact_sheet
 
 COLUMNS = 7
-SIDE = 256  # pixels of a frame: a sheet of large ones would fill the host's memory
-DETAIL = 512  # pixels of a frame that was upscaled, which loses by being shown smaller: of large ones the middle
-EMPTY = 250  # a moment at which a clip has no frame: the sheet's own white
+SIDE = 256  # pixels of a frame: a sheet of large frames would fill the host's memory
+DETAIL = 512  # pixels of an upscaled frame, which must not be shown smaller: large ones are cropped to the middle
+EMPTY = 250  # the sheet's white, for a moment at which a clip has no frame
 
 
 class ContactSheets:
-    """`OUT/{stem}.png`, a row for each sample or each of its stages; after `ROWS` comes `OUT/{stem}-2.png`."""
+    """`OUT/{stem}.png`, a row for each sample or each of its stages; after `ROWS` rows follows `OUT/{stem}-2.png`."""
 
     ROWS = 24
 
@@ -30,9 +30,9 @@ class ContactSheets:
         return self.folder / f"{self.stem}.png"
 
     def add(self, clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]], prompt: str) -> None:
-        """A sample: {name: frames} of its clips, from the one that it started from to the last stage's.
+        """Adds a sample: {name: frames} of its clips, from the one that it started from to the last stage's.
 
-        One clip is a row under its prompt, several are a row each, at the same moments (`compared`).
+        A single clip becomes a row under its prompt, several become a row each, at the same moments (`compared`).
         """
         if len(clips) > 1:
             first, *others = compared(clips)
@@ -44,7 +44,7 @@ class ContactSheets:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that are waiting."""
+        """Writes the pending rows."""
         if self.rows:
             self.count += 1
             path = self.first if self.count == 1 else self.folder / f"{self.stem}-{self.count}.png"
@@ -54,9 +54,9 @@ class ContactSheets:
 
 
 def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple[np.ndarray, str]]:
-    """(frames, caption) of each clip, all at the same moments, and enlarged pixel by pixel to the size of the largest.
+    """(frames, caption) of each clip, all at the same moments and enlarged by whole pixels to the size of the largest.
 
-    The sides of the clips are multiples of the smallest's. At a moment for which a clip has no frame its row is empty.
+    The sides of the clips are multiples of the smallest's. A row is empty at moments for which its clip has no frame.
     """
     times = moments([len(clip) for clip in clips.values()])
     small, large = ([pick(sides) for sides in zip(*(c.shape[1:3] for c in clips.values()))] for pick in (min, max))
@@ -86,9 +86,9 @@ def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple
 
 
 def moments(lengths: Sequence[int]) -> list[Fraction]:
-    """Moments of a video, 0 its first frame and 1 its last, to look at clips of these numbers of frames.
+    """Moments, from 0 (first frame) to 1 (last), at which to compare clips with these numbers of frames.
 
-    They are frames of the shortest clip, and, where another has frames in between, some of those in turn.
+    They alternate between frames of the shortest clip and frames of a longer one in between.
     """
     few, many = min(lengths), max(lengths)
     if few == many or few == 1:
@@ -99,11 +99,11 @@ def moments(lengths: Sequence[int]) -> list[Fraction]:
 
 
 def evenly(length: int, count: int) -> np.ndarray:
-    """Up to `count` of `length` frames, from the first to the last."""
+    """Indices of up to `count` of `length` frames, evenly spaced from the first to the last."""
     return np.unique(np.round(np.linspace(0, length - 1, count)).astype(int))
 
 
 def thinned(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t _h _w 3"]:
-    """Frames of at most SIDE pixels a side, rows and columns left out."""
+    """Frames subsampled to at most SIDE pixels a side."""
     step = -(-max(frames.shape[1:3]) // SIDE)
     return frames[:, ::step, ::step].copy()

@@ -13,7 +13,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from lavie_jax import stages, weights
+from lavie_jax import weights
 from lavie_jax.data import moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
@@ -24,11 +24,10 @@ from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
-from lavie_jax.samples.settings import SETTINGS
+from lavie_jax.stages import STAGES
 from lavie_jax.training import diffusion, latents
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.diffusion import DiffusionLoss, Models
-from lavie_jax.training.inputs import check_frames
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
 from lavie_jax.weights.inflate import TEMPORAL, inflate
@@ -73,8 +72,8 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
             ),
             None,
         )
-    if config.stage not in stages.STAGES:
-        raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *stages.STAGES))}")
+    if config.stage not in STAGES:
+        raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *STAGES))}")
     check_stage(config)
     sets = [open_set(path) for path in latent_paths(data_config(config))]  # refused before weights are read
     origin = load_origin(config, scratch)
@@ -90,7 +89,7 @@ def check_stage(config: Any) -> None:
         check_buckets(data)
     if latent_paths(data):
         latents.check_stage(config.stage, train_text_encoder=config.train_text_encoder)
-    check_frames(config.stage, data.frames)
+    STAGES[config.stage].check_training_frames(data.frames)
     if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
         raise UserError(f"data.frames = {data.frames} and data.images = {data.images} leave nothing to train on.")
     if config.regime != "joint" and not data.frames:
@@ -98,7 +97,7 @@ def check_stage(config: Any) -> None:
     if config.regime == "video_only" and data.images:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
     try:
-        settings = SETTINGS[config.stage].make(sampling_defaults(config), {})
+        settings = STAGES[config.stage].info.settings.make(sampling_defaults(config), {})
         make_sampler(settings.sampler, settings.steps, models.schedule)
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
@@ -122,7 +121,7 @@ def stage_task(config: Any, dtype: DTypeLike, origin: Origin) -> Task:
     """The task of a stage whose parameters come from `origin`; they may be ShapeDtypeStructs."""
     data, models = data_config(config), make_models(config, dtype, origin.scaling_factor)
     losses = diffusion.StageLoss(
-        stage=stages.STAGES[config.stage],
+        stage=STAGES[config.stage],
         models=models,
         loss=DiffusionLoss(**_plain(config.loss)),
         frames=data.frames,
@@ -147,12 +146,13 @@ def sampling_defaults(config: Any) -> dict[str, Any]:
     as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
     if data.fps is not None:  # clips at their own rates say nothing of the rate of samples
         as_trained["fps"] = data.fps
-    return {**stages.STAGES[config.stage].sampling, **as_trained, **config.sampling}
+    given = {name: value for name, value in config.sampling.items() if value is not None}
+    return {**STAGES[config.stage].sampling, **as_trained, **given}
 
 
 def data_config(config: Any) -> DataConfig:
     """What the batches of a config hold; dropped captions become its stage's own null caption."""
-    stage = stages.STAGES.get(config.stage)  # none is the VAE's, which reads no captions
+    stage = STAGES.get(config.stage)  # none is the VAE's, which reads no captions
     return DataConfig(**_plain(config.data), null_caption=stage.null_caption if stage else "")
 
 
@@ -161,7 +161,7 @@ def held_out_data(data: DataConfig) -> DataConfig:
 
     Those of a curriculum are mixed as at its end, in the whole run.
     """
-    fields = ("video_weights", "still_weights")
+    fields = ("video_weights", "image_weights")
     at_end = {name: tuple((0, row) for _, row in getattr(data, name)[-1:]) for name in fields}
     return dataclasses.replace(data, split="val", caption_drop=0.0, detail_drop=0.0, seed=data.seed + 1, **at_end)
 

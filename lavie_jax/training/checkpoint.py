@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from lavie_jax import parallel
 from lavie_jax.errors import UserError
 from lavie_jax.training import disk
+from lavie_jax.training.config import complete
 
 # Beside the fields of the config: `array_hash` of the models that are not trained, which each start reads anew from
 # folders that may have changed.
@@ -134,9 +135,10 @@ class Checkpoints:
             its files are damaged, which names the older steps.
         """
         meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-        config = json.loads(json.dumps(config))  # as it went into the checkpoint: tuples are lists there
+        # As JSON, in which tuples are lists, and with defaults for fields that an older version did not have.
+        config, recorded = (json.loads(json.dumps(complete(x))) for x in (config, meta["config"]))
         for field in IDENTITY:
-            saved, now = meta["config"].get(field, config.get(field)), config.get(field)
+            saved, now = recorded.get(field, config.get(field)), config.get(field)
             if saved != now:
                 raise UserError(
                     f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "

@@ -2,7 +2,7 @@
 
 The VAE is frozen and encodes within the step, one draw from its posterior an image (or its mean). The text encoder is
 frozen too, or, in a small world whose words no released encoder knows as a world of their own, trained
-along. What a stage feeds its UNet is in `stages.py`, how that is made from a batch in `training/inputs.py`,
+along. What a stage feeds its UNet is in `stages/`,
 the loss in `diffusion/loss.py`.
 """
 
@@ -18,14 +18,16 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from lavie_jax import stages, weights
+from lavie_jax import weights
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
-from lavie_jax.training.inputs import INPUTS, Clips
+from lavie_jax.stages import conditioning
+from lavie_jax.stages.conditioning import EncodedClips, Text, TrainingPair
+from lavie_jax.stages.stage import Stage
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
@@ -71,7 +73,7 @@ class StageLoss:
     Parameters are {"unet": ..., "text_encoder": ... if trained}, frozen ones {"vae": ..., "text_encoder": ... if not}.
     """
 
-    stage: stages.Stage
+    stage: Stage
     models: Models
     loss: DiffusionLoss
     frames: int
@@ -97,7 +99,7 @@ class StageLoss:
         schedule = self.models.schedule
         pair = self.stage.training_pair(
             latents, inputs, pair_rng, images=self.images, image_inputs=image_inputs, schedule=schedule,
-            draw=timestep_distribution(schedule, self.loss),
+            sample_timesteps=timestep_distribution(schedule, self.loss),
         )  # fmt: skip
         return self._losses(params, pair, self._text(params, frozen, batch))
 
@@ -122,29 +124,29 @@ class StageLoss:
 
     def _encode(self, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
         """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
-        vae, make_inputs = self.models.vae, INPUTS[self.stage.name]
+        vae, make_inputs = self.models.vae, self.stage.training_inputs
         clips = self._clips(frozen, batch)
-        every = clips.certain() if self.loss.posterior_mean else clips
+        every = clips.without_variance() if self.loss.posterior_mean else clips
         latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
-        latents = every.draw(latent_rng, vae.config)
-        video, images = every.cut(slice(None, self.frames)), every.cut(slice(self.frames, None), None)
+        latents = every.sample(latent_rng, vae.config)
+        video, images = every.select(slice(None, self.frames)), every.select(slice(self.frames, None), None)
         inputs = make_inputs(video, vae.config, video_rng, level_rng) if self.frames else None
         image_inputs = make_inputs(images, vae.config, image_rng, level_rng) if self.images else None
         return jax.lax.stop_gradient((latents, inputs, image_inputs))
 
-    def _clips(self, frozen: Any, batch: Batch) -> Clips:
+    def _clips(self, frozen: Any, batch: Batch) -> EncodedClips:
         """The clip's frames, then the images: encoded here, or, without any use of `frozen`, when the data was made."""
         encoded = [batch[key] for key in ("video_latents", "image_latents") if key in batch]
         if encoded:
             mean, std = jnp.split(jnp.concatenate(encoded, axis=1), 2, axis=-1)
-            return Clips(None, mean, 2 * jnp.log(std))
+            return EncodedClips(None, mean, 2 * jnp.log(std))
         kinds = {"video": self.frames, "images": self.images}
         pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
-        return Clips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
+        return EncodedClips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
 
-    def _text(self, params: Any, frozen: Any, batch: Batch) -> stages.Text:
+    def _text(self, params: Any, frozen: Any, batch: Batch) -> Text:
         if "text" in batch or "image_text" in batch:
-            return stages.Text(batch.get("text"), batch.get("image_text"))
+            return Text(batch.get("text"), batch.get("image_text"))
         return encode_text(
             self.models.text_encoder,
             (params if self.train_text_encoder else frozen)["text_encoder"],
@@ -152,8 +154,8 @@ class StageLoss:
             batch["image_tokens"] if self.images else None,
         )
 
-    def _losses(self, params: Any, pair: stages.TrainingPair, text: stages.Text) -> tuple[jax.Array, Losses]:
-        prediction = stages.predict(self.models.unet, params["unet"], pair, text)
+    def _losses(self, params: Any, pair: TrainingPair, text: Text) -> tuple[jax.Array, Losses]:
+        prediction = conditioning.predict(self.models.unet, params["unet"], pair, text)
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
         value, parts = joint_loss(prediction, pair.target, weight, self.frames, self.loss.alpha)
         present = {"video": self.frames, "image": self.images}
@@ -196,7 +198,7 @@ def make_diffusion_task(
             text_encoder=(models.text_encoder.config, text_params),
             tokenizer=tokenizer,
             schedule=models.schedule,
-            low_res_schedule=stages.LOW_RES_SCHEDULE if losses.stage.name == "vsr" else None,
+            low_res_schedule=losses.stage.low_res_schedule,
             overwrite=True,
         )
 
@@ -239,20 +241,20 @@ def encode_text(
     params: Any,
     tokens: Int[Array, "b l"] | None,
     image_tokens: Int[Array, "b m l"] | None,
-) -> stages.Text:
+) -> Text:
     """The captions of the videos and of the images, through the encoder in one call."""
     parts = [] if tokens is None else [tokens[:, None]]
     every = jnp.concatenate(parts if image_tokens is None else [*parts, image_tokens], axis=1)
     text = encoder.apply({"params": params}, einops.rearrange(every, "b n l -> (b n) l"))
     text = einops.rearrange(text, "(b n) l d -> b n l d", b=every.shape[0])
     video = None if tokens is None else text[:, 0]
-    return stages.Text(video, None if image_tokens is None else text[:, len(parts) :])
+    return Text(video, None if image_tokens is None else text[:, len(parts) :])
 
 
-def timestep_distribution(schedule: Schedule, loss: DiffusionLoss) -> stages.DrawTimesteps:
+def timestep_distribution(schedule: Schedule, loss: DiffusionLoss) -> conditioning.SampleTimesteps:
     """(rng, shape) -> the timesteps that a step trains, int32: uniform, or more of some than of others."""
     if not loss.logit_normal:
-        return stages.uniform_timesteps(schedule)
+        return conditioning.uniform_timesteps(schedule)
     mean, scale = loss.logit_normal
 
     def draw(rng: jax.Array, shape: tuple[int, ...]) -> Array:

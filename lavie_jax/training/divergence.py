@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from lavie_jax import parallel
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.training import build, checkpoint, disk, optimizer
+from lavie_jax.training.config import complete
 from lavie_jax.training.step import make_gradients, make_state, step_rng
 
 AHEAD = 2  # steps of batches that may wait on the devices
@@ -160,7 +161,8 @@ def _config(values: Mapping[str, Any]) -> Any:
             return {name: tuples(x) for name, x in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict({name: tuples(x) for name, x in values.items() if name != checkpoint.FROZEN})
+    values = complete({name: tuples(x) for name, x in values.items() if name != checkpoint.FROZEN})
+    return ml_collections.ConfigDict(values)
 
 
 def _not_finite(what: str, tree: Any) -> Iterator[str]:

@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.models.unet import ROTARY_WIDTH
+from lavie_jax.models.transformer import ROTARY_WIDTH
 from lavie_jax.models.unet_config import UNetConfig
-from lavie_jax.models.vae import VAEConfig
+from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
@@ -72,7 +71,7 @@ def import_stage(
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)
     parts = import_image_parts(source, target.stage)
-    config = video_config(image_config(source), target.stage, parts["vae"].config.latent_channels)
+    config = video_config(unet_config(source.unet_config, "image"), target.stage, parts["vae"].config.latent_channels)
     parts["unet"] = import_part("unet", Source(unet_file, {}, read_weights_file(unet_file)), config)
     refuse([line for part in parts.values() for line in part.problems] + list(source.unknown))
     save(target, out, parts, source, share=share, overwrite=overwrite)
@@ -80,26 +79,19 @@ def import_stage(
 
 def import_image_parts(source: Pretrained, stage: str) -> dict[str, Imported]:
     """The VAE and the text encoder of a published model."""
-    vae_config = dict(source.vae.config)
+    vae_json = dict(source.vae.config)
     if stage == "vsr":
-        vae_config.setdefault("scaling_factor", X4_SCALING_FACTOR)
+        vae_json.setdefault("scaling_factor", X4_SCALING_FACTOR)
     return {
-        "vae": import_part("vae", source.vae, VAEConfig.from_diffusers(vae_config)),
-        "text_encoder": import_part(
-            "text_encoder", source.text_encoder, CLIPTextConfig.from_diffusers(source.text_encoder.config)
-        ),
+        "vae": import_part("vae", source.vae, vae_config(vae_json)),
+        "text_encoder": import_part("text_encoder", source.text_encoder, clip_text_config(source.text_encoder.config)),
     }
-
-
-def image_config(source: Pretrained) -> UNetConfig:
-    """The image UNet of a published model."""
-    return UNetConfig.from_diffusers(source.unet_config, "image")
 
 
 def video_config(image: UNetConfig, stage: str, latent_channels: int) -> UNetConfig:
     """A stage's UNet, made from the image UNet: what is temporal, and the interpolation's copied key frames."""
     more = latent_channels if stage == "interpolation" else 0
-    return dataclasses.replace(image, in_channels=image.in_channels + more).inflated(stage)
+    return inflated_config(dataclasses.replace(image, in_channels=image.in_channels + more), stage)
 
 
 def import_part(part: str, source: Source, config) -> Imported:

@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.registry import PARTS
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.weights.convert import (
     Imported,
     Target,
-    image_config,
     import_image_parts,
     import_part,
     save,
     video_config,
 )
+from lavie_jax.weights.diffusers_configs import unet_config
 from lavie_jax.weights.expected import expected_shapes, refuse
 from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, read_part, save_folder
-from lavie_jax.weights.names import PARTS, ZERO_AT_FIRST, is_buffer
+from lavie_jax.weights.names import ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
 
@@ -49,7 +50,7 @@ def inflate_pretrained(
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True)
     parts = import_image_parts(source, target.stage)
-    image = import_part("unet", source.unet, image_config(source))
+    image = import_part("unet", source.unet, unet_config(source.unet_config, "image"))
     refuse([line for part in (image, *parts.values()) for line in part.problems] + list(source.unknown))
     _check_kind(pretrained, target.stage, image.config, parts["vae"].config.latent_channels)
     config = video_config(image.config, target.stage, parts["vae"].config.latent_channels)

@@ -1,4 +1,4 @@
-"""Scenes of a video, by PySceneDetect, each with sample frames to judge it by."""
+"""Cuts a video into scenes with PySceneDetect, each with sample frames for the filters."""
 
 import collections
 import dataclasses
@@ -11,17 +11,18 @@ from jaxtyping import UInt8
 from lavie_jax.data import video_files
 from lavie_jax.errors import UserError
 
-SIDE = 224  # pixels of the shorter side of sample frames; what CLIP sees
-SAMPLES = 16  # at most so many of a scene are kept at a time, so that its length costs no memory
-_REACH = 2  # frames on either side that the detector compares a cut with
-_REPEATS = 8  # in a row are not shown to it; the next one is, as frames wait in memory until they are judged
+SIDE = 224  # pixels of the shorter side of sample frames; CLIP's input size
+SAMPLES = 16  # most samples of a scene, so that memory does not grow with its length
+_REACH = 2  # the detector compares a frame with this many on either side
+# A repeated frame is withheld from the detector, but at most this many in a row: withheld frames wait in memory.
+_MAX_REPEATS = 8
 
 INSTALL = 'pip install "lavie_jax[curation]", or -e ".[curation]" in a clone'
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Frames `first` to `last` - 1 of a video, and 8 or more `samples` of them (all, of fewer), evenly spread."""
+    """Frames `first` to `last` - 1 of a video, with 8 to 16 evenly spaced `samples` (all frames if there are fewer)."""
 
     first: int
     last: int
@@ -29,14 +30,17 @@ class Scene:
 
 
 def find_scenes(path: str | Path, *, threshold: float) -> Iterator[Scene]:
-    """The scenes of a video file, first to last; without a cut there is one.
+    """Yields the scenes of a video file in order; a video without cuts is one scene.
 
-    `threshold` is the ratio that makes a cut of AdaptiveDetector: the change from one frame to the next against the
-    mean of those around it. It sees neither slow cross-fades nor shots of one or two frames. Raises UserError for what
-    cannot be read to its end, and without PySceneDetect.
+    Args:
+        threshold: AdaptiveDetector cuts where the change from one frame to the next exceeds the mean of those around
+            it by this factor. It misses slow cross-fades and shots of one or two frames.
+
+    Raises:
+        UserError: the file cannot be read to its end, or PySceneDetect is not installed.
     """
     first, index, samples = 0, 0, _Samples()
-    for frame, is_cut in _marked(video_files.each_frame(path, shorter_side=SIDE), threshold):
+    for frame, is_cut in _mark_cuts(video_files.each_frame(path, shorter_side=SIDE), threshold):
         if is_cut and index:
             yield Scene(first, index, samples.stack())
             first, samples = index, _Samples()
@@ -48,13 +52,13 @@ def find_scenes(path: str | Path, *, threshold: float) -> Iterator[Scene]:
 
 
 class _Samples:
-    """Of frames that come one at a time, every n-th; n doubles when there are too many."""
+    """Keeps every n-th frame of a stream; n doubles whenever there are too many."""
 
     def __init__(self):
         self.frames: list[np.ndarray] = []
         self.step, self.seen = 1, 0
 
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
         if self.seen % self.step == 0:
             if len(self.frames) == SAMPLES:
                 self.frames, self.step = self.frames[::2], 2 * self.step
@@ -65,22 +69,23 @@ class _Samples:
         return np.stack(self.frames)
 
 
-def _marked(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple[np.ndarray, bool]]:
-    """Each frame, and whether a scene begins with it.
+def _mark_cuts(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yields each frame, and whether a scene begins with it.
 
-    The detector looks two frames ahead, so frames come out later than they go in. Frames that repeat the one before,
-    as streams of varying rate have, are not shown to it: among them, plain motion would look like a cut. The first and
-    the last frame are shown once more on their outer side, so that a cut close to an end is judged like any other.
+    The detector looks two frames ahead, so output lags behind input. It does not see frames that repeat the previous
+    one, as streams of variable frame rate contain: next to them, ordinary motion would look like a cut. The first and
+    the last frame are repeated beyond the ends, so that cuts close to an end are judged like any other.
     """
     detector, timecode = _detector(threshold)
     cuts: set[int] = set()
-    waiting: collections.deque[tuple[np.ndarray, int]] = collections.deque()  # with numbers; -1 = not shown
+    waiting: collections.deque[tuple[np.ndarray, int]] = collections.deque()  # (frame, its number; -1 = withheld)
     shown, repeats, before = 0, 0, None
 
     def show(frame: np.ndarray) -> None:
         nonlocal shown
+        # The frame rate given to the time code is irrelevant: cuts are read back as frame numbers.
         found = detector.process_frame(timecode(shown, 30.0), np.ascontiguousarray(frame[:, :, ::-1]))  # BGR
-        cuts.update(cut.frame_num for cut in found)  # the rate is no matter: frames are counted
+        cuts.update(cut.frame_num for cut in found)
         shown += 1
 
     def decided() -> Iterator[tuple[np.ndarray, bool]]:
@@ -90,7 +95,7 @@ def _marked(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple[np
 
     for frame in frames:
         repeats = repeats + 1 if before is not None and _same(frame, before) else 0
-        if 0 < repeats <= _REPEATS:
+        if 0 < repeats <= _MAX_REPEATS:
             waiting.append((frame, -1))
             continue
         for _ in range(0 if shown else _REACH):
@@ -109,11 +114,11 @@ def _same(frame: np.ndarray, before: np.ndarray) -> bool:
 
 
 def _detector(threshold: float):
-    """(a fresh AdaptiveDetector, the class of its time codes)."""
+    """Returns a new AdaptiveDetector and the class of its time codes."""
     try:
         from scenedetect.common import FrameTimecode
         from scenedetect.detectors import AdaptiveDetector
     except ImportError as error:
         raise UserError(f"scene cuts need PySceneDetect 0.7 or newer: {INSTALL} ({error})") from error
-    # Scenes may be short: those of fewer frames than are wanted are dropped, not glued to the next.
+    # No minimum length: short scenes are dropped by a filter, not merged into the next one.
     return AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=_REACH), FrameTimecode

@@ -1,8 +1,8 @@
-"""What a sample leaves behind on its way: every stage's frames, exact, and the state of a stage that is not done.
+"""Intermediate results of a sample: every stage's frames, exact, and the state of an unfinished stage.
 
-`OUT/stages/{stem}/{stage}.npy` holds uint8 (T, H, W, 3), `{stage}.json` beside it what it was made with, and while the
-stage is at work `{stage}.state.npz` has the denoising state. Every file is complete when its name appears, so a run
-that was killed goes on at the stage and the step where it was. A shelf that another request has filled is refused.
+`OUT/stages/{stem}/{stage}.npy` holds uint8 (T, H, W, 3), `{stage}.json` beside it the request that made it, and during
+denoising `{stage}.state.npz` the state. Every file is complete when its name appears, so that an interrupted run
+resumes at the stage and step where it stopped. A cache of another request is refused.
 """
 
 import json
@@ -17,73 +17,76 @@ from jaxtyping import UInt8
 
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
-from lavie_jax.samples.settings import complete
+from lavie_jax.stages.settings import complete
 
 
-class Memory:
-    """A shelf that keeps frames in memory and no states: for those who call the library."""
+class MemoryCache:
+    """A stage cache in memory, without states, for users of the library."""
 
     def __init__(self):
         self.frames = {}
 
     def get(self, stage: str) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """A stage's frames, None when they are not finished."""
+        """A stage's frames; None when they are not finished."""
         return self.frames.get(stage)
 
     def put(
         self, stage: str, shape: tuple[int, ...], pieces: Iterable[UInt8[np.ndarray, "n h w 3"]]
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """Keep a stage's frames, of that shape, which come in pieces; returns them."""
+        """Stores and returns a stage's frames of the given shape, which arrive in pieces."""
         self.frames[stage] = np.concatenate(list(pieces))
         return self.frames[stage]
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(next step, arrays) of an unfinished stage, None when there is none."""
+        """(next step, arrays) of an unfinished stage, or None."""
         return None
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
-        """Keep the state that step number `step` starts from."""
+        """Stores the state that step `step` starts from."""
 
 
-class Shelf(Memory):
-    """A shelf on disk. `records`: for each stage all that decides its frames, as JSON values.
+class StageCache(MemoryCache):
+    """A stage cache on disk.
 
-    Without `keep` nothing is left once the sample is finished (`clear`).
+    Attributes:
+        folder: where the files are.
+        records: {stage: everything that determines its frames, as JSON values}.
+        keep: whether anything is kept once the sample is finished (`clear`).
     """
 
     def __init__(self, folder: Path, records: Mapping[str, Mapping[str, Any]], *, keep: bool):
         self.folder, self.records, self.keep = folder, records, keep
 
     def check(self) -> None:
-        """UserError when something on the shelf was made with other settings."""
+        """Raises UserError when stored frames or states belong to another request."""
         for stage, record in self.records.items():
             path = self._path(stage, "json")
             if not path.exists():
                 continue
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                stored = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                found = None
-            if not isinstance(found, dict):
+                stored = None
+            if not isinstance(stored, dict):
                 raise UserError(
-                    f"{path} is there but does not say how its stage was made; choose another --out, or --overwrite"
+                    f"{path} exists but does not record how its stage was made; choose another --out, or --overwrite"
                 )
-            found = complete(found)
-            if name := next((n for n in sorted({*found, *record}) if found.get(n) != record.get(n)), None):
+            stored = complete(stored)
+            if name := next((n for n in sorted({*stored, *record}) if stored.get(n) != record.get(n)), None):
                 raise UserError(
-                    f"{path} was made with {name} = {json.dumps(found.get(name))}, asked for is "
-                    f"{json.dumps(record.get(name))}; choose another --out, or --overwrite"
+                    f"{path} was made with {name} = {json.dumps(stored.get(name))}, not {json.dumps(record.get(name))} "
+                    "as requested now; choose another --out, or --overwrite"
                 )
 
     def get(self, stage: str) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """A stage's frames as a mapped file: only what is looked at is read."""
+        """A stage's frames as a memory-mapped file, so that only what is accessed is read."""
         path = self._path(stage, "npy")
         return np.load(path, mmap_mode="r") if path.exists() else None
 
     def put(
         self, stage: str, shape: tuple[int, ...], pieces: Iterable[UInt8[np.ndarray, "n h w 3"]]
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """Write a stage's frames as they come, so that memory holds one piece; its state is done with."""
+        """Writes a stage's frames as they arrive, so that memory holds one piece, and removes its state."""
         self._record(stage)
         path = self._path(stage, "npy")
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
@@ -95,7 +98,7 @@ class Shelf(Memory):
         return self.get(stage)
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(next step, arrays) of an unfinished stage, None when there is none that can be read."""
+        """(next step, arrays) of an unfinished stage; None when there is no readable state."""
         try:
             with self._path(stage, "state.npz").open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
@@ -104,33 +107,32 @@ class Shelf(Memory):
             return None
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
-        """Write the state that step number `step` starts from."""
+        """Writes the state that step `step` starts from."""
         self._record(stage)
         with finished(self._path(stage, "state.npz")) as part, part.open("wb") as file:
             np.savez(file, step=step, **state)
 
     def clear(self) -> None:
-        """The sample is finished: remove what nobody needs any more."""
+        """Removes what is not kept once the sample is finished."""
         if not self.keep:
             self.remove()
 
-    def renew(self) -> None:
-        """Take off what --overwrite replaces: another request's frames, or a finished sample. What this very request
-        left half done stays, to be gone on with."""
+    def prepare_overwrite(self) -> None:
+        """Discards stored frames of a different or finished request. Unfinished work of this request is kept."""
         try:
             self.check()
-            finished = self.get(list(self.records)[-1]) is not None
+            discard = self.get(list(self.records)[-1]) is not None
         except UserError:
-            finished = True
-        if finished:
+            discard = True
+        if discard:
             self.remove()
 
     def remove(self) -> None:
-        """Take everything off the shelf."""
+        """Deletes the cache."""
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.parent.rmdir()
-        except OSError:  # other samples' shelves are in it, or it never was
+        except OSError:  # it holds the caches of other samples, or does not exist
             pass
 
     def _record(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What the evaluation commands share: results in JSON, which only their own kind may replace, and tables."""
+"""Result files of commands: JSON with a "kind", which only a command of that kind may replace, and Markdown tables."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 from lavie_jax.errors import UserError, check_folder
 
 
-def check_place(path: Path | None, kind: str) -> None:
-    """UserError when a result of `kind` cannot be written to `path`, or would overwrite something else."""
+def check_path(path: Path | None, kind: str) -> None:
+    """Raises UserError if a result of `kind` cannot be written to `path`, or would replace another file."""
     if path is None:
         return
     if path.exists() and not (path.is_file() and _kind(path) == kind):
-        raise UserError(f"{os.fspath(path)!r} exists and is no result of this command: name another")
+        raise UserError(f"{os.fspath(path)!r} exists and is not a result of this command: name another file")
     check_folder(path.parent, f"{path}")
 
 
@@ -26,12 +26,12 @@ def _kind(path: Path) -> str | None:
 
 
 def write(path: Path, result: dict) -> None:
-    """The result as JSON; its "kind" marks it as ours."""
+    """Writes a result, which has a "kind", as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

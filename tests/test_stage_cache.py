@@ -1,4 +1,4 @@
-"""What a sample leaves on disk between its stages: exact, whole or not there, and of one request."""
+"""The stage cache on disk: frames are exact, complete or absent, and of one request."""
 
 import gc
 import weakref
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from lavie_jax.errors import UserError
-from lavie_jax.samples.shelf import Shelf
+from lavie_jax.samples.stage_cache import StageCache
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), np.uint8)
 
 
-def shelf(tmp_path, keep=True, **record) -> Shelf:
+def cache(tmp_path, keep=True, **record) -> StageCache:
     records = {"base": {"seed": 0}, "vsr": {"seed": 0, **record}}
-    return Shelf(tmp_path / "stages" / "0000-a-0", records, keep=keep)
+    return StageCache(tmp_path / "stages" / "0000-a-0", records, keep=keep)
 
 
-def test_frames_are_exact_and_only_one_piece_is_held(tmp_path):
+def test_frames_are_exact_and_memory_holds_one_piece(tmp_path):
     held = []
 
     def pieces():
@@ -29,7 +29,7 @@ def test_frames_are_exact_and_only_one_piece_is_held(tmp_path):
             gc.collect()
             assert sum(ref() is not None for ref in held) <= 1
 
-    this = shelf(tmp_path)
+    this = cache(tmp_path)
     assert this.get("vsr") is None
     made = this.put("vsr", FRAMES.shape, pieces())
     assert isinstance(made, np.memmap)
@@ -37,16 +37,16 @@ def test_frames_are_exact_and_only_one_piece_is_held(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "stages" / "0000-a-0" / "vsr.npy"), FRAMES)
 
 
-def test_what_was_kept_before_there_was_a_setting_is_of_its_default(tmp_path):
-    def shelf(**settings):
+def test_a_cache_older_than_a_setting_has_its_default(tmp_path):
+    def cache(**settings):
         record = {"stages": ["base", "vsr"], "seed": 0, "vsr": {"steps": 3, **settings}}
-        return Shelf(tmp_path / "stages" / "0000-a-0", {"vsr": record}, keep=True)
+        return StageCache(tmp_path / "stages" / "0000-a-0", {"vsr": record}, keep=True)
 
-    shelf().put("vsr", FRAMES.shape, [FRAMES])
+    cache().put("vsr", FRAMES.shape, [FRAMES])
     everything = {"prompt_suffix": "", "negative_prompt": "", "noise_level": 50, "windows": "blended",
-                  "window_frames": 8, "overlap_frames": 2, "tile": None}  # fmt: skip
-    base = {"guidance_rescale": 0.0, "prompt_suffix": "", "negative_prompt": ""}
-    now = shelf(**everything, guidance_rescale=0.0)
+                  "window_frames": 8, "overlap_frames": 2, "tile": None, "spacing": None}  # fmt: skip
+    base = {"guidance_rescale": 0.0, "spacing": None, "prompt_suffix": "", "negative_prompt": ""}
+    now = cache(**everything, guidance_rescale=0.0)
     now.records["vsr"] |= base
     now.check()
     now.records["vsr"]["vsr"]["guidance_rescale"] = 0.5
@@ -59,52 +59,52 @@ def test_half_written_frames_leave_no_file(tmp_path):
         yield FRAMES[:2]
         raise KeyboardInterrupt
 
-    this = shelf(tmp_path)
+    this = cache(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         this.put("vsr", FRAMES.shape, pieces())
     assert [path.name for path in this.folder.iterdir()] == ["vsr.json"]
 
 
-def test_a_state_comes_back_until_its_stage_is_done(tmp_path):
-    this, state = shelf(tmp_path), {"x": np.arange(6, dtype=np.float32), "x0": np.ones(3, np.float32)}
+def test_a_state_can_be_loaded_until_its_stage_is_finished(tmp_path):
+    this, state = cache(tmp_path), {"x": np.arange(6, dtype=np.float32), "x0": np.ones(3, np.float32)}
     assert this.load_state("vsr") is None
     this.save_state("vsr", 5, state)
-    step, found = shelf(tmp_path).load_state("vsr")
+    step, found = cache(tmp_path).load_state("vsr")
     assert step == 5 and set(found) == {"x", "x0"}
     np.testing.assert_array_equal(found["x"], state["x"])
     path = this.folder / "vsr.state.npz"
     path.write_bytes(path.read_bytes()[:50])
-    assert this.load_state("vsr") is None, "a damaged state is none"
+    assert this.load_state("vsr") is None, "a damaged state counts as absent"
     this.put("vsr", FRAMES.shape, [FRAMES])
     assert not path.exists()
 
 
-def test_another_requests_shelf_is_refused_by_field(tmp_path):
-    shelf(tmp_path).save_state("vsr", 1, {"x": np.ones(1)})
-    shelf(tmp_path).check()
-    with pytest.raises(UserError, match="vsr.json was made with steps = null, asked for is 3"):
-        shelf(tmp_path, steps=3).check()
-    (shelf(tmp_path).folder / "vsr.json").write_text("[]")
-    with pytest.raises(UserError, match="does not say how"):
-        shelf(tmp_path).check()
+def test_a_cache_of_another_request_is_refused_by_field(tmp_path):
+    cache(tmp_path).save_state("vsr", 1, {"x": np.ones(1)})
+    cache(tmp_path).check()
+    with pytest.raises(UserError, match="vsr.json was made with steps = null, not 3 as requested now"):
+        cache(tmp_path, steps=3).check()
+    (cache(tmp_path).folder / "vsr.json").write_text("[]")
+    with pytest.raises(UserError, match="does not record how"):
+        cache(tmp_path).check()
 
 
-def test_renewing_takes_off_all_but_what_this_request_left_half_done(tmp_path):
-    this = shelf(tmp_path)
+def test_overwriting_discards_all_but_unfinished_work_of_the_same_request(tmp_path):
+    this = cache(tmp_path)
     this.put("base", FRAMES.shape, [FRAMES])
-    this.renew()
+    this.prepare_overwrite()
     assert this.get("base") is not None
-    shelf(tmp_path, steps=3).save_state("vsr", 1, {"x": np.ones(1)})
-    this.renew()
+    cache(tmp_path, steps=3).save_state("vsr", 1, {"x": np.ones(1)})
+    this.prepare_overwrite()
     assert not this.folder.exists()
     this.put("vsr", FRAMES.shape, [FRAMES])
-    this.renew()
+    this.prepare_overwrite()
     assert not this.folder.parent.exists()
 
 
-def test_what_is_not_kept_is_gone_when_the_sample_is_done(tmp_path):
+def test_a_cache_that_is_not_kept_is_removed_when_the_sample_is_finished(tmp_path):
     for keep in (True, False):
-        this = shelf(tmp_path, keep=keep)
+        this = cache(tmp_path, keep=keep)
         this.put("base", FRAMES.shape, [FRAMES])
         this.clear()
         assert this.folder.parent.exists() == keep

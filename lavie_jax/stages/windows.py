@@ -1,9 +1,9 @@
-"""Windows: boxes of a clip that the UNet takes at a time, and the weights with which their predictions become one.
+"""Windows: the boxes of a clip that the UNet takes at a time, and the weights that blend their predictions.
 
-A clip that is longer or larger than a window is still denoised as one. At every step each window is predicted by
-itself, and where windows overlap their predictions are averaged (MultiDiffusion, arXiv 2302.08113), with weights
-that fall smoothly towards a window's inner borders. So the windows agree from the first step on what they share:
-there is no cut between them, and no ghost as when finished frames are cross-faded.
+A clip longer or larger than a window is still denoised as one. At every step each window is predicted separately, and
+predictions are averaged where windows overlap (MultiDiffusion, arXiv 2302.08113), with weights that fall smoothly
+towards a window's inner borders. The windows therefore agree on shared frames from the first step on: there is no cut
+between them, and no ghosting as from cross-fading finished frames.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A window along one axis: `start` to `stop`, and the weight of each place in it, float32."""
+    """A window along one axis: `start` to `stop`, and the weight of each position in it, float32."""
 
     start: int
     stop: int
@@ -31,42 +31,42 @@ class Window:
 
     @property
     def box(self) -> tuple[slice, ...]:
-        """What to index a clip with."""
+        """The index of the box in a clip."""
         return tuple(slice(span.start, span.stop) for span in self.spans)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Frames, rows and columns of the box."""
+        """The numbers of frames, rows and columns."""
         return tuple(span.stop - span.start for span in self.spans)
 
     @property
     def weight(self) -> Float[np.ndarray, "t h w 1"]:
-        """The weights of the box; those of all windows sum to one at every place."""
+        """The weights of the box. Those of all windows sum to one at every position."""
         frames, rows, columns = (span.weight for span in self.spans)
         return frames[:, None, None, None] * rows[:, None, None] * columns[:, None]
 
 
 def grid(frames: list[Span], rows: list[Span], columns: list[Span]) -> list[Window]:
-    """Every window, in reading order."""
+    """All combinations of spans, in reading order."""
     return [Window(spans) for spans in itertools.product(frames, rows, columns)]
 
 
 def whole(length: int) -> list[Span]:
-    """One span, all of the axis."""
+    """One span over the whole axis."""
     return [Span(0, length, np.ones(length, np.float32))]
 
 
 def cut(length: int, size: int) -> list[Span]:
-    """Side by side, the last one shorter where `size` does not divide `length`: LaVie's own chunks."""
+    """Adjacent spans, as LaVie's own chunks; the last one is shorter where `size` does not divide `length`."""
     bounds = ((i, min(i + size, length)) for i in range(0, length, size))
     return [Span(start, stop, np.ones(stop - start, np.float32)) for start, stop in bounds]
 
 
 def overlapping(length: int, size: int, overlap: int, *, stride: int = 1) -> list[Span]:
-    """As few spans of `size` as share at least `overlap` with the next, evenly spread over the axis.
+    """The fewest spans of `size` that overlap by at least `overlap`, evenly spread over the axis.
 
     They start at multiples of `stride`, which divides `length - size` and `size - overlap`. In an overlap the weights
-    rise like sin^2 from one span to the next.
+    change from one span to the next like sin^2.
     """
     if length <= size:
         return whole(length)
@@ -74,12 +74,12 @@ def overlapping(length: int, size: int, overlap: int, *, stride: int = 1) -> lis
     starts = stride * np.rint(np.linspace(0, (length - size) // stride, count)).astype(int)
     ramps = []
     for i, start in enumerate(starts):
-        place = np.arange(size)
+        position = np.arange(size)
         rise, fall = np.ones(size), np.ones(size)
         if i > 0:
-            rise = np.clip((place + 1) / (starts[i - 1] + size - start + 1), 0, 1)
+            rise = np.clip((position + 1) / (starts[i - 1] + size - start + 1), 0, 1)
         if i < count - 1:
-            fall = np.clip((size - place) / (start + size - starts[i + 1] + 1), 0, 1)
+            fall = np.clip((size - position) / (start + size - starts[i + 1] + 1), 0, 1)
         ramps.append(np.sin(np.pi / 2 * rise) ** 2 * np.sin(np.pi / 2 * fall) ** 2)
     total = np.zeros(length)
     for start, ramp in zip(starts, ramps):

@@ -1,0 +1,108 @@
+"""The output folder of a run: its lists and manifest, and the lock and settings that make a run resumable.
+
+While a run is in progress, `OUT/.work` holds its lock, its settings and the results so far. The manifest is written
+last: a folder with one holds a finished set.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lavie_jax.data import shards
+from lavie_jax.data.video_files import finished
+from lavie_jax.errors import UserError
+from lavie_jax.training.disk import is_full
+
+MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
+WORK = ".work"
+
+
+def refuse_finished(out: Path) -> None:
+    """Raises UserError if `out` holds a finished set."""
+    if (out / MANIFEST).exists():
+        shutil.rmtree(out / WORK, ignore_errors=True)  # left by a run that was killed after writing the manifest
+        raise UserError(f"{os.fspath(out)!r} holds a finished set: name another --out, or remove it")
+
+
+@contextlib.contextmanager
+def open_output(out: Path, settings: dict[str, object]) -> Iterator[Path]:
+    """Creates or reopens `out` for a run with `settings`, and yields its work folder, locked for this process.
+
+    Raises:
+        UserError: `out` belongs to another running process or to a run with other settings, is not empty, or its disk
+            is full.
+    """
+    work = out / WORK
+    try:
+        present = [p.name for p in out.iterdir() if p.name != WORK] if out.exists() else []
+        if present and not work.exists():
+            raise UserError(f"--out {os.fspath(out)!r} is not empty (it contains {present[0]}): name a new folder")
+        work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {os.fspath(out)!r}: {error.strerror or 'is not a folder'}") from error
+    with _full_disk_as_user_error(out), (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {os.fspath(out)!r}") from error
+        _check_settings(work / "settings.json", json.loads(json.dumps(settings)))
+        for partial in work.glob(".*-*"):  # left by a killed run
+            shutil.rmtree(partial)
+        yield work
+
+
+@contextlib.contextmanager
+def _full_disk_as_user_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"the disk of {os.fspath(out)!r} is full: free some space and run the same command to resume"
+        ) from error
+
+
+def _check_settings(path: Path, settings: dict[str, object]) -> None:
+    """Stores the settings of a new run; raises UserError if the run was started with others."""
+    if not path.exists():
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(settings))
+        temporary.replace(path)
+        return
+    before = json.loads(path.read_text())
+    changed = [f"{k} was {before.get(k)}, now {settings[k]}" for k in settings if before.get(k) != settings[k]]
+    if changed:
+        raise UserError(
+            f"{os.fspath(path.parents[1])!r} was started with other settings ({'; '.join(changed)}): "
+            "use those, or name another --out"
+        )
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes one line of JSON per row."""
+    with finished(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_manifest(out: Path, manifest: Mapping[str, object]) -> None:
+    """Writes the manifest, which marks the set as finished."""
+    with finished(out / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def file_hashes(out: Path, paths: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """Returns the size and SHA-256 of each file, keyed by its path relative to `out`."""
+    return {path.relative_to(out).as_posix(): _size_and_hash(path) for path in paths}
+
+
+def _size_and_hash(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

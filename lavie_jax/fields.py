@@ -1,0 +1,183 @@
+"""Dataclass fields that users set: help text and allowed values as metadata, and conversion from text and JSON."""
+
+import ast
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lavie_jax.errors import UserError, suggest
+
+NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Rule(NamedTuple):
+    """Metadata of a field.
+
+    Attributes:
+        help: what it does, for the command line.
+        low: the smallest value allowed.
+        high: the largest value allowed.
+        below: a bound that the value has to stay below.
+        or_zero: whether 0 is allowed besides the range.
+        choices: all values allowed.
+        hidden: set by the program, not by a user.
+        metavar: placeholder of the value on a command line.
+        flag: name of the flag on a command line; "" derives it from the field's name, None offers no flag.
+    """
+
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    or_zero: bool = False
+    choices: tuple[str, ...] = ()
+    hidden: bool = False
+    metavar: str | None = None
+    flag: str | None = ""
+
+
+def field(help: str, *, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
+    """A dataclass field with a `Rule`; without a default it is required."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(help, **rule)})
+
+
+def rule_of(declared: dataclasses.Field) -> Rule:
+    """The rule of a field; an empty one for a field declared without."""
+    return declared.metadata.get("rule", Rule())
+
+
+@functools.cache
+def settable(cls: type) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass that a user may set, by name."""
+    hidden = {f.name for f in dataclasses.fields(cls) if rule_of(f).hidden}
+    return {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
+
+
+@functools.cache
+def types_of(cls: type) -> dict[str, Any]:
+    """The annotated types of a dataclass, by field."""
+    return typing.get_type_hints(cls)
+
+
+def check_rules(cls: type, values: Mapping[str, Any], label: str = "config field '{}'") -> None:
+    """Raises UserError for the first of `values`, by field of the dataclass `cls`, that breaks its rule.
+
+    None is not checked. `label` is how an error calls the field.
+    """
+    for declared in dataclasses.fields(cls):
+        value, rule = values.get(declared.name), rule_of(declared)
+        if value is None:
+            continue
+        name = label.format(declared.name)
+        if rule.choices and value not in rule.choices:
+            raise UserError(f"{name}: unknown value {value!r}{suggest(str(value), rule.choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be finite, not {value}.")
+        if rule.or_zero and value == 0:
+            continue
+        low = rule.low is None or value >= rule.low
+        high = (rule.high is None or value <= rule.high) and (rule.below is None or value < rule.below)
+        if not (low and high):
+            raise UserError(f"{name} must be {_range(rule)}, not {value}.")
+
+
+def _range(rule: Rule) -> str:
+    if rule.high is not None:
+        return f"from {rule.low} to {rule.high}"
+    upper = "" if rule.below is None else f" and below {rule.below}"
+    return f"at least {rule.low}{upper}{', or 0' if rule.or_zero else ''}"
+
+
+def describe(kind: Any) -> str:
+    """A type in words: "a whole number or None", "a list of text"."""
+    inner, optional = without_none(kind)
+    if optional:
+        return f"{describe(inner)} or None"
+    if typing.get_origin(inner) is not tuple:
+        return NAMES[inner]
+    parts = typing.get_args(inner)
+    if parts[-1] is ...:
+        return f"a list of {describe(parts[0]).removeprefix('a ')}" + ("s" if parts[0] in (int, float) else "")
+    return f"({', '.join(map(describe, parts))})"
+
+
+def convert(where: str, value: Any, kind: Any) -> Any:
+    """Returns `value` as the type `kind`: int, float, str, bool, tuples of those, or None beside one of them.
+
+    Lists become tuples, and whole floats become ints where ints are needed.
+
+    Raises:
+        UserError: `value` is of another type; the message starts with `where`.
+    """
+    inner, optional = without_none(kind)
+    if value is None and optional:
+        return None
+    wrong = UserError(f"{where} takes {describe(kind)}, not {value!r}.")
+    if typing.get_origin(inner) is tuple:
+        parts = typing.get_args(inner)
+        if not isinstance(value, list | tuple):
+            raise wrong
+        if parts[-1] is ...:
+            parts = (parts[0],) * len(value)
+        if len(parts) != len(value):
+            raise wrong
+        try:
+            return tuple(convert(where, x, part) for x, part in zip(value, parts))
+        except UserError:
+            raise wrong from None
+    if inner is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, (int, float) if inner is float else inner) or isinstance(value, bool) != (inner is bool):
+        raise wrong
+    return inner(value)
+
+
+def parse_text(where: str, text: str, kind: Any) -> Any:
+    """Returns the value of type `kind` that `text` stands for on a command line.
+
+    "None" and "" are None where that is allowed; an empty text is an empty list. A list is written as in Python or
+    JSON, or, of numbers, as `1,2`. Where a list of texts is needed, any other text is its only entry, commas included.
+
+    Raises:
+        UserError: the text does not stand for such a value; the message starts with `where`.
+    """
+    inner, optional = without_none(kind)
+    if optional and text in ("", "None"):
+        return None
+    if inner is str:
+        return text
+    if inner is bool:
+        return convert(where, BOOLEANS.get(text.lower(), text), kind)
+    value = _literal(text)
+    if typing.get_origin(inner) is tuple and not isinstance(value, list | tuple):
+        if not text.strip():
+            return ()
+        if typing.get_args(inner)[0] is not str:
+            value = (value,) if isinstance(value, int | float) else text
+        elif text.strip()[0] + text.strip()[-1] not in ("()", "[]"):
+            value = (value if isinstance(value, str) else text,)
+    return convert(where, value, kind)
+
+
+def _literal(text: str) -> Any:
+    """The Python or JSON value that `text` spells, or `text` itself."""
+    for read in (ast.literal_eval, json.loads):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return text
+
+
+def without_none(kind: Any) -> tuple[Any, bool]:
+    """(the type beside None, whether None is allowed)."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
+        return inner, True
+    return kind, False

@@ -1,0 +1,68 @@
+"""Clips between the stages: their size and rate, padding to sides that a model can take, and the memory they need."""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from lavie_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipInfo:
+    """Size and rate of the clip that a stage starts from: the output of the stage before, or with `own` the user's."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    own: bool = False
+
+
+def padded(frames: UInt8[np.ndarray, "t h w 3"], multiple: int) -> UInt8[np.ndarray, "t H W 3"]:
+    """Frames padded to multiples of `multiple` by repeating the last row and column; `Stage.finish` crops them."""
+    more = [-side % multiple for side in frames.shape[1:3]]
+    return np.pad(frames, [(0, 0), (0, more[0]), (0, more[1]), (0, 0)], mode="edge") if any(more) else frames
+
+
+def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
+    """A line for the user when the clip has to be padded, None when not."""
+    sides = [side + -side % multiple for side in (clip.height, clip.width)]
+    if sides == [clip.height, clip.width]:
+        return None
+    return (
+        f"{stage}: {clip.height}x{clip.width} is not a multiple of {multiple}: padded to {sides[0]}x{sides[1]} and "
+        "cropped in the result"
+    )
+
+
+def check_memory(clip: ClipInfo, bytes_per_pixel: float) -> None:
+    """Raises UserError when the host lacks `bytes_per_pixel` bytes of memory for each pixel of the clip."""
+    free, per_frame = free_memory(), clip.height * clip.width * bytes_per_pixel
+    if clip.frames * per_frame <= free:
+        return
+    most = max(1, int(free / per_frame))
+    raise UserError(
+        f"{clip.frames} frames of {clip.height}x{clip.width} need {clip.frames * per_frame / 2**30:.1f} GiB of "
+        f"memory, {free / 2**30:.1f} are free: give at most {most} frames at a time. To split a clip: ffmpeg -i "
+        f"clip.mp4 -f segment -segment_time {max(1, int(most / clip.fps))} -reset_timestamps 1 part-%03d.mp4"
+    )
+
+
+def free_memory() -> float:
+    """Bytes of memory available to programs on this machine; infinite where the system does not report it."""
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(ValueError, OSError):  # elsewhere, all memory of the machine
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
+
+
+def to_float(frames: Any) -> Any:
+    """uint8 frames 0..255, in numpy or jax, to float32 in [-1, 1]."""
+    return frames.astype(np.float32) / 127.5 - 1

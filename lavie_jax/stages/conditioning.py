@@ -1,0 +1,147 @@
+"""How a stage calls its UNet: the pair of input and target of a training step, and the guided denoiser of sampling.
+
+Both take the same `Condition`, which a stage makes in `Stage.condition`. Latents are scaled, (B, T, h, w, C). Noise is
+an argument and never drawn inside a condition, so that a sample depends on its own seed alone.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lavie_jax.diffusion.guidance import guide
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.models.vae import VAEConfig, sample_posterior
+
+
+class Condition(NamedTuple):
+    """Input of the UNet besides x_t, t and text."""
+
+    concat: Float[Array, "b t h w c"] | None = None  # concatenated to x_t along the channels
+    noise_level: Int[Array, " b"] | None = None  # of the low-resolution frames (super-resolution)
+
+
+class Text(NamedTuple):
+    """Encoded captions of the videos and of the images beside them; None where a batch has none.
+
+    The masks are True at tokens and False at padding. None stands for no padding, as in CLIP's captions.
+    """
+
+    video: Float[Array, "b l d"] | None
+    images: Float[Array, "b m l d"] | None = None
+    video_mask: Bool[Array, "b l"] | None = None
+    image_mask: Bool[Array, "b m l"] | None = None
+
+
+class EncodedClips(NamedTuple):
+    """Frames as pixels in [-1, 1] (None in a set of latents), and the VAE's unscaled posterior of each frame.
+
+    A clip is (B, T, ...). Images are clips of one frame, (B, M, 1, ...).
+    """
+
+    pixels: Float[Array, "*n t H W 3"] | None
+    mean: Float[Array, "*n t h w c"]
+    logvar: Float[Array, "*n t h w c"]
+
+    def select(self, *index: slice | None) -> "EncodedClips":
+        """Indexes the axes after the batch axis."""
+        return jax.tree.map(lambda x: x[:, *index], self)
+
+    def without_variance(self) -> "EncodedClips":
+        """The same clips with zero posterior variance, so that every sample equals the mean."""
+        return self._replace(logvar=jnp.full_like(self.logvar, -jnp.inf))
+
+    def sample(self, rng: Array, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
+        """Scaled latents: one sample of the posterior of every frame."""
+        return sample_posterior(self.mean, self.logvar, rng) * vae.scaling_factor
+
+
+class TrainingPair(NamedTuple):
+    """Input and target of the UNet in one training step."""
+
+    x_t: Float[Array, "b frames h w c"]
+    t: Int[Array, " b"]
+    image_t: Int[Array, "b m"]
+    target: Float[Array, "b frames h w c"]
+    condition: Condition
+
+    @property
+    def frame_t(self) -> Int[Array, "b frames"]:
+        """The timestep of every frame: the video's for its T frames, then each image's."""
+        return frame_timesteps(self.t, self.image_t, self.x_t.shape[1] - self.image_t.shape[1])
+
+
+def frame_timesteps(t: Int[Array, " b"], image_t: Int[Array, "b m"], frames: int) -> Int[Array, "b frames"]:
+    """The timestep of each of T `frames`, then of each of M images."""
+    return jnp.concatenate([jnp.broadcast_to(t[:, None], (t.shape[0], frames)), image_t], axis=1)
+
+
+SampleTimesteps = Callable[[Array, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
+
+
+def uniform_timesteps(schedule: Schedule) -> SampleTimesteps:
+    """Samples every timestep with the same probability (Eq. 2)."""
+    return lambda rng, shape: jax.random.randint(rng, shape, 0, schedule.steps)
+
+
+def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, "b frames h w c"]:
+    """The UNet's prediction for a training pair."""
+    return _apply(unet, params, pair.x_t, pair.t, text, pair.condition, image_t=pair.image_t)
+
+
+def denoiser(
+    unet,
+    params: dict,
+    text: Float[Array, "b l d"],
+    null_text: Float[Array, "b l d"],
+    condition: Condition,
+    *,
+    guidance: float,
+    rescale: float = 0.0,
+    image: bool = False,
+    sequential_guidance: bool = False,
+) -> Callable[[Array, Array], Array]:
+    """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598).
+
+    Args:
+        unet: the network, whose `apply` is called.
+        params: its parameters.
+        text: encoded prompts.
+        null_text: encoded negative or empty prompts.
+        condition: of the stage.
+        guidance: the guidance scale; 1 leaves out the unconditional half.
+        rescale: see `guide`.
+        image: for T = 1, takes the image path of the joint model, without temporal layers.
+        sequential_guidance: calls the UNet once for each half instead of once for both: half the memory.
+
+    Returns:
+        A function of x_t (B, T, h, w, C) and t, a scalar or (B,).
+    """
+
+    def predict_half(x_t, t, text, condition):
+        half = Text(None, text[:, None]) if image else Text(text)
+        return _apply(unet, params, x_t, t, half, condition)
+
+    def denoise(x_t, t):
+        t = jnp.broadcast_to(t, x_t.shape[:1])
+        if guidance == 1.0:
+            return predict_half(x_t, t, text, condition)
+        if sequential_guidance:  # a loop, because the compiler would be free to run two calls at the same time
+            texts = jnp.stack([text, null_text])
+            halves = jax.lax.map(lambda half: predict_half(x_t, t, half, condition), texts)
+        else:
+            twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (x_t, t, condition))
+            halves = jnp.split(predict_half(twice[0], twice[1], jnp.concatenate([text, null_text]), twice[2]), 2)
+        return guide(*halves, guidance, rescale)
+
+    return denoise
+
+
+def _apply(unet, params: dict, x_t: Array, t: Array, text: Text, condition: Condition, image_t: Array | None = None):
+    x = x_t if condition.concat is None else jnp.concatenate([x_t, condition.concat], axis=-1)
+    return unet.apply(
+        {"params": params}, x, t, text.video, image_text=text.images,
+        image_t=None if text.images is None else image_t, noise_level=condition.noise_level,
+    )  # fmt: skip

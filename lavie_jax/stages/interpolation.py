@@ -1,0 +1,153 @@
+"""Temporal interpolation: K key frames to 4 (K - 1) + 1 frames (LaVie, sec. 3.3).
+
+The UNet sees the latents of the key frames, duplicated to the target frame rate, beside the noisy latents. Every frame
+is synthesised anew, the key frames too. 16 key frames make the 61 frames that the model is trained on; longer clips
+are denoised in windows of that length, which share key frames.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, UInt8
+
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
+from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages.base import STAGE as BASE
+from lavie_jax.stages.clips import ClipInfo, check_memory, padded
+from lavie_jax.stages.conditioning import Condition, EncodedClips
+from lavie_jax.stages.settings import InterpolationSettings, check_derived
+from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
+from lavie_jax.stages.windows import Window, grid, overlapping, whole
+
+KEY_FRAME_SPACING = 4  # frames from one key frame to the next
+WINDOW_KEYS, SHARED_KEYS = 16, 4  # key frames of a window, and those that it shares with the next
+
+
+def interpolated_length(key_frames: int) -> int:
+    """4 (K - 1) + 1, the number of frames made from K key frames."""
+    return KEY_FRAME_SPACING * (key_frames - 1) + 1
+
+
+class Interpolation(Stage):
+    """61 frames at 24 fps from 16 key frames at 8 fps."""
+
+    name = "interpolation"
+    noise_number = 1
+    sampling = {
+        "height": 320, "width": 512, "frames": 61, "fps": 24, "sampler": "respaced_ddim", "steps": 50, "guidance": 4.0,
+        "prompt_suffix": ", 4k.", "negative_prompt": "None",
+    }  # fmt: skip
+    schedule = Schedule(**LINEAR_BETAS)
+    null_caption = "None"
+    unet_fields = {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"}
+    condition_channels = 1
+    image_model = None
+    inflates = "base"
+    encodes_clip = True
+    memory_advice = "a clip of a smaller height and width"
+
+    # ---- training ----
+
+    def check_training_frames(self, frames: int) -> None:
+        if frames and (frames - 1) % KEY_FRAME_SPACING:
+            low = frames - (frames - 1) % KEY_FRAME_SPACING
+            raise UserError(
+                f"data.frames = {frames}: interpolation trains on clips that begin and end with a key frame, of "
+                f"{KEY_FRAME_SPACING} (K - 1) + 1 frames, such as {low} or {low + KEY_FRAME_SPACING}."
+            )
+
+    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+        """`key_latents` of frames 0, 4, 8, ...
+
+        They are samples of their own, not those of the targets: in sampling, too, the key frames are encoded again.
+        """
+        keys = jax.tree.map(lambda x: x[..., ::KEY_FRAME_SPACING, :, :, :], clips)
+        return {"key_latents": keys.sample(rng, vae)}
+
+    def condition(self, inputs: Mapping[str, Any]) -> Condition:
+        """From `key_latents` (B, K, h, w, C): frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4."""
+        key_latents = inputs["key_latents"]
+        source = (np.arange(interpolated_length(key_latents.shape[1])) + 1) // KEY_FRAME_SPACING
+        return Condition(concat=key_latents[:, source])
+
+    # ---- sampling ----
+
+    def default_clip(self, weights: StageWeights) -> ClipInfo:
+        made = weights.sampling
+        keys = (made["frames"] - 1) // KEY_FRAME_SPACING + 1
+        return ClipInfo(frames=keys, height=made["height"], width=made["width"], fps=made["fps"])
+
+    def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> InterpolationSettings:
+        """The rate is the weights' own after another stage; a user's clip keeps its duration."""
+        if clip.frames < 2:
+            raise UserError(f"interpolation needs at least 2 key frames, not {clip.frames}")
+        size = {"frames": interpolated_length(clip.frames), "height": clip.height, "width": clip.width}
+        check_derived(given, size)
+        if clip.own and given.get("fps") is None:
+            size["fps"] = min(KEY_FRAME_SPACING * clip.fps, 1000)
+        settings = InterpolationSettings.make(weights.sampling, {**given, **size})
+        # for each frame: its pixels, and in float32 at the latents' size state, prediction, new state and condition
+        latent = 4 * weights.unet.config.out_channels * 5 / weights.vae.config.factor**2
+        check_memory(clip, 3 + KEY_FRAME_SPACING * (3 + latent))
+        return settings
+
+    def padding(self, weights: StageWeights) -> int:
+        return weights.vae.config.factor
+
+    def latent_shape(self, weights: StageWeights, settings: InterpolationSettings) -> tuple[int, int, int, int]:
+        factor = weights.vae.config.factor
+        sides = (-(-side // factor) for side in (settings.height, settings.width))
+        return settings.frames, *sides, weights.unet.config.out_channels
+
+    def windows(self, shape: Sequence[int], settings: InterpolationSettings) -> list[Window]:
+        """Windows start at key frames, so that each is a clip as in training."""
+        size, overlap = map(interpolated_length, (WINDOW_KEYS, SHARED_KEYS))
+        return grid(overlapping(shape[0], size, overlap, stride=KEY_FRAME_SPACING), whole(shape[1]), whole(shape[2]))
+
+    def prepare(
+        self, model: LoadedStage, settings: InterpolationSettings, seed: int, frames: UInt8[np.ndarray, "k H W 3"]
+    ) -> tuple[Float[np.ndarray, "t h w c"], None]:
+        """Encodes every key frame once."""
+        frames = padded(frames, self.padding(model.weights))
+        noise = None
+        if settings.key_latents == "sample":
+            side = self.latent_shape(model.weights, settings)[1:]
+            noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, range(len(frames)), side))
+        key_latents = rearrange(model.encode(frames, noise), "k h w c -> 1 k h w c")
+        return np.asarray(self.condition({"key_latents": key_latents}).concat[0]), None
+
+    def finish(
+        self,
+        decoded: UInt8[np.ndarray, "n H W 3"],
+        start: int,
+        settings: InterpolationSettings,
+        frames: UInt8[np.ndarray, "k h w 3"],
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        decoded = super().finish(decoded, start, settings, frames)
+        if settings.keep_key_frames:
+            decoded = decoded.copy()
+            first = -start % KEY_FRAME_SPACING
+            keys = range((start + first) // KEY_FRAME_SPACING, (start + len(decoded) - 1) // KEY_FRAME_SPACING + 1)
+            decoded[first::KEY_FRAME_SPACING] = frames[keys.start : keys.stop]
+        return decoded
+
+
+STAGE = Interpolation()
+
+
+def interpolated_sampling(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The interpolation stage's sampling settings for clips made by a base stage with the settings `base`.
+
+    The released ones are for its 16 frames of 320x512 at 8 fps.
+    """
+    return {
+        **STAGE.sampling,
+        "height": base["height"],
+        "width": base["width"],
+        "frames": interpolated_length(base["frames"]),
+        "fps": base["fps"] * STAGE.sampling["fps"] / BASE.sampling["fps"],
+    }

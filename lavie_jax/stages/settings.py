@@ -1,0 +1,261 @@
+"""What may be set when a stage is sampled: a dataclass for each stage, a field for each setting. No jax.
+
+The metadata of a field holds its range and its help text. The flags of `sample.py`, the checks of a call and of a
+weights folder all come from there.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
+
+MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
+
+
+class Flag(NamedTuple):
+    """A setting on the command line."""
+
+    setting: str
+    flag: str
+    kind: type
+    metavar: str | None
+    help: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sampling settings that every stage has, and the size of its output.
+
+    What depends on the model is checked where the model is known: see `Stage.resolve` and `make_sampler`.
+
+    Raises:
+        UserError: a value that no model can take.
+    """
+
+    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", metavar="NAME")
+    spacing: str | None = field(
+        "spacing of the timesteps: leading, trailing, linspace, quadratic or karras (default: the sampler's own)",
+        metavar="NAME",
+        default=None,
+    )
+    steps: int = field("denoising steps", metavar="N", low=1)
+    guidance: float = field("scale of classifier-free guidance; 1 disables it", metavar="X")
+    guidance_rescale: float = field(
+        "0 to 1: how much of the contrast that a large guidance scale adds is removed",
+        metavar="X",
+        default=0.0,
+        low=0,
+        high=1,
+    )
+    # A GIF frame lasts at most 655 seconds, and encoders fail far above the upper limit.
+    fps: float = field("frames per second of the output", metavar="X", low=0.01, high=1000)
+    negative_prompt: str = field("what to steer away from", metavar="TEXT", default="")
+    prompt_suffix: str = field("appended to every prompt", metavar="TEXT", default="")
+    frames: int = field("number of frames", low=1, flag=None)
+    height: int = field("height in pixels", low=1, flag=None)
+    width: int = field("width in pixels", low=1, flag=None)
+
+    def __post_init__(self):
+        for name, value in self.check(self.to_dict()).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def make(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
+        """The `defaults` of a weights folder, overridden by the entries of `given` that are not None."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in [*defaults, *given]:
+            if name not in names:
+                raise UserError(f"sampling settings: unknown {name!r}{suggest(name, names)}")
+        values = {n: v for group in (defaults, given) for n, v in group.items() if v is not None}
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [n for n in required if n not in values]:
+            raise UserError(f"sampling settings: the weights' config.json lacks {', '.join(missing)}")
+        return cls(**_renamed(values))
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Some settings, by name, as their types. Raises UserError for the first that is of another type or out of
+        range. None is not given."""
+        kinds = types_of(cls)
+        values = {n: v if v is None else convert(n, v, kinds[n]) for n, v in values.items()}
+        check_rules(cls, values, label="{}")
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, as JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseSettings(Settings):
+    """Settings of the base stage, which alone chooses the size of its clip."""
+
+    frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
+    height: int = field("height in pixels", metavar="H", low=1)
+    width: int = field("width in pixels", metavar="W", low=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterpolationSettings(Settings):
+    """Settings of temporal interpolation."""
+
+    key_latents: str = field(
+        "latents of the key frames: a sample of the VAE's posterior, as in LaVie, or its mode",
+        metavar="NAME",
+        default="sample",
+        choices=("sample", "mode"),
+    )
+    keep_key_frames: bool = field("copy the key frames' pixels into the result", default=False, flag="keep-key-frames")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VSRSettings(Settings):
+    """Settings of super-resolution: noise on the low-resolution frames, and windows (`windows.py`)."""
+
+    noise_level: int = field(
+        "noise added to the low-resolution frames, 0 to 350", metavar="N", default=50, low=0, high=MAX_NOISE_LEVEL
+    )
+    windows: str = field(
+        "blended, or LaVie's official independent chunks, with a visible cut after each",
+        metavar="NAME",
+        default="blended",
+        choices=("blended", "official"),
+    )
+    window_frames: int = field("frames per window", metavar="T", default=8, low=1)
+    overlap_frames: int = field("frames that blended windows share", metavar="T", default=2, low=0)
+    tile: int | None = field(
+        "side of spatial windows in low-resolution pixels; 0 takes whole frames (default: by frame size)",
+        metavar="P",
+        default=None,
+        low=8,
+        or_zero=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.windows == "blended" and self.overlap_frames >= self.window_frames:
+            raise UserError(
+                f"overlap_frames must be below window_frames = {self.window_frames}, not {self.overlap_frames}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageInfo:
+    """What is known of a stage without its networks. The order of a cascade follows from it.
+
+    Attributes:
+        name: of the stage, and of its module in `lavie_jax/stages/`.
+        settings: the dataclass of its sampling settings.
+        produces: the kind of clip that it makes.
+        consumes: the kinds of clip that it may start from; () for a stage that starts from the prompt alone.
+        main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
+            sample's JSON, and whether it takes the negative prompts of a prompt file.
+    """
+
+    name: str
+    settings: type[Settings]
+    produces: str
+    consumes: tuple[str, ...] = ()
+    main: bool = False
+
+    def option(self, setting: str) -> str:
+        """The name of a setting among those of all stages: `steps` of the main stage, `vsr-steps` of another."""
+        return setting if self.main else f"{self.name}-{setting}"
+
+    def flags(self) -> Iterator[Flag]:
+        """The settings that have a flag on the command line."""
+        for declared in dataclasses.fields(self.settings):
+            rule = rule_of(declared)
+            if rule.flag is not None:
+                flag = rule.flag or self.option(declared.name.replace("_", "-"))
+                default = declared.default if isinstance(declared.default, int | float | str) else None
+                text = rule.help if default in (None, "", False) else f"{rule.help} (default {default})"
+                kind, _ = without_none(types_of(self.settings)[declared.name])
+                yield Flag(declared.name, f"--{flag}", kind, rule.metavar, text)
+
+    def located(self, error: UserError) -> UserError:
+        """The error, with the stage's name in front where its settings have it in theirs."""
+        return error if self.main else UserError(f"{self.name} stage: {error}")
+
+
+KEY_FRAMES, SMOOTH_CLIP, LARGE_CLIP = "key frames", "smooth clip", "large clip"
+STAGE_INFO = {
+    info.name: info
+    for info in (
+        StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
+        StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
+        StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),
+    )
+}
+MAIN_STAGE = next(name for name, info in STAGE_INFO.items() if info.main)
+
+
+def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ...]:
+    """`"base,vsr"`, or a sequence of names, as a tuple.
+
+    Args:
+        names: stages in the order in which they are run.
+        own_clip: whether the user gives a clip to start from.
+
+    Raises:
+        UserError: a stage is unknown, cannot start from what the one before makes, or has nothing to start from.
+    """
+    given = names.split(",") if isinstance(names, str) else names
+    stages = tuple(name.strip() for name in given if name.strip())
+    for name in stages:
+        if name not in STAGE_INFO:
+            raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
+    if not stages:
+        raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
+    for before, after in zip(stages, stages[1:]):
+        if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
+            raise UserError(
+                f"stages: {','.join(stages)} cannot be run in this order: {after} does not start from what {before} "
+                f"makes. Allowed order: {', '.join(STAGE_INFO)}"
+            )
+    first = STAGE_INFO[stages[0]]
+    if own_clip and not first.consumes:
+        others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
+        raise UserError(f"stages: {first.name} starts from the prompt alone; your clip can go through {others}")
+    if not own_clip and first.consumes:
+        raise UserError(
+            f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"
+        )
+    return stages
+
+
+def check_derived(given: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+    """Raises UserError when a setting that follows from the clip before the stage is given another value."""
+    for name, value in derived.items():
+        if given.get(name) not in (None, value):
+            raise UserError(f"{name} follows from the clip that the stage starts from: {value}, not {given[name]}")
+
+
+def complete(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's request as this version writes it: settings that an older version did not have take their defaults.
+
+    Defaults reproduce what was done before the setting existed.
+    """
+    made, stages = dict(request), request.get("stages")
+    for name, info in STAGE_INFO.items():
+        fields = dataclasses.fields(info.settings)
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        if info.main and isinstance(stages, list) and name in stages:
+            made = defaults | _renamed(made)
+        elif isinstance(made.get(name), Mapping):
+            made[name] = defaults | _renamed(made[name])
+    return made
+
+
+_OLD_VALUES = {"key_latents": {"draw": "sample", "mean": "mode"}}  # {setting: {name until version 0.1: name now}}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an older weights folder or sample under today's names."""
+
+    def current(name: str, value: Any) -> Any:
+        return _OLD_VALUES[name].get(value, value) if name in _OLD_VALUES and isinstance(value, str) else value
+
+    return {name: current(name, value) for name, value in values.items()}

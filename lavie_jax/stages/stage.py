@@ -1,0 +1,239 @@
+"""The interface of a stage. Each file beside this one has a subclass of `Stage` and its instance `STAGE`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
+
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages.clips import ClipInfo
+from lavie_jax.stages.conditioning import (
+    Condition,
+    EncodedClips,
+    SampleTimesteps,
+    TrainingPair,
+    frame_timesteps,
+    uniform_timesteps,
+)
+from lavie_jax.stages.settings import STAGE_INFO, Settings, StageInfo
+from lavie_jax.stages.windows import Window
+
+CONDITION_STREAM = 2**32 - 1  # noise of a stage's condition; stream 0 starts denoising, i + 1 belongs to step i
+LINEAR_BETAS = {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # not Stable Diffusion's scaled_linear
+
+
+@runtime_checkable
+class StageWeights(Protocol):
+    """What a stage reads of a weights folder (`weights.Weights`)."""
+
+    sampling: Mapping[str, Any]
+    unet: Any  # with `config`
+    vae: Any  # with `config`
+    low_res_schedule: Schedule | None
+
+
+@runtime_checkable
+class LoadedStage(Protocol):
+    """What a stage needs to prepare a clip (`cascade.model.StageModel`)."""
+
+    weights: StageWeights
+
+    def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Array:
+        """Standard normal noise of a whole clip."""
+
+    def frame_noise(self, seed: int, stream: int, frames: Sequence[int], shape: tuple[int, ...]) -> Array:
+        """Standard normal noise of frames, each keyed by its index."""
+
+    def encode(self, frames: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """Scaled latents of uint8 frames: a sample of the posterior with `noise`, else its mode."""
+
+
+class Stage:
+    """One stage of the cascade: its released settings, what its UNet is conditioned on, and how a clip goes through it.
+
+    The methods come in the order in which they are called: `training_inputs`, `condition` and `training_pair` in
+    training; `resolve`, `latent_shape`, `windows`, `prepare`, `noise` and `finish` in sampling.
+
+    Attributes:
+        name: see `StageInfo`.
+        noise_number: keys the stage's noise together with the seed. It never changes, so that a seed's sample does not.
+        sampling: the released sampling settings, which a new weights folder gets as its defaults.
+        schedule: the noise schedule that the released model was trained with.
+        low_res_schedule: the schedule of the noise on low-resolution frames, of a stage that has them.
+        null_caption: the text that replaces a dropped caption in training.
+        unet_fields: fields of `UNetConfig` in which the stage's UNet differs from the image model's.
+        condition_channels: the number of channels that the condition adds to x_t, in multiples of the latent's.
+        image_model: the image model that the stage's UNet is inflated from; None where it is inflated from `inflates`.
+        inflates: the stage whose UNet is inflated, or None.
+        vae_defaults: fields that older published configurations of the stage's VAE leave out.
+        vae_dtype: dtype of the VAE's computation where it is not that of the other networks.
+        encodes_clip: whether the clip that it starts from goes through the VAE's encoder.
+        latents_suffice: whether sets of latents and encoded captions can replace pixels in training.
+        batched: whether several clips share a call of the UNet, as `batch_size` says.
+        memory_advice: what to make smaller when a device has too little memory.
+    """
+
+    name: ClassVar[str]
+    noise_number: ClassVar[int]
+    sampling: ClassVar[Mapping[str, Any]]
+    schedule: ClassVar[Schedule]
+    low_res_schedule: ClassVar[Schedule | None] = None
+    null_caption: ClassVar[str] = ""
+    unet_fields: ClassVar[Mapping[str, Any]]
+    condition_channels: ClassVar[int] = 0
+    image_model: ClassVar[str | None] = "Stable Diffusion 1.x"
+    inflates: ClassVar[str | None] = None
+    vae_defaults: ClassVar[Mapping[str, Any]] = {}
+    vae_dtype: ClassVar[DTypeLike | None] = None
+    encodes_clip: ClassVar[bool] = False
+    latents_suffice: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
+    memory_advice: ClassVar[str]
+
+    @property
+    def info(self) -> StageInfo:
+        """Its settings' dataclass, and its position among the stages."""
+        return STAGE_INFO[self.name]
+
+    # ---- training ----
+
+    def check_training_frames(self, frames: int) -> None:
+        """Raises UserError for a number of frames that the stage cannot be trained on; 0 is images alone."""
+
+    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+        """What `condition` takes, made from the frames that the stage is to produce.
+
+        Args:
+            clips: a clip, or images, of a batch.
+            vae: configuration of the VAE that encoded them.
+            rng: for the condition of these clips.
+            level_rng: for noise levels, which the clip and the images of a row share.
+        """
+        return {}
+
+    def condition(self, inputs: Mapping[str, Any]) -> Condition:
+        """Input of the UNet besides x_t, t and text, in training and in sampling alike."""
+        return Condition()
+
+    def training_pair(
+        self,
+        latents: Float[Array, "b frames h w c"],
+        inputs: Mapping[str, Array] | None,
+        rng: Array,
+        *,
+        images: int = 0,
+        image_inputs: Mapping[str, Array] | None = None,
+        schedule: Schedule | None = None,
+        sample_timesteps: SampleTimesteps | None = None,
+    ) -> TrainingPair:
+        """Samples timesteps and noise, and makes x_t and the target of LaVie's Eq. 1 to 3.
+
+        Args:
+            latents: T video frames, then M images.
+            inputs: what `condition` takes for the video, None when T = 0.
+            rng: of timesteps and noise.
+            images: M.
+            image_inputs: what `condition` takes for the images, as clips of one frame: (B, M, 1, ...), levels (B, M).
+            schedule: overrides the stage's, for a model with other betas or another prediction type.
+            sample_timesteps: overrides the uniform distribution. A video's frames share one timestep, every image has
+                its own.
+        """
+        schedule = schedule or self.schedule
+        sample_timesteps = sample_timesteps or uniform_timesteps(schedule)
+        t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
+        batch = latents.shape[0]
+        t, image_t = sample_timesteps(t_rng, (batch,)), sample_timesteps(image_rng, (batch, images))
+        eps = jax.random.normal(noise_rng, latents.shape)
+        return self.training_pair_at(latents, inputs, t, image_t, eps, image_inputs=image_inputs, schedule=schedule)
+
+    def training_pair_at(
+        self,
+        latents: Float[Array, "b frames h w c"],
+        inputs: Mapping[str, Array] | None,
+        t: Int[Array, " b"],
+        image_t: Int[Array, "b m"],
+        eps: Float[Array, "b frames h w c"],
+        *,
+        image_inputs: Mapping[str, Array] | None = None,
+        schedule: Schedule | None = None,
+    ) -> TrainingPair:
+        """`training_pair` at given timesteps and noise, for held-out losses."""
+        schedule = schedule or self.schedule
+        frame_t = frame_timesteps(t, image_t, latents.shape[1] - image_t.shape[1])
+        x_t = schedule.add_noise(latents, eps, frame_t)
+        target = schedule.target(latents, eps, frame_t)
+        return TrainingPair(x_t, t, image_t, target, self._joint_condition(inputs, image_inputs))
+
+    def _joint_condition(
+        self, inputs: Mapping[str, Array] | None, image_inputs: Mapping[str, Array] | None
+    ) -> Condition:
+        """The clip's condition followed by that of every image. A row has one noise level, that of its clip."""
+        parts = [] if inputs is None else [self.condition(inputs)]
+        if image_inputs:
+            rows = next(iter(image_inputs.values())).shape[0]
+            flat = jax.tree.map(lambda x: rearrange(x, "b m ... -> (b m) ..."), image_inputs)
+            each = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> b m ...", b=rows), self.condition(flat))
+            concat = rearrange(each.concat, "b m 1 h w c -> b m h w c")
+            parts.append(Condition(concat, None if each.noise_level is None else each.noise_level[:, 0]))
+        if len(parts) < 2:
+            return parts[0] if parts else Condition()
+        clip, images = parts
+        return Condition(jnp.concatenate([clip.concat, images.concat], axis=1), clip.noise_level)
+
+    # ---- sampling ----
+
+    def default_clip(self, weights: StageWeights) -> ClipInfo | None:
+        """The clip from which the stage makes one of its default size; None for a stage that starts from text."""
+        return None
+
+    def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> Settings:
+        """The stage's settings: the weights' defaults, overridden by `given` and by what follows from the clip.
+
+        Raises:
+            UserError: a setting that the model cannot be sampled with, or a clip that memory cannot hold.
+        """
+        raise NotImplementedError
+
+    def is_image(self, settings: Settings) -> bool:
+        """Whether the output is an image, which skips the temporal layers."""
+        return False
+
+    def padding(self, weights: StageWeights) -> int:
+        """What the sides of the clip that the stage starts from are padded to multiples of."""
+        return 1
+
+    def latent_shape(self, weights: StageWeights, settings: Settings) -> tuple[int, int, int, int]:
+        """(T, h, w, C) of the latents to denoise, of padded frames."""
+        raise NotImplementedError
+
+    def windows(self, shape: Sequence[int], settings: Settings) -> list[Window]:
+        """The windows that latents of `shape` (T, h, w, C) are denoised in."""
+        raise NotImplementedError
+
+    def prepare(
+        self, model: LoadedStage, settings: Settings, seed: int, frames: UInt8[np.ndarray, "t H W 3"] | None
+    ) -> tuple[Float[np.ndarray, "t h w c"] | None, int | None]:
+        """(concat, noise level) of the condition of one clip, made from the `frames` that the stage starts from."""
+        return None, None
+
+    def noise(
+        self, model: LoadedStage, seed: int, stream: int, frames: range, shape: tuple[int, int, int, int]
+    ) -> Float[Array, "t h w c"]:
+        """Standard normal noise of some frames of latents of `shape`, keyed by seed, stream and frame index."""
+        return model.frame_noise(seed, stream, frames, shape[1:])
+
+    def finish(
+        self,
+        decoded: UInt8[np.ndarray, "n H W 3"],
+        start: int,
+        settings: Settings,
+        frames: UInt8[np.ndarray, "t h w 3"] | None,
+    ) -> UInt8[np.ndarray, "n height width 3"]:
+        """Decoded frames, the first of which has index `start`, cropped to the size of the output."""
+        return decoded[:, : settings.height, : settings.width]

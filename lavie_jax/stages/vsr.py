@@ -1,0 +1,146 @@
+"""Video super-resolution: every frame at four times the size (LaVie, sec. 3.4).
+
+The UNet sees the low-resolution frames, noised, and the level of that noise. A clip is denoised as one: one noise field
+for all frames, and windows over time, where memory needs it over space too, whose predictions are blended at every
+step. LaVie's own way is available as well: independent chunks of 8 frames, which leave a cut after each.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import reduce
+from jaxtyping import Array, Float, Int, UInt8
+
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
+from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages.clips import ClipInfo, check_memory, padded, to_float
+from lavie_jax.stages.conditioning import Condition, EncodedClips
+from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derived
+from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
+from lavie_jax.stages.windows import Window, cut, grid, overlapping
+
+WHOLE_FRAME = 320 * 512  # low-resolution pixels up to which windows take whole frames, unless a tile is given
+TILE = 384  # side of the tiles of larger frames
+TILE_OVERLAP = 4  # tiles share a quarter of their side
+
+
+class VSR(Stage):
+    """61 frames of 1280x2048 from 320x512."""
+
+    name = "vsr"
+    noise_number = 2
+    sampling = {
+        "height": 1280, "width": 2048, "frames": 61, "fps": 24, "sampler": "ddim", "steps": 50, "guidance": 5.0,
+        "prompt_suffix": "", "negative_prompt": "blur, worst quality", "noise_level": 50,
+    }  # fmt: skip
+    schedule = Schedule(**LINEAR_BETAS, prediction="v_prediction")
+    low_res_schedule = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
+    null_caption = "None"
+    unet_fields = {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True}
+    image_model = "stable-diffusion-x4-upscaler"
+    vae_defaults = {"scaling_factor": 0.08333}
+    vae_dtype = jnp.float32  # the x4-upscaler's VAE overflows in half precision
+    latents_suffice = False  # it is trained on pixels, and on patches at random positions
+    memory_advice = "smaller windows: a smaller tile, or fewer window frames"
+
+    # ---- training ----
+
+    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+        """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
+
+        Each low-resolution pixel is the mean of the square that it stands for. The paper does not give the
+        distribution of the levels. Here it is MAX_NOISE_LEVEL times the cube of a uniform number, because the levels
+        used in sampling are low: half of all are below 44, and the released model's default is 50. The images of a row
+        have the level of its clip, because the UNet takes one for each row.
+        """
+        low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=vae.factor, j=vae.factor)
+        lead = low_res.shape[:-4]
+        level = (jax.random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
+        level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)
+        return {"low_res": low_res, "low_res_noise": jax.random.normal(rng, low_res.shape), "noise_level": level}
+
+    def condition(self, inputs: Mapping[str, Any]) -> Condition:
+        """From `low_res` (B, T, H, W, 3) in [-1, 1], `low_res_noise` of the same shape, standard normal, and
+        `noise_level` (B,) int, a timestep of `low_res_schedule` (default: the released model's)."""
+        schedule = inputs.get("low_res_schedule", self.low_res_schedule)
+        noised = schedule.add_noise(inputs["low_res"], inputs["low_res_noise"], inputs["noise_level"])
+        return Condition(concat=noised, noise_level=inputs["noise_level"])
+
+    # ---- sampling ----
+
+    def default_clip(self, weights: StageWeights) -> ClipInfo:
+        made, factor = weights.sampling, weights.vae.config.factor
+        sides = {name: made[name] // factor for name in ("height", "width")}
+        return ClipInfo(frames=made["frames"], fps=made["fps"], **sides)
+
+    def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> VSRSettings:
+        """The rate is the clip's."""
+        factor = weights.vae.config.factor
+        size = {"frames": clip.frames, "height": factor * clip.height, "width": factor * clip.width}
+        check_derived(given, size)
+        if given.get("fps") is None:
+            size["fps"] = clip.fps
+        settings = VSRSettings.make(weights.sampling, {**given, **size})
+        if settings.tile is None:
+            tile = 0 if clip.height * clip.width <= WHOLE_FRAME else TILE
+            settings = dataclasses.replace(settings, tile=tile)
+        most = min(weights.unet.config.num_class_embeds, self._low_res_schedule(weights).steps) - 1
+        if settings.noise_level > most:
+            raise UserError(f"noise_level must be from 0 to {most} for this model, not {settings.noise_level}")
+        # its own bytes, and in float32 noised frames, state (two arrays in some samplers), prediction and new state
+        check_memory(clip, 3 + 4 * (3 + 5 * weights.unet.config.out_channels))
+        return settings
+
+    def _low_res_schedule(self, weights: StageWeights) -> Schedule:
+        return weights.low_res_schedule or self.low_res_schedule
+
+    def padding(self, weights: StageWeights) -> int:
+        return 2 ** (
+            len(weights.unet.config.block_out_channels) - 1
+        )  # the UNet halves the sides at every level but one
+
+    def latent_shape(self, weights: StageWeights, settings: VSRSettings) -> tuple[int, int, int, int]:
+        """Latents have the sides of the low-resolution frames."""
+        factor, step = weights.vae.config.factor, self.padding(weights)
+        sides = (-(-side // factor // step) * step for side in (settings.height, settings.width))
+        return settings.frames, *sides, weights.unet.config.out_channels
+
+    def windows(self, shape: Sequence[int], settings: VSRSettings) -> list[Window]:
+        if settings.windows == "official":
+            frames = cut(shape[0], settings.window_frames)
+        else:
+            frames = overlapping(shape[0], settings.window_frames, settings.overlap_frames)
+        tile = settings.tile or max(shape[1:3])
+        return grid(frames, *(overlapping(side, tile, tile // TILE_OVERLAP) for side in shape[1:3]))
+
+    def prepare(
+        self, model: LoadedStage, settings: VSRSettings, seed: int, frames: UInt8[np.ndarray, "t H W 3"]
+    ) -> tuple[Float[np.ndarray, "t H W 3"], int]:
+        """Adds noise to the low-resolution frames, a window's length at a time."""
+        frames = padded(frames, self.padding(model.weights))
+        size = settings.window_frames
+        schedule, level = self._low_res_schedule(model.weights), np.int32(settings.noise_level)
+
+        def noised(start: int):
+            indices = range(start, min(start + size, len(frames)))
+            noise = model.frame_noise(seed, CONDITION_STREAM, indices, frames.shape[1:])
+            return np.asarray(_noised(frames[start : indices.stop], noise, level, schedule=schedule))
+
+        return np.concatenate([noised(start) for start in range(0, len(frames), size)]), settings.noise_level
+
+
+STAGE = VSR()
+
+
+@functools.partial(jax.jit, static_argnames="schedule")
+def _noised(
+    frames: UInt8[Array, "t h w 3"], noise: Float[Array, "t h w 3"], level: Int[Array, ""], *, schedule: Schedule
+) -> Float[Array, "t h w 3"]:
+    inputs = {"low_res": to_float(frames)[None], "low_res_noise": noise[None], "noise_level": jnp.asarray(level)[None]}
+    return STAGE.condition({**inputs, "low_res_schedule": schedule}).concat[0]
