@@ -1,7 +1,7 @@
 """Time and memory of sample.py, stage by stage, as clips become longer and larger.
 
     python benchmarks/cascade_growth.py [--weights DIR] [--json FILE] [--plot FILE.png]
-    python benchmarks/cascade_growth.py --frames 5,9 --sides 64 --steps 1    # a smoke test
+    python benchmarks/cascade_growth.py --frames 5,9 --sides 64 --steps 2    # a smoke test
 
 Every row is one `sample.py` command on clips of Moving Shapes, run twice: the first fills the compilation cache, the
 second is measured, start of Python and loading included. Memory is the highest RssAnon of that process: pages of

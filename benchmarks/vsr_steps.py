@@ -1,7 +1,7 @@
 """How few denoising steps keep the quality of super-resolution, on clips of Moving Shapes.
 
     python benchmarks/vsr_steps.py [--weights DIR] [--clips 4] [--json FILE]
-    python benchmarks/vsr_steps.py --clips 1 --frames 5 --steps 1,2    # a smoke test
+    python benchmarks/vsr_steps.py --clips 1 --frames 5 --steps 2,3    # a smoke test
 
 Clips of 256x256 are made from the means of their 4x4 squares, with the settings of the weights but for sampler and
 steps, and compared with the truth by the measures of `lavie_jax.evaluation.cascade`: PSNR, sharpness of edges (1: as

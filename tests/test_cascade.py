@@ -12,8 +12,8 @@ import lavie_jax
 from lavie_jax import cascade
 from lavie_jax.cascade import Cascade, Request, running
 from lavie_jax.cascade import model as stage_model
-from lavie_jax.cascade.denoising import Plan, denoise
-from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.cascade.denoising import DenoisingPlan, denoise
+from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -47,7 +47,9 @@ def latents_of(pipe, requests, settings) -> np.ndarray:
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
     clips = running._prepared(model, settings, [running.Sample(request, MemoryCache(), None) for request in requests])
     windows = STAGES["base"].windows(shape, settings)
-    denoise(model, clips, Plan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests)))
+    denoise(
+        model, clips, DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests))
+    )
     return np.stack([clip.state["x"] for clip in clips])
 
 
@@ -126,10 +128,8 @@ def test_a_sample_equals_a_plain_loop_with_separate_guidance_halves(single):
         with_prompt, without = unet(x, t, cond), unet(x, t, uncond)
         return without + 4.0 * (with_prompt - without)
 
-    state = sampler.init(model.noise(3, 0, (4, 4, 6, 4))[None])
-    for i in range(3):
-        state = sampler.step(state, i, denoise)
-    images = model.vae.apply({"params": model.vae_params}, state["x"] / 0.18215, method="decode")
+    x0 = sample(sampler, denoise, model.noise(3, 0, (4, 4, 6, 4))[None])
+    images = model.vae.apply({"params": model.vae_params}, x0 / 0.18215, method="decode")
     expected = np.clip(np.round((np.asarray(images) + 1) * 127.5), 0, 255)
     video = single(PROMPT, seed=3, negative_prompt="a blue square")
     assert np.abs(video.astype(float) - expected).max() <= 1

@@ -1,4 +1,4 @@
-"""Clips through a sampler's steps, window by window: with a network of one line, whose answers are known."""
+"""Denoising of clips window by window, with one-line networks whose predictions are known."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,16 @@ import pytest
 
 from lavie_jax import parallel
 from lavie_jax.cascade import denoising
-from lavie_jax.cascade.denoising import Clip, Plan, denoise
+from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
-from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.diffusion import SAMPLERS, Schedule, make_sampler, sample
 from lavie_jax.stages.windows import cut, grid, overlapping, whole
 
 SHAPE = (11, 6, 10, 4)
 
 
 class Pointwise:
-    """Stands in for a UNet: what it answers at a place depends on what it is given there, and on t and the text."""
+    """A stand-in for the UNet: its output at a pixel depends on the input at that pixel, on t and on the text."""
 
     def apply(self, variables, x, t, text, image_text=None, noise_level=None):
         level = 0 if noise_level is None else noise_level[:, None, None, None, None] / 1000
@@ -26,7 +26,7 @@ class Pointwise:
 
 
 class Neighbours(Pointwise):
-    """Whose answer depends on the frames beside it, too."""
+    """A stand-in whose output depends on the previous frame, too."""
 
     def apply(self, variables, x, t, text, image_text=None, noise_level=None):
         x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1) * 0.5 + x
@@ -55,9 +55,9 @@ WHOLE = grid(*map(whole, SHAPE[:3]))
 OVERLAPPING = grid(overlapping(11, 4, 2), overlapping(6, 4, 1), overlapping(10, 4, 2))
 
 
-def plan(windows, sampler="ddim", rows=1, steps=3) -> Plan:
+def plan(windows, sampler="ddim", rows=1, steps=3) -> DenoisingPlan:
     schedule = Schedule(prediction="v_prediction")
-    return Plan(sampler=make_sampler(sampler, steps, schedule), guidance=3.0, windows=windows, rows=rows)
+    return DenoisingPlan(sampler=make_sampler(sampler, steps, schedule), guidance=3.0, windows=windows, rows=rows)
 
 
 def denoised(*clips, model=None, **how):
@@ -68,12 +68,11 @@ def denoised(*clips, model=None, **how):
 MODEL = Model()
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "dpm++2m"])
-def test_a_clip_goes_the_way_of_the_plain_loop(sampler):
-    made, this = clip(), plan(WHOLE, sampler).sampler
-    state = this.init(made.noise(0, range(11))[None])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_clip_is_denoised_as_by_the_plain_loop(sampler):
+    made, chain = clip(), plan(WHOLE, sampler).sampler
 
-    def answer(x_t, t):
+    def network(x_t, t):
         def half(text):
             x = jnp.concatenate([x_t, jnp.asarray(made.concat)[None]], axis=-1)
             return UNET.apply({}, x, jnp.broadcast_to(t, (1,)), jnp.asarray(text)[None], noise_level=jnp.array([20]))
@@ -81,20 +80,19 @@ def test_a_clip_goes_the_way_of_the_plain_loop(sampler):
         with_prompt, without = half(made.text), half(made.null_text)
         return without + 3.0 * (with_prompt - without)
 
-    for i in range(3):
-        state = this.step(state, i, answer, made.noise(i + 1, range(11))[None])
+    x0 = sample(chain, network, made.noise(0, range(11))[None], lambda i: made.noise(i + 1, range(11))[None])
     (found,) = denoised(made, windows=WHOLE, sampler=sampler)
-    np.testing.assert_allclose(found, state["x"][0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, x0[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("windows", [OVERLAPPING, grid(cut(11, 4), whole(6), whole(10))], ids=["blended", "official"])
-def test_windows_of_a_network_without_context_change_nothing(windows):
+def test_windows_change_nothing_for_a_network_without_context(windows):
     (one,), (many,) = denoised(clip(), windows=WHOLE), denoised(clip(), windows=windows, rows=4)
     np.testing.assert_allclose(many, one, atol=1e-5)
 
 
-def test_blending_leaves_no_cut_where_chunks_do():
-    """Frames all alike, through a network that looks at the frame before: chunks start anew at their first frames."""
+def test_blended_windows_have_no_jumps_where_chunks_do():
+    """Equal frames, through a network that looks at the previous frame: chunks have none at their first frames."""
     rng = np.random.default_rng(0)
     frame = rng.normal(size=(1, *SHAPE[1:])).astype(np.float32)
     base = clip()
@@ -126,7 +124,7 @@ def test_clips_share_calls_and_do_not_mix(monkeypatch):
     predict = denoising.predict_rows
 
     def counted(*args, **kwargs):
-        calls.append(args[1]["x"].shape[0])
+        calls.append(args[1].shape[0])
         return predict(*args, **kwargs)
 
     monkeypatch.setattr(denoising, "predict_rows", counted)
@@ -136,28 +134,26 @@ def test_clips_share_calls_and_do_not_mix(monkeypatch):
         np.testing.assert_allclose(found, denoised(clip(seed), windows=WHOLE)[0], atol=1e-5)
 
 
-def test_guided_halves_go_in_turn_where_they_are_large(monkeypatch):
+def test_guided_halves_of_large_windows_are_sequential(monkeypatch):
     (together,) = denoised(clip(), windows=OVERLAPPING)
     turns = []
     real = denoising.denoiser
-    monkeypatch.setattr(
-        denoising, "denoiser", lambda *a, in_turn, **k: turns.append(in_turn) or real(*a, in_turn=in_turn, **k)
-    )
-    monkeypatch.setattr(denoising, "TOGETHER_PLACES", 4 * 4 * 4 - 1)
-    (in_turn,) = denoised(clip(), windows=OVERLAPPING)
+    monkeypatch.setattr(denoising, "denoiser", lambda *a, **k: turns.append(k["sequential_guidance"]) or real(*a, **k))
+    monkeypatch.setattr(denoising, "MAX_BATCHED_PIXELS", 4 * 4 * 4 - 1)
+    (sequential,) = denoised(clip(), windows=OVERLAPPING)
     assert turns == [True]
-    np.testing.assert_allclose(in_turn, together, atol=1e-5)
+    np.testing.assert_allclose(sequential, together, atol=1e-5)
 
 
-def test_steps_of_a_few_frames_at_a_time_change_nothing(monkeypatch):
+def test_updates_of_a_few_frames_at_a_time_change_nothing(monkeypatch):
     (whole_clip,) = denoised(clip(), windows=WHOLE, sampler="ddpm")
-    monkeypatch.setattr(denoising, "STEP_PLACES", 3 * 6 * 10)
+    monkeypatch.setattr(denoising, "MAX_UPDATE_PIXELS", 3 * 6 * 10)
     (pieces,) = denoised(clip(), windows=WHOLE, sampler="ddpm")
     np.testing.assert_allclose(pieces, whole_clip, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
-def test_a_saved_state_goes_on_to_the_same_end(sampler, monkeypatch):
+def test_a_saved_state_resumes_to_the_same_end(sampler, monkeypatch):
     monkeypatch.setattr(denoising, "SAVE_EVERY", 2)
     saved = []
     first = clip(save=lambda step, state: saved.append((step, state)))
@@ -165,8 +161,18 @@ def test_a_saved_state_goes_on_to_the_same_end(sampler, monkeypatch):
     assert [step for step, _ in saved] == [2, 4, 5]
     other = clip(1)
     denoised(clip(state=saved[1][1], step=4), windows=OVERLAPPING, sampler=sampler, steps=5)
-    # one that is behind and one that is ahead, in one batch
+    # a clip that is behind and one that is ahead
     ahead = clip(state=saved[1][1], step=4)
     behind, ahead = denoised(other, ahead, windows=OVERLAPPING, sampler=sampler, steps=5)
     np.testing.assert_array_equal(ahead, expected)
     np.testing.assert_array_equal(behind, denoised(clip(1), windows=OVERLAPPING, sampler=sampler, steps=5)[0])
+
+
+def test_heun_resumes_within_a_step(monkeypatch):
+    monkeypatch.setattr(denoising, "SAVE_EVERY", 2)
+    saved = []
+    (expected,) = denoised(clip(save=lambda step, state: saved.append((step, state))), windows=WHOLE, sampler="heun")
+    assert [step for step, _ in saved] == [2, 4, 5]
+    for step, state in saved[:2]:
+        (resumed,) = denoised(clip(state=state, step=step), windows=WHOLE, sampler="heun")
+        np.testing.assert_array_equal(resumed, expected)

@@ -11,8 +11,8 @@ import tiny
 import lavie_jax
 from lavie_jax import cascade
 from lavie_jax.cascade import running
-from lavie_jax.cascade.denoising import Plan, denoise
-from lavie_jax.diffusion import Schedule, make_sampler
+from lavie_jax.cascade.denoising import DenoisingPlan, denoise
+from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES, clips
@@ -63,7 +63,9 @@ def latents_of(pipe, stage, frames, **given) -> np.ndarray:
     model, made, ready = prepared(pipe, stage, frames, **given)
     sampler = make_sampler(made.sampler, made.steps, model.weights.schedule)
     windows = STAGES[stage].windows(ready.shape, made)
-    denoise(model, [ready], Plan(sampler=sampler, guidance=made.guidance, windows=windows, rows=model.mesh.size))
+    denoise(
+        model, [ready], DenoisingPlan(sampler=sampler, guidance=made.guidance, windows=windows, rows=model.mesh.size)
+    )
     return ready.state["x"]
 
 
@@ -122,11 +124,9 @@ def test_a_sample_equals_a_plain_loop(stage, single):
         return without + 4.0 * (with_prompt - without)
 
     sampler = make_sampler(made.sampler, 3, STAGES[stage].schedule)
-    state = sampler.init(jnp.stack([normal(0, i, (*side, 4)) for i in range(length)])[None])
-    for i in range(3):
-        state = sampler.step(state, i, answer)
+    x0 = sample(sampler, answer, jnp.stack([normal(0, i, (*side, 4)) for i in range(length)])[None])
     found = latents_of(single, stage, frames, seed=3)
-    assert np.linalg.norm(found - state["x"][0]) <= 1e-3 * np.linalg.norm(found)
+    assert np.linalg.norm(found - x0[0]) <= 1e-3 * np.linalg.norm(found)
 
 
 def test_key_frames_can_be_the_modes_of_their_posteriors(single):

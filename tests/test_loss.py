@@ -18,8 +18,8 @@ def pair():
     return jax.random.normal(keys[0], (B, T + M, H, W, C)), jax.random.normal(keys[1], (B, T + M, H, W, C))
 
 
-def test_min_snr_weighs_the_same_error_alike_in_every_prediction_type():
-    """One wrong x0 means a wrong eps and v too; weighted, the three losses agree (sec. 3.4)."""
+def test_min_snr_weights_make_the_losses_of_all_prediction_types_equal():
+    """The same error in x0, as an error in eps and v: the weighted losses are equal (sec. 3.4, arXiv 2303.09556)."""
     t = np.array([10, 200, 500, 800])
     keys = jax.random.split(jax.random.key(1), 3)
     x0, eps, wrong = (jax.random.normal(key, (4, 50)) for key in keys)

@@ -17,7 +17,7 @@ from lavie_jax.weights import load_folder
 from tools import make_notebook
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"frames": 4, "base_steps": 2, "interpolation_steps": 1, "vsr_steps": 1}
+QUICK = {"frames": 4, "base_steps": 2, "interpolation_steps": 2, "vsr_steps": 2}
 
 
 def run(cwd: Path, *runs: dict, installed: bool = True) -> subprocess.CompletedProcess:

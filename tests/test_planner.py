@@ -326,8 +326,8 @@ def test_the_programs_of_sampling_from_shapes(stage):
     step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
     assert (step.name, *(p.name for p in others)) == tables.SAMPLINGS[stage]
     sides = {"base": (16, 40, 64), "interpolation": (61, 40, 64), "vsr": (8, 320, 512)}[stage]
-    assert step.arguments[1]["x"].shape == (1, *sides, 4)
-    assert step.static["in_turn"] == (stage != "base")
+    assert step.arguments[1].shape == (1, *sides, 4)
+    assert step.static["sequential_guidance"] == (stage != "base")
     frames = {"base": (4, 40, 64, 4), "interpolation": (4, 40, 64, 4), "vsr": (1, 320, 512, 4)}[stage]
     assert others[0].arguments[1].shape == frames
 

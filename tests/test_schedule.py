@@ -15,7 +15,7 @@ from lavie_jax.errors import UserError
 T = np.array([0, 1, 250, 999])
 
 
-def draw(*shape):
+def normal(*shape):
     keys = jax.random.split(jax.random.key(len(shape)))
     return jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape)
 
@@ -28,8 +28,8 @@ def test_betas_of_both_kinds():
         np.testing.assert_allclose(betas, [1e-4, middle, 0.02], rtol=1e-12)
 
 
-def test_noise_has_the_variance_that_the_signal_lacks():
-    x0, eps = jnp.full((4, 20_000), 2.0), draw(4, 20_000)[0]
+def test_signal_and_noise_have_the_variances_of_abar():
+    x0, eps = jnp.full((4, 20_000), 2.0), normal(4, 20_000)[0]
     schedule = Schedule()
     x_t = schedule.add_noise(x0, eps, T)
     np.testing.assert_allclose(x_t.mean(1), 2 * schedule.alphas_cumprod[T] ** 0.5, atol=0.03)
@@ -39,26 +39,26 @@ def test_noise_has_the_variance_that_the_signal_lacks():
 def test_little_noise_is_exact_in_float32():
     schedule = Schedule()
     sigma = schedule.add_noise(jnp.zeros((1, 1)), jnp.ones((1, 1)), np.array([0]))
-    np.testing.assert_allclose(sigma, 0.01, rtol=1e-6)  # sqrt(beta_start); 1 - abar in float32 errs by 2e-4
+    np.testing.assert_allclose(sigma, 0.01, rtol=1e-6)  # sqrt(beta_start); with 1 - abar in float32, wrong by 2e-4
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_right_prediction_gives_back_x0_and_eps(prediction):
+def test_the_target_splits_into_x0_and_eps(prediction):
     schedule = Schedule(prediction=prediction)
-    x0, eps = draw(4, 5, 3)
-    t = np.array([20, 250, 500, 900])  # at the ends x0 or eps is lost in rounding
+    x0, eps = normal(4, 5, 3)
+    t = np.array([20, 250, 500, 900])  # at both ends rounding loses x0 or eps
     abar = schedule.alphas_cumprod[t][:, None, None]
     target, x_t = schedule.target(x0, eps, t), schedule.add_noise(x0, eps, t)
     alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (abar, 1 - abar))
-    found = split_prediction(prediction, target, x_t, alpha, sigma)
-    np.testing.assert_allclose(found[0], x0, atol=1e-4)
-    np.testing.assert_allclose(found[1], eps, atol=1e-4)
+    split = split_prediction(prediction, target, x_t, alpha, sigma)
+    np.testing.assert_allclose(split[0], x0, atol=1e-4)
+    np.testing.assert_allclose(split[1], eps, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_timestep_of_each_frame(prediction):
     schedule = Schedule(prediction=prediction)
-    x0, eps = draw(2, 3, 4, 4, 1)
+    x0, eps = normal(2, 3, 4, 4, 1)
     t = np.array([[1, 500, 999], [7, 7, 300]])
     x_t, target = schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t)
     for frame in range(3):
@@ -75,7 +75,7 @@ def test_snr():
 
 def test_a_schedule_is_a_static_argument():
     noisy = jax.jit(lambda schedule, x0, eps, t: schedule.add_noise(x0, eps, t), static_argnums=0)
-    x0, eps = draw(4, 5)
+    x0, eps = normal(4, 5)
     np.testing.assert_allclose(noisy(Schedule(), x0, eps, T), Schedule().add_noise(x0, eps, T), rtol=1e-6)
     assert hash(Schedule()) == hash(Schedule()) and Schedule() != Schedule(prediction="sample")
 
@@ -118,7 +118,7 @@ def test_a_scheduler_config_of_stable_diffusion():
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )
-def test_unsupported_configs_are_refused_by_name(config, message):
+def test_unsupported_configs_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         Schedule.from_json(config)
 

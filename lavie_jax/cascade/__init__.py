@@ -149,7 +149,7 @@ def resolve_settings(
             raise _no_weights(stage, weights)
         try:
             settings[stage] = made = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
-            make_sampler(made.sampler, made.steps, weights[stage].schedule)
+            make_sampler(made.sampler, made.steps, weights[stage].schedule, made.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         clip = _output_of(made)

@@ -1,8 +1,8 @@
-"""From noise to latents: clips walk down a sampler's steps, window by window, all windows spread over the devices.
+"""Denoising: clips go through a sampler's chain window by window, with all windows spread over the devices.
 
-One step of one clip: every window's prediction (`stages.denoiser`), their blend (`windows.py`), the sampler's step on
-the whole clip (`diffusion/samplers.py`). A clip lives on the host, so that neither its length nor the number of its
-windows shows in a device's memory, and so that its state can be saved between any two steps.
+Each network evaluation of a clip predicts every window (`stages.denoiser`), blends the predictions (`windows.py`) and
+updates the state of the whole clip (`diffusion/samplers.py`). Clips live on the host, so that device memory depends
+neither on a clip's length nor on its number of windows, and so that a clip's state can be saved between evaluations.
 """
 
 import dataclasses
@@ -11,10 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
@@ -22,24 +21,33 @@ from lavie_jax.diffusion import Sampler
 from lavie_jax.stages.conditioning import Condition, denoiser
 from lavie_jax.stages.windows import Window
 
-TOGETHER_PLACES = 16 * 40 * 64  # latent places of a device's rows up to which both guided halves share one UNet call
-SAVE_EVERY = 5  # steps between two saved states
-STEP_PLACES = 8 * 320 * 512  # latent places whose sampler step is taken at a time
+MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels a device up to which both guided halves share one UNet call
+MAX_UPDATE_PIXELS = 8 * 320 * 512  # latent pixels that a sampler updates at a time
+SAVE_EVERY = 5  # evaluations between two saved states
 
 State = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(kw_only=True)
 class Clip:
-    """One sample on its way from noise to latents.
+    """One sample between noise and latents.
 
-    `noise(stream, frames)` draws the noise of some of its frames: stream 0 to start from, stream i + 1 for step i.
-    `concat` and `noise_level` are its condition, `step` is the next step to take from `state`.
+    Attributes:
+        text: embedding of the prompt.
+        null_text: embedding of the negative or empty prompt.
+        shape: shape of the latents (T, h, w, C).
+        noise: `noise(stream, frames)` is the noise of some frames. Stream 0 is the start, stream i + 1 is fresh noise
+            for evaluation i.
+        concat: condition that is concatenated to the UNet's input channels.
+        noise_level: condition of the VSR stage.
+        state: the sampler's state; None before the start.
+        step: number of the next evaluation.
+        save: called with `step` and `state` now and then.
     """
 
     text: Float[np.ndarray, "l d"]
     null_text: Float[np.ndarray, "l d"]
-    shape: tuple[int, int, int, int]  # of its latents (T, h, w, C)
+    shape: tuple[int, int, int, int]
     noise: Callable[[int, range], Array]
     concat: Float[np.ndarray, "t h w k"] | None = None
     noise_level: int | None = None
@@ -49,106 +57,126 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How clips are denoised: `rows` windows go through the UNet in one call, a multiple of the devices."""
+class DenoisingPlan:
+    """Settings of denoising that all clips share.
+
+    Attributes:
+        sampler: the sampler.
+        guidance: scale of classifier-free guidance.
+        windows: windows that cover a clip.
+        rows: number of windows in one UNet call, a multiple of the number of devices.
+        rescale: rescaling of the guidance (`diffusion.guide`).
+        image: whether clips are single images, without temporal layers.
+    """
 
     sampler: Sampler
     guidance: float
     windows: Sequence[Window]
     rows: int
-    rescale: float = 0.0  # of the guidance
+    rescale: float = 0.0
     image: bool = False
 
 
-def denoise(model: StageModel, clips: Sequence[Clip], plan: Plan, on_window: Callable[[], None] = lambda: None) -> None:
-    """Takes every clip, all of one shape, through the steps that it has left; then `state["x"]` is x0.
+def denoise(
+    model: StageModel, clips: Sequence[Clip], plan: DenoisingPlan, on_window: Callable[[], None] = lambda: None
+) -> None:
+    """Runs the remaining evaluations of all clips; afterwards `state["x"]` is x0.
 
-    Those that are furthest behind go first. `on_window` is called when a window is predicted; a clip's state is saved
-    every SAVE_EVERY steps, and at the end.
+    Clips that are furthest behind go first. States are saved every `SAVE_EVERY` evaluations and at the end.
+
+    Args:
+        model: the stage's networks and mesh.
+        clips: clips of one shape, updated in place.
+        plan: the sampler, the windows and how they are batched.
+        on_window: called after each predicted window.
     """
     for clip in clips:
         if clip.state is None:
             clip.state = _by_frames(clip, lambda frames, clip=clip: plan.sampler.init(clip.noise(0, frames)))
-    while waiting := [clip for clip in clips if clip.step < plan.sampler.steps]:
-        i = min(clip.step for clip in waiting)
-        active = [clip for clip in waiting if clip.step == i]
+    while unfinished := [clip for clip in clips if clip.step < plan.sampler.evaluations]:
+        i = min(clip.step for clip in unfinished)
+        active = [clip for clip in unfinished if clip.step == i]
         for clip, prediction in zip(active, _predictions(model, active, i, plan, on_window)):
-            clip.state = _stepped(model, clip, prediction, plan.sampler)
+            clip.state = _updated(model, clip, prediction, plan.sampler)
             clip.step += 1
-            if clip.step % SAVE_EVERY == 0 or clip.step == plan.sampler.steps:
+            if clip.step % SAVE_EVERY == 0 or clip.step == plan.sampler.evaluations:
                 clip.save(clip.step, clip.state)
 
 
 def _predictions(
-    model: StageModel, clips: Sequence[Clip], i: int, plan: Plan, on_window: Callable[[], None]
+    model: StageModel, clips: Sequence[Clip], i: int, plan: DenoisingPlan, on_window: Callable[[], None]
 ) -> list[Float[np.ndarray, "t h w c"]]:
-    """What the UNet answers for each clip at step i, its windows blended."""
+    """The prediction of evaluation i for each clip, blended over its windows."""
     blended = [np.zeros(clip.shape, np.float32) for clip in clips]
-    jobs = [(number, window) for number in range(len(clips)) for window in plan.windows]
-    jobs.sort(key=lambda job: job[1].shape, reverse=True)  # of one program together
-    groups = [
-        list(rows)
-        for _, same in itertools.groupby(jobs, key=lambda job: job[1].shape)
-        for rows in _batched(same, plan.rows)
+    rows = [(number, window) for number in range(len(clips)) for window in plan.windows]
+    rows.sort(key=lambda row: row[1].shape, reverse=True)  # windows of one shape share a compiled program
+    batches = [
+        list(batch)
+        for _, same_shape in itertools.groupby(rows, key=lambda row: row[1].shape)
+        for batch in _batched(same_shape, plan.rows)
     ]
 
     def started():
-        for group in groups:
-            filled = [*group, *[group[-1]] * (plan.rows - len(group))]
-            yield group, _predict_windows(model, [(clips[number], window) for number, window in filled], i, plan)
+        for batch in batches:
+            padded = [*batch, *[batch[-1]] * (plan.rows - len(batch))]
+            yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan)
 
-    for group, predictions in one_ahead(started()):
-        for (number, window), prediction in zip(group, np.asarray(predictions)):
+    for batch, predictions in one_ahead(started()):
+        for (number, window), prediction in zip(batch, np.asarray(predictions)):
             blended[number][window.box] += window.weight * prediction
             on_window()
     return blended
 
 
 def _predict_windows(
-    model: StageModel, jobs: Sequence[tuple[Clip, Window]], i: int, plan: Plan
+    model: StageModel, rows: Sequence[tuple[Clip, Window]], i: int, plan: DenoisingPlan
 ) -> Float[Array, "rows t h w c"]:
-    """The UNet's answers for windows of one shape, computing: the host does not wait for them."""
+    """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices."""
     batch = parallel.batch_sharding(model.mesh)
 
     def stacked(rows):
         return parallel.put(np.stack(list(rows)), batch)
 
-    state = {name: stacked(clip.state[name][window.box] for clip, window in jobs) for name in jobs[0][0].state}
+    inputs = [
+        plan.sampler.model_input({name: array[window.box] for name, array in clip.state.items()}, i)
+        for clip, window in rows
+    ]
+    first = rows[0][0]
     condition = Condition()
-    if jobs[0][0].concat is not None:
-        condition = condition._replace(concat=stacked(clip.concat[window.box] for clip, window in jobs))
-    if jobs[0][0].noise_level is not None:
-        condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in jobs))
+    if first.concat is not None:
+        condition = condition._replace(concat=stacked(clip.concat[window.box] for clip, window in rows))
+    if first.noise_level is not None:
+        condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in rows))
     return predict_rows(
-        model.unet_params, state, i, stacked(clip.text for clip, _ in jobs),
-        stacked(clip.null_text for clip, _ in jobs), condition, unet=model.unet, sampler=plan.sampler,
-        guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
-        in_turn=in_turn(len(jobs) // model.mesh.size, jobs[0][1]), mesh=model.mesh,
+        model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
+        stacked(clip.text for clip, _ in rows), stacked(clip.null_text for clip, _ in rows), condition,
+        unet=model.unet, guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
+        sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]), mesh=model.mesh,
     )  # fmt: skip
 
 
-def in_turn(rows: int, window: Window) -> bool:
-    """Whether the two guided halves of `rows` windows on a device go through the UNet one after the other."""
-    return rows * int(np.prod(window.shape)) > TOGETHER_PLACES
+def sequential_guidance(rows: int, window: Window) -> bool:
+    """Whether the two guided halves of a device's `rows` windows take two UNet calls, to save memory."""
+    return rows * int(np.prod(window.shape)) > MAX_BATCHED_PIXELS
 
 
-def _stepped(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
-    """The clip's state after its next step, given the prediction at this one."""
+def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
+    """The clip's state after its next evaluation, which gave `prediction`."""
 
-    def step(frames):
+    def update(frames):
         part = slice(frames.start, frames.stop)
         state = {name: array[part] for name, array in clip.state.items()}
         noise = clip.noise(clip.step + 1, frames) if sampler.needs_noise else None
-        state, given = jax.device_put((state, prediction[part]), model.device)
-        return _step(state, clip.step, given, noise, sampler=sampler)
+        state, prediction_part = jax.device_put((state, prediction[part]), model.device)
+        return _update(state, clip.step, prediction_part, noise, sampler=sampler)
 
-    return _by_frames(clip, step)
+    return _by_frames(clip, update)
 
 
 def _by_frames(clip: Clip, f: Callable[[range], dict[str, Array]]) -> State:
-    """`f` of all frames of a clip, as many at a time as have STEP_PLACES latent places."""
+    """Applies `f` to ranges of at most MAX_UPDATE_PIXELS latent pixels, and concatenates the results."""
     count, height, width = clip.shape[:3]
-    size = max(1, STEP_PLACES // (height * width))
+    size = max(1, MAX_UPDATE_PIXELS // (height * width))
     parts = [jax.device_get(f(range(i, min(i + size, count)))) for i in range(0, count, size)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -161,54 +189,36 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 # ---- compiled ----
 
 
-@functools.partial(jax.jit, static_argnames=("unet", "sampler", "guidance", "rescale", "image", "in_turn", "mesh"))
+@functools.partial(jax.jit, static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "mesh"))
 def predict_rows(
     params: dict,
-    state: dict[str, Array],
-    i: Int[Array, ""],
+    x_t: Float[Array, "b t h w c"],
+    t: Shaped[Array, " b"],
     text: Float[Array, "b l d"],
     null_text: Float[Array, "b l d"],
     condition: Condition,
     *,
     unet,
-    sampler: Sampler,
     guidance: float,
     rescale: float,
     image: bool,
-    in_turn: bool,
+    sequential_guidance: bool,
     mesh: Mesh,
 ) -> Float[Array, "b t h w c"]:
-    """Every device runs the same program on its own windows."""
+    """Returns the guided predictions; each device computes those of its own rows."""
 
-    def predict(params, state, i, text, null_text, condition):
-        denoise = denoiser(
-            unet,
-            params,
-            text,
-            null_text,
-            condition,
-            guidance=guidance,
-            rescale=rescale,
-            image=image,
-            sequential_guidance=in_turn,
-        )
-        answers = []
+    def predict(params, x_t, t, text, null_text, condition):
+        return denoiser(
+            unet, params, text, null_text, condition,
+            guidance=guidance, rescale=rescale, image=image, sequential_guidance=sequential_guidance,
+        )(x_t, t)  # fmt: skip
 
-        def asked(x_t, t):
-            answers.append(denoise(x_t, t))
-            return answers[0]
-
-        # Only the sampler knows what it asks the network at step i. The step itself waits for all windows' answers;
-        # the compiler drops this one.
-        sampler.step(state, i, asked, jnp.zeros_like(state["x"]) if sampler.needs_noise else None)
-        return answers[0]
-
-    specs = (ALL, BATCH, ALL, BATCH, BATCH, BATCH)
-    return per_device(predict, mesh, *specs)(params, state, i, text, null_text, condition)
+    specs = (ALL, BATCH, BATCH, BATCH, BATCH, BATCH)
+    return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition)
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
-def _step(
+def _update(
     state: dict[str, Array],
     i: Int[Array, ""],
     prediction: Float[Array, "t h w c"],
@@ -216,5 +226,5 @@ def _step(
     *,
     sampler: Sampler,
 ) -> dict[str, Array]:
-    """One step of frames, each a row of its own."""
-    return sampler.step(state, i, lambda x_t, t: prediction, noise)
+    """The state of frames after evaluation i; each frame is a row of its own to the sampler."""
+    return sampler.update(state, i, prediction, noise)

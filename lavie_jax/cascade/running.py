@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
-from lavie_jax.cascade.denoising import Clip, Plan, denoise
+from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
@@ -61,8 +61,8 @@ def run_stage(
     rows = devices
     if stage.batched:
         rows = min(math.ceil(n / devices) * devices for n in (batch_size or devices, len(samples)))
-    plan = Plan(
-        sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule),
+    plan = DenoisingPlan(
+        sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule, settings.spacing),
         guidance=settings.guidance,
         rescale=settings.guidance_rescale,
         windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
@@ -72,7 +72,7 @@ def run_stage(
     count = len(plan.windows)
     group_size = max(1, rows // count)
     bar = tqdm(
-        total=len(samples) * plan.sampler.steps * count, unit="step" if count == 1 else "window",
+        total=len(samples) * plan.sampler.evaluations * count, unit="step" if count == 1 else "window",
         desc=f"{stage.name}: compiling", disable=not progress,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from lavie_jax.curation.latent_encoder import LatentEncoder
 from lavie_jax.data import transforms
 from lavie_jax.data.records import Records
 from lavie_jax.data.sources import open_records, read_image
-from lavie_jax.data.video_files import Window
+from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
 
 
@@ -30,7 +30,7 @@ def encode_images(source: str, out: Path, job: LatentJob, *, shard_clips: int = 
         UserError: before any work, if the source, the weights or `out` cannot be used; later, if no image is readable.
     """
     kind, _, path = source.partition(":")
-    records = open_records(kind, path, medium="image", split="train", window=Window(frames=1), val_fraction=0.0)
+    records = open_records(kind, path, medium="image", split="train", window=ClipWindow(frames=1), val_fraction=0.0)
     output.refuse_finished(out)
     encoder = LatentEncoder(job)
     settings = {"stills": source, "shard_clips": shard_clips, "latents": encoder.settings()}

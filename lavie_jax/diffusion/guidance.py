@@ -7,15 +7,14 @@ from jaxtyping import Array, Float
 def guide(
     cond: Float[Array, "b ..."], uncond: Float[Array, "b ..."], scale: float | Array, rescale: float = 0.0
 ) -> Float[Array, "b ..."]:
-    """The guided prediction, away from `uncond` and past `cond`.
+    """Returns the guided prediction, extrapolated from `uncond` through `cond`.
 
     Args:
         cond: prediction with the prompt, `(B, ...)`.
         uncond: prediction with the negative or empty prompt, same shape.
-        scale: 1 is `cond` itself, 0 is `uncond`, larger follows the prompt more closely.
-        rescale: phi in [0, 1]. Large scales inflate the contrast; phi = 1 gives each sample the standard
-            deviation of its `cond` back, values between blend (sec. 3.4, eq. 14-16, arXiv 2305.08891, which
-            recommends 0.7).
+        scale: 0 is `uncond`, 1 is `cond`; larger values follow the prompt more closely.
+        rescale: phi in [0, 1]. Large scales inflate the contrast. phi = 1 restores the standard deviation of `cond` in
+            each sample, values in between blend (sec. 3.4, eq. 14-16, arXiv 2305.08891, which recommends 0.7).
 
     Returns:
         `(B, ...)`, float32.

@@ -10,16 +10,16 @@ from lavie_jax.errors import UserError
 
 
 def min_snr_weight(schedule: Schedule, t: Int[ArrayLike, "*times"], gamma: float) -> Float[Array, "*times"]:
-    """Loss weight of each timestep (min-SNR-gamma, sec. 3.4, arXiv 2303.09556).
+    """Returns the loss weight of each timestep (min-SNR-gamma, sec. 3.4, arXiv 2303.09556).
 
-    The weight min(SNR, gamma) is for a loss on x0. On the squared error of what the network predicts it is
+    The weight min(SNR, gamma) is that of a loss on x0. On the squared error of the network's prediction it becomes
 
         sample         min(SNR, gamma)
         epsilon        min(SNR, gamma) / SNR
         v_prediction   min(SNR, gamma) / (SNR + 1)
 
     Args:
-        schedule: its `prediction` decides the formula.
+        schedule: the noise schedule; its `prediction` selects the formula.
         t: integer timesteps.
         gamma: clamp, > 0; the paper recommends 5.
 
@@ -42,16 +42,16 @@ def joint_loss(
     T: int,
     alpha: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Joint image-video loss: L = L_video + alpha * L_image (eq. 3, arXiv 2309.15103).
+    """Returns the joint image-video loss L = L_video + alpha * L_image (eq. 3, arXiv 2309.15103).
 
-    Each part is the mean weighted squared error over its own frames, so alpha does not depend on how many
-    frames and images there are. A part without frames is 0: with T = 0 the loss is alpha * L_image.
+    Each part is the mean weighted squared error over its own frames, so alpha does not depend on the numbers of
+    frames and images. A part without frames is 0: with T = 0 the loss is alpha * L_image.
 
     Args:
         prediction: `(B, T + M, H, W, C)`, the T video frames first, then the M images.
         target: same shape.
-        weight: `(B,)` of each sample or `(B, T + M)` of each frame (min-SNR), or None. The error is
-            multiplied by it; the mean is not divided by its sum.
+        weight: weight of each sample `(B,)` or of each frame `(B, T + M)`, as from min-SNR, or None. It multiplies the
+            error; the mean is not divided by the sum of weights.
         T: number of video frames, 0 to T + M.
         alpha: weight of the images.
 
@@ -60,7 +60,7 @@ def joint_loss(
     """
     frames = prediction.shape[1]
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have one shape")
+        raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have the same shape")
     if not 0 <= T <= frames:
         raise ValueError(f"T = {T} video frames do not fit the {frames} frames of the prediction")
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))

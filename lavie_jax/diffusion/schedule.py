@@ -1,17 +1,17 @@
-"""The forward process: how much noise a timestep means, and what the network is asked to predict.
+"""The forward process: the noise level of each timestep, and the prediction type of the network.
 
 A clean array x0 and Gaussian noise eps mix as (eq. 4, arXiv 2006.11239)
 
     x_t = alpha_t x0 + sigma_t eps,    alpha_t = sqrt(abar_t),    sigma_t = sqrt(1 - abar_t),
 
 where abar_t, `alphas_cumprod[t]`, falls from almost 1 at t = 0 to almost 0 at the last timestep. The
-network predicts one of three things, from which the other two follow:
+network predicts one of three quantities, from which the other two follow:
 
     "epsilon"        eps                             (arXiv 2006.11239)
     "v_prediction"   v = alpha_t eps - sigma_t x0    (arXiv 2202.00512, sec. 4 and appendix D)
     "sample"         x0
 
-How to walk back from noise to data is in `samplers.py`.
+The reverse process, from noise to data, is in `samplers.py`.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A variance schedule and the prediction type that goes with it.
+    """A variance schedule and the prediction type of its network.
 
     The defaults are those of every released LaVie model but VSR's, whose `prediction` is "v_prediction".
-    Schedules compare and hash by their fields, so one can be a static argument of `jax.jit`.
+    Schedules compare and hash by their fields: they can be static arguments of `jax.jit`.
 
-    In the methods `t` holds integer timesteps in [0, steps), and its axes are the leading axes of the
-    arrays beside it: `t (B,)` gives each sample a timestep, `t (B, F)` each frame of each sample.
+    The methods take integer timesteps `t` in [0, steps). Its axes are the leading axes of the other arrays: `t (B,)`
+    gives each sample a timestep, `t (B, F)` each frame of each sample.
 
     Attributes:
         kind: "linear": betas evenly spaced; "scaled_linear": their square roots are (Stable Diffusion).
@@ -71,11 +71,11 @@ class Schedule:
     def from_json(cls, config: Mapping[str, Any]) -> "Schedule":
         """Reads the contents of a diffusers `scheduler_config.json`.
 
-        Absent keys take diffusers' defaults, which are this class's. Keys that say how to sample
-        (`steps_offset`, `set_alpha_to_one`, `clip_sample`...) are not part of a schedule and are ignored.
+        Absent keys take diffusers' defaults, which are those of this class. Keys about sampling (`steps_offset`,
+        `set_alpha_to_one`, `clip_sample`...) are not part of a schedule and are ignored.
 
         Raises:
-            UserError: a value is not supported; the message names those that are.
+            UserError: a value is not supported; the message lists the supported ones.
         """
         where = "scheduler_config.json"
         if config.get("trained_betas") is not None:
@@ -93,7 +93,7 @@ class Schedule:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields under diffusers' names; `from_json` is the inverse."""
+        """Returns the fields under diffusers' names; the inverse of `from_json`."""
         return {theirs: getattr(self, ours) for ours, theirs in _JSON_NAMES.items()}
 
     @functools.cached_property
@@ -105,17 +105,22 @@ class Schedule:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
         return np.cumprod(1 - betas)
 
+    @functools.cached_property
+    def sigmas(self) -> np.ndarray:
+        """sigma_t / alpha_t, float64 `(steps,)`, rising: the noise level sigma of arXiv 2206.00364."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+
     def add_noise(
         self, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
     ) -> Float[Array, "b ..."]:
-        """x_t, a draw from the forward process (eq. 4, arXiv 2006.11239); float32."""
+        """Returns x_t, a sample of the forward process (eq. 4, arXiv 2006.11239); float32."""
         alpha, sigma = self._alpha_sigma(t, x0.ndim)
         return alpha * x0 + sigma * eps
 
     def target(
         self, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
     ) -> Float[Array, "b ..."]:
-        """What the network should answer to `add_noise(x0, eps, t)`."""
+        """Returns the prediction target of the network for the input `add_noise(x0, eps, t)`."""
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "sample":
@@ -124,11 +129,11 @@ class Schedule:
         return alpha * eps - sigma * x0
 
     def snr(self, t: Int[ArrayLike, "*times"]) -> Float[Array, "*times"]:
-        """Signal-to-noise ratio abar_t / (1 - abar_t), float32, one for each entry of `t`."""
+        """Returns the signal-to-noise ratio abar_t / (1 - abar_t), float32, one for each entry of `t`."""
         return jnp.asarray(self.alphas_cumprod / (1 - self.alphas_cumprod), jnp.float32)[t]
 
     def _alpha_sigma(self, t: Int[ArrayLike, "..."], ndim: int) -> tuple[Array, Array]:
-        """(alpha_t, sigma_t) in float32, with trailing axes added up to `ndim`."""
+        """Returns (alpha_t, sigma_t) in float32, with trailing axes added up to `ndim`."""
         t = jnp.asarray(t)
         t = t.reshape(t.shape + (1,) * (ndim - t.ndim))
         # The roots are taken in float64: 1 - abar loses half of float32's digits near t = 0.
@@ -154,7 +159,7 @@ def split_prediction(
     alpha: Float[ArrayLike, "..."],
     sigma: Float[ArrayLike, "..."],
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """(x0, eps) of x_t = alpha x0 + sigma eps, given the network's `prediction` of the given kind."""
+    """Returns (x0, eps) of x_t = alpha x0 + sigma eps, given the network's `prediction` of the given kind."""
     if kind == "epsilon":
         return (x_t - sigma * prediction) / alpha, prediction
     if kind == "sample":

@@ -13,8 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
-from lavie_jax.diffusion import Schedule, make_sampler
-from lavie_jax.diffusion.samplers import Denoise, Sampler
+from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.unet import UNet
@@ -102,14 +101,6 @@ def run_unet(case: Case) -> Arrays:
     return {"output": channels_first(output)}
 
 
-def walk(sampler: Sampler, denoise: Denoise, init: jax.Array, noise_at: Callable[[int], jax.Array]) -> jax.Array:
-    """`diffusion.sample` as a Python loop: the model is compiled once for all samplers and may look at t."""
-    state = sampler.init(init)
-    for i in range(sampler.steps):
-        state = sampler.step(state, i, denoise, noise_at(i) if sampler.needs_noise else None)
-    return state["x"]
-
-
 def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
     """The latents that each sampler ends at, from the case's `init` noise under classifier-free guidance."""
     unet = UNet(unet_config(case.model, stage))
@@ -122,7 +113,7 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
         return denoiser(unet, params, text, null_text, condition, guidance=guidance)(x, t)
 
     def denoise(x, t):  # float timesteps for every sampler, as Euler's are: one compilation
-        return guided(params, x, t.astype(jnp.float32))
+        return guided(params, x, jnp.asarray(t, jnp.float32))
 
     def noise_at(i):
         return channels_last(case.draw(f"{case.name}/noise/{i}", case.inputs["init"]))
@@ -130,7 +121,7 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
     latents = {}
     for name in samplers:
         sampler = make_sampler(name, case.settings["steps"], STAGES[stage].schedule)
-        latents[name] = channels_first(walk(sampler, denoise, take(case, "init"), noise_at))
+        latents[name] = channels_first(sample(sampler, denoise, take(case, "init"), noise_at))
     return latents
 
 
@@ -193,7 +184,7 @@ def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]
         return jnp.asarray(case.draw(f"loop/{name}/{steps}/{what}", case.settings["shape"]))
 
     sampler = make_sampler(sampler_name, steps, schedule)
-    end = walk(sampler, denoise, draw("init"), lambda i: draw(f"noise/{i}"))
+    end = sample(sampler, denoise, draw("init"), lambda i: draw(f"noise/{i}"))
     return np.asarray(end), np.asarray(asked)
 
 

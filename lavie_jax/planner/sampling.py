@@ -9,7 +9,7 @@ import numpy as np
 
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
-from lavie_jax.cascade.denoising import in_turn, predict_rows
+from lavie_jax.cascade.denoising import predict_rows, sequential_guidance
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
@@ -64,7 +64,7 @@ def _guided_step(
     shape = stage.latent_shape(weights, settings)
     windows = stage.windows(shape, settings)
     window = max(windows, key=lambda w: np.prod(w.shape))
-    sampler = make_sampler(settings.sampler, settings.steps, weights.schedule)
+    sampler = make_sampler(settings.sampler, settings.steps, weights.schedule, settings.spacing)
     total = rows * mesh.size
     channels = unet.config.in_channels - unet.config.out_channels
 
@@ -72,7 +72,7 @@ def _guided_step(
         return jax.ShapeDtypeStruct((total, *shape), dtype, sharding=sharding)
 
     state = jax.eval_shape(sampler.init, jax.ShapeDtypeStruct((*window.shape, shape[-1]), jnp.float32))
-    state = {name: array(*x.shape, dtype=x.dtype) for name, x in state.items()}
+    x_t, t = jax.eval_shape(sampler.model_input, state, jax.ShapeDtypeStruct((), jnp.int32))
     ids = jax.ShapeDtypeStruct((1, text_encoder.config.max_position_embeddings), jnp.int32)
     text = jax.eval_shape(text_encoder.apply, {"params": params["text_encoder"]}, ids)
     text = array(*text.shape[1:], dtype=text.dtype)
@@ -80,17 +80,16 @@ def _guided_step(
         concat=array(*window.shape, channels) if channels else None,
         noise_level=array(dtype=jnp.int32) if unet.config.num_class_embeds else None,
     )
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
-    alone = in_turn(rows, window)
-    halves = "one after the other" if alone else "together"
+    sequential = sequential_guidance(rows, window)
+    halves = "one after the other" if sequential else "together"
     sides = "x".join(str(n) for n in window.shape)
     return Program(
         name="guided step",
         function=predict_rows,
-        arguments=(params["unet"], state, number, text, text, condition),
+        arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), text, text, condition),
         static={
-            "unet": unet, "sampler": sampler, "guidance": float(settings.guidance),
-            "rescale": float(settings.guidance_rescale), "image": False, "in_turn": alone, "mesh": mesh,
+            "unet": unet, "guidance": float(settings.guidance), "rescale": float(settings.guidance_rescale),
+            "image": False, "sequential_guidance": sequential, "mesh": mesh,
         },
         mesh=mesh,
         held={"parameters": params["unet"]},

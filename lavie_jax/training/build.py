@@ -98,7 +98,7 @@ def check_stage(config: Any) -> None:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
     try:
         settings = STAGES[config.stage].info.settings.make(sampling_defaults(config), {})
-        make_sampler(settings.sampler, settings.steps, models.schedule)
+        make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
     factor = models.vae.config.factor
