@@ -236,7 +236,7 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
 
 def keep_compiled_programs() -> None:
     """Turns on jax's persistent compilation cache, unless the environment says where it is or that it is off."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

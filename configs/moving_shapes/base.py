@@ -14,7 +14,7 @@ Diffusion. Some shapes and colours occur in images only. In this order:
     python train.py --config configs/moving_shapes/base.py:tiny --workdir runs/base-tiny    # a minute on a CPU
 
 Modes: "" for one GPU; "cpu" for 2 CPU cores and two hours (add `:cpu` to each file but the VAE's); "tiny". Hardware,
-time and result: docs/moving_shapes.md. The mode "" has not been run.
+time and result: docs/training_moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -20,7 +20,7 @@ training on longer clips:
         --config.init_from=runs/interpolation-short/weights --config.inflate=false --config.data.frames=33 \\
         --config.batch=2 --config.steps=800 --config.optimizer.learning_rate=5e-4
 
-Hardware, time and result of "cpu": docs/moving_shapes.md. The mode "" has not been run.
+Hardware, time and result of "cpu": docs/training_moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ A word such as "left" determines a position only together with the time: its gra
 then it is learned suddenly. Six frames of a clip and the embedding (`models.additions.MotionEmbedding`) are enough. The
 rest of the network is frozen, so that the learning rate can be high.
 
-Modes as in `base.py`. Hardware, time and result: docs/moving_shapes.md.
+Modes as in `base.py`. Hardware, time and result: docs/training_moving_shapes.md.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.batch = {"": 64, "cpu": 16}[mode]
         config.steps = {"": 600, "cpu": 300}[mode]
         config.optimizer.kind = "adamw"  # the embedding was designed with it
-        # At twice this rate, the embedding ruined the model in one run of two (docs/moving_shapes.md).
+        # At twice this rate, the embedding ruined the model in one run of two (docs/training_moving_shapes.md).
         config.optimizer.learning_rate, config.optimizer.warmup = 5e-3, 20
         config.optimizer.weight_decay = 0.0
         # Mostly high noise, where motion is decided, with enough low noise that the embedding has no effect there.

@@ -6,7 +6,7 @@
 
 It is the UNet of `vsr.py`, trained on images alone; its temporal layers exist and are not trained.
 
-Modes as in `vsr.py`. Hardware, time and result of "cpu": docs/moving_shapes.md. The mode "" has not been run.
+Modes as in `vsr.py`. Hardware, time and result of "cpu": docs/training_moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict

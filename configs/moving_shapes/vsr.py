@@ -18,7 +18,7 @@ low-resolution frame over neighbouring pixels (`low_res_skip`). With a map of ea
 bicubic enlargement after 2000 steps. The text encoder is that of the shipped base model.
 
 Modes: "" for one GPU; "cpu" for 2 CPU cores; "tiny" (a minute on a CPU, from random weights). Hardware, time and result
-of "cpu": docs/moving_shapes.md. The mode "" has not been run.
+of "cpu": docs/training_moving_shapes.md. The mode "" has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -44,7 +44,7 @@ class CurationJob:
         """Returns everything that determines the clips, ready for JSON."""
         captioner = self.captioner
         if callable(captioner):
-            captioner = f"{captioner.__module__}:{captioner.__qualname__}"
+            captioner = f"{captioner.__module__}:{getattr(captioner, '__qualname__', type(captioner).__qualname__)}"
         return {
             **dataclasses.asdict(self.thresholds),
             "captioner": captioner,

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -109,7 +110,7 @@ def too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
 
-def numbered_frames(container, stream, info: VideoInfo, *, first: int) -> Iterator[tuple[int, object]]:
+def numbered_frames(container, stream, info: VideoInfo, *, first: int) -> Iterator[tuple[int, Any]]:
     """Yields (index, frame) from a key frame at or before index `first` on; index n is shown at n / fps."""
     base, start, number = float(stream.time_base), stream.start_time or 0, -1
     if container.format.name == "avi" and stream.codec_context.has_b_frames:

@@ -13,7 +13,7 @@ import math
 import queue
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -151,7 +151,7 @@ def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
     return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_ignore_ctrl_c))
 
 
-def _prefetched(source: Iterator[dict], count: int) -> Iterator[dict]:
+def _prefetched(source: Iterator[dict], count: int) -> Generator[dict, None, None]:
     """Yields the items of `source` from a thread that runs `count` ahead. Its errors are raised in the reader."""
     ready: queue.Queue = queue.Queue(count)
     stop = threading.Event()
@@ -229,7 +229,7 @@ def batches(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields batches `start_step`, `start_step` + 1, ... of this process, endlessly.
 
     Args:
@@ -258,7 +258,7 @@ def batches(
     return _prefetched(_arrays(logged, ids), prefetch)
 
 
-def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterator[dict]:
+def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Generator[dict, None, None]:
     """Passes batches through; logs changes of the mixture and skipped records, and limits their number."""
     seen: set[str] = set()
     shares: dict[str, float] = {}
@@ -282,7 +282,9 @@ def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Iterato
             raw.close()
 
 
-def _arrays(raw: Iterator[dict], ids: tokens.CachedTokens | None) -> Iterator[dict[str, np.ndarray]]:
+def _arrays(
+    raw: Generator[dict, None, None], ids: tokens.CachedTokens | None
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Converts pixels and latents to floats and captions to tokens: here, so that workers send bytes only."""
     try:
         for batch in raw:

@@ -36,7 +36,7 @@ class Network:
     """
 
     part: str
-    config: type
+    config: type[Any]
     module: type[nn.Module]
     example_inputs: Callable[[Any], dict[str, jax.Array]]
     shapeless: tuple[tuple[str, Any], ...] = ()
@@ -79,7 +79,7 @@ def default_network(part: str) -> str:
     return next(iter(networks_of(part)))
 
 
-def config_class(name: str) -> type:
+def config_class(name: str) -> type[Any]:
     """The type of a network's config; a part's name stands for its default network."""
     return NETWORKS[name if name in NETWORKS else default_network(name)].config
 
