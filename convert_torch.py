@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from lavie_jax.errors import Parser, UserError
+from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES, interpolated_sampling
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.convert import Target, differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_base, inflate_pretrained
-from lavie_jax.weights.names import PARTS
 from lavie_jax.weights.pretrained import read_weights_file
 
 

@@ -5,14 +5,13 @@ import zlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lavie_jax.data.tokens import save_small_tokenizer
-from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
-from lavie_jax.models.unet import UNet
+from lavie_jax.models.clip_text import CLIPTextConfig
+from lavie_jax.models.registry import abstract_params
 from lavie_jax.models.unet_config import UNetConfig
-from lavie_jax.models.vae import VAE, VAEConfig
+from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import LOW_RES_SCHEDULE, STAGES
 from lavie_jax.weights import save_folder
 
@@ -59,18 +58,17 @@ TEXT = CLIPTextConfig(
 )
 
 
-def random_params(model, *inputs) -> dict:
-    """Float32 parameters drawn from their own paths, of the size that keeps activations near 1."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+def random_params(config) -> dict:
+    """Float32 parameters of a config's network, seeded by their paths, scaled to keep activations near 1."""
 
-    def draw(path, leaf):
+    def value(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape).astype(np.float32)
         if name.endswith(("scale", "bias")):
             return values * 0.1 + name.endswith("scale")
         return values / np.float32(np.prod(leaf.shape[:-1]) ** 0.5)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(value, abstract_params(config))
 
 
 def make_base(path: Path, **sampling) -> Path:
@@ -81,17 +79,14 @@ def make_base(path: Path, **sampling) -> Path:
 def make_stage(path: Path, stage: str, **sampling) -> Path:
     """Write the folder of a stage; `sampling` are defaults other than SAMPLING's and LATER_SAMPLING's."""
     config = UNETS[stage]
-    x, text = jnp.zeros((1, 2, 4, 4, config.in_channels)), jnp.zeros((1, CONTEXT, 16))
-    level = () if config.num_class_embeds is None else (None, None, jnp.zeros((1,), jnp.int32))
-    unet = random_params(UNet(config), x, jnp.zeros((1,), jnp.int32), text, *level)
     tokenizer = save_small_tokenizer(path.with_name(f"{path.name}-tokenizer"), WORDS, length=CONTEXT)
     save_folder(
         path,
         stage=stage,
         sampling={**SAMPLING, **LATER_SAMPLING.get(stage, {}), **sampling},
-        unet=(config, unet),
-        vae=(VAE_CONFIG, random_params(VAE(VAE_CONFIG), jnp.zeros((1, 8, 8, 3)))),
-        text_encoder=(TEXT, random_params(CLIPText(TEXT), jnp.zeros((1, CONTEXT), jnp.int32))),
+        unet=(config, random_params(config)),
+        vae=(VAE_CONFIG, random_params(VAE_CONFIG)),
+        text_encoder=(TEXT, random_params(TEXT)),
         tokenizer=tokenizer,
         schedule=STAGES[stage].schedule,
         low_res_schedule=LOW_RES_SCHEDULE if stage == "vsr" else None,

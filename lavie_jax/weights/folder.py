@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, check_folder, suggest
-from lavie_jax.weights.expected import CONFIGS, compare, refuse, seal
-from lavie_jax.weights.names import PARTS, is_buffer
+from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
+from lavie_jax.weights.expected import compare, fingerprint, refuse
+from lavie_jax.weights.names import is_buffer
 from lavie_jax.weights.safetensors_io import (
     SHOW_PROGRESS_FROM,
     Tensor,
@@ -42,7 +43,9 @@ CONTENTS = {  # what the folder of a stage must hold
     "vae": ("vae",),
 }
 MODEL_FILE = "model.safetensors"
-SEAL = "fits"  # beside the fields in a part's config.json, see `expected.seal`
+# Fields of a part's config.json beside those of the network's config:
+FINGERPRINT = "fits"  # see `expected.fingerprint`
+NETWORK = "network"  # the network's name in the registry; absent for the part's default network
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -
     config, tensors, _ = read_part(path, part)
     where = part_dir(path, part) / MODEL_FILE
     shapes = {p: t.shape for p, t in tensors.items()}
-    sealed = read_json(where.with_name("config.json")).get(SEAL) == seal(config, shapes)
-    if lines := [] if sealed else compare(str(where), config, shapes):
+    known_to_fit = read_json(where.with_name("config.json")).get(FINGERPRINT) == fingerprint(config, shapes)
+    if lines := [] if known_to_fit else compare(str(where), config, shapes):
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
     if not params:
@@ -132,10 +135,24 @@ def read_part(path: str | Path, part: str) -> tuple[Any, dict[str, Tensor], dict
     for name in ("config.json", MODEL_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{path} is incomplete: {folder / name} is missing.")
-    fields = read_json(folder / "config.json")
-    config = CONFIGS[part].from_dict({name: value for name, value in fields.items() if name != SEAL})
+    config = _read_network_config(folder / "config.json", part)
     tensors, metadata = read_safetensors(folder / MODEL_FILE)
     return config, {name.replace(".", "/"): tensor for name, tensor in tensors.items()}, metadata
+
+
+def _read_network_config(file: Path, part: str) -> Config:
+    fields, networks = read_json(file), networks_of(part)
+    name = fields.pop(NETWORK, default_network(part))
+    if name not in tuple(networks):  # a tuple: a damaged file may hold what cannot be hashed
+        raise UserError(f"{file}: unknown network {name!r}{suggest(str(name), networks)}")
+    fields.pop(FINGERPRINT, None)
+    return networks[name].config.from_dict(fields)
+
+
+def _network_fields(config: Config, part: str) -> dict[str, Any]:
+    """The content of a part's config.json, but for its fingerprint."""
+    name = network_name(config)
+    return config.to_dict() | ({} if name == default_network(part) else {NETWORK: name})
 
 
 def part_dir(path: str | Path, part: str) -> Path:
@@ -165,7 +182,7 @@ def _read_config(path: Path, stage: str | None) -> dict:
     if not path.is_dir():
         raise UserError(f"weights folder {path} does not exist.")
     if not (path / "config.json").is_file():
-        inside = [name for name in (*CONTENTS, *CONFIGS) if (path / name / "config.json").is_file()]
+        inside = [name for name in (*CONTENTS, *PARTS) if (path / name / "config.json").is_file()]
         hint = ""
         if set(inside) & set(CONTENTS):
             hint = f" It holds {', '.join(inside)}; name one of them."
@@ -252,7 +269,9 @@ def _write_part(folder: Path, value, dialect: str) -> None:
         shapes = {p: tuple(t.shape) for p, t in flat.items()}
         refuse(compare(folder.name, config, shapes))
         folder.mkdir()
-        write_json(folder / "config.json", config.to_dict() | {SEAL: seal(config, shapes)})
+        write_json(
+            folder / "config.json", _network_fields(config, folder.name) | {FINGERPRINT: fingerprint(config, shapes)}
+        )
         tensors = {p.replace("/", "."): t for p, t in flat.items()}
         write_safetensors(folder / MODEL_FILE, tensors, {"dialect": dialect})
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.registry import PARTS
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.weights.convert import (
     Imported,
@@ -25,7 +26,7 @@ from lavie_jax.weights.convert import (
 )
 from lavie_jax.weights.expected import expected_shapes, refuse
 from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, read_part, save_folder
-from lavie_jax.weights.names import PARTS, ZERO_AT_FIRST, is_buffer
+from lavie_jax.weights.names import ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from lavie_jax.errors import UserError
 
-PARTS = ("unet", "vae", "text_encoder")
-
 
 class Row(NamedTuple):
     """One way to say the same: a regex in the file's name and its replacement, and the same for the way back."""

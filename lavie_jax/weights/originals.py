@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from lavie_jax.errors import UserError
-from lavie_jax.weights.names import PARTS
+from lavie_jax.models.registry import PARTS
 from lavie_jax.weights.pretrained import MODEL_FILES
 
 HUB = "hub:"

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.registry import PARTS
 from lavie_jax.weights import compvis
 from lavie_jax.weights.folder import read_json
-from lavie_jax.weights.names import PARTS
 from lavie_jax.weights.safetensors_io import Tensor, read_safetensors
 from lavie_jax.weights.torch_files import read_torch
 
