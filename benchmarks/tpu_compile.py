@@ -3,7 +3,7 @@
     python benchmarks/tpu_compile.py [--json FILE]     # needs libtpu; some ten minutes of one core
 
 Parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16. "plan" is how many
-seconds it takes until memory is planned (`lavie_jax/planner/plan.py`), which is the work of one core; "all" includes
+seconds it takes until memory is planned (`planner/memory_plan.py`), which is the work of one core; "all" includes
 the machine code, in seconds of CPU time of all cores. "cycles" is the compiler's own estimate of the run time, in
 millions, without Pallas kernels: a guess, but the same one on both sides. O1 is what JAX_OPTIMIZATION_LEVEL=O1 asks
 for.
@@ -25,7 +25,7 @@ from lavie_jax import parallel
 from lavie_jax.evaluation import results
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
 from lavie_jax.models.unet import Setting, TransformerBlock
-from lavie_jax.planner import chips, plan
+from lavie_jax.planner import chips, memory_plan
 from lavie_jax.planner.programs import placed
 from lavie_jax.training import build, options
 
@@ -80,9 +80,9 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
     lowered = lower()
     with tempfile.TemporaryDirectory() as folder:
         begin, clock = time.process_time(), time.time()
-        compiled = lowered.compile(compiler_options={plan.DUMP: folder, **level})
+        compiled = lowered.compile(compiler_options={memory_plan.DUMP: folder, **level})
         seconds, wall = time.process_time() - begin, time.time() - clock
-        planned = next(Path(folder).glob(f"*{plan.NEXT}")).stat().st_mtime - clock
+        planned = next(Path(folder).glob(f"*{memory_plan.NEXT}")).stat().st_mtime - clock
     cycles = sum(int(n) for n in re.findall(r'estimated_cycles":"(\d+)"', compiled.as_text()))
     code = compiled.memory_analysis().generated_code_size_in_bytes
     return {"plan": min(planned, wall), "all": seconds, "code, MiB": code / 2**20, "cycles": cycles / 1e6}

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed at any moment, or shared by two hosts comes out as one that nothing happened to."""
+"""A run that is stopped, killed at any time, or split over two hosts equals an uninterrupted one."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def crash_test():
 
 @pytest.fixture(scope="module")
 def whole(crash_test, tmp_path_factory):
-    """The workdir of a run that nothing happened to, and the hash of its parameters."""
+    """Runs training without interruption. Returns its workdir and the hash of its parameters."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, crash_test.finish(crash_test.start(workdir, STEPS), workdir)
 
@@ -43,15 +43,15 @@ def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
     stopped = crash_test.finish(process, parts)
     at = crash_test.newest(parts)
     assert 0 < at < STEPS and stopped != wanted
-    judged = json.loads((parts / f"checkpoints/{at}/metrics/metrics").read_text())
-    assert judged == {"held_out": float("inf")}  # it was saved before anything was measured: there may be no time
+    measured = json.loads((parts / f"checkpoints/{at}/metrics/metrics").read_text())
+    assert measured == {"held_out": float("inf")}  # saved before the held-out loss: there may be no time for that
     assert weights.load_folder(parts / "weights", stage="vae")
 
     assert crash_test.survive(parts, ["training", "save", "training"], steps=STEPS, seed=0) == wanted
     losses = crash_test.losses(whole)
     assert crash_test.losses(parts) == losses and len(losses) == STEPS
-    shutil.rmtree(parts / "weights")  # as if it was killed before it could write them
-    assert crash_test.finish(crash_test.start(parts, STEPS), parts) == wanted  # nothing else is left to do
+    shutil.rmtree(parts / "weights")  # as after a kill before the export
+    assert crash_test.finish(crash_test.start(parts, STEPS), parts) == wanted  # only the export is left to do
     assert weights.load_folder(parts / "weights", stage="vae")
 
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
@@ -65,8 +65,8 @@ def test_a_stop_and_three_kills_change_nothing(crash_test, whole, tmp_path):
     assert "seed = 0, not 1" in error and error.count("error:") == 1
 
 
-def test_two_hosts_train_together_stop_together_and_one_goes_on(crash_test, whole, tmp_path):
-    """Two processes with a device each, parameters split between them; only one is told to stop. Then one alone."""
+def test_two_hosts_train_together_stop_together_and_one_resumes(crash_test, whole, tmp_path):
+    """Two processes share the parameters, only one gets the signal to stop, and one resumes alone."""
     workdir, second = tmp_path / "run", tmp_path / "second"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,8 +83,8 @@ def test_two_hosts_train_together_stop_together_and_one_goes_on(crash_test, whol
     hosts[1].send_signal(signal.SIGTERM)
     crash_test.finish(hosts[0], workdir)
     assert hosts[1].wait(600) == 0, second.with_suffix(".err").read_text()
-    found = weights.load_part(workdir / "weights", "vae")
-    assert found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
+    vae = weights.load_part(workdir / "weights", "vae")
+    assert vae.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
     at = crash_test.newest(workdir)
     assert f"stopped at step {at} of 100000" in workdir.with_suffix(".err").read_text()
 

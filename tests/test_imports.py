@@ -15,13 +15,15 @@ MIDDLE = {"weights", "stages"}
 UPPER = {"cascade", "training"}
 KNOWS = {
     "errors": set(),
+    "disk": set(),
+    "flops": {"models"},
     "samples": {"data"},
     **dict.fromkeys(GROUND, set()),
     **dict.fromkeys(MIDDLE, {"models", "diffusion"}),
     "cascade": GROUND | MIDDLE | {"samples"},
-    "training": GROUND | MIDDLE | {"cascade", "samples"},  # its sample grids show what a user would see
-    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples"}),
-    "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation"},
+    "training": GROUND | MIDDLE | {"samples", "disk", "flops"},  # samples: until the settings move to stages
+    **dict.fromkeys(["evaluation", "curation", "parity"], GROUND | MIDDLE | UPPER | {"samples", "disk", "flops"}),
+    "planner": GROUND | MIDDLE | UPPER | {"samples", "evaluation", "flops"},
     "__init__": GROUND | MIDDLE | UPPER | {"samples"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}

@@ -11,12 +11,12 @@ from einops import rearrange, repeat
 from flax import traverse_util
 
 from lavie_jax.errors import UserError
+from lavie_jax.flops import count_flops
 from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip, conditions_around
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.unet import Setting, Transformer, UNet
 from lavie_jax.models.unet_config import VIDEO_FIELDS, UNetConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.training.operations import count_operations
 
 TINY = {
     "block_out_channels": [16],
@@ -269,7 +269,7 @@ def test_what_is_recomputed_and_what_goes_to_the_host():
         return jax.make_jaxpr(jax.grad(loss))(params)
 
     found = {remat: traced(remat) for remat in ("none", "block", "full", "offload")}
-    work = {remat: count_operations(jaxpr) for remat, jaxpr in found.items()}
+    work = {remat: count_flops(jaxpr) for remat, jaxpr in found.items()}
     assert work["none"] < work["offload"] <= work["block"] < work["full"]
     assert {remat for remat, jaxpr in found.items() if "<host>" in str(jaxpr)} == {"offload"}
 

@@ -26,8 +26,8 @@ from lavie_jax.curation.inputs import Video, find_videos
 from lavie_jax.curation.models import Captioner
 from lavie_jax.curation.video import Summary, curate_video, read_result
 from lavie_jax.data.buckets import Size
+from lavie_jax.disk import is_full
 from lavie_jax.errors import UserError
-from lavie_jax.training.disk import is_full
 
 WORK = ".work"
 

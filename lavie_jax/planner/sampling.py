@@ -1,4 +1,4 @@
-"""What sampling runs on a chip, stage by stage, as `cascade/` compiles it, from shapes alone."""
+"""The programs that sampling a stage runs on a chip, as `cascade/` compiles them, from shapes alone."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.cascade.running import PASSES
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.models import registry
 from lavie_jax.planner.programs import Program, cast, placed
-from lavie_jax.planner.training import abstract_frozen
 from lavie_jax.samples.settings import Settings, Source
 from lavie_jax.stages import KEY_FRAME_SPACING, STAGES, Condition
 from lavie_jax.training import build
@@ -23,9 +23,9 @@ from lavie_jax.weights import Part, Weights
 
 
 def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
-    """A guided denoising step and the VAE's work of a stage at its own settings, `rows` clips or windows a chip.
+    """Describes a guided denoising step and the VAE's programs of a stage at its default settings.
 
-    Weights are whole on every chip, as `cascade.StageModel` has them.
+    Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip.
 
     Raises:
       UserError: an unknown stage, or a config of another one.
@@ -52,7 +52,7 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
 
 
 def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int = 1) -> Program:
-    """The one of `sampling_programs` that is called so."""
+    """Returns the one of `sampling_programs` with that name."""
     return next(program for program in sampling_programs(config, stage, devices, rows) if program.name == name)
 
 
@@ -95,7 +95,7 @@ def _guided_step(
         mesh=mesh,
         held={"parameters": params["unet"]},
         beside=(params["text_encoder"], params["vae"]),
-        note=f"{rows} x {sides} latents a chip, halves {halves}; windows a clip: {len(windows)}",
+        note=f"{rows} x {sides} latents per chip, guidance halves {halves}; windows per clip: {len(windows)}",
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
 
     def program(name, count, height, width, function, arguments):
         _, size = pieces(count, height, width, devices=mesh.size)[0]
-        note = f"{size // mesh.size} frames of {height}x{width} a chip, {jnp.dtype(vae.dtype).name}"
+        note = f"{size // mesh.size} frames of {height}x{width} per chip, {jnp.dtype(vae.dtype).name}"
         arrays = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for shape, dtype in arguments]
         return Program(
             name=name, function=function, arguments=(params["vae"], *arrays), static={"vae": vae, "mesh": mesh},
@@ -116,7 +116,7 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
     height, width = (factor * side for side in PASSES[weights.stage].latent_shape(weights, settings)[1:3])
     latents = ((height // factor, width // factor, channels), jnp.float32)
     programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
-    if weights.stage == "interpolation":  # the one stage that encodes
+    if weights.stage == "interpolation":  # the only stage that encodes
         frames = ((height, width, 3), jnp.uint8)
         keys = (settings.frames - 1) // KEY_FRAME_SPACING + 1
         programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
@@ -124,32 +124,21 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
 
 
 def _source(weights: Weights) -> Source | None:
-    """The clip from which the stage makes one of its default size."""
+    """Returns the input clip from which the stage makes a clip of its default size."""
     if weights.stage == "base":
         return None
-    made = weights.sampling
-    frames, factor = made["frames"], weights.vae.config.factor
+    output = weights.sampling
+    frames, factor = output["frames"], weights.vae.config.factor
     if weights.stage == "interpolation":
         frames, factor = (frames - 1) // KEY_FRAME_SPACING + 1, 1
-    return Source(frames=frames, height=made["height"] // factor, width=made["width"] // factor, fps=made["fps"])
+    return Source(frames=frames, height=output["height"] // factor, width=output["width"] // factor, fps=output["fps"])
 
 
 def abstract_weights(config: Any) -> Weights:
-    """The weights folder that a config's training would leave, its parameters ShapeDtypeStructs in float32."""
+    """Returns the weights folder that a config's training exports, with shapes as its float32 parameters."""
     models = build.make_models(config, jnp.float32, 1.0)
-    rng, unet = jax.random.key(0), models.unet.config
-    t = jnp.zeros((1,), jnp.int32)
-    place = 2 ** (len(unet.block_out_channels) - 1)  # the smallest frame that every level halves
-    shapes = {
-        "unet": jax.eval_shape(
-            lambda: models.unet.init(
-                rng, jnp.zeros((1, 1, place, place, unet.in_channels)), t,
-                jnp.zeros((1, 2, unet.cross_attention_dim)), noise_level=t if unet.num_class_embeds else None,
-            )
-        )["params"],
-        **abstract_frozen(models),
-    }  # fmt: skip
-    parts = {name: Part(getattr(models, name).config, shape) for name, shape in shapes.items()}
+    configs = {name: getattr(models, name).config for name in ("unet", "vae", "text_encoder")}
+    parts = {name: Part(part, registry.abstract_params(part)) for name, part in configs.items()}
     return Weights(
         path=Path(config.stage),
         stage=config.stage,

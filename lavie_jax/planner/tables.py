@@ -1,14 +1,14 @@
-"""The tables of docs/planner.md and docs/memory.md, from the rows that the planner kept."""
+"""Writes docs/planner.md and docs/memory.md from stored rows."""
 
 from pathlib import Path
 
 from lavie_jax.errors import UserError
 from lavie_jax.evaluation import results
 from lavie_jax.planner import chips
+from lavie_jax.planner.chips import bound
 from lavie_jax.planner.report import Row, collectives_text, fits, gib, planned, read, total
-from lavie_jax.planner.roofline import bound
 
-# What the pages shall hold, measured or not: (config, topology, rows a chip), and the programs of each stage.
+# Rows of the pages, measured or not: (config, topology, rows per chip), and the programs of each stage.
 _STAGES, _MORE = ("base", "interpolation", "vsr"), ("v4:2x2x4", "v5e:16x16", "v6e:4x4")
 TRAININGS = (
     *((f"configs/{stage}.py", topology, 1) for topology in ("v5e:4x4", "v5p:2x4x4") for stage in _STAGES),
@@ -22,9 +22,9 @@ SAMPLINGS = {
 
 
 def write_tables(path: Path) -> list[Path]:
-    """planner.md and memory.md beside the JSON; returns where they are. UserError when there is no such file."""
+    """Writes planner.md and memory.md beside the JSON file `path`, which must exist. Returns their paths."""
     if not path.is_file():
-        raise UserError(f"--tables {path}: no such file; --json writes it")
+        raise UserError(f"--tables {path}: no such file; run the planner with --json to write it")
     rows = read(path)
     pages = {
         "planner.md": _training_page([row for row in rows if row["kind"] == "training"], path.name),
@@ -37,11 +37,11 @@ def write_tables(path: Path) -> list[Path]:
 
 def _training_page(rows: list[Row], source: str) -> str:
     memory_header = [
-        "config", "topology", "mesh", "rows a chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
-        "code", "total", "has", "fits",
+        "config", "topology", "mesh", "rows per chip", "remat", "parameters", "optimizer", "EMA", "frozen", "temporary",
+        "code", "total", "HBM limit", "fits",
     ]  # fmt: skip
     time_header = [
-        "config", "topology", "rows a chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
+        "config", "topology", "rows per chip", "TFLOP traced", "by the compiler", "collectives (count, GiB)",
         "bound, ms: arithmetic", "memory", "links", "at least", "planned in", "compiled in",
     ]  # fmt: skip
     memory, time = [], []
@@ -50,9 +50,9 @@ def _training_page(rows: list[Row], source: str) -> str:
         memory.append([*_name(row), _mesh(row), str(row["per_chip_batch"]), row["remat"], *_memory_cells(row, chip)])
         if row["fits"]:
             time.append([*_name(row), str(row["per_chip_batch"]), *_time_cells(row, chip)])
-    there = {(row["config"], row["topology"], row["per_chip_batch"]) for row in rows}
+    measured = {(row["config"], row["topology"], row["per_chip_batch"]) for row in rows}
     for config, topology, count in TRAININGS:
-        if (config, topology, count) not in there:
+        if (config, topology, count) not in measured:
             memory.append(_missing([f"`{config}`", topology, "", str(count)], len(memory_header)))
     return TRAINING.format(
         source=source, memory=results.markdown(memory_header, memory), time=results.markdown(time_header, time),
@@ -62,12 +62,12 @@ def _training_page(rows: list[Row], source: str) -> str:
 
 def _sampling_page(rows: list[Row], source: str) -> str:
     header = [
-        "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "has", "fits",
+        "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "HBM limit", "fits",
     ]  # fmt: skip
-    found = {(row["kind"], row["program"]): row for row in rows}
+    by_program = {(row["kind"], row["program"]): row for row in rows}
     cells = []
     for stage, program in ((stage, program) for stage, programs in SAMPLINGS.items() for program in programs):
-        row = found.get((stage, program))
+        row = by_program.get((stage, program))
         if row is None:
             cells.append(_missing([stage, program], len(header)))
             continue
@@ -79,7 +79,7 @@ def _sampling_page(rows: list[Row], source: str) -> str:
 
 
 def _missing(name: list[str], columns: int) -> list[str]:
-    return [*name, "not compiled yet", *[""] * (columns - len(name) - 1)]
+    return [*name, "not compiled", *[""] * (columns - len(name) - 1)]
 
 
 def _name(row: Row) -> list[str]:
@@ -105,66 +105,66 @@ def _cell(row: Row, name: str) -> str:
 def _time_cells(row: Row, chip: chips.Chip) -> list[str]:
     least = bound(row, chip)
     each = [f"{1e3 * seconds:.0f}" for seconds in (*least, least.seconds)]
-    operations = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("operations", "compiler_operations")]
+    flops = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("flops", "compiler_flops")]
     seconds = [f"{row['seconds'][name]:.0f} s" if name in row["seconds"] else "" for name in ("plan", "compile")]
-    return [*operations, collectives_text(row) or "none", *each, *seconds]
+    return [*flops, collectives_text(row) or "none", *each, *seconds]
 
 
 def _versions(rows: list[Row]) -> str:
-    found = {f"jax {row['versions']['jax']}, libtpu {row['versions']['libtpu']}" for row in rows}
-    return "; ".join(sorted(found)) or "none yet"
+    versions = {f"jax {row['versions']['jax']}, libtpu {row['versions']['libtpu']}" for row in rows}
+    return "; ".join(sorted(versions)) or "none yet"
 
 
 TRAINING = """\
 # Training: what fits on a TPU
 
-Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. A row is
-made by
+Generated by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. This command
+adds a row:
 
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
-which compiles the update of `train.py` for chips that are not there ({versions}), up to where
-memory is planned. What comes after, the machine code, is nine tenths of the work: `--code` does it too. Nothing was run
-on a TPU. A row that nobody has made says so.
+It compiles the update of `train.py` ahead of time, without a TPU ({versions}), up to the memory plan. Generating
+machine code, which comes next, takes nine tenths of the time; `--code` does that too. Nothing was run on a TPU.
 
 ## Memory
 
-GiB of one chip, by the compiler's plan. `total` counts parameters, optimizer state, EMA, frozen models, the batch,
-temporaries, and the program's code where that was made; `has` is what the compiler gives a program of the chip.
+GiB per chip, from the compiler's plan. `parameters` and `EMA` count trained parameters only; `frozen` includes the
+untrained parameters of the trained network. `total` is parameters, optimizer state, EMA, frozen models, batch,
+temporaries, and the program's code where it was generated. `HBM limit` is what the compiler lets a program use.
 
 {memory}
 
 ## Time: an estimate
 
-`TFLOP traced` is one chip's part of all matrix products and convolutions of the traced program, recomputed blocks and
-loops included. The compiler's own count takes a loop once and custom kernels (flash attention) not at all: it is too
-low, and known with `--code` alone. Collectives are read off the program that the compiler made, loops as often as they
-run. The bound is a roofline: the largest of arithmetic at peak speed, memory traffic (each temporary byte twice; the
-compiler's figure where there is one) at peak bandwidth, and the collectives' bytes over all links of the chip. A real
-step is slower; by how much is not known.
+`TFLOP traced` is one chip's share of all matrix products and convolutions of the traced program, including
+rematerialised blocks and all iterations of loops. The compiler's own count includes a loop only once and custom
+kernels (flash attention) not at all, so it is too low; it needs `--code`. Collectives are read from the compiled
+program and multiplied by the trip counts of loops. The bound is a roofline: the largest of FLOPs at peak speed, memory
+traffic (each temporary byte twice, or the compiler's figure if there is one) at peak bandwidth, and the bytes of
+collectives over all links of the chip. A real step takes longer; how much longer is not known.
 
 {time}
 
-`--search` tries at most four points of batch and remat. `--slices N` splits the axis `data` over N slices. Names of
-topologies count chips: v5p:2x4x4 is what Google sells as v5p-64, which counts two cores a chip. libtpu writes a few
-lines about hosts that it does not find to stderr: they mean nothing here.
+`--search` tries at most four combinations of batch size and remat. `--slices N` splits the axis `data` over N slices.
+Names of topologies count chips: v5p:2x4x4 is sold by Google as v5p-64, which counts two cores per chip. libtpu prints a
+few lines about hosts that it does not find to stderr: they are harmless.
 """
 
 SAMPLING = """\
 # Sampling: what fits on one TPU chip
 
-Written by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. The rows:
+Generated by `python -m lavie_jax.planner --tables docs/{source}` from the rows of `{source}`; do not edit. These
+commands add the rows:
 
     python -m lavie_jax.planner --config configs/base.py --sample base --json docs/{source}
     python -m lavie_jax.planner --config configs/interpolation.py --sample interpolation --json docs/{source}
     python -m lavie_jax.planner --config configs/vsr.py --sample vsr --json docs/{source}
 
-GiB of one TPU v5e chip, by the compiler's plan ({versions}); nothing was run on
-a TPU. The programs are those of `lavie_jax/cascade/`, at the sizes that it chooses by itself: weights in bfloat16, the
-x4 VAE in float32, flash attention where it fits. `beside` is what stays on the chip while this program runs without
-being used: the stage's other models, and the half of the VAE that does not work. `total` adds the compiled code, which
-is made with `--code` alone. One stage's weights are on the chips at a time. Interpolation decodes with the same program
-as base.
+GiB of one TPU v5e chip, from the compiler's plan ({versions}); nothing was run on a TPU. The programs are those of
+`lavie_jax/cascade/` at its default sizes: weights in bfloat16, the x4 VAE in float32, flash attention where it fits.
+`beside` is what stays on the chip without being used by the program: the stage's other models, and the unused half of
+the VAE. `total` includes the compiled code, which needs `--code`. Only one stage's weights are on the chips at a time.
+Interpolation decodes with the same program as base.
 
 {table}
 """

@@ -139,14 +139,14 @@ class Checkpoints:
         # A new manager: the old one believes that the checkpoints to be replaced are gone.
         self._manager = ocp.CheckpointManager(self._path, options=self._options)
 
-    def restore(self, step: int, abstract: Any, config: Mapping[str, Any], *, untrained: Any = None) -> Any:
+    def restore(self, step: int, abstract: Any, config: Mapping[str, Any], *, untrained: Any) -> Any:
         """Restores the checkpoint of a step.
 
         Args:
           step: one of the steps that there are.
           abstract: what was saved, as ShapeDtypeStructs with shardings.
           config: the `identity` of this run.
-          untrained: the shapes of all untrained parameters, if there are any: checkpoints of earlier versions contain
+          untrained: {UNTRAINED: shapes of all untrained parameters}, or {}: checkpoints of earlier versions contain
             them, and are read too.
 
         Returns:
@@ -163,7 +163,7 @@ class Checkpoints:
             if saved != now:
                 raise _other_run(step, _difference(field, saved, now))
         if untrained and TRAINED_ONLY not in meta:
-            state = self._restore_whole(step, abstract, config, untrained)
+            state = self._restore_whole(step, abstract, config, untrained[UNTRAINED])
         else:
             state = self._read(step, state=ocp.args.StandardRestore(_lasting(abstract))).state
         for now, before in self._aside.items():

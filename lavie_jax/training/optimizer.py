@@ -99,12 +99,12 @@ def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensio
     First and last layers go to Adam, as Muon's author recommends: their inputs or outputs are not hidden features.
     """
 
-    def is_inner_kernel(path: str) -> bool:
+    def inner(path: str) -> bool:
         first_or_last = re.search(r"/(conv_in|conv_out|key_frame_(embedding|skip)_temporal|low_res_skip)/", path)
         return path.endswith("/kernel") and not first_or_last
 
     return {
-        path: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if is_inner_kernel(path) else None
+        path: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if inner(path) else None
         for path, x in params.items()
     }
 

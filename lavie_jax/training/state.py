@@ -1,7 +1,7 @@
 """The training state: its shapes with their shardings, then its arrays, which are never whole on one device.
 
     state    {"params", "opt_state", "ema", "step", "skipped"}: what an update changes. Only trained parameters are in
-             it; "skipped" counts the steps in a row that were skipped because of a loss or gradients that are not finite.
+             it; "skipped" counts the latest steps in a row without a finite loss and gradients.
     frozen   what an update reads: the frozen models, by name, in the dtype of the computation, and under `UNTRAINED`
              the parameters of the trained networks that are not trained, in float32.
 
@@ -47,15 +47,20 @@ def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> 
     return _placed(jax.eval_shape(lambda params: make_state(params, task, tx), abstract_params(task)), mesh)
 
 
-def abstract_frozen(task: Task, mesh: Mesh, dtype: DTypeLike, *, models: bool = True) -> dict[str, Any]:
-    """Returns what the update reads as ShapeDtypeStructs with shardings; see `place_frozen`."""
-    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), task.frozen if models else {})
-    return _placed(dict(cast) | _untrained(task, abstract_params(task)), mesh)
+def abstract_untrained(task: Task, mesh: Mesh) -> dict[str, Any]:
+    """Returns {UNTRAINED: ShapeDtypeStructs with shardings}, or {} if all parameters are trained."""
+    return _placed(_untrained(task, abstract_params(task)), mesh)
 
 
 def abstract_random(task: Task, mesh: Mesh) -> dict[str, Any]:
-    """Returns the shapes of what a checkpoint holds beside the state; see `init_state`."""
-    return _placed(_untrained(task, abstract_params(task)) if task.start is None else {}, mesh)
+    """Returns the part of `abstract_untrained` that a checkpoint contains, see `init_state`."""
+    return abstract_untrained(task, mesh) if task.start is None else {}
+
+
+def abstract_frozen(task: Task, mesh: Mesh, dtype: DTypeLike, *, models: bool = True) -> dict[str, Any]:
+    """Returns what the update reads as ShapeDtypeStructs with shardings; see `place_frozen` for the arguments."""
+    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), dict(task.frozen) if models else {})
+    return _placed(cast, mesh) | abstract_untrained(task, mesh)
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int) -> tuple[dict, dict]:
