@@ -8,15 +8,15 @@ resumes a run that was stopped; `--restore-step N` goes back to an older checkpo
     checkpoints/     training state (Orbax): the newest few, the best, and every N-th as the config says
     weights/         the newest EMA model, a weights folder for `sample.py --weights`
     samples/         sample videos of fixed prompts
-    metrics.jsonl    a line per logging interval; tensorboard/ beside it when the config says so
+    metrics.jsonl    a line per logging interval; with tensorboard=True in the config, tensorboard/ as well
     profile/         with `--profile`: a trace of a few steps
-    diverged/        the step at which a run stopped that broke down, for `python -m lavie_jax.training.divergence`
+    diverged/        the step at which training broke down, for `python -m lavie_jax.training.divergence`
 
-Compiled programs are kept in ~/.cache/lavie_jax; JAX_COMPILATION_CACHE_DIR names another place.
+Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 
-Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of the parameters: a
-resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels add in
-any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained and
+untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels add
+in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
 import dataclasses
@@ -25,96 +25,87 @@ import math
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from lavie_jax import parallel
-from lavie_jax.data import pipeline
+from lavie_jax import cascade, disk, flops, parallel
+from lavie_jax.data import pipeline, video_files
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
-from lavie_jax.training import (
-    build,
-    checkpoint,
-    disk,
-    divergence,
-    grids,
-    lock,
-    metrics,
-    operations,
-    optimizer,
-    options,
-)
-from lavie_jax.training.step import make_state, make_update
+from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options
+from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
+from lavie_jax.training.step import make_held_out, make_update, step_flops
 from lavie_jax.weights.folder import recover_folder
 
-SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the bar, beside losses
-HELD_OUT_SEED = 0  # noise of the held-out loss: the same in every run
+SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, beside losses
+HELD_OUT_SEED = 0  # of the noise of the held-out losses, the same in every run
 
 
 def main(argv: list[str], cleanup: ExitStack) -> None:
-    """Trains what the command line says, and prints the SHA-256 of the parameters.
+    """Runs the training that the command line describes, and prints the SHA-256 of the parameters.
 
-    `cleanup` closes what is open (a checkpoint that is being written, data workers), however this ends.
+    Args:
+      argv: the command line, without the name of the program.
+      cleanup: closes whatever is open (a checkpoint being written, data workers), however training ends.
     """
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Command line                                                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    pace = metrics.Pace()
+    timer = metrics.StepTimer()
     config, workdir, restore_step, profile = options.parse(argv)
     options.check(config, workdir)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much
+    logging.set_verbosity(logging.WARNING)  # Orbax logs a lot
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Devices                                                                          │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     parallel.keep_compiled_programs()
-    first = jax.process_index() == 0
+    first = jax.process_index() == 0  # this host writes what all of them would write
     cleanup.callback(lock.Lock(workdir).release)
     if first:
-        recover_folder(workdir / "weights")  # a run that was killed while it exported
+        recover_folder(workdir / "weights")  # after a kill during an export
     mesh = parallel.make_mesh(**config.mesh)
     parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
-    # Parameters stay float32; the matrix units of accelerators want bfloat16, which CPUs do not have.
+    # Parameters stay float32. Accelerators multiply bfloat16 faster, most CPUs do not.
     dtype = jnp.dtype({"auto": "bfloat16" if accelerator else "float32"}.get(config.dtype, config.dtype))
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
-    # │ Data: found before gigabytes of weights are read                                 │
+    # │ Data: opened before gigabytes of weights are read                                │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     data = build.data_config(config)
     examples, held_out_examples = (
         pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
     )
-    rows = parallel.local_rows(config.batch, mesh)  # of each batch, that this host brings
+    rows = parallel.local_rows(config.batch, mesh)  # of each batch, loaded by this host
     if jax.process_count() > 1:
-        found = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
-        parallel.check_agreement(options.facts(config) | found)
+        fingerprints = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
+        parallel.check_hosts_are_consistent(options.facts(config) | fingerprints)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
-    # │ Task: models, loss, parameters to start from                                     │
+    # │ Task: models, loss, initial parameters                                           │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     task, tokenizer_dir = build.make_task(config, dtype, scratch)
-    identity = config.to_dict() | {checkpoint.FROZEN: checkpoint.array_hash(task.frozen)}
+    identity = checkpoint.identity(config.to_dict(), task)
     if jax.process_count() > 1:
         start = checkpoint.array_hash(task.start or {})
-        parallel.check_agreement({"frozen models": identity[checkpoint.FROZEN], "parameters to start from": start})
-    optimizing = optimizer.OptimizerConfig(**config.optimizer)
-    tx = optimizer.make_optimizer(optimizing, config.steps)
-    learning_rate = optimizer.learning_rate(optimizing, config.steps)
+        parallel.check_hosts_are_consistent({"frozen models": identity[checkpoint.FROZEN], "initial parameters": start})
+    optimizer_config = optimizer.OptimizerConfig(**config.optimizer)
+    tx = optimizer.make_optimizer(optimizer_config, config.steps)
+    learning_rate = optimizer.learning_rate(optimizer_config, config.steps)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
-    # │ Batches: their position is the step, that of the newest checkpoint               │
+    # │ Batches: their position is the step of the newest checkpoint                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
     with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
@@ -134,30 +125,22 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ State: shapes, then shardings, then arrays; never whole on one device            │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    def create(origin: Any) -> dict:
-        return make_state(task.init(origin) if task.start is None else origin, task, tx)
-
-    origin = jax.random.key(config.seed) if task.start is None else task.start
-    shapes = jax.eval_shape(create, origin)
-    shardings = parallel.shardings(shapes, mesh)
-    # What made the latents of a run on latents has no more work to do.
-    frozen = {} if latent_paths(data) else jax.tree.map(lambda x: np.asarray(x, dtype), task.frozen)
-    frozen = parallel.put(frozen, parallel.shardings(frozen, mesh))
-
+    abstract = abstract_state(task, tx, mesh)
+    frozen = place_frozen(task, mesh, dtype, models=not latent_paths(data))
     if step:
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        state = checkpoints.restore(step, abstract, identity)
+        saved = abstract | abstract_random(task, mesh)
+        state = checkpoints.restore(step, saved, identity, untrained=abstract_untrained(task, mesh))
+        random = {name: state.pop(name) for name in saved if name not in abstract}
         say(f"resumed at step {step} of {config.steps}")
     else:
-        if task.start is not None:
-            origin = parallel.put(origin, parallel.shardings(origin, mesh))
-        # It runs once, and on a CPU a fast program takes four times as long to compile (30 seconds for a small UNet).
-        plain = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-        state = jax.jit(create, out_shardings=shardings, compiler_options=plain)(origin)
-    task, origin = dataclasses.replace(task, start=None), None  # gigabytes of the host's memory at full size
-    count = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+        state, random = init_state(task, tx, mesh, seed=config.seed)
+    frozen |= random  # untrained parameters that were initialised at random: empty in most runs
+    task = dataclasses.replace(task, start=None)  # frees gigabytes of host memory at full size
+    trees = task.join(state["params"], frozen), state["params"]
+    total, trained = (sum(x.size for x in jax.tree.leaves(tree)) / 1e6 for tree in trees)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    say(f"{count / 1e6:.2f} M parameters; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
+    count = f"{total:.2f} M parameters" + (f", {trained:.2f} M trained" if trained < total else "")
+    say(f"{count}; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Compiled functions                                                               │
@@ -172,23 +155,23 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             skip_limit=config.skip_limit,
         ),
         donate_argnums=0,
-        out_shardings=(shardings, parallel.replicated(mesh)),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), parallel.replicated(mesh)),
     )
     update = parallel.on_mesh(update, mesh)
-    held_out_losses = parallel.on_mesh(jax.jit(task.held_out, out_shardings=parallel.replicated(mesh)), mesh)
+    held_out_losses = parallel.on_mesh(jax.jit(make_held_out(task), out_shardings=parallel.replicated(mesh)), mesh)
 
     def held_out() -> dict[str, float]:
-        """Losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
+        """Returns losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
         rngs = [jax.random.fold_in(jax.random.key(HELD_OUT_SEED), i) for i in range(len(held_out_batches))]
         rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
         return metrics.mean(rows)
 
     def export(measured: Mapping[str, float]) -> bool:
-        """The EMA as a weights folder, by the first host. False elsewhere, and when the disk is full."""
-        ema = parallel.gather(state["ema"], keep=first)
+        """Writes the EMA as a weights folder. Returns False on all hosts but the first, and if the disk is full."""
+        ema = parallel.gather(task.join(state["ema"], frozen), keep=first)
         if not first:
             return False
-        with disk.outlive("weights/") as written:
+        with disk.tolerate_full_disk("weights/") as written:
             task.export(workdir / "weights", ema, measured)
         return bool(written)
 
@@ -196,7 +179,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Loop                                                                             │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     stop = StopRequest(multi_host=jax.process_count() > 1)
-    watch = divergence.Watch(workdir / "diverged", config=identity, dtype=dtype.name, limit=config.skip_limit)
+    monitor = divergence.DivergenceMonitor(
+        workdir / "diverged", config=identity, dtype=dtype.name, limit=config.skip_limit
+    )
     tracer = metrics.Profile(workdir / "profile" if profile and first else None, first=step + 3)
     cleanup.callback(tracer.close)
     writer = metrics.Metrics(workdir, step=step, tensorboard=config.tensorboard) if first else None
@@ -205,44 +190,44 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)
     window: list[Mapping[str, jax.Array]] = []
-    programs: dict[tuple, float] = {}  # {shapes of batches: operations of a step}, one a bucket
-    peak = operations.peak(mesh, config.peak_tflops)
+    programs: dict[tuple, float] = {}  # {shapes of a batch: FLOPs of a step}, one per bucket
+    peak = flops.peak_flops(mesh, config.peak_tflops)
     last = step >= config.steps
-    if last:  # the run before may have been killed between its last checkpoint and these
+    if last:  # in case the run was killed between its last checkpoint and its last export
         export(held_out())
-    pace.resume()
+    timer.resume()
     while not last:
         if tracer.before(step):
-            pace.resume()
-        with pace.waiting():
+            timer.resume()
+        with timer.waiting():
             batch = next(batches)
         shapes = tuple((name, x.shape) for name, x in batch.items())
         placed = parallel.put_batch(batch, mesh)
         if compiles := shapes not in programs:
-            counted = (task, state["params"], frozen, placed, mesh)
-            programs[shapes] = operations.of_step(*counted, accumulate=config.accumulate) if peak else 0.0
+            arguments = (task, state["params"], frozen, placed, mesh)
+            programs[shapes] = step_flops(*arguments, accumulate=config.accumulate) if peak else 0.0
             if data.buckets:
-                said = ", ".join(f"{name} {shape}" for name, shape in shapes)
-                say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {said}")
+                sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
+                say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {sizes}")
         state, losses = update(state, frozen, placed)
-        if compiles:  # what tracing left stays: the collector need not go through it again, 0.2 s every 30 steps
+        if compiles:  # exempts what tracing allocated from garbage collection, which saves 0.2 s every 30 steps
             gc.collect()
             gc.freeze()
         step += 1
         bar.update()
         window.append(losses)
-        # Asked once a step: a signal may come at any line.
+        # Read once per step, because a signal may arrive at any line.
         stopped = step < config.steps and stop.requested(checkpoints, step)
         last = step == config.steps or stopped
 
         save = step % config.checkpoint_every == 0 or last
         log = step % config.log_every == 0 or save
-        watch.step(step, losses["skipped"], batch, state, wait=log)
-        pace.step(compiled=compiles, operations=programs[shapes])
+        monitor.step(step, losses["skipped"], batch, state | random, wait=log)
+        timer.step(compiled=compiles, flops=programs[shapes])
         if log:
             applied = int(optimizer.updates_done(state["opt_state"]))
             values = metrics.mean_of_steps(window) | {"learning_rate": float(learning_rate(max(applied - 1, 0)))}
-            values |= pace.report(config.batch, peak) | metrics.memory()
+            values |= timer.report(config.batch, peak) | metrics.memory()
             if values["skipped"]:
                 say(f"skipped {values['skipped']} of {len(window)} steps up to {step}: loss or gradients not finite")
             window.clear()
@@ -251,8 +236,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if stopped:  # saved at once: whoever takes the machine back may not wait for the rest
-            checkpoints.save(step, state, identity, held_out=math.inf)
+        if stopped:  # saved first: a preempted machine may be gone before the rest is done
+            checkpoints.save(step, state | random, identity, held_out=math.inf)
             checkpoints.settle()
         if save or step % config.held_out_every == 0:
             measured = held_out()
@@ -260,25 +245,26 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
             if not stopped:
-                checkpoints.save(step, state, identity, held_out=measured[task.judged_by])
+                checkpoints.save(step, state | random, identity, held_out=measured[task.judged_by])
             exported = export(measured)
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
-            with disk.outlive("samples/"):
-                grid = grids.write(workdir / "weights", config.prompts, workdir / "samples", step)
+            with disk.tolerate_full_disk("samples/"):
+                grid = workdir / "samples" / f"{step:08d}.png"
+                write_sample_grid(workdir / "weights", config.prompts, grid)
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
-            pace.resume()
+            timer.resume()
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ End                                                                              │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    digest = checkpoint.parameter_hash(state["params"])
+    digest = checkpoint.parameter_hash(task.join(state["params"], frozen))
     saved = checkpoints.settle()
     cleanup.close()
     if not saved:
         raise checkpoint.Unsaved(
-            f"the disk is full: the run is at step {step}, its newest checkpoint is older. Make room; the same "
-            "command goes on from there."
+            f"the disk is full: the run is at step {step}, but its newest checkpoint is older. Free some space; the "
+            "same command resumes from that checkpoint."
         )
     ended = "stopped" if step < config.steps else "finished"
     say(f"{ended} at step {step} of {config.steps}; SHA-256 of the parameters:")
@@ -286,16 +272,22 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         print(digest, flush=True)
 
 
+def write_sample_grid(weights: Path, prompts: Sequence[str], path: Path) -> None:
+    """Samples every prompt with seed 0 and the folder's own settings, and writes a PNG with a row for each."""
+    videos = cascade.load(weights)(list(prompts), seed=0)
+    video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
+
+
 def say(text: str) -> None:
-    """A line above the progress bar, on the first host."""
+    """Prints a line above the progress bar, on the first host."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 class StopRequest:
-    """Whether somebody wants the run to save and stop: SIGTERM, Ctrl-C, or a cluster that takes its machines back.
+    """Whether the run should save and stop: after SIGTERM, Ctrl-C, or a cluster's notice of preemption.
 
-    On several hosts Orbax lets all of them agree on the step. A second Ctrl-C stops at once.
+    On several hosts Orbax makes all of them stop at the same step. A second Ctrl-C stops at once.
     """
 
     def __init__(self, *, multi_host: bool):
@@ -311,7 +303,7 @@ class StopRequest:
         logging.warning("%s: saving a checkpoint and stopping", signal.Signals(number).name)
 
     def requested(self, checkpoints: checkpoint.Checkpoints, step: int) -> bool:
-        """To be asked after every step, on every host."""
+        """Must be called after every step, on every host."""
         return checkpoints.reached_preemption(step) if self._multi_host else self._signalled
 
 

@@ -219,22 +219,23 @@ def demand(rates: dict[str, float]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from lavie_jax.flops import count_flops
     from lavie_jax.planner.chips import CHIPS
-    from lavie_jax.planner.training import abstract_batch, abstract_origin
+    from lavie_jax.planner.training import abstract_batch, abstract_init
     from lavie_jax.training import build, optimizer, options
-    from lavie_jax.training.operations import count_operations
-    from lavie_jax.training.step import make_state, make_update
+    from lavie_jax.training.state import abstract_params, make_state
+    from lavie_jax.training.step import make_update
 
     sys.path.insert(0, str(ROOT))  # so that configs can import each other
     needs = {}
     for source in ("video_folder", "latents"):
         config = options.load(str(ROOT / "configs/base.py"))
         config.data.source, config.data.image_path = source, None
-        task = build.stage_task(config, jnp.bfloat16, abstract_origin(config))
+        task = build.stage_task(config, jnp.bfloat16, abstract_init(config))
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-        state = jax.eval_shape(lambda rng, task=task, tx=tx: make_state(task.init(rng), task, tx), jax.random.key(0))
+        state = jax.eval_shape(lambda p, task=task, tx=tx: make_state(p, task, tx), abstract_params(task))
         update = make_update(task, tx, seed=0, ema_decay=config.ema_decay)
-        count = count_operations(jax.make_jaxpr(update)(state, task.frozen, abstract_batch(config, 1)))
+        count = count_flops(jax.make_jaxpr(update)(state, task.frozen, abstract_batch(config, 1)))
         needs[source] = CHIPS[CHIP].flops / count
         print(
             f"{source}: {count / 1e12:.1f} TFLOPs, a clip of {config.data.frames} frames, {config.data.images} images; "

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py and the configs
 
 import train  # noqa: E402
-from lavie_jax.planner.training import abstract_origin  # noqa: E402
+from lavie_jax.planner.training import abstract_init  # noqa: E402
 from lavie_jax.training import build, optimizer, options  # noqa: E402
-from lavie_jax.training.step import make_state  # noqa: E402
+from lavie_jax.training.state import abstract_params, make_state  # noqa: E402
 
 LOSSES = ("loss", "video_loss", "image_loss", "gradient_norm")
 NARROW = {  # the layers of configs/base.py's UNet, with few channels
@@ -47,9 +47,9 @@ def make_identity_update(*_, **__):
 
 def arrays(config) -> int:
     """Returns the number of arrays in the training state of a config."""
-    task = build.stage_task(config, jnp.float32, abstract_origin(config))
+    task = build.stage_task(config, jnp.float32, abstract_init(config))
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
-    state = jax.eval_shape(lambda rng: make_state(task.init(rng), task, tx), jax.random.key(0))
+    state = jax.eval_shape(lambda params: make_state(params, task, tx), abstract_params(task))
     return len(jax.tree.leaves(state))
 
 

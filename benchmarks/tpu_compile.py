@@ -5,7 +5,7 @@
 Compiles gradients of parts of the outermost level: 16 frames and 4 images of 40x64 latents, 320 channels, bfloat16.
 Needs libtpu and about ten minutes of one core. Columns:
 
-plan      seconds until memory is planned (`lavie_jax/planner/plan.py`), on one core
+plan      seconds until memory is planned (`lavie_jax/planner/memory_plan.py`), on one core
 all       CPU seconds of all cores for the whole compilation, including machine code
 code      size of the machine code in MiB
 cycles    the compiler's estimate of the run time in millions of cycles, without Pallas kernels; for comparison only
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from lavie_jax import parallel, results
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
 from lavie_jax.models.transformer import Setting, TransformerBlock
-from lavie_jax.planner import chips, plan
+from lavie_jax.planner import chips, memory_plan
 from lavie_jax.planner.programs import placed
 from lavie_jax.training import build, options
 
@@ -83,9 +83,9 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
     lowered = lower()
     with tempfile.TemporaryDirectory() as folder:
         begin, clock = time.process_time(), time.time()
-        compiled = lowered.compile(compiler_options={plan.DUMP: folder, **level})
+        compiled = lowered.compile(compiler_options={memory_plan.DUMP: folder, **level})
         seconds, wall = time.process_time() - begin, time.time() - clock
-        planned = next(Path(folder).glob(f"*{plan.NEXT}")).stat().st_mtime - clock
+        planned = next(Path(folder).glob(f"*{memory_plan.NEXT}")).stat().st_mtime - clock
     cycles = sum(int(n) for n in re.findall(r'estimated_cycles":"(\d+)"', compiled.as_text()))
     code = compiled.memory_analysis().generated_code_size_in_bytes
     return {"plan": min(planned, wall), "all": seconds, "code, MiB": code / 2**20, "cycles": cycles / 1e6}

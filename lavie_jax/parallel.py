@@ -1,13 +1,12 @@
-"""Where arrays live: the device mesh, the rules that place parameters on it, and the batch.
+"""The device mesh, and the sharding of parameters and batches.
 
-The mesh has three axes. `data` splits the batch; `fsdp` splits the batch and the parameters, which
-are gathered where they are used; `tensor` splits heads and hidden widths. Every axis is
-`AxisType.Auto`: the compiler chooses the collectives, and model code needs no annotations. A rule is
-(regex on the parameter's path, PartitionSpec of its *last* axes), so that one rule serves a linear
-kernel (I, O) and a convolution (h, w, I, O), and serves the optimizer state and the EMA too, whose
-paths end in the parameter's path.
+The mesh has three axes. `data` splits the batch; `fsdp` splits the batch and the parameters, which are gathered where
+they are used; `tensor` splits heads and hidden widths. Every axis is `AxisType.Auto`: the compiler inserts the
+collectives, and model code needs no annotations. A rule is (regex on the parameter's path, PartitionSpec of its *last*
+axes). One rule thus covers a linear kernel (I, O) and a convolution (h, w, I, O), and also the optimizer state and the
+EMA, whose paths end in the parameter's path.
 
-Not here: which parameters are trained (`training/optimizer.py`).
+`training/optimizer.py` defines which parameters are trained.
 """
 
 import functools
@@ -32,7 +31,7 @@ P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # First match wins. Pairs of linear layers are split by columns, then by rows (Megatron,
-# arXiv 1909.08053), so that `tensor` costs one reduction a pair. Biases and norms are replicated.
+# arXiv 1909.08053), so that `tensor` costs one reduction per pair. Biases and norms are replicated.
 RULES: Rules = (
     (r"/(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|net_0/proj|linear_1)/kernel$", P("fsdp", "tensor")),
     (r"/(to_out_0|out_proj|fc2|net_2|linear_2)/kernel$", P("tensor", "fsdp")),
@@ -49,45 +48,45 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor); at most one of them is -1, "whatever is left".
+    """Makes a mesh with axes (data, fsdp, tensor). At most one of them is -1, for the remaining devices.
 
-    TPU slices, whose only link is the slow network of their hosts, share the axis `data` alone.
+    Only `data` spans TPU slices, because the network between them is slow.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or do not lie along a TPU's torus; `data` is no
+      UserError: the product of the axes is not the number of devices; they do not fit a TPU's torus; `data` is not a
         multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
     given = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise UserError(f"{given}: each axis is a positive number, and at most one is -1 (the rest).")
+        raise UserError(f"{given}: each axis must be positive, and at most one -1 (the remaining devices).")
     if -1 in sizes:
         known = int(np.prod([n for n in sizes if n != -1]))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"{given} does not fit {len(devices)} devices: the product must be that number.")
+        raise UserError(f"{given} does not fit {len(devices)} devices: the product of the axes must be that number.")
     auto = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
-        raise UserError(f"{given} on {slices} slices: data must be a multiple of the slices, which share it alone.")
+        raise UserError(f"{given} on {slices} slices: data must be a multiple of the slices, which only it spans.")
     try:
         if slices == 1:
             return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
         within = (sizes[0] // slices, *sizes[1:])
         return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=auto)
-    except NotImplementedError:  # jax finds no way to lay the axes along those of the torus
+    except NotImplementedError:  # jax cannot map the axes to those of the torus
         raise UserError(
-            f"{given} cannot be laid on the {len(devices)} chips: each axis must be a product of whole axes of the "
+            f"{given} cannot be mapped to the {len(devices)} chips: each axis must be a product of whole axes of the "
             "torus, such as 4 or 16 on 4x4."
         ) from None
 
 
 def spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
-    """The placement of the array at `path`, e.g. `params/unet/conv_in/kernel`.
+    """Returns the PartitionSpec of the array at `path`, such as `params/unet/conv_in/kernel`.
 
-    Where `fsdp` does not divide the axis that it should, it takes the largest other one that it does; with none, as
-    for conv_in, which has 4 input channels, the array is replicated.
+    If `fsdp` does not divide the axis of the rule, it splits the largest other axis that it divides. If there is none,
+    the array is replicated.
     """
     last = next(s for pattern, s in rules if re.search(pattern, path))
     wanted = (None,) * (len(shape) - len(last)) + tuple(last)[max(0, len(last) - len(shape)) :]
@@ -100,7 +99,7 @@ def spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> P
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """A tree of NamedSharding for a tree of arrays or ShapeDtypeStructs."""
+    """Returns a tree of NamedSharding for a tree of arrays or ShapeDtypeStructs."""
 
     def one(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -110,7 +109,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def on_mesh(f: Callable, mesh: Mesh) -> Callable:
-    """`f`, called with the mesh as the context, where Pallas kernels find it: the compiler cannot split those."""
+    """Wraps `f` to run in the context of the mesh, which Pallas kernels read: the compiler cannot split those."""
 
     @functools.wraps(f)
     def call(*args):
@@ -121,12 +120,12 @@ def on_mesh(f: Callable, mesh: Mesh) -> Callable:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding of a value that is the same on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over `data` and `fsdp`."""
+    """Returns the sharding of a batch: the first axis is split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -141,12 +140,12 @@ def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
     if ways % jax.process_count():
         raise UserError(
             f"mesh {dict(mesh.shape)}: data x fsdp = {ways} must be a multiple of the {jax.process_count()} hosts, "
-            "each of which brings its own rows; give tensor at most the devices of one host."
+            "each of which loads its own rows; tensor can be at most the number of devices of one host."
         )
 
 
 def put(tree: Any, sharding: Any) -> Any:
-    """Moves a tree of host arrays, the same on every process, to the devices.
+    """Puts a tree of host arrays, which are equal on every process, on the devices.
 
     `sharding` is one sharding or a tree of them.
     """
@@ -161,21 +160,21 @@ def put(tree: Any, sharding: Any) -> Any:
 
 
 def local_rows(batch: int, mesh: Mesh) -> list[int]:
-    """The rows of a batch that this process's devices hold, and that it has to bring."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    return sorted({row for (rows,) in places.values() for row in range(*rows.indices(batch))})
+    """Returns the rows of a batch that this process's devices hold, and that it has to load."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return sorted({row for (rows,) in slices.values() for row in range(*rows.indices(batch))})
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of the batch (numpy, in the order of `local_rows`) -> arrays over all devices."""
+    """Puts this process's rows of a batch (numpy, in the order of `local_rows`) into arrays over all devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def gather(tree: Any, *, keep: bool = True) -> Any:
-    """Device arrays, however sharded -> the whole arrays in numpy on every process, one after the other.
+    """Gathers sharded arrays as numpy arrays on every process, one after the other.
 
-    Every process must call it; those that do not `keep` what they get have None in its place.
+    Must be called on every process; those that do not `keep` the arrays get None instead.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -187,8 +186,8 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
     return jax.tree.map(one, tree)
 
 
-def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Refuses to start hosts that differ in any of `facts`, {name: value whose `str` tells it}, and names those."""
+def check_hosts_are_consistent(facts: Mapping[str, Any]) -> None:
+    """Refuses hosts that differ in any of `facts`, {name: value that is compared by its `str`}, and names those."""
     if jax.process_count() == 1:
         return
 
@@ -199,24 +198,27 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
     names = sorted(facts)
     if not same([names]).all():
-        raise UserError("the hosts differ in the fields of their configs: give all the same code and the same command.")
-    agreed = same([facts[name] for name in names])
-    if differ := [name for name, fine in zip(names, agreed) if not fine]:
+        raise UserError("the hosts differ in the fields of their configs: start all with the same code and command.")
+    consistent = same([facts[name] for name in names])
+    if differ := [name for name, is_same in zip(names, consistent) if not is_same]:
         own = ", ".join(f"{name} = {str(facts[name])[:100]}" for name in differ[:5])
         raise UserError(
-            f"the hosts differ in {', '.join(differ)}; on host {jax.process_index()}: {own}. All need the same code, "
-            "command and data."
+            f"the hosts differ in {', '.join(differ)}; on host {jax.process_index()}: {own}. Start all with the same "
+            "code, command and data."
         )
 
 
 def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
-    """Must run before anything asks jax for devices.
+    """Configures jax. Must be called before anything uses its devices.
 
     Args:
-      cpu_devices: split the host CPU into this many jax devices; 0 leaves it alone. A batch split over
-        two of them trains faster on two cores than one device with two threads.
-      distributed: join the other hosts (TPU pods and Slurm are detected; elsewhere
-        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who).
+      cpu_devices: split the host CPU into this many jax devices; 0 = leave it alone. On two cores, training on two
+        devices is faster than on one device with two threads.
+      distributed: connect to the other hosts. TPU pods and Slurm are detected; elsewhere
+        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.
+
+    Raises:
+      UserError: the other hosts cannot be found.
     """
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -228,14 +230,14 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
             )
         except ValueError as error:
             raise UserError(
-                f"the other hosts cannot be joined: {error} On a TPU pod or under Slurm they are found; elsewhere "
-                "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who is who. On one "
-                "machine leave distributed out."
+                f"the other hosts cannot be found: {error} TPU pods and Slurm are detected; elsewhere set "
+                "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one machine leave "
+                "distributed out."
             ) from error
 
 
 def keep_compiled_programs() -> None:
-    """Turns on jax's persistent compilation cache, unless the environment says where it is or that it is off."""
+    """Turns on jax's persistent compilation cache, unless the environment configures it."""
     if jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))

@@ -10,19 +10,24 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
-from lavie_jax import parallel
+from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
-from lavie_jax.training import checkpoint, disk, metrics
+from lavie_jax.training import checkpoint, metrics
+from lavie_jax.training.step import UNTRAINED
 
-CONFIG = {"stage": "base", "seed": 0, "unet": {"block_out_channels": [32, 64]}, "steps": 10, checkpoint.FROZEN: "this"}
+CONFIG = {
+    "stage": "base", "seed": 0, "unet": {"block_out_channels": [32, 64]}, "steps": 10,
+    checkpoint.FROZEN: "this", checkpoint.FROZEN_PART: "none",
+}  # fmt: skip
 
 
 def state(value: float = 0.0) -> dict:
-    """Arrays that do not compress, and so have a file of their own."""
+    """Returns arrays that do not compress, so that they are in a file of their own."""
     a = np.random.default_rng(int(value)).normal(size=(64, 64)).astype(np.float32)
     a[0, 0] = value
     return {"params": {"a": jnp.asarray(a)}, "step": jnp.int32(value)}
@@ -47,29 +52,31 @@ def kept(path):
 
 
 def read(path, **options):
-    """The step that a run would resume at, and what it would find there."""
+    """Returns the step that a run would resume at, and a value of its state."""
     checkpoints = checkpoint.Checkpoints(path, keep=2, **options)
     try:
         step = checkpoints.latest()
-        return step, float(checkpoints.restore(step, abstract(parallel.make_mesh()), CONFIG)["params"]["a"][0, 0])
+        return step, float(
+            checkpoints.restore(step, abstract(parallel.make_mesh()), CONFIG, untrained={})["params"]["a"][0, 0]
+        )
     finally:
         checkpoints.close()
 
 
-def test_the_newest_are_kept_and_come_back_on_another_mesh(tmp_path):
+def test_the_newest_are_kept_and_can_be_restored_on_another_mesh(tmp_path):
     saved(tmp_path, [1, 2, 3])
     assert {p.name for p in tmp_path.iterdir()} == {"2", "3"}
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() == 3
     mesh = parallel.make_mesh(data=4, fsdp=2)
-    back = checkpoints.restore(3, abstract(mesh), {**CONFIG, "steps": 99})
+    back = checkpoints.restore(3, abstract(mesh), {**CONFIG, "steps": 99}, untrained={})
     checkpoints.close()
     np.testing.assert_array_equal(back["params"]["a"], state(3.0)["params"]["a"])
     assert back["params"]["a"].sharding.mesh == mesh
 
 
 def test_best_newest_and_every_nth_are_kept_across_a_restart(tmp_path):
-    """The newest is never given up for the best, and a loss that is not a number is never the best."""
+    """The newest is never deleted in favour of the best, and a loss that is not finite is never the best."""
     held_out = {1: 3.0, 2: float("nan"), 3: 1.0, 4: 2.0, 5: float("inf"), 6: 4.0, 7: 5.0, 8: 6.0}
     policy = {"keep": 1, "best": 1, "every": 4, "held_out": held_out}
     saved(tmp_path, [1, 2, 3, 4, 5], **policy)
@@ -82,7 +89,7 @@ def test_best_newest_and_every_nth_are_kept_across_a_restart(tmp_path):
 
 def half_copied(step):
     step.mkdir()
-    (step / "part").write_text("of a copy that was cut short")
+    (step / "part").write_text("of an incomplete copy")
     return "no _CHECKPOINT_METADATA"
 
 
@@ -108,12 +115,12 @@ def truncated(step):
 def test_a_damaged_checkpoint_is_refused_by_name_and_an_older_one_offered(damage, tmp_path):
     saved(tmp_path, [1, 2], keep=5)
     why = damage(tmp_path / "7")
-    before = sorted(p.relative_to(tmp_path / "7") for p in (tmp_path / "7").rglob("*"))
+    files = sorted(p.relative_to(tmp_path / "7") for p in (tmp_path / "7").rglob("*"))
     with pytest.raises(UserError, match=rf"/7 .*{why}.*--restore-step 2 \(there are 1, 2\)"):
         read(tmp_path)
     assert read(tmp_path, restore_step=2) == (2, 2.0)
     (aside,) = tmp_path.glob("*-7-*")  # renamed, not deleted
-    assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == before
+    assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == files
     saved(tmp_path, [7], keep=5)
     assert read(tmp_path) == (7, 7.0)
 
@@ -126,19 +133,19 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
     assert kept(tmp_path) == {1} and len(list(tmp_path.glob("newer-*"))) == 2
 
 
-def test_going_back_to_what_is_refused_leaves_newer_checkpoints_in_place(tmp_path):
+def test_a_refused_restore_step_leaves_newer_checkpoints_in_place(tmp_path):
     saved(tmp_path, [1, 2, 3], keep=5)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, restore_step=1)
     assert checkpoints.latest() == 1
     with pytest.raises(UserError, match="seed = 0, not 5"):
-        checkpoints.restore(1, abstract(parallel.make_mesh()), {**CONFIG, "seed": 5})
+        checkpoints.restore(1, abstract(parallel.make_mesh()), {**CONFIG, "seed": 5}, untrained={})
     checkpoints.close()
     assert kept(tmp_path) == {1, 2, 3} and read(tmp_path) == (3, 3.0)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 5 MB."""
+    """Mounts a disk of 5 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True).returncode:
@@ -151,7 +158,7 @@ def noise(seed):
     return {"params": {"a": jax.random.normal(jax.random.key(seed), (512, 1024))}, "step": jnp.int32(seed)}
 
 
-def test_a_full_disk_costs_one_checkpoint_and_no_older_one(small_disk):
+def test_a_full_disk_loses_the_new_checkpoint_and_no_older_one(small_disk):
     checkpoints = checkpoint.Checkpoints(small_disk / "checkpoints", keep=1)
     checkpoints.save(1, noise(1), CONFIG, held_out=1.0)
     assert checkpoints.settle()
@@ -166,7 +173,9 @@ def test_a_full_disk_costs_one_checkpoint_and_no_older_one(small_disk):
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(parallel.make_mesh())), noise(4)
     )
-    np.testing.assert_array_equal(checkpoints.restore(4, shapes, CONFIG)["params"]["a"], noise(4)["params"]["a"])
+    np.testing.assert_array_equal(
+        checkpoints.restore(4, shapes, CONFIG, untrained={})["params"]["a"], noise(4)["params"]["a"]
+    )
     checkpoints.close()
 
 
@@ -184,14 +193,52 @@ def test_a_save_that_fails_for_another_reason_stops_the_run(tmp_path):
         ({"seed": 1}, "seed = 0, not 1"),
         ({"unet": {"block_out_channels": [32]}}, r"unet.block_out_channels = \[32, 64\]"),
         ({checkpoint.FROZEN: "other"}, "SHA-256 of the frozen models = 'this', not 'other'"),
+        ({checkpoint.FROZEN_PART: "other"}, "SHA-256 of the untrained parameters in init_from = 'none', not 'other'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     saved(tmp_path, [1])
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     with pytest.raises(UserError, match=message):
-        checkpoints.restore(1, abstract(parallel.make_mesh()), CONFIG | change)
+        checkpoints.restore(1, abstract(parallel.make_mesh()), CONFIG | change, untrained={})
     checkpoints.close()
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_checkpoints_of_before_with_untrained_parameters_inside_are_read(random, tmp_path):
+    """They had whole trees as "params" and "ema", and no hash of the untrained half."""
+    whole = {"unet": {"conv": np.arange(3.0, dtype=np.float32), "temporal": np.full(2, 7.0, np.float32)}}
+    old = {"params": whole, "ema": jax.tree.map(lambda x: x + 1, whole), "opt_state": np.ones(2), "step": np.int32(1)}
+    manager = ocp.CheckpointManager(tmp_path)
+    meta = {"step": 1, "config": {k: v for k, v in CONFIG.items() if k != checkpoint.FROZEN_PART}}
+    manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(old), meta=ocp.args.JsonSave(meta)))
+    manager.close()
+
+    sharding = parallel.replicated(parallel.make_mesh())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), old)
+    conv, temporal = ({"unet": {name: shapes["params"]["unet"][name]}} for name in ("conv", "temporal"))
+    wanted = {**shapes, "params": temporal, "ema": temporal}
+    config = CONFIG | {
+        checkpoint.FROZEN_PART: checkpoint.array_hash({UNTRAINED: {"unet": {"conv": whole["unet"]["conv"]}}})
+    }
+
+    def restore(config):
+        checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+        try:
+            saved = wanted | ({UNTRAINED: conv} if random else {})
+            return checkpoints.restore(1, saved, config, untrained={UNTRAINED: conv})
+        finally:
+            checkpoints.close()
+
+    state = restore(config)
+    np.testing.assert_array_equal(state["params"]["unet"].pop("temporal"), 7.0)
+    np.testing.assert_array_equal(state["ema"]["unet"].pop("temporal"), 8.0)
+    assert state["params"] == state["ema"] == {"unet": {}} and (UNTRAINED in state) == random
+    if random:
+        np.testing.assert_array_equal(state[UNTRAINED]["unet"]["conv"], whole["unet"]["conv"])
+    else:
+        with pytest.raises(UserError, match="other untrained parameters than those in init_from"):
+            restore(CONFIG)
 
 
 def test_parameter_hash_sees_one_bit_and_not_the_sharding():
@@ -242,35 +289,35 @@ def test_means_leave_skipped_steps_out():
     assert metrics.mean_of_steps(rows[1:2]) == {"skipped": 1}
 
 
-def test_pace_tells_steps_data_and_the_rest_apart(monkeypatch):
+def test_step_timer_separates_steps_data_and_the_rest(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace = metrics.Pace()
+    timer = metrics.StepTimer()
 
     def step(wait, work, compiled=False):
-        with pace.waiting():
+        with timer.waiting():
             now[0] += wait
         now[0] += work
-        pace.step(compiled=compiled, operations=6e12)
+        timer.step(compiled=compiled, flops=6e12)
 
-    step(1.0, 9.0, compiled=True)  # no step of training
+    step(1.0, 9.0, compiled=True)  # does not count
     for work in (0.5, 1.5, 1.5, 3.5):
         step(0.5, work)
-    step(0.5, 7.5, compiled=True)  # nor that of another bucket
+    step(0.5, 7.5, compiled=True)  # nor does another bucket's first step
     now[0] += 6.0  # a checkpoint
-    pace.resume()
+    timer.resume()
     step(0.5, 0.5)
-    values = pace.report(batch=8, peak=12e12)
+    values = timer.report(batch=8, peak=12e12)
     assert values == {
         "goodput": 10 / 34, "clips_per_second": 4.0, "step_seconds_p50": 2.0, "step_seconds_p95": pytest.approx(3.6),
         "data_wait": 0.25, "mfu": 5 * 6e12 / 10 / 12e12,
     }  # fmt: skip
-    assert pace.report(batch=8, peak=12e12) == {"goodput": 10 / 34}  # nothing since
+    assert timer.report(batch=8, peak=12e12) == {"goodput": 10 / 34}  # no steps since
     step(0.0, 1.0)
-    assert "mfu" not in pace.report(batch=8, peak=0.0)
+    assert "mfu" not in timer.report(batch=8, peak=0.0)
 
 
-def test_memory_is_told_where_devices_tell_it(monkeypatch):
+def test_memory_is_reported_where_devices_report_it(monkeypatch):
     class Device:
         def __init__(self, stats):
             self.memory_stats = lambda: stats
@@ -282,15 +329,15 @@ def test_memory_is_told_where_devices_tell_it(monkeypatch):
 
 
 def test_event_files_survive_a_full_disk(tmp_path, monkeypatch):
-    """TensorBoard's writing thread dies of it; the next interval's points are in a file of their own."""
+    """It ends TensorBoard's writing thread; the points of the next interval go to a new file."""
     with_events = metrics.Metrics(tmp_path, step=0, tensorboard=True)
     events = with_events._events
     monkeypatch.setattr(events._writer, "add_event", full_disk)
     with_events.write(1, {"loss": 1.0})
     with_events.write(2, {"loss": 2.0})
     with_events.close()
-    found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(point.step, point.value) for point in found.Scalars("loss")] == [(2, 2.0)]
+    accumulated = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in accumulated.Scalars("loss")] == [(2, 2.0)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -298,12 +345,12 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_told_by_what_it_gives(caplog):
-    with disk.outlive("something") as written:
+def test_a_tolerated_full_disk_is_logged_and_other_errors_are_raised(caplog):
+    with disk.tolerate_full_disk("something") as written:
         pass
     assert written
-    with disk.outlive("something") as written:
+    with disk.tolerate_full_disk("something") as written:
         full_disk()
     assert not written and "something could not be written: the disk is full" in caplog.text
-    with pytest.raises(ValueError), disk.outlive("something"):
+    with pytest.raises(ValueError), disk.tolerate_full_disk("something"):
         raise ValueError

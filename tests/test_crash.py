@@ -83,8 +83,8 @@ def test_two_hosts_train_and_stop_together_and_one_of_them_resumes(crash_test, w
     hosts[1].send_signal(signal.SIGTERM)
     crash_test.finish(hosts[0], workdir)
     assert hosts[1].wait(600) == 0, second.with_suffix(".err").read_text()
-    found = weights.load_part(workdir / "weights", "vae")
-    assert found.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
+    vae = weights.load_part(workdir / "weights", "vae")
+    assert vae.params["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 16)
     at = crash_test.newest(workdir)
     assert f"stopped at step {at} of 100000" in workdir.with_suffix(".err").read_text()
 

@@ -33,7 +33,8 @@ from lavie_jax.data import shards, sources, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
 from lavie_jax.training import optimizer
-from lavie_jax.training.step import Task, make_state, make_update
+from lavie_jax.training.state import make_state
+from lavie_jax.training.step import Task, make_update
 from tests import videos
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped, counted, and written down when there are too many."""
+"""Steps without a finite loss or gradients are skipped and counted; too many in a row are dumped."""
 
 import dataclasses
 
@@ -10,15 +10,16 @@ import pytest
 
 from lavie_jax import parallel
 from lavie_jax.training import divergence, optimizer
-from lavie_jax.training.step import Task, make_state, make_update, step_rng
+from lavie_jax.training.state import make_state
+from lavie_jax.training.step import Task, make_update, step_rng
 
 
 def toy_task(rows_to_loss) -> Task:
-    """A loss of one kernel, and whatever `rows_to_loss` makes of the batch."""
+    """Returns a task whose loss is that of one kernel times the mean of `rows_to_loss(batch)`."""
 
     def loss(params, frozen, batch, rng):
         value = jnp.square(params["kernel"]).sum() * rows_to_loss(batch["x"]).mean()
-        return value, {"draw": jax.random.normal(rng)}
+        return value, {"noise": jax.random.normal(rng)}
 
     init = lambda rng: {"kernel": jnp.arange(1.0, 4.0)}  # noqa: E731
     return Task(init=init, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None)
@@ -56,8 +57,8 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(accumulate):
 
 
 @pytest.mark.parametrize("kind", optimizer.KINDS)
-def test_the_learning_rate_waits_for_the_updates_that_are_applied(kind):
-    """After two skipped steps the third update has the rate of a third update, and is counted as such."""
+def test_the_learning_rate_depends_on_the_number_of_applied_updates(kind):
+    """After two skipped steps the third update has the learning rate of a third update."""
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(kind=kind, warmup=4, learning_rate=1.0, clip=0.0), 10)
     task = toy_task(lambda x: x)
     update = jax.jit(make_update(task, tx, seed=3, ema_decay=0.5))
@@ -74,7 +75,7 @@ def test_the_learning_rate_waits_for_the_updates_that_are_applied(kind):
 
 
 def test_a_finite_loss_with_gradients_that_are_not_is_skipped():
-    """The square root has no slope at 0."""
+    """The gradient of the square root at 0 is infinite."""
     state, _ = started()
 
     def loss(params, frozen, batch, rng):
@@ -87,15 +88,15 @@ def test_a_finite_loss_with_gradients_that_are_not_is_skipped():
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp_path):
-    """The devices are ahead of the loop: steps dispatched after the limit must not change what is dumped."""
+    """Steps that were dispatched after the limit was reached must not change the dump."""
     state, update = started(skip_limit=3)
-    watch = divergence.Watch(tmp_path, config={}, dtype="float32", limit=3)
+    monitor = divergence.DivergenceMonitor(tmp_path, config={}, dtype="float32", limit=3)
     batches = [GOOD, BAD, GOOD, BAD, BAD, {"x": BAD["x"][::-1]}, GOOD, GOOD, GOOD, GOOD]
     with pytest.raises(divergence.Diverged, match=r"3 steps in a row, up to step 6.*divergence .*/6"):
         for step, rows in enumerate(batches, start=1):
             state, losses = update(state, {}, rows)
-            watch.step(step, losses["skipped"], rows, state, wait=False)
-    assert step == 8  # two were under way
+            monitor.step(step, losses["skipped"], rows, state, wait=False)
+    assert step == 8  # two more had been dispatched
 
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(parallel.make_mesh())), state
@@ -105,12 +106,12 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp
     assert back["step"] == 5 and same(learnt(back), learnt(state))
     again, losses = update(back, {}, batch)
     assert losses["skipped"] == 1 and np.isnan(losses["loss"])
-    assert losses["draw"] == jax.random.normal(step_rng(3, 5))
+    assert losses["noise"] == jax.random.normal(step_rng(3, 5))
 
 
-def test_skipped_steps_are_seen_at_once_when_waited_for(tmp_path):
+def test_waiting_detects_a_skipped_step_immediately(tmp_path):
     state, update = started(skip_limit=1)
-    watch = divergence.Watch(tmp_path, config={}, dtype="float32", limit=1)
+    monitor = divergence.DivergenceMonitor(tmp_path, config={}, dtype="float32", limit=1)
     state, losses = update(state, {}, BAD)
     with pytest.raises(divergence.Diverged, match="1 steps in a row, up to step 1"):
-        watch.step(1, losses["skipped"], BAD, state, wait=True)
+        monitor.step(1, losses["skipped"], BAD, state, wait=True)

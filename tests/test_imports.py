@@ -11,19 +11,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import those that it lists, itself, and the HELPERS.
-HELPERS = {"errors", "fields", "results"}
+HELPERS = {"disk", "errors", "fields", "results"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
 MAY_IMPORT = {
     **dict.fromkeys(HELPERS, set()),
     **dict.fromkeys(GROUND, set()),
+    "flops": {"models"},
     "stages": {"models", "diffusion"},
     "weights": {"models", "diffusion", "stages"},
     "samples": {"data", "stages"},
     "cascade": CORE | {"samples"},
-    "training": CORE,
-    **dict.fromkeys(SATELLITES, CORE | {"samples", "cascade", "training"}),
+    "training": CORE | {"flops"},
+    **dict.fromkeys(SATELLITES, CORE | {"flops", "samples", "cascade", "training"}),
     "__init__": CORE | {"samples", "cascade"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}

@@ -27,7 +27,8 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.vae import VAE
 from lavie_jax.training import build, options
-from lavie_jax.training.step import make_state, make_update
+from lavie_jax.training.state import make_state
+from lavie_jax.training.step import make_update
 from tests import videos
 from tests.test_stage_training import small_config
 from tests.tiny import make_base, make_stage

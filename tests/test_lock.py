@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""Tests of the lock that allows one run at a time in a workdir."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
     first = lock.Lock(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {os.getpid()} on host {platform.node()}"):
         lock.Lock(tmp_path)
-    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()  # the refused one changed nothing
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()  # unchanged by the refused run
     first.release()
     lock.Lock(tmp_path).release()
     assert not (tmp_path / "lock").exists()
@@ -38,7 +38,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("silent", [5, 2 * lock.STALE])
-def test_another_host_is_dead_when_it_gives_no_sign_of_life(silent, tmp_path):
+def test_a_lock_of_another_host_expires_without_heartbeats(silent, tmp_path):
     (tmp_path / "lock").write_text('{"host": "elsewhere", "pid": 7}')
     os.utime(tmp_path / "lock", times=(time.time() - silent,) * 2)
     if silent > lock.STALE:
@@ -51,7 +51,7 @@ def test_another_host_is_dead_when_it_gives_no_sign_of_life(silent, tmp_path):
         lock.Lock(tmp_path).release()
 
 
-def test_a_living_run_gives_signs_of_life(tmp_path, monkeypatch):
+def test_a_run_touches_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     held = lock.Lock(tmp_path)
     os.utime(tmp_path / "lock", times=(0, 0))
@@ -62,10 +62,10 @@ def test_a_living_run_gives_signs_of_life(tmp_path, monkeypatch):
     held.release()
 
 
-def test_a_workdir_that_was_made_for_nothing_goes_again(tmp_path):
+def test_an_empty_workdir_that_the_run_created_is_removed(tmp_path):
     held = lock.Lock(tmp_path / "run")
     held.release()
     assert not (tmp_path / "run").exists()
     held = lock.Lock(tmp_path)
     held.release()
-    assert tmp_path.exists()  # was there before
+    assert tmp_path.exists()  # existed before

@@ -1,4 +1,4 @@
-"""Placement of parameters and batches on 8 virtual devices."""
+"""Sharding of parameters and batches over 8 virtual devices."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
 
 
-def test_mesh_takes_the_devices_that_are_left():
+def test_minus_one_stands_for_the_remaining_devices():
     mesh = parallel.make_mesh(data=-1, fsdp=2, tensor=2)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
@@ -23,7 +23,7 @@ def test_mesh_takes_the_devices_that_are_left():
 @pytest.mark.parametrize(
     "axes", [{"data": 3}, {"fsdp": 16}, {"data": -1, "fsdp": -1}, {"tensor": 0}, {"data": -1, "fsdp": 3}]
 )
-def test_mesh_refuses_what_does_not_fit(axes):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
     with pytest.raises(UserError, match="mesh data="):
         parallel.make_mesh(**axes)
 
@@ -36,7 +36,7 @@ def test_mesh_refuses_what_does_not_fit(axes):
         ("ema/unet/down_blocks_0/resnets_0/conv1/kernel", (3, 3, 8, 16), P(None, None, None, "fsdp")),
         ("params/unet/conv_out/kernel", (3, 3, 8, 3), P(None, None, "fsdp", None)),  # 3 channels cannot be split
         ("params/unet/conv_in/kernel", (3, 3, 5, 3), P(None, None, None, None)),
-        ("params/unet/ff/net_0/proj/kernel", (5, 8), P(None, "tensor")),  # both axes are spoken for
+        ("params/unet/ff/net_0/proj/kernel", (5, 8), P(None, "tensor")),  # no axis is left for fsdp
         ("params/unet/conv_in/bias", (16,), P(None)),
         ("step", (), P()),
     ],
@@ -47,7 +47,7 @@ def test_rules_place_by_path(path, shape, expected):
 
 
 def test_every_kind_of_large_kernel_is_split_by_fsdp():
-    """A rule that misses a kind of layer would silently replicate it on every device of a pod."""
+    """A rule that misses a kind of layer would silently replicate it on every device."""
     config = UNetConfig(
         block_out_channels=(32, 64), attention_levels=(True, True), attention_heads=(2, 2),
         only_cross_attention=(False, False), cross_attention_dim=32, temporal_attention="before_ff",
@@ -61,11 +61,11 @@ def test_every_kind_of_large_kernel_is_split_by_fsdp():
     for x, s in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):
         total += np.prod(x.shape)
         local += np.prod(s.shard_shape(x.shape))
-    assert local / total < 0.16  # an eighth, and the biases and norms
+    assert local / total < 0.16  # an eighth, plus biases and norms
 
 
-def held(f, params, inputs, **axes) -> int:
-    """Bytes that one of 8 devices needs for `f(params, inputs)`, beside what goes in and comes out."""
+def temporary_bytes(f, params, inputs, **axes) -> int:
+    """Returns the bytes of temporaries of `f(params, inputs)` on one of 8 devices."""
     mesh = parallel.make_mesh(**axes)
     compiled = jax.jit(
         f, in_shardings=(parallel.shardings({"params": params}, mesh)["params"], parallel.batch_sharding(mesh)),
@@ -79,9 +79,9 @@ def zeros(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def test_split_weights_leave_every_row_on_its_device():
-    """The compiler must gather weights, not the batch: left alone, it gives every device a part of all the rows'
-    channels, which takes as much memory as there are devices."""
+def test_sharded_weights_leave_every_row_on_its_device():
+    """The compiler must gather weights, not the batch. Without constraints it splits the channels of all rows, which
+    multiplies the memory by the number of devices."""
     config = UNetConfig(
         block_out_channels=(32, 64), attention_levels=(False, True), attention_heads=(2, 2), layers_per_block=1,
         only_cross_attention=(False, False), cross_attention_dim=32, norm_num_groups=8, temporal_attention="before_ff",
@@ -92,11 +92,11 @@ def test_split_weights_leave_every_row_on_its_device():
     def predict(params, inputs):
         return unet.apply({"params": params}, *inputs)
 
-    assert held(predict, params, inputs, fsdp=8) < 1.3 * held(predict, params, inputs, data=8)
+    assert temporary_bytes(predict, params, inputs, fsdp=8) < 1.3 * temporary_bytes(predict, params, inputs, data=8)
 
 
-def test_frames_are_encoded_where_their_rows_are(monkeypatch):
-    """Parts of the frames after each other, of every row at the same time: no device gathers rows of others."""
+def test_frames_are_encoded_on_the_devices_of_their_rows(monkeypatch):
+    """Frames are encoded in parts, all rows at the same time, so that no device gathers rows of others."""
     vae, frames = VAE(VAEConfig(block_out_channels=(16,), norm_num_groups=4, patch_size=2)), zeros(8, 6, 32, 32, 3)
     params = jax.eval_shape(vae.init, jax.random.key(0), zeros(8, 32, 32, 3))["params"]
 
@@ -104,9 +104,9 @@ def test_frames_are_encoded_where_their_rows_are(monkeypatch):
         return diffusion.encode_frames(vae, params, frames)
 
     monkeypatch.setattr(diffusion, "VAE_PIXELS", 2 * 32 * 32)
-    in_parts = held(encode, params, frames, fsdp=8)
+    in_parts = temporary_bytes(encode, params, frames, fsdp=8)
     monkeypatch.setattr(diffusion, "VAE_PIXELS", 6 * 32 * 32)
-    assert in_parts < 0.6 * held(encode, params, frames, data=8)
+    assert in_parts < 0.6 * temporary_bytes(encode, params, frames, data=8)
 
 
 def test_put_and_gather_are_inverse_under_any_sharding():
@@ -125,27 +125,27 @@ def test_batch_is_split_over_data_and_fsdp():
     assert batch["video"].addressable_shards[0].data.shape == (1, 2, 4, 4, 3)
 
 
-def test_a_host_brings_the_rows_that_its_devices_hold():
+def test_a_host_loads_the_rows_of_its_devices():
     assert parallel.local_rows(16, parallel.make_mesh(data=2, fsdp=4)) == list(range(16))
     half = jax.sharding.NamedSharding(parallel.make_mesh(data=2, fsdp=4), P(("data", "fsdp")))
-    held = {s.device: s.index[0] for s in jax.device_put(jnp.arange(16), half).addressable_shards}
-    assert sorted((rows.start, rows.stop) for rows in held.values()) == [(i, i + 2) for i in range(0, 16, 2)]
+    rows_of = {s.device: s.index[0] for s in jax.device_put(jnp.arange(16), half).addressable_shards}
+    assert sorted((rows.start, rows.stop) for rows in rows_of.values()) == [(i, i + 2) for i in range(0, 16, 2)]
 
 
-def test_hosts_that_differ_are_told_in_what(monkeypatch):
-    """The other host's digests are simulated; tests/test_train.py has two real ones."""
+def test_hosts_that_differ_get_an_error_with_the_field(monkeypatch):
+    """The other host's digests are simulated; tests/test_train.py has two real hosts."""
     ours, theirs = {"config.seed": 0, "code": "a", "data": "x"}, {"config.seed": 1, "code": "a", "data": "y"}
     sent = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda x: sent.append(x) or np.stack([x, x]))
-    parallel.check_agreement(theirs)
+    parallel.check_hosts_are_consistent(theirs)
     others = iter(list(sent))
     monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda x: np.stack([x, next(others)]))
     with pytest.raises(UserError, match=r"differ in config.seed, data; on host 0: config.seed = 0, data = x"):
-        parallel.check_agreement(ours)
+        parallel.check_hosts_are_consistent(ours)
     others = iter(list(sent))
     with pytest.raises(UserError, match="differ in the fields of their configs"):
-        parallel.check_agreement({**ours, "config.more": 1})
+        parallel.check_hosts_are_consistent({**ours, "config.more": 1})
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(12, 1), (8, 2), (0, 1), (8, 0)])
@@ -155,7 +155,7 @@ def test_batch_that_the_devices_do_not_divide_is_refused(batch, accumulate):
         parallel.check_batch(batch, mesh, accumulate=accumulate)
 
 
-def test_hosts_must_not_share_rows(monkeypatch):
+def test_hosts_that_would_share_rows_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     parallel.check_batch(8, parallel.make_mesh(data=2, fsdp=2, tensor=2))
     with pytest.raises(UserError, match="multiple of the 4 hosts"):

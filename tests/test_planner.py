@@ -1,4 +1,4 @@
-"""The planner: what it counts, what it says, what it refuses; compiling for a TPU only where libtpu is installed."""
+"""The planner: counts, reports and refusals. Tests that compile for a TPU need libtpu."""
 
 import importlib.util
 import json
@@ -12,23 +12,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lavie_jax import parallel
+from lavie_jax import flops, parallel
 from lavie_jax.errors import UserError
+from lavie_jax.flops import count_flops
 from lavie_jax.models.attention import attention, rotary_embedding
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import __main__ as command
-from lavie_jax.planner import chips, plan, report, tables
-from lavie_jax.planner.apart import measure_apart
+from lavie_jax.planner import chips, memory_plan, report, tables
+from lavie_jax.planner.chips import bound
 from lavie_jax.planner.hlo import collectives
 from lavie_jax.planner.measure import bytes_needed, compiled, planned, trace
 from lavie_jax.planner.programs import Program, bytes_per_chip, placed
-from lavie_jax.planner.roofline import bound
 from lavie_jax.planner.sampling import sampling_program, sampling_programs
-from lavie_jax.planner.search import search
-from lavie_jax.planner.training import abstract_batch, abstract_origin, training_program
-from lavie_jax.training import build, operations, options
-from lavie_jax.training.operations import count_operations
+from lavie_jax.planner.subprocess import measure_in_subprocess
+from lavie_jax.planner.training import abstract_batch, abstract_init, training_program
+from lavie_jax.training import build, options
+from lavie_jax.training.state import abstract_params
+from lavie_jax.training.step import step_flops
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -39,11 +40,11 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-# ---- operations ----
+# ---- FLOPs ----
 
 
 def counted(f, *shapes) -> float:
-    return count_operations(jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes)))
+    return count_flops(jax.make_jaxpr(f)(*(jnp.zeros(shape) for shape in shapes)))
 
 
 def test_a_matrix_product_and_a_convolution():
@@ -55,37 +56,37 @@ def test_a_matrix_product_and_a_convolution():
     assert counted(convolve, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
 
 
-def test_a_step_counts_the_same_however_much_is_recomputed(tmp_path):
-    """And three times the forward pass of what is trained: gradients of inputs and of parameters."""
-    found = {}
+def test_flops_of_a_step_do_not_depend_on_remat(tmp_path):
+    """They are nearly three times those of the forward pass: gradients of inputs and of parameters."""
+    counts = {}
     for remat in ("none", "block"):
         config = options.load("configs/moving_shapes/base.py:tiny")
         config.remat, config.cpu_devices = remat, 0
-        task = build.stage_task(config, jnp.float32, abstract_origin(config))
-        params = jax.eval_shape(task.init, jax.random.key(0))
+        task = build.stage_task(config, jnp.float32, abstract_init(config))
+        params = abstract_params(task)
         batch, mesh = abstract_batch(config, 1), parallel.make_mesh(devices=jax.devices()[:1])
-        found[remat] = operations.of_step(task, params, task.frozen, batch, mesh)
-        forward = operations.count_operations(jax.make_jaxpr(task.loss)(params, task.frozen, batch, jax.random.key(0)))
-    assert found["none"] == found["block"] and 2.2 * forward < found["none"] < 3 * forward
+        counts[remat] = step_flops(task, params, task.frozen, batch, mesh)
+        forward = count_flops(jax.make_jaxpr(task.loss)(params, task.frozen, batch, jax.random.key(0)))
+    assert counts["none"] == counts["block"] and 2.2 * forward < counts["none"] < 3 * forward
 
 
-def test_the_peak_is_what_is_given_or_what_a_tpu_has():
+def test_the_peak_is_configured_or_looked_up():
     mesh = parallel.make_mesh(data=2, fsdp=4)
-    assert operations.peak(mesh, 0.5) == 8 * 0.5e12 and operations.peak(mesh, 0.0) == 0
-    assert set(operations.KINDS.values()) == set(operations.PEAKS) == set(chips.CHIPS)
+    assert flops.peak_flops(mesh, 0.5) == 8 * 0.5e12 and flops.peak_flops(mesh, 0.0) == 0
+    assert set(flops.KINDS.values()) == set(flops.PEAKS) == set(chips.CHIPS)
 
 
-def test_what_moves_alone_is_not_counted(monkeypatch):
-    """Rotary pairs are swapped by a product on TPUs; forward and backward, also in what is recomputed."""
+def test_products_that_only_move_data_are_not_counted(monkeypatch):
+    """On TPUs a product swaps rotary pairs, in forward and backward passes and under rematerialisation."""
     monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
-    turned = lambda x: rotary_embedding(x, 2, 8).sum()  # noqa: E731
+    rotated = lambda x: rotary_embedding(x, 2, 8).sum()  # noqa: E731
     x = jnp.zeros((1, 4, 32))
-    assert "dot_general" in str(jax.make_jaxpr(jax.grad(turned))(x))
-    for f in (turned, jax.grad(turned), jax.grad(jax.checkpoint(turned))):
+    assert "dot_general" in str(jax.make_jaxpr(jax.grad(rotated))(x))
+    for f in (rotated, jax.grad(rotated), jax.grad(jax.checkpoint(rotated))):
         assert counted(f, x.shape) == 0
 
 
-def test_loops_count_as_often_as_they_run_and_branches_once():
+def test_loops_count_every_iteration_and_branches_once():
     def loop(x, w):
         return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
 
@@ -98,8 +99,8 @@ def test_loops_count_as_often_as_they_run_and_branches_once():
     assert counted(branches, (2, 4), (4, 4)) == 2 * 2 * 4 * 4
 
 
-def test_kernels_count_like_plain_attention():
-    """What each device does in its own part of a custom kernel is counted on all of them."""
+def test_custom_kernels_count_like_plain_attention():
+    """A custom kernel's work is counted on all devices."""
     shape = (4, 256, 2, 64)
     mesh = parallel.make_mesh(data=4, tensor=2)
     with jax.set_mesh(mesh):
@@ -147,7 +148,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_of_a_loop_and_under_several_names():
+def test_collectives_in_loops_and_with_several_names_are_counted():
     whole = 64 * 64 * 2
     assert collectives(HLO) == {
         "all-gather": {"count": 6, "bytes": 6 * whole},
@@ -157,8 +158,8 @@ def test_collectives_of_a_loop_and_under_several_names():
     assert collectives("") == {}
 
 
-def test_a_program_of_this_machine(tmp_path):
-    """Measured on 8 CPU devices, to the end and from the compiler's plan: the shape of a row, and one all-reduce."""
+def test_a_compiled_row_and_a_planned_row_agree(tmp_path):
+    """A program on 8 CPU devices, with one all-reduce, compiled completely and read from the compiler's plan."""
     mesh = parallel.make_mesh()
     rows = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     whole = jax.ShapeDtypeStruct((32, 4), jnp.float32)
@@ -173,23 +174,23 @@ def test_a_program_of_this_machine(tmp_path):
             held={"parameters": whole},
         )
     )  # fmt: skip
-    assert row["operations"] == 2 * 16 * 32 * 4 / 8
+    assert row["flops"] == 2 * 16 * 32 * 4 / 8
     assert row["held"] == {"parameters": 32 * 4 * 4}
     full = compiled(row, lowered, dump=str(tmp_path))
-    assert plan.read(tmp_path) is None  # a CPU's compiler leaves out the last file
-    (tmp_path / plan.NEXT).touch()
-    early = planned(row, plan.read(tmp_path), 0.0)
+    assert memory_plan.read(tmp_path) is None  # the CPU compiler does not write the last file
+    (tmp_path / memory_plan.NEXT).touch()
+    early = planned(row, memory_plan.read(tmp_path), 0.0)
     assert early.pop("seconds").keys() == {"trace", "plan"} and full.pop("seconds").keys() == {"trace", "compile"}
     assert full["needs"] - early["needs"] == full["code"]
-    for found in (full, early):
-        assert found["fits"] and found["arguments"] == 32 * 4 * 4 + 2 * 32 * 4
-        assert found["donated"] == 32 * 4 * 4 and found["outputs"] > found["donated"]
-        assert found["collectives"]["all-reduce"]["count"] == 1
+    for one in (full, early):
+        assert one["fits"] and one["arguments"] == 32 * 4 * 4 + 2 * 32 * 4
+        assert one["donated"] == 32 * 4 * 4 and one["outputs"] > one["donated"]
+        assert one["collectives"]["all-reduce"]["count"] == 1
     assert {name: full[name] for name in early if name != "needs"} == {k: v for k, v in early.items() if k != "needs"}
 
 
-def test_the_plan_is_read_in_both_of_its_forms():
-    """jax 0.12 counts pages, too."""
+def test_both_formats_of_the_plan_are_read():
+    """jax 0.12 adds page numbers."""
     lines = (
         "size 512, {}parameter 0, shape |f32[32,4]| at ShapeIndex {{}}, maybe-live-out:",
         "size 256, {}parameter 1, shape |f32[2,32]| at ShapeIndex {{}}:",
@@ -205,10 +206,10 @@ def test_the_plan_is_read_in_both_of_its_forms():
             f"allocation {i}: {line.format(page)}\n value: <1 p @0> (size=512,offset=0): f32[32,4]\n"
             for i, line in enumerate(lines)
         )
-        assert plan.allocations(text) == {"arguments": 768, "outputs": 560, "donated": 512, "temporary": 64}
+        assert memory_plan.allocations(text) == {"arguments": 768, "outputs": 560, "donated": 512, "temporary": 64}
 
 
-# ---- what is made of a row ----
+# ---- rows ----
 
 
 def row(**changes):
@@ -217,52 +218,52 @@ def row(**changes):
         "per_chip_batch": 1, "remat": "block", "program": "training step", "note": "16 x 20 frames", "chips": 16,
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "held": {"parameters": GIB, "optimizer": 2 * GIB, "ema": GIB, "frozen": 0, "batch": 0}, "beside": 0,
-        "operations": 197e12, "versions": {"jax": "0.10.2", "libtpu": "0.0.42.1"}, "fits": True, "arguments": 4 * GIB,
+        "flops": 197e12, "versions": {"jax": "0.10.2", "libtpu": "0.0.42.1"}, "fits": True, "arguments": 4 * GIB,
         "outputs": 4 * GIB, "donated": 4 * GIB, "temporary": 6 * GIB, "code": 0, "needs": 10 * GIB,
-        "compiler_operations": 1e12, "compiler_traffic": 81.9e9, "seconds": {"trace": 1.0, "compile": 2.0},
+        "compiler_flops": 1e12, "compiler_traffic": 81.9e9, "seconds": {"trace": 1.0, "compile": 2.0},
         "collectives": {"all-gather": {"count": 3, "bytes": 10**9}, "all-reduce": {"count": 1, "bytes": 10**9}},
     } | changes  # fmt: skip
 
 
 def without_code(row):
-    """What is left of a row when compiling was ended at the plan."""
-    late = ("code", "compiler_operations", "compiler_traffic")
+    """Returns the row of a program whose compilation ended at the memory plan."""
+    late = ("code", "compiler_flops", "compiler_traffic")
     return {k: v for k, v in row.items() if k not in late} | {"seconds": {"trace": 1.0, "plan": 2.0}}
 
 
 def test_the_bound_is_the_largest_of_three():
-    found = bound(row(), chips.CHIPS["v5e"])
-    assert found == pytest.approx((1.0, 0.1, 3e9 / 200e9))
-    assert (found.seconds, found.reason) == (found.arithmetic, "arithmetic")
-    slow = bound(row(operations=0.0, compiler_traffic=0.0), chips.CHIPS["v5e"])
-    assert slow.memory == pytest.approx((8 + 2 * 6) * GIB / 819e9)  # whatever the compiler says
+    usual = bound(row(), chips.CHIPS["v5e"])
+    assert usual == pytest.approx((1.0, 0.1, 3e9 / 200e9))
+    assert (usual.seconds, usual.reason) == (usual.arithmetic, "arithmetic")
+    slow = bound(row(flops=0.0, compiler_traffic=0.0), chips.CHIPS["v5e"])
+    assert slow.memory == pytest.approx((8 + 2 * 6) * GIB / 819e9)  # even if the compiler reports less
     assert slow.reason == "memory"
     early = bound(without_code(row()), chips.CHIPS["v5e"])
     assert early == pytest.approx((1.0, 20 * GIB / 819e9, 3e9 / 200e9))
 
 
-def test_lines_say_whether_it_fits_and_by_how_much():
+def test_a_report_states_whether_a_program_fits_and_by_how_much():
     text = report.lines(row())
     assert "16 x v5e (data 1, fsdp 16, tensor 1)" in text and "total 10.00 of 15.75 GiB: fits, 5.75 GiB left" in text
     assert "3 all-gather 0.93 GiB" in text and "estimate, roofline bound: at least 1000.0 ms (arithmetic" in text
     early = report.lines(without_code(row()))
-    assert "temporary 6.00\n" in early and "5.75 GiB left; the size of the code is not in it" in early
+    assert "temporary 6.00\n" in early and "5.75 GiB left, without the size of the code" in early
     full = row(fits=False, needs=20 * GIB)
-    for name in ("arguments", "outputs", "temporary", "collectives", "compiler_operations"):
+    for name in ("arguments", "outputs", "temporary", "collectives", "compiler_flops"):
         full.pop(name)
     assert "does not fit, by 4.25 GiB" in report.lines(full)
-    assert not report.fits(row(beside=6 * GIB))  # the other models do not leave
+    assert not report.fits(row(beside=6 * GIB))  # the other models stay on the chip
     assert "does not fit into 15.75" in report.lines(full | {"needs": None})
 
 
-def test_the_compilers_complaint_is_read():
+def test_the_compilers_out_of_memory_message_is_parsed():
     text = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: it wants (19.69G) exceeds available HBM (15.75G)"
     assert bytes_needed(text) == int(19.69 * GIB)
     assert bytes_needed("Ran out of memory in memory space hbm. Used 512.5M of 15.75G hbm.") == int(512.5 * 2**20)
     assert bytes_needed("something else") is None
 
 
-def test_rows_are_added_and_replaced_and_become_tables(tmp_path):
+def test_rows_are_added_replaced_and_written_as_tables(tmp_path):
     path = tmp_path / "planner.json"
     report.append(path, row())
     report.append(path, row(per_chip_batch=2, fits=False, needs=None))
@@ -275,20 +276,20 @@ def test_rows_are_added_and_replaced_and_become_tables(tmp_path):
     assert "| 1.00 | 2.00 | 1.00 | 0.00 | 6.00 | 0.00 | 11.00 | 15.75 | yes |" in training
     assert "| 6.00 |  | 10.00 | 31.24 | yes |" in training and "|  | 2 s |" in training and "| 2 s |  |" in training
     assert "| ? | 15.75 | **no** |" in training
-    assert "| `configs/vsr.py` | v5e:4x4 |  | 1 | not compiled yet |" in training
-    assert "| base | guided step |" in sampling and "| vsr | VAE decode | not compiled yet |" in sampling
+    assert "| `configs/vsr.py` | v5e:4x4 |  | 1 | not compiled |" in training
+    assert "| base | guided step |" in sampling and "| vsr | VAE decode | not compiled |" in sampling
     for page in (training, sampling):
         widths = {line.count("|") for line in re.findall(r"(?:^\|.*\n?)+", page, re.M)[0].splitlines()}
         assert len(widths) == 1
 
 
-def test_the_pages_in_docs_are_those_of_the_rows(tmp_path):
+def test_the_pages_in_docs_are_up_to_date(tmp_path):
     (tmp_path / "planner.json").write_text((ROOT / "docs/planner.json").read_text())
     for path in tables.write_tables(tmp_path / "planner.json"):
         assert path.read_text() == (ROOT / "docs" / path.name).read_text()
 
 
-def test_the_search_tries_at_most_four_points():
+def test_the_search_compiles_at_most_four_times():
     tried = []
 
     def run(block, none, full=0):
@@ -298,7 +299,7 @@ def test_the_search_tries_at_most_four_points():
             tried.append((rows, remat))
             return rows <= {"block": block, "none": none, "full": full}[remat]
 
-        return search(fits, 1)
+        return command.search(fits, 1)
 
     assert run(8, 8) == (4, "none") and tried == [(1, "block"), (2, "block"), (4, "block"), (4, "none")]
     assert run(2, 1) == (2, "block") and len(tried) == 4
@@ -309,20 +310,20 @@ def test_the_search_tries_at_most_four_points():
 # ---- programs ----
 
 
-def test_the_training_step_of_a_config_from_shapes():
+def test_the_training_program_has_the_shapes_of_its_config():
     config = options.load("configs/base.py")
     program = training_program(config, jax.devices(), 2)
     assert program.mesh.shape == {"data": 1, "fsdp": 8, "tensor": 1}
     state, _, batch = program.arguments
     assert batch["video"].shape == (16, 16, 320, 512, 3)
     parameters, moments = (bytes_per_chip(state[name]) for name in ("params", "opt_state"))
-    assert 909.1e6 * 4 / 8 < parameters < 1.01 * 909.1e6 * 4 / 8  # nearly all is split; norms and biases are not
+    assert 909.1e6 * 4 / 8 < parameters < 1.01 * 909.1e6 * 4 / 8  # all but norms and biases are split
     assert moments == pytest.approx(2 * parameters, rel=1e-3)
     assert {x.dtype for x in jax.tree.leaves(program.arguments[1])} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
-def test_the_programs_of_sampling_from_shapes(stage):
+def test_the_sampling_programs_have_the_shapes_of_their_stage(stage):
     step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
     assert (step.name, *(p.name for p in others)) == tables.SAMPLINGS[stage]
     sides = {"base": (16, 40, 64), "interpolation": (61, 40, 64), "vsr": (8, 320, 512)}[stage]
@@ -332,19 +333,19 @@ def test_the_programs_of_sampling_from_shapes(stage):
     assert others[0].arguments[1].shape == frames
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 BASE = ["--config", "configs/base.py"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "--config is missing"),
         ([*BASE, "--topology", "v5:4x4"], "did you mean 'v5p'? Allowed: v4, v5e, v5p, v6e"),
         ([*BASE, "--topology", "v5e:4x4x4"], "v5e has 2 axes, such as v5e:1x1"),
         ([*BASE, "--topology", "v5p:4x0x4"], "v5p has 3 axes"),
-        ([*BASE, "--per-chip-batch", "0"], "--per-chip-batch: at least 1"),
+        ([*BASE, "--per-chip-batch", "0"], "--per-chip-batch: must be at least 1"),
         ([*BASE, "--per-chip-batch", "two"], "invalid int value: 'two'"),
         ([*BASE, "--search", "--sample", "base"], "--search is for training"),
         ([*BASE, "--program", "VAE decode"], "--program goes with --sample"),
@@ -355,20 +356,20 @@ BASE = ["--config", "configs/base.py"]
         ([*BASE, "--json", "README.md"], "is no result of this command"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(arguments, said, capsys):
+def test_wrong_input_is_one_line_and_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main(arguments)
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and said in error and error.startswith("error: ") and error.count("\n") == 1
+    assert exit.value.code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch, capsys):
+def test_without_libtpu_the_error_has_the_command_that_installs_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else object())
     with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
         chips.devices("v5e:1x1")
 
 
-def test_a_mesh_and_a_batch_that_do_not_fit():
+def test_a_mesh_or_a_batch_that_does_not_fit_is_refused():
     config = options.load("configs/base.py")
     config.mesh.fsdp = 3
     with pytest.raises(UserError, match="does not fit 8 devices"):
@@ -382,15 +383,15 @@ def test_a_mesh_and_a_batch_that_do_not_fit():
         sampling_programs(options.load("configs/base.py"), "vsr", jax.devices())
 
 
-# ---- with libtpu, which `make test` puts beside the environment (tools/libtpu_for_tests.py) ----
+# ---- with libtpu, which `make test` installs beside the environment (tools/libtpu_for_tests.py) ----
 
-# Bytes of one v5e chip without the code, planned by jax 0.10.2 and libtpu 0.0.42.1: more by a tenth is a failure.
+# Bytes of one v5e chip without the code, planned by jax 0.10.2 and libtpu 0.0.42.1; tests fail if they grow by a tenth.
 COMMITTED = {"tiny decode": 1_622_016, "tiny step": 30_968_832, "block": 2_723_685_376}
 
 
 @pytest.fixture
 def libtpu(monkeypatch):
-    """The process that compiles finds libtpu, and compiles as it does for a user."""
+    """Lets subprocesses find libtpu, and compile with default settings."""
     folder = Path(sys.prefix) / "libtpu-for-tests"
     if folder.is_dir():
         monkeypatch.syspath_prepend(folder)
@@ -400,8 +401,8 @@ def libtpu(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
 
 
-def test_meshes_on_chips_that_are_not_there(libtpu):
-    assert len(chips.devices("v4:2x2x4")) == 16  # one a chip
+def test_meshes_of_tpu_topologies(libtpu):
+    assert len(chips.devices("v4:2x2x4")) == 16  # one per chip
     two_slices = chips.devices("v5e:4x4", 2)
     mesh = parallel.make_mesh(data=2, fsdp=-1, devices=two_slices)
     assert mesh.shape == {"data": 2, "fsdp": 16, "tensor": 1}
@@ -410,7 +411,7 @@ def test_meshes_on_chips_that_are_not_there(libtpu):
         parallel.make_mesh(data=1, fsdp=-1, devices=two_slices)
     with pytest.raises(UserError, match="product of whole axes"):
         parallel.make_mesh(data=2, fsdp=4, tensor=2, devices=chips.devices("v6e:4x4"))
-    with pytest.raises(UserError, match="libtpu makes no topology"):
+    with pytest.raises(UserError, match="libtpu does not support topology"):
         chips.devices("v5e:3x5")
 
 
@@ -423,7 +424,7 @@ def tiny_step(devices):
 
 
 def block(devices):
-    """Gradient of a transformer block of the base's outermost level, 16 frames of 40x64 latents with 4 images."""
+    """Returns the gradient of a block of the base's outermost level, for 16 frames and 4 images of 40x64 latents."""
     config = build.make_models(options.load("configs/base.py"), jnp.bfloat16, 1.0).unet.config
     module = TransformerBlock(Setting(config, Frames(16, 4), jnp.bfloat16, "auto"), 0, False)
     mesh = parallel.make_mesh(devices=devices)
@@ -444,10 +445,10 @@ def block(devices):
 
 @pytest.mark.parametrize("make", [tiny_decode, tiny_step, block], ids=COMMITTED)
 def test_memory_does_not_grow(make, request, libtpu):
-    """In a process that is ended when the plan is there: the machine code of the block alone takes a minute."""
-    found = measure_apart(make, "v5e:1x1", code=False)
-    assert json.dumps(found) and "code" not in found
-    assert found["needs"] == pytest.approx(COMMITTED[request.node.callspec.id], rel=0.1)
+    """Stops at the memory plan: generating the machine code of the block takes a minute."""
+    row = measure_in_subprocess(make, "v5e:1x1", code=False)
+    assert json.dumps(row) and "code" not in row
+    assert row["needs"] == pytest.approx(COMMITTED[request.node.callspec.id], rel=0.1)
 
 
 def products(devices):
@@ -457,10 +458,10 @@ def products(devices):
     return Program(name="products", function=function, arguments=(x,), mesh=mesh, held={})
 
 
-def test_what_is_compiled_to_the_end_needs_as_much_as_was_planned(libtpu):
-    early, full = (measure_apart(products, "v5e:1x1", code=code) for code in (False, True))
+def test_a_compiled_program_needs_as_much_memory_as_was_planned(libtpu):
+    early, full = (measure_in_subprocess(products, "v5e:1x1", code=code) for code in (False, True))
     assert full["temporary"] > 2**26 and full["needs"] - full["code"] == pytest.approx(early["needs"], abs=2**21)
-    assert full["code"] > 0 and full["compiler_operations"] >= 3 * 2 * 4096**3
+    assert full["code"] > 0 and full["compiler_flops"] >= 3 * 2 * 4096**3
 
 
 def refused(devices):
@@ -475,11 +476,11 @@ def killed(devices):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_cannot_compile(libtpu, capfd):
+def test_errors_of_the_compiling_subprocess_are_raised(libtpu, capfd):
     with pytest.raises(UserError, match="not with these devices"):
-        measure_apart(refused, "v5e:1x1", code=False)
+        measure_in_subprocess(refused, "v5e:1x1", code=False)
     with pytest.raises(UserError, match="too little memory"):
-        measure_apart(killed, "v5e:1x1", code=False)
+        measure_in_subprocess(killed, "v5e:1x1", code=False)
     with pytest.raises(RuntimeError, match="exit status 1"):
-        measure_apart(failing, "v5e:1x1", code=False)
+        measure_in_subprocess(failing, "v5e:1x1", code=False)
     assert "something is wrong" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Training inputs of the stages, and that each stage learns from video files."""
+"""Training inputs of the stages, initial weights, and learning from video files."""
 
 import contextlib
 from pathlib import Path
@@ -17,7 +17,8 @@ from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import EncodedClips
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL
 from lavie_jax.training import build, diffusion, optimizer, options
-from lavie_jax.training.step import make_state, make_update
+from lavie_jax.training.state import abstract_params, make_state
+from lavie_jax.training.step import make_update
 from lavie_jax.weights.names import ZERO_AT_FIRST
 from tests.tiny import make_base, random_params
 
@@ -26,7 +27,7 @@ VAE_CONFIG = VAEConfig(latent_channels=2, scaling_factor=0.5, patch_size=2)
 
 
 def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
-    """Frames of 8x4 and an arbitrary posterior of 4x2, different in each frame."""
+    """Returns random frames of 8x4 and a random posterior of 4x2."""
     rng = np.random.default_rng(0)
     pixels = jnp.asarray(rng.uniform(-1, 1, (*lead, 8, 4, 3)), jnp.float32)
     mean = jnp.asarray(rng.normal(size=(*lead, 4, 2, 2)), jnp.float32)
@@ -43,18 +44,16 @@ def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     shown = STAGES["interpolation"].condition(made).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
-    keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))[
-        "key_latents"
-    ]
+    keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
     targets = blurred.sample(jax.random.key(2), VAE_CONFIG)[:, ::4]
     assert float(jnp.abs(keys["key_latents"] - targets).min()) > 0  # the target's own sample is not in the input
 
 
 def test_samples_without_variance_are_the_mean():
     blurred = clips(2, 9, logvar=0.0)
-    sample = blurred.without_variance().draw(jax.random.key(2), VAE_CONFIG)
-    np.testing.assert_array_equal(sample, 0.5 * blurred.mean)
-    assert not np.array_equal(blurred.sample(jax.random.key(2), VAE_CONFIG), sample)
+    zero = blurred.without_variance().sample(jax.random.key(2), VAE_CONFIG)
+    np.testing.assert_array_equal(zero, 0.5 * blurred.mean)
+    assert not np.array_equal(blurred.sample(jax.random.key(2), VAE_CONFIG), zero)
 
 
 @pytest.mark.parametrize("frames", [4, 6, 16])
@@ -71,7 +70,7 @@ def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row()
     np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
     level = np.asarray(made["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL
-    assert 25 < np.median(level) < 65  # low levels, as used in sampling
+    assert 25 < np.median(level) < 65  # low levels, as in sampling
     shown = STAGES["vsr"].condition(made)
     signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[level])[:, None, None, None, None]
     rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)
@@ -80,12 +79,12 @@ def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row()
 
 @pytest.mark.parametrize("stage", ["interpolation", "vsr"])
 def test_images_beside_a_clip_have_their_own_conditions(stage):
-    """Each image is a clip of one frame; a row has one noise level."""
-    video, stills = clips(2, 5), clips(2, 3, 1)
+    """Each image is a clip of one frame, and a row has one noise level."""
+    video, images = clips(2, 5), clips(2, 3, 1)
     rng, level_rng = jax.random.key(0), jax.random.key(1)
     make = STAGES[stage].training_inputs
-    latents = jnp.concatenate([video.mean, stills.mean[:, :, 0]], axis=1)
-    image_inputs = make(stills, VAE_CONFIG, rng, level_rng)
+    latents = jnp.concatenate([video.mean, images.mean[:, :, 0]], axis=1)
+    image_inputs = make(images, VAE_CONFIG, rng, level_rng)
     pair = STAGES[stage].training_pair(
         latents, make(video, VAE_CONFIG, rng, level_rng), rng, images=3, image_inputs=image_inputs
     )
@@ -93,7 +92,7 @@ def test_images_beside_a_clip_have_their_own_conditions(stage):
     images_alone = STAGES[stage].training_pair(latents[:, 5:], None, rng, images=3, image_inputs=image_inputs)
     np.testing.assert_array_equal(images_alone.condition.concat, pair.condition.concat[:, 5:])
     if stage == "interpolation":
-        np.testing.assert_allclose(pair.condition.concat[:, 5:], 0.5 * stills.mean[:, :, 0], atol=1e-5)
+        np.testing.assert_allclose(pair.condition.concat[:, 5:], 0.5 * images.mean[:, :, 0], atol=1e-5)
     else:
         assert pair.condition.noise_level.shape == (2,)
         np.testing.assert_array_equal(images_alone.condition.noise_level, pair.condition.noise_level)
@@ -110,31 +109,31 @@ def test_large_batches_are_encoded_a_few_frames_at_a_time(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
-# ---- where the weights come from ----
+# ---- initial weights ----
 
 
 def small_config(stage: str, base: Path | None = None):
-    """The stage's tiny config with the network of `tests/tiny.py`, or one as small."""
+    """Returns the stage's tiny config with the network of `tests/tiny.py`, or one as small."""
     config = options.load(str(ROOT / f"configs/moving_shapes/{stage}.py:tiny"))
     with config.unlocked():
         config.unet.attention_levels = (base is not None and stage != "vsr",)
         config.unet.norm_num_groups = 8
         config.data.frames = {"base": 3, "interpolation": 5, "vsr": 3}[stage]
     if base is not None:
-        found = weights.load_folder(base)
+        loaded = weights.load_folder(base)
         config.init_from, config.vae_from, config.train_text_encoder = str(base), "", False
-        config.vae.update({k: v for k, v in found.vae.config.to_dict().items() if k in config.vae})
+        config.vae.update({k: v for k, v in loaded.vae.config.to_dict().items() if k in config.vae})
         config.text_encoder.update(
-            {k: v for k, v in found.text_encoder.config.to_dict().items() if k in config.text_encoder}
+            {k: v for k, v in loaded.text_encoder.config.to_dict().items() if k in config.text_encoder}
         )
-        config.unet.cross_attention_dim = found.unet.config.cross_attention_dim
+        config.unet.cross_attention_dim = loaded.unet.config.cross_attention_dim
         if stage == "interpolation":
-            config.unet.caption_modulation = found.unet.config.caption_modulation
+            config.unet.caption_modulation = loaded.unet.config.caption_modulation
     return config
 
 
 def same_tokenizer(folder, base):
-    """A copy, so that exports do not need the folder that it came from."""
+    """Returns whether the tokenizer is a copy, so that exports do not need the original folder."""
     files = [sorted((p.name, p.read_bytes()) for p in where.iterdir()) for where in (folder, base / "tokenizer")]
     return folder != base / "tokenizer" and files[0] == files[1]
 
@@ -180,7 +179,7 @@ def test_dropped_captions_become_the_null_caption_of_the_stage(stage):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight encoded videos with captions: shapes over a texture, which no world of ours draws."""
+    """Writes eight encoded videos with captions: shapes over a texture, unlike Moving Shapes."""
     path = tmp_path_factory.mktemp("videos")
     texture = np.random.default_rng(0).integers(0, 60, (48, 64, 3), dtype=np.uint8)
     for i in range(8):
@@ -194,7 +193,7 @@ STEPS = 40
 
 
 def started(task) -> dict:
-    """Initial parameters by numpy: compiling the initialisation takes longer than training on it."""
+    """Returns initial parameters from numpy: compiling the initialisation takes longer than the training."""
     rng = np.random.default_rng(0)
 
     def fill(path, x):
@@ -205,19 +204,19 @@ def started(task) -> dict:
         scale = 0 if zero else np.prod(x.shape[:-1]) ** -0.5
         return (scale * rng.normal(size=x.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(fill, abstract_params(task))
 
 
 @pytest.mark.parametrize(
     "stage", ["vsr", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("base", "interpolation"))]
 )
 def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch):
-    """The loss on clips that are not trained on falls."""
+    """The loss on held-out clips falls."""
     monkeypatch.chdir(ROOT)
     config = small_config(stage)
     config.data.source, config.data.path, config.data.fps = "video_folder", str(folder), 16.0
     if stage == "interpolation":
-        config.data.slowest_fps = 0.0  # files have one rate
+        config.data.slowest_fps = 0.0  # the files have one frame rate
     config.data.images, config.batch = 1 if stage == "base" else 0, 4
     config.vae_from, config.vae = str(ROOT / "lavie_jax/assets/base"), options.load("configs/moving_shapes/vae.py").vae
     config.loss.held_out_timesteps = (300, 700)

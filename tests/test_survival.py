@@ -1,4 +1,4 @@
-"""train.py, from start to end, when the loss breaks down or the disk is full."""
+"""Whole runs of train.py whose training diverges, or whose disk is full."""
 
 import contextlib
 import functools
@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs train.py in this process."""
+    """Returns a function that runs train.py in this process."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(parallel, "keep_compiled_programs", lambda: None)
-    one_device = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])  # which takes less compiling
+    one_device = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])  # faster to compile
     monkeypatch.setattr(parallel, "make_mesh", one_device)
 
     def run(workdir, *words, **fields):
@@ -41,7 +41,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_path, capsys):
+def test_a_run_that_diverges_stops_and_leaves_a_dump_that_shows_why(run, tmp_path, capsys):
     workdir = tmp_path / "run"
     with pytest.raises(divergence.Diverged, match="2 steps in a row, up to step"):
         run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": 0, "skip_limit": 2})
@@ -49,7 +49,7 @@ def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_
     with np.load(dump / "batch-0.npz") as batch:
         assert batch["step"] == int(dump.name) - 1 and batch["batch/images"].shape[0] == 8
     assert (dump / "state").is_dir() and not (workdir / "lock").exists()
-    assert [row["loss"] for row in lines(workdir) if "loss" in row]  # good steps only are averaged
+    assert [row["loss"] for row in lines(workdir) if "loss" in row]  # averages are over finite steps
     assert sum(row.get("skipped", 0) for row in lines(workdir)) == 1  # the second one stopped the run
 
     capsys.readouterr()
@@ -60,31 +60,31 @@ def test_a_run_that_diverges_stops_and_leaves_what_it_takes_to_see_why(run, tmp_
     assert any(re.fullmatch(r"gradients: \d+ of \d+ arrays are not finite", line) for line in rest)
     assert any(re.fullmatch(r"  decoder/\S+/kernel: \d+ of \d+ numbers", line) for line in rest)
     (dump / "batch-0.npz").rename(dump / "batch-1.npz")
-    for wrong, message in ((workdir, "is no dump of a step"), (dump, "lacks batch-0.npz")):
+    for wrong, message in ((workdir, "is not a dump of a step"), (dump, "lacks batch-0.npz")):
         with pytest.raises(SystemExit, match="2"):
             divergence.main([str(wrong)])
         assert message in capsys.readouterr().err
 
 
-def test_the_learning_rate_that_is_logged_is_the_one_that_was_applied(run, tmp_path, monkeypatch):
-    """A batch that is not finite costs an update, and the warm-up takes a step longer."""
+def test_the_logged_learning_rate_is_the_applied_one(run, tmp_path, monkeypatch):
+    """A batch that is not finite skips an update, so that warm-up takes a step longer."""
     put, calls = parallel.put_batch, []
 
-    def spoilt(rows, mesh):
+    def with_nan(rows, mesh):
         calls.append(rows)
-        if len(calls) == 3:  # the first is of the held-out loss
+        if len(calls) == 3:  # the first is the held-out batch
             rows = {k: v * np.float32(np.nan) if v.dtype == np.float32 else v for k, v in rows.items()}
         return put(rows, mesh)
 
-    monkeypatch.setattr(parallel, "put_batch", spoilt)
+    monkeypatch.setattr(parallel, "put_batch", with_nan)
     run(tmp_path / "run", held_out_batches=1, steps=4)
     rows = [row for row in lines(tmp_path / "run") if "skipped" in row]
     assert [row["skipped"] for row in rows] == [0, 1, 0, 0]
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [0, 0, 3e-3 / 5, 2 * 3e-3 / 5], atol=1e-7)
 
 
-def test_a_full_disk_stops_nothing_but_the_last_checkpoint_is_missed(run, tmp_path, monkeypatch, caplog):
-    """Every save from step 4 on finds the disk full; the run goes to its end, says so, and can be finished later."""
+def test_a_full_disk_stops_the_run_only_at_its_end(run, tmp_path, monkeypatch, caplog):
+    """Saves fail from step 4 on; the run trains to its end, reports the error, and can be completed later."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True).returncode:
@@ -102,7 +102,7 @@ def test_a_full_disk_stops_nothing_but_the_last_checkpoint_is_missed(run, tmp_pa
             patch.setattr(checkpoint.Checkpoints, "save", fill)
             with pytest.raises(checkpoint.Unsaved, match="the disk is full: the run is at step 6"):
                 run(disk / "run")
-        assert "the disk is full. Training goes on" in caplog.text
+        assert "the disk is full. Training continues" in caplog.text
         assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["2"]
         (disk / "other").unlink()
         run(disk / "run", "--profile")

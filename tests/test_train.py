@@ -1,6 +1,7 @@
-"""Training: the parts with small made-up tasks, and whole runs of train.py as a user starts them."""
+"""Training: its parts on toy tasks, and whole runs of train.py from the command line."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -21,8 +22,9 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.training import autoencoder, build, diffusion, ema, optimizer, options
-from lavie_jax.training.step import Task, make_state, make_update
+from lavie_jax.training import autoencoder, build, diffusion, optimizer, options
+from lavie_jax.training.state import abstract_params, init_state, make_state, place_frozen
+from lavie_jax.training.step import UNTRAINED, Task, make_update, update_ema
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,14 +33,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def toy_task(regime: str = "joint", images_only: bool = False) -> Task:
-    """Linear regression with a "temporal" and a spatial parameter, and noise from the step's rng."""
+    """Returns a linear regression with temporal and spatial parameters, and noise from the step's key."""
 
     def loss(params, frozen, batch, rng):
         unet = params["unet"]
         x = batch["x"] @ unet["conv"]["kernel"] + unet["attn_temporal"]["bias"]
         x += unet["motion_embedding_temporal"]["bias"]
         value = jnp.square(x - frozen["target"]).mean()
-        return value, {"draw": jax.random.normal(rng)}
+        return value, {"noise": jax.random.normal(rng)}
 
     bias = {"bias": jnp.ones(2)}
     params = {"unet": {"conv": {"kernel": jnp.ones((3, 2))}, "attn_temporal": bias, "motion_embedding_temporal": bias}}
@@ -50,9 +52,10 @@ def toy_task(regime: str = "joint", images_only: bool = False) -> Task:
 
 def one_update(task: Task, *, accumulate: int = 1, tx=None):
     tx = tx or optax.sgd(0.1)
-    state = make_state(task.init(None), task, tx)
+    params = task.init(None)
+    state, frozen = make_state(params, task, tx), {**task.frozen, UNTRAINED: task.split(params)[1]}
     update = make_update(task, tx, seed=0, ema_decay=0.5, accumulate=accumulate)
-    return update(state, task.frozen, {"x": jnp.arange(24.0).reshape(8, 3) / 24})
+    return update(state, frozen, {"x": jnp.arange(24.0).reshape(8, 3) / 24})
 
 
 def test_accumulated_parts_give_the_update_of_the_whole_batch():
@@ -71,7 +74,7 @@ def test_accumulated_parts_give_the_update_of_the_whole_batch():
         ("joint", True, {"conv"}),  # weight decay would wear down layers that see no video
     ],
 )
-def test_regimes_train_what_they_say(regime, images_only, trained):
+def test_each_regime_trains_its_parameters_and_holds_no_others(regime, images_only, trained):
     task = toy_task(regime, images_only)
     before = task.init(None)["unet"]
     state, _ = one_update(task, tx=optax.adamw(0.1, weight_decay=0.1))
@@ -79,19 +82,42 @@ def test_regimes_train_what_they_say(regime, images_only, trained):
         name for name, group in state["params"]["unet"].items()
         if any(bool((new != old).any()) for new, old in zip(group.values(), before[name].values(), strict=True))
     }  # fmt: skip
-    assert changed == trained
+    assert changed == set(state["params"]["unet"]) == set(state["ema"]["unet"]) == trained
     moments = [path for path, _ in jax.tree_util.tree_leaves_with_path(state["opt_state"])]
     assert not [p for p in moments for name in set(before) - trained if name in jax.tree_util.keystr(p)]
 
 
-def test_regimes_refuse_what_trains_nothing():
+def test_split_and_join_are_inverse():
+    task = toy_task("temporal_only")
+    params = task.init(None)
+    trained, untrained = task.split(params)
+    jax.tree.map(np.testing.assert_array_equal, task.join(trained, {UNTRAINED: untrained}), params)
+    assert task.join(params, {}) == params  # nothing is untrained
+
+
+def test_random_untrained_parameters_are_for_checkpoints_and_loaded_ones_are_not():
+    """Both reach the devices in float32, whatever the dtype of the frozen models."""
+    task, tx, mesh = toy_task("temporal_only"), optax.sgd(0.1), parallel.make_mesh()
+    params = jax.tree.map(np.asarray, task.init(None))
+    _, random = init_state(task, tx, mesh, seed=0)
+    assert set(place_frozen(task, mesh, jnp.bfloat16)) == {"target"}
+    started = dataclasses.replace(task, start=params)
+    state, nothing = init_state(started, tx, mesh, seed=0)
+    frozen = place_frozen(started, mesh, jnp.bfloat16)
+    assert nothing == {} and set(state["params"]["unet"]) == {"attn_temporal", "motion_embedding_temporal"}
+    assert frozen["target"].dtype == jnp.bfloat16 and set(frozen[UNTRAINED]["unet"]) == {"conv"}
+    jax.tree.map(np.testing.assert_array_equal, frozen[UNTRAINED], random[UNTRAINED])
+    assert {x.dtype for x in jax.tree.leaves(frozen[UNTRAINED])} == {jnp.dtype("float32")}
+
+
+def test_regimes_that_train_nothing_are_refused():
     with pytest.raises(UserError, match="did you mean 'temporal_only'"):
         optimizer.split({"a": jnp.ones(2)}, regime="temporal", images_only=False)
-    with pytest.raises(UserError, match="trains no parameter"):
+    with pytest.raises(UserError, match="does not train any parameter"):
         optimizer.split({"a": jnp.ones(2)}, regime="temporal_only", images_only=False)
 
 
-def test_every_step_draws_its_own_randomness():
+def test_every_step_has_its_own_random_key():
     task, tx = toy_task(), optax.sgd(0.1)
     update = make_update(task, tx, seed=0, ema_decay=0.5)
     batch = {"x": jnp.ones((8, 3))}
@@ -99,14 +125,14 @@ def test_every_step_draws_its_own_randomness():
     middle, first = update(state, task.frozen, batch)
     _, second = update(middle, task.frozen, batch)
     _, again = update(state, task.frozen, batch)
-    assert first["draw"] == again["draw"] != second["draw"]
+    assert first["noise"] == again["noise"] != second["noise"]
 
 
 def test_ema_follows_early_and_averages_late():
     zeros, ones = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
-    np.testing.assert_allclose(ema.update(zeros, ones, jnp.int32(0), decay=0.999)["a"], 0.9)
-    np.testing.assert_allclose(ema.update(zeros, ones, jnp.int32(10**6), decay=0.999)["a"], 0.001, rtol=1e-4)
-    np.testing.assert_array_equal(ema.update(zeros, ones, jnp.int32(10**6), decay=0.0)["a"], ones["a"])
+    np.testing.assert_allclose(update_ema(zeros, ones, jnp.int32(0), decay=0.999)["a"], 0.9)
+    np.testing.assert_allclose(update_ema(zeros, ones, jnp.int32(10**6), decay=0.999)["a"], 0.001, rtol=1e-4)
+    np.testing.assert_array_equal(update_ema(zeros, ones, jnp.int32(10**6), decay=0.0)["a"], ones["a"])
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -124,16 +150,16 @@ def test_gradients_are_clipped_and_weight_decay_spares_biases():
         optimizer.OptimizerConfig(learning_rate=1.0, warmup=0, clip=1.0, weight_decay=0.5), 10
     )
     state = tx.init(params)
-    still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-    np.testing.assert_allclose(still["a/kernel"], -0.5)
-    np.testing.assert_array_equal(still["a/bias"], 0.0)
-    # Adam hides the scale of one gradient; of two, the clipped one must not outweigh the other.
+    decay, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_allclose(decay["a/kernel"], -0.5)
+    np.testing.assert_array_equal(decay["a/bias"], 0.0)
+    # Adam is invariant to the scale of one gradient, but not to that of one among two.
     state = tx.update(jax.tree.map(lambda p: 1e6 * p, params), state, params)[1]
     assert max(float(abs(m).max()) for m in jax.tree.leaves(state)) <= 10
 
 
-def test_muon_makes_directions_alike_and_leaves_the_rest_to_adam():
-    """Of a gradient with one strong and one weak direction, Muon's update has both; sizes are AdamW's."""
+def test_muon_equalises_directions_and_leaves_other_parameters_to_adam():
+    """Muon's update has the strong and the weak directions of a gradient alike, at the size of AdamW's updates."""
     kernel = jnp.zeros((3, 3, 16, 16))
     params = {"a/kernel": kernel, "a/bias": jnp.zeros(16), "e/embedding": jnp.ones((4, 8))}
     config = optimizer.OptimizerConfig(kind="muon", learning_rate=1.0, warmup=0, clip=0.0, weight_decay=0.5)
@@ -145,10 +171,10 @@ def test_muon_makes_directions_alike_and_leaves_the_rest_to_adam():
     values = jnp.linalg.svd(update["a/kernel"].reshape(144, 16), compute_uv=False)
     assert values.max() / values.min() < 2
     np.testing.assert_allclose(jnp.sqrt(jnp.square(update["a/kernel"]).mean()), 0.2, rtol=0.4)
-    assert len(set(np.asarray(update["a/bias"]))) == 1 and update["a/bias"][0] < -1  # Adam, and Nesterov's step ahead
-    still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), {**params, "a/kernel": kernel + 1})
-    np.testing.assert_allclose(still["a/kernel"], -0.5)
-    np.testing.assert_array_equal(still["e/embedding"], 0.0)  # only kernels decay
+    assert len(set(np.asarray(update["a/bias"]))) == 1 and update["a/bias"][0] < -1  # Adam with Nesterov momentum
+    decay, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), {**params, "a/kernel": kernel + 1})
+    np.testing.assert_allclose(decay["a/kernel"], -0.5)
+    np.testing.assert_array_equal(decay["e/embedding"], 0.0)  # only kernels decay
     with pytest.raises(UserError, match="did you mean 'muon'"):
         optimizer.OptimizerConfig(kind="moun")
 
@@ -159,11 +185,11 @@ def test_detail_weights_and_crops_find_the_shape():
     weight = autoencoder.detail_weight(jnp.asarray(image), 10.0)
     np.testing.assert_allclose(weight.mean(axis=(1, 2, 3)), 1.0, rtol=1e-4)
     np.testing.assert_allclose(weight[0, 6, 22] / weight[0, 30, 2], 11.0, rtol=1e-5)
-    np.testing.assert_allclose(weight[1], 1.0, rtol=1e-4)  # all flat: nothing to prefer
+    np.testing.assert_allclose(weight[1], 1.0, rtol=1e-4)  # a uniform image: all pixels count the same
     crops = jnp.stack([autoencoder.crop_detail(jnp.asarray(image), 16, jax.random.key(i)) for i in range(40)])
     assert crops.shape == (40, 2, 16, 16, 3)
     seen = (crops[:, 0] > 0).any(axis=(1, 2, 3))
-    assert 0.3 < seen.mean() < 0.95  # near the shape, not always on it: the flat parts must be learnt too
+    assert 0.3 < seen.mean() < 0.95  # often on the shape, but not always: the background must be learnt too
 
 
 def test_timestep_weights():
@@ -174,13 +200,13 @@ def test_timestep_weights():
     np.testing.assert_array_equal(diffusion.timestep_weight(schedule, t, diffusion.DiffusionLoss()), 1.0)
 
 
-def test_logit_normal_timesteps_gather_where_they_are_asked_to():
+def test_logit_normal_timesteps_have_the_configured_median():
     schedule, loss = Schedule(), diffusion.DiffusionLoss(logit_normal=(1.0, 0.5))
     t = np.asarray(diffusion.timestep_distribution(schedule, loss)(jax.random.key(0), (4000,)))
     assert t.min() >= 0 and t.max() < 1000
     np.testing.assert_allclose(np.median(t) / 1000, 1 / (1 + np.exp(-1.0)), atol=0.01)
-    even = diffusion.timestep_distribution(schedule, diffusion.DiffusionLoss())(jax.random.key(0), (4000,))
-    np.testing.assert_allclose(np.quantile(even, [0.1, 0.5, 0.9]) / 1000, [0.1, 0.5, 0.9], atol=0.02)
+    uniform = diffusion.timestep_distribution(schedule, diffusion.DiffusionLoss())(jax.random.key(0), (4000,))
+    np.testing.assert_allclose(np.quantile(uniform, [0.1, 0.5, 0.9]) / 1000, [0.1, 0.5, 0.9], atol=0.02)
     for wrong in ((0.5,), (0.5, 0.0), (1.0, 1.0, 1.0)):
         with pytest.raises(UserError, match="logit_normal"):
             diffusion.DiffusionLoss(logit_normal=wrong)
@@ -198,7 +224,7 @@ def test_inflation_zeroes_the_temporal_output_and_nothing_else():
 
 
 def train(config: str, workdir: Path, extra: Mapping[str, str] | None = None, /, **fields) -> subprocess.Popen:
-    """Starts train.py."""
+    """Starts train.py as a subprocess."""
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     words = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir), *flags]
     env = {**os.environ, **(extra or {})}
@@ -206,7 +232,7 @@ def train(config: str, workdir: Path, extra: Mapping[str, str] | None = None, /,
 
 
 def finished(process: subprocess.Popen) -> str:
-    """The last line of a run that went well: the hash of its parameters."""
+    """Returns the last line of a successful run, the hash of its parameters."""
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     digest = out.splitlines()[-1]
@@ -218,7 +244,7 @@ def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_hosts_that_were_started_differently_stop_and_say_so(tmp_path):
+def test_hosts_with_different_configs_stop_with_an_error(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -239,19 +265,17 @@ def test_hosts_that_were_started_differently_stop_and_say_so(tmp_path):
 @pytest.mark.parametrize(
     "meshes", [((2, 2, 2),), pytest.param(((8, 1, 1), (1, 8, 1), (2, 4, 1)), marks=pytest.mark.heavy)], ids=str
 )
-def test_one_device_and_eight_train_alike(meshes, tmp_path, monkeypatch):
-    """Joint training on every kind of mesh, parameters split or not: the same losses, and the same parameters."""
+def test_training_on_one_device_equals_training_on_eight(meshes, tmp_path, monkeypatch):
+    """Joint training gives the same losses and parameters on every kind of mesh."""
     monkeypatch.chdir(ROOT)
     config = options.load("configs/moving_shapes/base.py:tiny")
     config.data.frames, config.batch = 2, 8
-    assert config.optimizer.kind == "adamw", "Muon makes all directions equally long, those of mere rounding too"
+    assert config.optimizer.kind == "adamw", "Muon would amplify rounding errors"
     task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), 20)
     rng = np.random.default_rng(0)
     # Filled by numpy: compiling the initialisation takes longer than the rest of the test.
-    params = jax.tree.map(
-        lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), jax.eval_shape(task.init, jax.random.key(0))
-    )
+    params = jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), abstract_params(task))
     state = jax.device_get(make_state(params, task, tx))
     with contextlib.closing(
         pipeline.batches(
@@ -274,12 +298,12 @@ def test_one_device_and_eight_train_alike(meshes, tmp_path, monkeypatch):
         return np.array(out), parallel.gather(now["params"])
 
     def distance(a, b):
-        """But for the biases of keys, whose gradient is zero but for rounding, which AdamW enlarges."""
+        """Leaves out the biases of keys: their gradient is only rounding error, which AdamW amplifies."""
         a, b = (traverse_util.flatten_dict(tree, sep="/") for tree in (a, b))
         return np.sqrt(sum(np.square(a[k] - b[k]).sum() for k in a if not k.endswith("k_proj/bias")))
 
     expected, end = trained(parallel.make_mesh(devices=jax.devices()[:1]))
-    assert np.ptp(expected[:, 0]) > 0.01  # something happens in those steps
+    assert np.ptp(expected[:, 0]) > 0.01  # training makes progress
     for axes in meshes:
         losses, found = trained(parallel.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2]))
         np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-5, err_msg=str(axes))
@@ -343,7 +367,7 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
     import train
 
     monkeypatch.chdir(ROOT)
-    # The suite has 8 devices; a run that goes well would start training.
+    # The suite has 8 devices. Without an error this would start training.
     argv = [
         "--config",
         "configs/moving_shapes/base.py:tiny",
@@ -368,7 +392,7 @@ def test_weights_that_no_run_wrote_are_not_overwritten(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["moving_shapes", "video_folder"])
-def test_the_held_out_loss_is_of_clips_that_are_not_trained_on(source):
+def test_held_out_clips_are_not_trained_on(source):
     data = pipeline.DataConfig(source=source, caption_drop=0.1)
     held_out = build.held_out_data(data)
     assert (data.split, held_out.split, held_out.caption_drop) == ("train", "val", 0.0)

@@ -11,13 +11,13 @@ from einops import rearrange, repeat
 from flax import traverse_util
 
 from lavie_jax.errors import UserError
+from lavie_jax.flops import count_flops
 from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip, conditions_around
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.transformer import Setting, Transformer
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.training.operations import count_operations
 from lavie_jax.weights.diffusers_configs import STAGE_UNET_FIELDS, inflated_config, unet_config
 
 TINY = {
@@ -294,7 +294,7 @@ def test_remat_recomputes_or_offloads():
         return jax.make_jaxpr(jax.grad(loss))(params)
 
     found = {remat: traced(remat) for remat in ("none", "block", "full", "offload")}
-    work = {remat: count_operations(jaxpr) for remat, jaxpr in found.items()}
+    work = {remat: count_flops(jaxpr) for remat, jaxpr in found.items()}
     assert work["none"] < work["offload"] <= work["block"] < work["full"]
     assert {remat for remat, jaxpr in found.items() if "<host>" in str(jaxpr)} == {"offload"}
 

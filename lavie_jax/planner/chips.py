@@ -1,7 +1,8 @@
-"""TPU topologies that are not there, and what their makers say of a chip.
+"""TPU topologies to compile for without a TPU, specifications of their chips, and the roofline bound of a program.
 
-A name is `GENERATION:AxB` or, on a torus of three axes, `GENERATION:AxBxC`: how many chips lie along each axis.
-Google's product names count differently: v5litepod-16 is v5e:4x4, but v5p-64 counts two cores a chip and is v5p:2x4x4.
+A topology's name is `GENERATION:AxB`, or `GENERATION:AxBxC` on a torus of three axes: the number of chips along each
+axis. Google's product names count differently: v5litepod-16 is v5e:4x4, but v5p-64 counts two cores per chip and is
+v5p:2x4x4.
 """
 
 import dataclasses
@@ -10,30 +11,30 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.training.operations import PEAKS
+from lavie_jax.flops import PEAKS
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip, as Google's documentation gives it (docs.cloud.google.com/tpu/docs).
+    """Specifications of a chip from Google's documentation (docs.cloud.google.com/tpu/docs).
 
     Attributes:
-      flops: bfloat16 operations a second, at best.
-      memory_bandwidth: bytes a second to and from its memory.
-      link_bandwidth: bytes a second that it can send to its neighbours over all links together: half of the
+      flops: peak bfloat16 FLOP/s.
+      memory_bandwidth: bytes per second to and from HBM.
+      link_bandwidth: bytes per second that it can send to its neighbours over all links together: half of the
         bidirectional figure.
-      memory: bytes that a program can have, less than is built in: the compiler's own limit.
-      axes: of the torus that a slice is.
-      options: what libtpu wants to be told beside the name.
+      memory: HBM limit of a program in bytes, set by the compiler; less than is built in.
+      axes: number of axes of a slice's torus.
+      options: what libtpu needs beside the name.
     """
 
     flops: float
@@ -57,12 +58,12 @@ EXAMPLES = ("v4:2x2x4", "v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:2x4x4", "v6e:4x4
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """`"v5e:4x4"` -> (what a v5e is, (4, 4)). UserError, with the known names, for any other form."""
+    """Parses `"v5e:4x4"` into (the chip, (4, 4)). Refuses unknown names, with examples of known ones."""
     generation, _, shape = name.partition(":")
     if generation not in CHIPS:
         raise UserError(
             f"unknown topology {name!r}: no generation {generation!r}{suggest(generation, CHIPS)}; "
-            f"a topology is such as {', '.join(EXAMPLES)}"
+            f"examples are {', '.join(EXAMPLES)}"
         )
     chip = CHIPS[generation]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape) or shape.count("x") != chip.axes - 1:
@@ -72,18 +73,18 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """Devices to compile for, one a chip; nothing can be run on them.
+    """Returns devices to compile for, one per chip; programs cannot run on them.
 
     Raises:
-      UserError: an unknown topology, or one that libtpu does not make; libtpu is not installed.
+      UserError: a topology that is unknown or that libtpu refuses; libtpu is not installed.
     """
     chip, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for a TPU needs the package libtpu: pip install -e '.[tpu]', best in an environment of its own, "
-            "because there jax looks for a TPU first (JAX_PLATFORMS=cpu tells it not to)"
+            "compiling for a TPU needs the package libtpu: pip install -e '.[tpu]', best in a separate environment, "
+            "because with it jax looks for a TPU first (unless JAX_PLATFORMS=cpu)"
         )
-    # No TPU is asked after (one that is there is left alone), and another process may have libtpu open.
+    # Leaves a TPU of this machine alone, and allows other processes that use libtpu.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -96,10 +97,41 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"libtpu makes no topology {name!r} with {slices} slices: {reason}") from None
+        raise UserError(f"libtpu does not support topology {name!r} with {slices} slices: {reason}") from None
     return list(topology.devices)
 
 
 def versions() -> dict[str, str]:
-    """What a plan depends on beside the code: {"jax": "0.10.2", "libtpu": "0.0.42.1"}."""
+    """Returns the versions that a plan depends on: {"jax": "0.10.2", "libtpu": "0.0.42.1"}."""
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
+class Bound(NamedTuple):
+    """Lower bounds of a step's time in seconds, for three reasons."""
+
+    arithmetic: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The bound of the step, if all three overlap perfectly."""
+        return max(self)
+
+    @property
+    def reason(self) -> str:
+        """The name of the largest."""
+        return self._fields[self.index(max(self))]
+
+
+def bound(row: Mapping[str, Any], chip: Chip) -> Bound:
+    """Estimates the roofline bound of a row (`measure.py`) whose program was compiled or planned. Not a measurement.
+
+    Arithmetic counts the traced FLOPs. Memory counts the bytes that the compiler says are read and written, which
+    leaves out iterations of loops, but at least each argument and output once and each temporary byte twice. Links
+    count the bytes of collectives, those of an all-reduce twice, as if all links of a chip were busy at once.
+    """
+    least = row["arguments"] + row["outputs"] + 2 * row["temporary"]
+    traffic = max(row.get("compiler_traffic", 0), least)
+    moved = sum((2 if kind == "all-reduce" else 1) * one["bytes"] for kind, one in row["collectives"].items())
+    return Bound(row["flops"] / chip.flops, traffic / chip.memory_bandwidth, moved / chip.link_bandwidth)

@@ -1,7 +1,7 @@
-"""One program -> what compiling it for its devices tells: bytes, operations, collectives. Nothing is run.
+"""Compiles a program for its devices and measures bytes, FLOPs and collectives. Nothing is run.
 
-A row is a dict of numbers per chip, bytes as whole numbers; `planner/report.py` has what is made of it. A program that
-does not fit may have no "temporary" and the like, only `needs`, the compiler's own sum.
+A row is a dict of values per chip, bytes as integers; `planner/report.py` prints it. The row of a program that does not
+fit may have only `needs`, the compiler's own sum, instead of "temporary" and the like.
 """
 
 import re
@@ -9,21 +9,21 @@ import time
 
 import jax
 
-from lavie_jax.planner import plan
+from lavie_jax.flops import count_flops
+from lavie_jax.planner import memory_plan
 from lavie_jax.planner.hlo import collectives
 from lavie_jax.planner.programs import Program, bytes_per_chip
 from lavie_jax.planner.report import Row
-from lavie_jax.training.operations import count_operations
 
 OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM|[Uu]sed ([\d.]+)([KMGT]) of \S+ hbm")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def trace(program: Program) -> tuple[jax.stages.Lowered, Row]:
-    """The program as the compiler takes it, and what is known before it has a look at it."""
+    """Lowers a program. Returns it with the part of its row that is known before compiling."""
     begin = time.perf_counter()
     traced = program.trace()
-    operations = count_operations(traced.jaxpr) / program.mesh.size
+    flops = count_flops(traced.jaxpr) / program.mesh.size
     lowered = traced.lower()
     return lowered, {
         "program": program.name,
@@ -33,16 +33,16 @@ def trace(program: Program) -> tuple[jax.stages.Lowered, Row]:
         "held": {name: bytes_per_chip(tree) for name, tree in program.held.items()},
         "given": bytes_per_chip(program.arguments),
         "beside": bytes_per_chip(program.beside),
-        "operations": operations,
+        "flops": flops,
         "seconds": {"trace": round(time.perf_counter() - begin, 1)},
     }
 
 
 def compiled(row: Row, lowered: jax.stages.Lowered, *, dump: str | None = None) -> Row:
-    """The row of `trace`, and all that compiling tells. Its plan is written into the folder `dump` on the way."""
+    """Compiles a program and completes its row; the compiler writes its memory plan into the folder `dump`."""
     begin = time.perf_counter()
     try:
-        program = lowered.compile(compiler_options={plan.DUMP: dump} if dump else None)
+        program = lowered.compile(compiler_options={memory_plan.DUMP: dump} if dump else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -56,14 +56,14 @@ def compiled(row: Row, lowered: jax.stages.Lowered, *, dump: str | None = None) 
         "code": memory.generated_code_size_in_bytes,
     }
     return _with_memory(_timed(row, "compile", begin), parts, program.as_text()) | {
-        "compiler_operations": cost.get("flops", 0.0),
+        "compiler_flops": cost.get("flops", 0.0),
         "compiler_traffic": cost.get("bytes accessed", 0.0),
     }
 
 
-def planned(row: Row, found: plan.Plan, begin: float) -> Row:
-    """The row of `trace`, and what the compiler's plan tells: no size of the code, no counts of its own."""
-    return _with_memory(_timed(row, "plan", begin), found.memory, found.program)
+def planned(row: Row, plan: memory_plan.MemoryPlan, begin: float) -> Row:
+    """Completes the row of `trace` from a memory plan, without the size of the code and the compiler's own counts."""
+    return _with_memory(_timed(row, "plan", begin), plan.memory, plan.program)
 
 
 def _timed(row: Row, part: str, begin: float) -> Row:
@@ -71,7 +71,7 @@ def _timed(row: Row, part: str, begin: float) -> Row:
 
 
 def _with_memory(row: Row, parts: dict[str, int], text: str) -> Row:
-    # What a program does not use is left out of its arguments, and stays on the chip all the same: half of a VAE.
+    # Unused arguments, such as half of a VAE, are not counted as arguments, but stay on the chip.
     unused = max(0, row["given"] - parts["arguments"])
     taken = sum(parts[name] for name in ("arguments", "outputs", "temporary")) + parts.get("code", 0)
     return row | parts | {
@@ -83,9 +83,9 @@ def _with_memory(row: Row, parts: dict[str, int], text: str) -> Row:
 
 
 def bytes_needed(message: str) -> int | None:
-    """What the compiler says that a program wants, in its message that this is too much; None if it does not say."""
-    found = OUT_OF_MEMORY.search(message)
-    if found is None:
+    """Parses the memory need from the compiler's out-of-memory message; None if it is not there."""
+    match = OUT_OF_MEMORY.search(message)
+    if match is None:
         return None
-    number, unit = (group for group in found.groups() if group is not None)
+    number, unit = (group for group in match.groups() if group is not None)
     return int(float(number) * UNITS[unit])

@@ -1,4 +1,4 @@
-"""The programs that training and sampling run, built without an array: for devices that need not be there."""
+"""Programs of training and sampling, described by shapes alone, for devices that may not exist."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,23 +7,24 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lavie_jax import parallel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled function of the real code, and what it is called with.
+    """A jitted function of the real code, and its arguments.
 
     Attributes:
       name: what it does, for a table.
-      function: jitted; its arguments are ShapeDtypeStructs with shardings.
-      arguments: all positional ones.
-      static: those that are given by name.
-      mesh: of the devices.
-      context: whether it is called with the mesh as the context, as `parallel.on_mesh` does.
-      held: {what: a tree} of the arguments that a reader wants to see apart.
-      beside: trees that stay on the devices while the program runs, though it does not use them.
+      function: the jitted function.
+      arguments: positional arguments, ShapeDtypeStructs with shardings.
+      static: keyword arguments, which are static.
+      mesh: the mesh of the devices.
+      context: whether it is called in the context of the mesh, as by `parallel.on_mesh`.
+      held: {name: tree}, parts of the arguments that are reported separately.
+      beside: trees that stay on the devices while the program runs without using them.
       note: what its size depends on.
     """
 
@@ -38,7 +39,7 @@ class Program:
     note: str = ""
 
     def trace(self) -> Any:
-        """jax's traced form, from which `lower()` goes on."""
+        """Returns jax's traced form of the program, which has `lower()`."""
         if not self.context:
             return self.function.trace(*self.arguments, **self.static)
         with jax.set_mesh(self.mesh):
@@ -46,19 +47,19 @@ class Program:
 
 
 def placed(tree: Any, sharding: Any) -> Any:
-    """ShapeDtypeStructs like the leaves of `tree`, with `sharding`: one, or a tree of them."""
+    """Returns ShapeDtypeStructs like the leaves of `tree`, with `sharding`: one, or a tree of them."""
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """ShapeDtypeStructs of another dtype."""
+def cast(tree: Any, dtype: DTypeLike) -> Any:
+    """Returns ShapeDtypeStructs of another dtype."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Of ShapeDtypeStructs with shardings, on the device that holds most (all hold the same here)."""
+    """Returns the bytes of ShapeDtypeStructs with shardings on one device (all devices hold the same)."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * jax.dtypes.canonicalize_dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
@@ -66,5 +67,5 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def mesh_of(config: Any, devices: list[jax.Device]) -> Mesh:
-    """The mesh that a config asks for. UserError when it does not multiply to the devices."""
+    """Returns the mesh of a config. Refuses axes whose product is not the number of devices."""
     return parallel.make_mesh(**config.mesh, devices=devices)

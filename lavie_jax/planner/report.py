@@ -1,4 +1,4 @@
-"""Rows of `measure` in a JSON file, and as lines for a terminal."""
+"""Stores rows of `measure` in a JSON file, and formats them for a terminal."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import Any
 
 from lavie_jax import results
 from lavie_jax.planner import chips
-from lavie_jax.planner.chips import GIB
-from lavie_jax.planner.roofline import bound
+from lavie_jax.planner.chips import GIB, bound
 
 KIND = "planner"
 IDENTITY = ("kind", "config", "changed", "topology", "slices", "per_chip_batch", "remat", "program")
@@ -15,48 +14,48 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The rows in a file; none where there is no file. UserError for a file of another kind."""
+    """Returns the rows of a file, none if it does not exist. Refuses a file of another kind."""
     results.check_path(path, KIND)
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a row, or replaces that of the same program."""
+    """Adds a row to a file, or replaces the row of the same program."""
     same = [row[name] for name in IDENTITY]
     others = [old for old in read(path) if [old[name] for name in IDENTITY] != same]
     results.write(path, {"kind": KIND, "rows": [*others, row]})
 
 
 def total(row: Row) -> int | None:
-    """Bytes of a chip while the program runs, with what lies beside it; None where the compiler did not say."""
+    """Returns the bytes of a chip in use while the program runs; None if the compiler did not report them."""
     return None if row["needs"] is None else row["needs"] + row["beside"]
 
 
 def fits(row: Row) -> bool:
-    """Whether the program and what lies beside it fit into a chip."""
+    """Returns whether everything that is on a chip while the program runs fits."""
     return row["fits"] and total(row) <= chips.parse(row["topology"])[0].memory
 
 
 def planned(row: Row) -> bool:
-    """Whether compiling was ended when memory was planned: what is known only later is not in the row."""
+    """Returns whether compiling ended at the memory plan, so that later results are not in the row."""
     return "plan" in row["seconds"]
 
 
 def lines(row: Row) -> str:
-    """What the command prints of a program."""
+    """Formats a row for the terminal."""
     chip, _ = chips.parse(row["topology"])
     mesh = ", ".join(f"{name} {size}" for name, size in row["mesh"].items())
     held = [f"{name} {gib(size)}" for name, size in row["held"].items()]
     out = [
         f"{row['config']}: {row['program']} on {row['chips']} x {row['topology'].partition(':')[0]} ({mesh})",
         f"  {row['note']}; remat {row['remat']}",
-        f"  GiB a chip: {', '.join(held)}" + (f", beside {gib(row['beside'])}" if row["beside"] else ""),
+        f"  GiB per chip: {', '.join(held)}" + (f", beside {gib(row['beside'])}" if row["beside"] else ""),
     ]
     if row["fits"]:
         parts = [name for name in ("arguments", "outputs", "donated", "temporary", "code") if name in row]
         out.append("  the compiler's plan: " + ", ".join(f"{name} {gib(row[name])}" for name in parts))
-    out.append(f"  {_verdict(row, chip)}" + ("; the size of the code is not in it (--code)" if planned(row) else ""))
-    out.append(f"  TFLOP a chip: {row['operations'] / 1e12:.3f} traced" + _compilers(row))
+    out.append(f"  {_verdict(row, chip)}" + (", without the size of the code (--code)" if planned(row) else ""))
+    out.append(f"  TFLOP per chip: {row['flops'] / 1e12:.3f} traced" + _compilers(row))
     if row["fits"]:
         out.append(f"  collectives: {collectives_text(row) or 'none'}")
         least = bound(row, chip)
@@ -66,24 +65,26 @@ def lines(row: Row) -> str:
 
 
 def _verdict(row: Row, chip: chips.Chip) -> str:
-    needs, has = total(row), chip.memory
+    needs, limit = total(row), chip.memory
     if needs is None:
-        return f"does not fit into {gib(has)} GiB"
-    word = f"fits, {gib(has - needs)} GiB left" if fits(row) else f"does not fit, by {gib(needs - has)} GiB"
-    return f"total {gib(needs)} of {gib(has)} GiB: {word}"
+        return f"does not fit into {gib(limit)} GiB"
+    word = f"fits, {gib(limit - needs)} GiB left" if fits(row) else f"does not fit, by {gib(needs - limit)} GiB"
+    return f"total {gib(needs)} of {gib(limit)} GiB: {word}"
 
 
 def _compilers(row: Row) -> str:
-    if "compiler_operations" not in row:
+    if "compiler_flops" not in row:
         return ""
-    return f", {row['compiler_operations'] / 1e12:.3f} by the compiler, who counts a loop once and no custom kernel"
+    return (
+        f", {row['compiler_flops'] / 1e12:.3f} by the compiler, which counts loops once and custom kernels not at all"
+    )
 
 
 def collectives_text(row: Row) -> str:
-    """`12 all-gather 0.02 GiB, ...`; nothing for a program on one chip."""
+    """Formats collectives as `12 all-gather 0.02 GiB, ...`; "" if there are none."""
     return ", ".join(f"{one['count']} {kind} {gib(one['bytes'])} GiB" for kind, one in row["collectives"].items())
 
 
 def gib(size: float | None) -> str:
-    """Bytes in GiB, to two places; "?" for what is not known."""
+    """Formats bytes as GiB with two decimals; "?" for None."""
     return "?" if size is None else f"{size / GIB:.2f}"

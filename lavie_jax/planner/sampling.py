@@ -1,4 +1,4 @@
-"""What sampling runs on a chip, stage by stage, as `cascade/` compiles it, from shapes alone."""
+"""The programs that sampling a stage runs on a chip, as `cascade/` compiles them, from shapes alone."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from lavie_jax.cascade.denoising import predict_rows, sequential_guidance
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.models import registry
 from lavie_jax.planner.programs import Program, cast, placed
-from lavie_jax.planner.training import abstract_frozen
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import Condition
 from lavie_jax.stages.settings import Settings
@@ -23,9 +23,9 @@ from lavie_jax.weights import Part, Weights
 
 
 def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
-    """A guided denoising step and the VAE's work of a stage at its own settings, `rows` clips or windows a chip.
+    """Describes a guided denoising step and the VAE's programs of a stage at its default settings.
 
-    Weights are whole on every chip, as `cascade.StageModel` has them.
+    Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip.
 
     Raises:
       UserError: an unknown stage, or a config of another one.
@@ -52,7 +52,7 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
 
 
 def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int = 1) -> Program:
-    """The one of `sampling_programs` that is called so."""
+    """Returns the one of `sampling_programs` with that name."""
     return next(program for program in sampling_programs(config, stage, devices, rows) if program.name == name)
 
 
@@ -86,7 +86,7 @@ def _guided_step(
     return Program(
         name="guided step",
         function=predict_rows,
-        arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), text, text, condition),
+        arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), Prompts(text), Prompts(text), condition),
         static={
             "unet": unet, "guidance": float(settings.guidance), "rescale": float(settings.guidance_rescale),
             "image": False, "sequential_guidance": sequential, "mesh": mesh,
@@ -94,7 +94,7 @@ def _guided_step(
         mesh=mesh,
         held={"parameters": params["unet"]},
         beside=(params["text_encoder"], params["vae"]),
-        note=f"{rows} x {sides} latents a chip, halves {halves}; windows a clip: {len(windows)}",
+        note=f"{rows} x {sides} latents per chip, guidance halves {halves}; windows per clip: {len(windows)}",
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
 
     def program(name, count, height, width, function, arguments):
         _, size = pieces(count, height, width, devices=mesh.size)[0]
-        note = f"{size // mesh.size} frames of {height}x{width} a chip, {jnp.dtype(vae.dtype).name}"
+        note = f"{size // mesh.size} frames of {height}x{width} per chip, {jnp.dtype(vae.dtype).name}"
         arrays = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for shape, dtype in arguments]
         return Program(
             name=name, function=function, arguments=(params["vae"], *arrays), static={"vae": vae, "mesh": mesh},
@@ -124,21 +124,10 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
 
 
 def abstract_weights(config: Any) -> Weights:
-    """The weights folder that a config's training would leave, its parameters ShapeDtypeStructs in float32."""
+    """Returns the weights folder that a config's training exports, with shapes as its float32 parameters."""
     models = build.make_models(config, jnp.float32, 1.0)
-    rng, unet = jax.random.key(0), models.unet.config
-    t = jnp.zeros((1,), jnp.int32)
-    place = 2 ** (len(unet.block_out_channels) - 1)  # the smallest frame that every level halves
-    shapes = {
-        "unet": jax.eval_shape(
-            lambda: models.unet.init(
-                rng, jnp.zeros((1, 1, place, place, unet.in_channels)), t,
-                jnp.zeros((1, 2, unet.cross_attention_dim)), noise_level=t if unet.num_class_embeds else None,
-            )
-        )["params"],
-        **abstract_frozen(models),
-    }  # fmt: skip
-    parts = {name: Part(getattr(models, name).config, shape) for name, shape in shapes.items()}
+    configs = {name: getattr(models, name).config for name in ("unet", "vae", "text_encoder")}
+    parts = {name: Part(part, registry.abstract_params(part)) for name, part in configs.items()}
     return Weights(
         path=Path(config.stage),
         stage=config.stage,

@@ -1,7 +1,7 @@
-"""Training the VAE of a small world (arXiv 2112.10752, section 3.1, without the adversarial loss).
+"""Training the VAE of Moving Shapes (arXiv 2112.10752, section 3.1, without the adversarial loss).
 
-Large flat backgrounds are cheap to reconstruct and would drown what matters, so the error of each pixel
-is weighted by how far its neighbourhood is from the colour of the image's border.
+Large flat backgrounds are easy to reconstruct and would dominate the loss, so the error of each pixel is weighted by
+how much its neighbourhood differs from the colour of the image's border.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from lavie_jax import weights
 from lavie_jax.errors import UserError
+from lavie_jax.models import registry
 from lavie_jax.models.vae import VAE, VAEConfig, sample_posterior
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task, check_same
@@ -26,11 +27,11 @@ from lavie_jax.training.step import Batch, Losses, Task, check_same
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderLoss:
-    """Weights of the VAE's loss, all chosen on Moving Shapes."""
+    """Settings of the VAE's loss, all chosen on Moving Shapes."""
 
-    kl: float = 1e-4  # of the KL divergence per latent number
-    detail: float = 10.0  # how much more a pixel that differs from the border counts
-    crop: int = 0  # train on squares of this side around what differs from the border; 0 = whole frames
+    kl: float = 1e-4  # weight of the KL divergence per latent value
+    detail: float = 10.0  # extra weight of pixels that differ from the border
+    crop: int = 0  # train on squares of this side around such pixels; 0 = whole frames
 
     def __post_init__(self):
         for name in ("kl", "detail", "crop"):
@@ -45,14 +46,17 @@ def make_autoencoder_task(
     dtype: DTypeLike,
     init_from: str = "",
 ) -> Task:
-    """The task of `configs/moving_shapes/vae.py`. Every image and every video frame of a batch counts alike.
+    """Makes the task of `configs/moving_shapes/vae.py`. Images and video frames of a batch count the same.
 
     Args:
       config: the architecture; its `scaling_factor` is replaced by 1 / std of the latents at export.
-      loss: weights.
+      loss: settings of the loss.
       side: (H, W) of the frames.
-      dtype: of the computation.
+      dtype: dtype of the computation.
       init_from: a weights folder whose VAE to start from, or "".
+
+    Raises:
+      UserError: sizes that do not fit the VAE; another architecture in `init_from`.
     """
     for name, length in (("height", side[0]), ("width", side[1]), ("loss.crop", loss.crop)):
         if length % config.factor:
@@ -67,7 +71,7 @@ def make_autoencoder_task(
     vae = VAE(config, dtype=dtype)
 
     def init(rng: jax.Array) -> Any:
-        return vae.init(rng, jnp.zeros((1, *side, config.in_channels)))["params"]
+        return vae.init(rng, **registry.example_inputs(config))["params"]
 
     def train_loss(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
         crop_rng, rng = jax.random.split(rng)
@@ -95,7 +99,7 @@ def make_autoencoder_task(
         return values, latents
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
-        # Diffusion wants latents of unit variance (arXiv 2112.10752, appendix G).
+        # Diffusion needs latents of unit variance (arXiv 2112.10752, appendix G).
         scaled = dataclasses.replace(config, scaling_factor=1.0 / float(values["latent_std"]))
         weights.save_folder(path, stage="vae", vae=(scaled, params), overwrite=True)
 
@@ -106,13 +110,13 @@ def make_autoencoder_task(
 
 
 def all_frames(batch: Batch) -> Float[Array, "n h w c"]:
-    """The frames of the videos and the images of a batch, one beside the other."""
+    """Returns the frames of the videos and the images of a batch as one batch of images."""
     parts = [batch[k] for k in ("video", "images") if k in batch and batch[k].shape[1]]
     return jnp.concatenate([einops.rearrange(x, "b f h w c -> (b f) h w c") for x in parts])
 
 
 def detail(images: Float[Array, "n h w c"]) -> Float[Array, "n h w 1"]:
-    """0 where the 5x5 neighbourhood has the colour of the image's border, 1 where it is far from it."""
+    """Returns 0 where the 5x5 neighbourhood has the colour of the image's border, up to 1 where it differs."""
     border = jnp.concatenate(
         [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1
     )  # (N, 2 (H + W), C)
@@ -123,20 +127,20 @@ def detail(images: Float[Array, "n h w c"]) -> Float[Array, "n h w 1"]:
 
 
 def detail_weight(images: Float[Array, "n h w c"], extra: float) -> Float[Array, "n h w 1"]:
-    """1 + extra * detail, scaled to mean 1 over each image."""
+    """Returns 1 + extra * detail, scaled to mean 1 over each image."""
     weight = 1.0 + extra * detail(images)
     return weight / weight.mean(axis=(1, 2, 3), keepdims=True)
 
 
 def crop_detail(images: Float[Array, "n h w c"], side: int, rng: jax.Array) -> Float[Array, "n s s c"]:
-    """A square of each image, centred up to half its side away from a random place with detail."""
+    """Returns a square of each image, centred up to half its side away from a random pixel with detail."""
     height, width = images.shape[1:3]
-    place_rng, shift_rng = jax.random.split(rng)
+    pixel_rng, shift_rng = jax.random.split(rng)
     weight = einops.rearrange(detail(images), "n h w 1 -> n (h w)") + 1e-3
-    place = jax.random.categorical(place_rng, jnp.log(weight))
+    pixel = jax.random.categorical(pixel_rng, jnp.log(weight))
     shift = jax.random.randint(shift_rng, (2, len(images)), -side, 1)
-    # Half a side of shift either way around the place, then back inside the frame.
-    top = jnp.clip(place // width + shift[0], 0, height - side)
-    left = jnp.clip(place % width + shift[1], 0, width - side)
+    # Shifted by up to half a side around the pixel, then clipped to the frame.
+    top = jnp.clip(pixel // width + shift[0], 0, height - side)
+    left = jnp.clip(pixel % width + shift[1], 0, width - side)
     slice_one = lambda image, y, x: jax.lax.dynamic_slice(image, (y, x, 0), (side, side, image.shape[-1]))  # noqa: E731
     return jax.vmap(slice_one)(images, top, left)

@@ -1,9 +1,9 @@
-"""Training state on disk (Orbax), and the hash that tells whether two runs came out the same.
+"""Checkpoints of the training state (Orbax), and hashes that show whether two runs ended with the same parameters.
 
-A checkpoint is the state (parameters, optimizer, EMA, step) and a small JSON with the step and the
-config. The data stream needs no state of its own: its position is the step. Saves are asynchronous and
-atomic: a run killed inside one leaves a directory that is never taken for a checkpoint. A step directory
-that is not complete is therefore a copy that was cut short, and refused by name.
+A checkpoint contains the state (trained parameters, optimizer, EMA, step), untrained parameters where nothing else has
+them (`training/state.py`), and a small JSON with the step and the config. The data pipeline needs no state: its
+position is the step. Saves are asynchronous and atomic: a run killed during a save leaves a directory that is never
+mistaken for a checkpoint. An incomplete step directory is therefore a copy that was cut short, and is refused by name.
 """
 
 import hashlib
@@ -22,26 +22,39 @@ from absl import logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from lavie_jax import parallel
+from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
-from lavie_jax.training import disk
 from lavie_jax.training.config import complete
+from lavie_jax.training.optimizer import merge
+from lavie_jax.training.state import start_untrained
+from lavie_jax.training.step import UNTRAINED, Task
 
-# Beside the fields of the config: `array_hash` of the models that are not trained, which each start reads anew from
-# folders that may have changed.
+# Beside the fields of the config: hashes of parameters that every start reads again, from folders that may have
+# changed. Checkpoints of before the second one are resumed without its check.
 FROZEN = "SHA-256 of the frozen models"
+FROZEN_PART = "SHA-256 of the untrained parameters in init_from"
+HASHES = (FROZEN, FROZEN_PART)
 
-# What makes a checkpoint another model or another run: resuming with a different value is refused.
-# The rest (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
-IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule", FROZEN)
+# Fields that make a checkpoint belong to another model or another run: resuming with a different value is refused.
+# The others (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
+IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule", *HASHES)
 
-# Counts of the process, not of the run: a resumed run starts to count anew.
+# Counters of the process, not of the run: they start again when a run resumes.
 TRANSIENT = ("skipped",)
 
-# Orbax's commit marks: of a step directory, its state and its JSON.
+# In the JSON: absent from checkpoints of before, whose "params" and "ema" have the untrained parameters too.
+TRAINED_ONLY = "trained_only"
+
+# Orbax's commit marks of a step directory, its state and its JSON.
 MARKS = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
 # Newer versions of Orbax write these too: all of them, or none.
 COMMITTED = ("commit_success.txt", "state/commit_success.txt", "meta/commit_success.txt")
+
+
+def identity(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Returns the config with the hashes of all parameters that a resumed run reads from folders again."""
+    hashes = {FROZEN: array_hash(task.frozen), FROZEN_PART: array_hash(start_untrained(task))}
+    return dict(config) | hashes
 
 
 class Checkpoints:
@@ -50,22 +63,22 @@ class Checkpoints:
     Args:
       path: their directory.
       keep: how many of the newest are kept, at least 1.
-      best: how many more of those with the lowest `held_out` are kept, however old.
-      every: multiples of this step are kept for ever; 0 = none.
-      restore_step: go back to this step; newer checkpoints are set aside, not deleted, and put back where it cannot be
+      best: how many more are kept for their low `held_out`, however old.
+      every: multiples of this step are never deleted; 0 = none.
+      restore_step: go back to this step; newer checkpoints are renamed, not deleted, and renamed back if it cannot be
         restored. None = the newest.
 
     Raises:
-      UserError: the checkpoint to resume from is incomplete or not there; names those that are.
+      UserError: the checkpoint to resume from is missing or incomplete; the message lists the others.
     """
 
     def __init__(self, path: Path, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
         self._path = path.absolute()
-        self._aside: dict[Path, Path] = {}  # {its name now: its name}, until the run goes on without them
-        chosen = _choose(self._path, restore_step)
+        self._aside: dict[Path, Path] = {}  # {new name: old name}, until the run has resumed without them
+        replaced = _replaced(self._path, restore_step)
         _all_hosts("checkpoints: chosen")
         if jax.process_index() == 0:
-            for step, why in chosen.items():
+            for step, why in replaced.items():
                 before = self._path / str(step)
                 now = before.with_name(f"{why}-{step}-{os.getpid()}")
                 self._aside[before.rename(now)] = before
@@ -85,54 +98,64 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self._path, options=self._options)
-        self._lost = False
+        self._failed = False
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; None when there is none."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, config: Mapping[str, Any], *, held_out: float) -> None:
-        """Starts writing; the caller may donate `state` at once.
+        """Starts a save; the caller may donate `state` at once.
 
-        `held_out` is infinite for a step that was not measured: never among the best. A full disk is no error: it is
-        reported, what was written before stays, and the next save tries again.
+        `held_out` is infinite for a step that was not measured, which is never among the best. A full disk is not an
+        error: it is logged, earlier checkpoints stay, and the next save tries again.
         """
         self.settle()
-        self._lost = False
-        meta, state = {"step": step, "config": config}, _lasting(state)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._failed = False
+        meta = {"step": step, "config": config, TRAINED_ONLY: True}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_lasting(state)), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=args, metrics={"held_out": held_out}, force=True)
         except Exception as error:
             self._give_up(error)
 
     def settle(self) -> bool:
-        """Waits for the save under way. False when the disk was too full for the last one, which is reported."""
+        """Waits for the save under way. Returns False if the last one failed because the disk is full."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             self._give_up(error)
-        return not self._lost
+        return not self._failed
 
     def _give_up(self, error: Exception) -> None:
-        """After a failed save: frees the disk of its half, or raises `error` if it is not about a full disk."""
+        """Removes a half-written checkpoint after a full disk; raises any other error."""
         if not disk.is_full(error) or jax.process_count() > 1:  # the other hosts would wait for this one
             raise error
-        self._lost = True
-        logging.error("no checkpoint could be written to %s: the disk is full. Training goes on.", self._path)
+        self._failed = True
+        logging.error("no checkpoint could be written to %s: the disk is full. Training continues.", self._path)
         for _ in range(10):  # other threads of the save may still be writing
             for half in self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(half, ignore_errors=True)
             time.sleep(0.05)
-        # A manager of its own: the old one believes that the checkpoints to be replaced are gone.
+        # A new manager: the old one believes that the checkpoints to be replaced are gone.
         self._manager = ocp.CheckpointManager(self._path, options=self._options)
 
-    def restore(self, step: int, abstract: Any, config: Mapping[str, Any]) -> Any:
-        """The state saved at `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says.
+    def restore(self, step: int, abstract: Any, config: Mapping[str, Any], *, untrained: Any) -> Any:
+        """Restores the checkpoint of a step.
+
+        Args:
+          step: one of the steps that there are.
+          abstract: what was saved, as ShapeDtypeStructs with shardings.
+          config: the `identity` of this run.
+          untrained: {UNTRAINED: shapes of all untrained parameters}, or {}: checkpoints of earlier versions contain
+            them, and are read too.
+
+        Returns:
+          Arrays in the structure of `abstract`.
 
         Raises:
-          UserError: the checkpoint belongs to another model or run, which names the field that differs; or
-            its files are damaged, which names the older steps.
+          UserError: the checkpoint belongs to another model or run (the message names the field that differs), or
+            its files are damaged (the message lists the older steps).
         """
         meta = self._read(step, meta=ocp.args.JsonRestore()).meta
         # As JSON, in which tuples are lists, and with defaults for fields that an older version did not have.
@@ -140,16 +163,27 @@ class Checkpoints:
         for field in IDENTITY:
             saved, now = recorded.get(field, config.get(field)), config.get(field)
             if saved != now:
-                raise UserError(
-                    f"the checkpoint at step {step} was written with {_difference(field, saved, now)}; "
-                    "give the same value to resume it, or another --workdir to start a new run."
-                )
-        state = self._read(step, state=ocp.args.StandardRestore(_lasting(abstract))).state
+                raise _other_run(step, _difference(field, saved, now))
+        if untrained and TRAINED_ONLY not in meta:
+            state = self._restore_whole(step, abstract, config, untrained[UNTRAINED])
+        else:
+            state = self._read(step, state=ocp.args.StandardRestore(_lasting(abstract))).state
         for now, before in self._aside.items():
-            logging.warning("checkpoint %s is not gone on with; moved to %s", before, now.name)
+            logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
         return state | {k: parallel.put(np.zeros(x.shape, x.dtype), x.sharding) for k, x in counters.items()}
+
+    def _restore_whole(self, step: int, abstract: Any, config: Mapping[str, Any], untrained: Any) -> Any:
+        """Restores a checkpoint of an earlier version, whose "params" and "ema" include untrained parameters."""
+        whole = {k: merge(abstract[k], untrained) for k in ("params", "ema")}
+        wanted = {k: v for k, v in _lasting(abstract).items() if k != UNTRAINED} | whole
+        state = self._read(step, state=ocp.args.StandardRestore(wanted)).state
+        theirs = _like(untrained, state["params"])
+        if UNTRAINED not in abstract and config[FROZEN_PART] != parameter_hash({UNTRAINED: theirs}):
+            raise _other_run(step, "other untrained parameters than those in init_from")
+        state |= {k: _like(abstract[k], state[k]) for k in whole}
+        return state | ({UNTRAINED: theirs} if UNTRAINED in abstract else {})
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -159,15 +193,15 @@ class Checkpoints:
             reason = str(error).strip().partition("\n")[0][:200]
             raise UserError(
                 f"the checkpoint {self._path / str(step)} cannot be read ({type(error).__name__}: {reason}): "
-                f"it is damaged, or of another optimizer. {_offer(others)}"
+                f"it is damaged, or of another optimizer. {_alternatives(others)}"
             ) from error
 
     def reached_preemption(self, step: int) -> bool:
-        """Multi-host: whether the cluster is about to stop this job. Must run on every host each step."""
+        """Multi-host: whether the cluster is about to stop this job. Must be called on every host at each step."""
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits for the last save. Checkpoints that were set aside for one that was then refused are put back."""
+        """Waits for the last save, and renames back what was set aside for a checkpoint that was then refused."""
         self.settle()
         self._manager.close()
         for now, before in self._aside.items():
@@ -176,13 +210,26 @@ class Checkpoints:
 
 
 def _lasting(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a state goes into a checkpoint."""
+    """Returns the part of a state that is saved."""
     return {k: v for k, v in state.items() if k not in TRANSIENT}
+
+
+def _like(shape: Any, tree: Any) -> Any:
+    """Returns the leaves of `tree` whose paths are in `shape`."""
+    flat = traverse_util.flatten_dict(tree)
+    return traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(shape)})
 
 
 def _badness(metrics: Mapping[str, float]) -> float:
     value = metrics["held_out"]
     return value if np.isfinite(value) else np.inf
+
+
+def _other_run(step: int, difference: str) -> UserError:
+    return UserError(
+        f"the checkpoint at step {step} was written with {difference}; "
+        "give the same value to resume it, or another --workdir to start a new run."
+    )
 
 
 def _difference(field: str, saved: Any, now: Any) -> str:
@@ -194,13 +241,13 @@ def _difference(field: str, saved: Any, now: Any) -> str:
 
 
 def _all_hosts(name: str) -> None:
-    """Waits for the others: no host may find what the first one sets aside."""
+    """Waits for the other hosts, so that none of them reads a directory while the first one renames in it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def _choose(path: Path, restore_step: int | None) -> dict[int, str]:
-    """The step directories that have to go before a run resumes at `restore_step`, and why.
+def _replaced(path: Path, restore_step: int | None) -> dict[int, str]:
+    """Returns {step: reason} of the step directories to rename before a run resumes at `restore_step`.
 
     Orbax takes any directory whose name is a number for a checkpoint.
     """
@@ -211,40 +258,40 @@ def _choose(path: Path, restore_step: int | None) -> dict[int, str]:
     if wanted is not None and wanted not in complete:
         others = [s for s in complete if restore_step is not None or s < wanted]
         if wanted not in steps:
-            raise UserError(f"there is no checkpoint {path / str(wanted)}. {_offer(others)}")
+            raise UserError(f"there is no checkpoint {path / str(wanted)}. {_alternatives(others)}")
         raise UserError(
             f"the checkpoint {path / str(wanted)} is incomplete, perhaps a copy that was cut short: it has no "
-            f"{', no '.join(missing[wanted])}. {_offer(others)}"
+            f"{', no '.join(missing[wanted])}. {_alternatives(others)}"
         )
     newer = {s: "newer" for s in complete if s > wanted}
     return newer | {s: "incomplete" for s in steps if missing[s]}
 
 
 def _missing(step: Path) -> list[str]:
-    """The commit marks that a step directory lacks."""
+    """Returns the commit marks that a step directory lacks."""
     lacks = [mark for mark in MARKS if not (step / mark).is_file()]
     uncommitted = [mark for mark in COMMITTED if not (step / mark).is_file()]
     return lacks + (uncommitted if len(uncommitted) < len(COMMITTED) else [])
 
 
-def _offer(steps: list[int]) -> str:
-    """What to do instead of resuming from a checkpoint that is no good."""
+def _alternatives(steps: list[int]) -> str:
+    """Returns advice for a checkpoint that cannot be used."""
     if not steps:
         return "There is no other: complete the copy, or name another --workdir."
     return f"Complete the copy, or resume with --restore-step {max(steps)} (there are {', '.join(map(str, steps))})."
 
 
 class Unsaved(RuntimeError):
-    """A run is over and its last checkpoint could not be written."""
+    """A run ended and its last checkpoint could not be written."""
 
 
 def parameter_hash(params: Any) -> str:
-    """`array_hash` of parameters on devices, however they are sharded; one at a time is whole on a host."""
+    """Returns the `array_hash` of arrays on devices, however sharded; one at a time is gathered on a host."""
     return array_hash(params, fetch=parallel.gather)
 
 
 def array_hash(tree: Any, *, fetch: Callable[[Any], np.ndarray] = np.asarray) -> str:
-    """SHA-256 over paths, dtypes, shapes and bytes of a nested dict of arrays; `fetch` makes each of them numpy's."""
+    """Returns the SHA-256 of the paths, dtypes, shapes and bytes of a nested dict; `fetch` turns leaves into numpy."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     digest = hashlib.sha256()
     for name in sorted(flat):

@@ -1,9 +1,8 @@
 """Training the UNet of a stage: joint image-video fine-tuning (LaVie section 3.2, Eq. 3).
 
-The VAE is frozen and encodes within the step, one draw from its posterior an image (or its mean). The text encoder is
-frozen too, or, in a small world whose words no released encoder knows as a world of their own, trained
-along. What a stage feeds its UNet is in `stages/`,
-the loss in `diffusion/loss.py`.
+The VAE is frozen and encodes inside the step: one sample of its posterior per image, or the mode. The text encoder is
+frozen too, except on Moving Shapes, where a small one is trained with the UNet. `stages/` has what a stage feeds its
+UNet and how that is computed from a batch, `diffusion/loss.py` the loss.
 """
 
 import dataclasses
@@ -16,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lavie_jax import weights
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
+from lavie_jax.models import registry
 from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
@@ -35,14 +35,14 @@ from lavie_jax.weights.names import ZERO_AT_FIRST
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionLoss:
-    """The loss of a stage. The paper gives neither alpha nor a weighting over timesteps."""
+    """Settings of a stage's loss. The paper gives neither alpha nor a weighting of timesteps."""
 
-    alpha: float = 1.0  # of the images in L = L_video + alpha L_image (Eq. 3)
+    alpha: float = 1.0  # weight of images in L = L_video + alpha L_image (Eq. 3)
     min_snr_gamma: float = 0.0  # min-SNR weighting (arXiv 2303.09556); 0 = none
-    high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: what a clip shows is decided at high noise; 0 = none
+    high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: the content of a clip is decided at high noise; 0 = none
     # (m, s): t / steps = sigmoid(normal(m, s)), "logit-normal" (arXiv 2403.03206, sec. 3.1); () = uniform
     logit_normal: tuple[float, ...] = ()
-    posterior_mean: bool = False  # learn the mean of the VAE's posterior, not draws from it: nothing is left to chance
+    posterior_mean: bool = False  # train on the mode of the VAE's posterior instead of samples of it
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
     def __post_init__(self):
@@ -50,15 +50,15 @@ class DiffusionLoss:
             check_number(f"loss.{name}", getattr(self, name), low=0)
         if self.logit_normal and not (len(self.logit_normal) == 2 and self.logit_normal[1] > 0):
             raise UserError(
-                f"loss.logit_normal is (mean, scale) with a scale above 0, or () for none; given {self.logit_normal}."
+                f"loss.logit_normal must be (mean, scale) with scale > 0, or () for none; given {self.logit_normal}."
             )
         if not self.held_out_timesteps:
-            raise UserError("loss.held_out_timesteps: at least one timestep is needed.")
+            raise UserError("loss.held_out_timesteps is empty: name at least one timestep.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Models:
-    """The networks of a stage; all compute in `dtype`."""
+    """The networks and the schedule of a stage."""
 
     unet: UNet
     text_encoder: CLIPText
@@ -70,7 +70,7 @@ class Models:
 class StageLoss:
     """The loss of one stage on batches of T `frames` and M `images`; either may be 0.
 
-    Parameters are {"unet": ..., "text_encoder": ... if trained}, frozen ones {"vae": ..., "text_encoder": ... if not}.
+    `params` are {"unet": ..., "text_encoder": ... if trained}, `frozen` is {"vae": ..., "text_encoder": ... if not}.
     """
 
     stage: Stage
@@ -80,20 +80,15 @@ class StageLoss:
     images: int
     train_text_encoder: bool
 
-    def init(self, rng: jax.Array, size: tuple[int, int]) -> Any:
-        """T = 1 at initialisation even without videos: the parameters of the temporal layers must exist."""
-        rngs = jax.random.split(rng)
-        unet, factor = self.models.unet, self.models.vae.config.factor
-        x = jnp.zeros((1, 1, size[0] // factor, size[1] // factor, unet.config.in_channels))
-        t, text = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, unet.config.cross_attention_dim))
-        level = None if unet.config.num_class_embeds is None else t
-        params = {"unet": unet.init(rngs[0], x, t, text, noise_level=level)["params"]}
-        if self.train_text_encoder:
-            params["text_encoder"] = self.models.text_encoder.init(rngs[1], jnp.zeros((1, 2), jnp.int32))["params"]
-        return params
+    def init(self, rng: jax.Array) -> Any:
+        """Returns random parameters, those of the temporal layers included even if there are no videos."""
+        names = ("unet", "text_encoder") if self.train_text_encoder else ("unet",)
+        networks = {name: getattr(self.models, name) for name in names}
+        rngs = dict(zip(("unet", "text_encoder"), jax.random.split(rng)))
+        return {k: net.init(rngs[k], **registry.example_inputs(net.config))["params"] for k, net in networks.items()}
 
     def train(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
-        """The loss at random timesteps, and its parts."""
+        """Returns the loss at random timesteps, and its parts."""
         input_rng, pair_rng = jax.random.split(rng)
         latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         schedule = self.models.schedule
@@ -104,7 +99,7 @@ class StageLoss:
         return self._losses(params, pair, self._text(params, frozen, batch))
 
     def held_out(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
-        """The losses at each of the fixed timesteps, with the same noise every time; and their mean."""
+        """Returns the losses at each of the fixed timesteps, with the same noise every time, and their means."""
         input_rng, noise_rng = jax.random.split(rng)
         latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         text = self._text(params, frozen, batch)
@@ -123,7 +118,7 @@ class StageLoss:
         return {**{k: v.mean() for k, v in by_t.items()}, **each}
 
     def _encode(self, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
-        """Latents of the clip's frames and the images, and the inputs of their conditions. No gradient."""
+        """Returns latents of the frames and the images, and the inputs of their conditions. No gradient."""
         vae, make_inputs = self.models.vae, self.stage.training_inputs
         clips = self._clips(frozen, batch)
         every = clips.without_variance() if self.loss.posterior_mean else clips
@@ -135,7 +130,7 @@ class StageLoss:
         return jax.lax.stop_gradient((latents, inputs, image_inputs))
 
     def _clips(self, frozen: Any, batch: Batch) -> EncodedClips:
-        """The clip's frames, then the images: encoded here, or, without any use of `frozen`, when the data was made."""
+        """Returns the clip's frames, then the images: encoded here, or read as latents, which needs no `frozen`."""
         encoded = [batch[key] for key in ("video_latents", "image_latents") if key in batch]
         if encoded:
             mean, std = jnp.split(jnp.concatenate(encoded, axis=1), 2, axis=-1)
@@ -152,6 +147,8 @@ class StageLoss:
             (params if self.train_text_encoder else frozen)["text_encoder"],
             batch["tokens"] if self.frames else None,
             batch["image_tokens"] if self.images else None,
+            batch.get("token_mask") if self.frames else None,
+            batch.get("image_token_mask") if self.images else None,
         )
 
     def _losses(self, params: Any, pair: TrainingPair, text: Text) -> tuple[jax.Array, Losses]:
@@ -165,23 +162,21 @@ class StageLoss:
 def make_diffusion_task(
     losses: StageLoss,
     *,
-    size: tuple[int, int],
     regime: str,
     start: Any,
     frozen: Mapping[str, Any],
     sampling: Mapping[str, Any],
     tokenizer: Any,
 ) -> Task:
-    """The task of every config but the VAE's.
+    """Makes the task of every config except the VAE's.
 
     Args:
-      losses: the stage, its networks, and what a batch holds.
-      size: (H, W) of the frames, in pixels.
+      losses: the stage, its networks, and the contents of a batch.
       regime: see `optimizer.REGIMES`.
       start: parameters to start from, or None.
       frozen: parameters of "vae", and of "text_encoder" if that is not trained.
-      sampling: the sampling settings to write into the exported weights folder.
-      tokenizer: what `weights.save_folder` takes, for the same folder.
+      sampling: sampling settings for the exported weights folder.
+      tokenizer: the tokenizer for the exported weights folder, see `weights.save_folder`.
     """
     models, timesteps = losses.models, losses.loss.held_out_timesteps
     if not all(0 <= t < models.schedule.steps for t in timesteps):
@@ -204,7 +199,7 @@ def make_diffusion_task(
 
     plain = dataclasses.replace(losses, models=dataclasses.replace(models, unet=models.unet.clone(remat="none")))
     return Task(
-        init=lambda rng: losses.init(rng, size), start=start, frozen=frozen, loss=losses.train, plain_loss=plain.train,
+        init=losses.init, start=start, frozen=frozen, loss=losses.train, plain_loss=plain.train,
         held_out=losses.held_out, export=export, regime=regime, images_only=losses.frames == 0,
         judged_by="video_loss" if losses.frames else "image_loss",
     )  # fmt: skip
@@ -213,10 +208,10 @@ def make_diffusion_task(
 def encode_frames(
     vae: VAE, params: Any, frames: Float[Array, "b f H W 3"]
 ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
-    """Mean and log-variance of every frame's posterior, unscaled.
+    """Returns the mean and log-variance of every frame's posterior, unscaled.
 
-    Large batches go through the encoder a few frames at a time: what it keeps of one frame of 320x512 is hundreds of
-    megabytes.
+    Large batches go through the encoder a few frames at a time: its activations take hundreds of megabytes for one
+    frame of 320x512.
     """
 
     def encode(images):
@@ -224,13 +219,13 @@ def encode_frames(
 
     batch, count, height, width, _ = frames.shape
     mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.size  # over which the rows are split
+    devices = jax.device_count() if mesh.empty else mesh.size  # that share the rows
     at_once = max(1, VAE_PIXELS * devices // (batch * height * width))
     parts = -(-count // at_once)
     if parts == 1:
         return encode(frames)
-    # Not by `lax.map(batch_size=)`, whose vmap folds a part's frames before the rows: devices that each have some of
-    # the rows would have to gather them all.
+    # Not `lax.map(batch_size=)`: its vmap puts a part's frames before the rows, so that devices, each of which has some
+    # of the rows, would have to gather them all.
     padded = jnp.pad(frames, [(0, 0), (0, -count % parts), *[(0, 0)] * 3])
     moments = jax.lax.map(encode, einops.rearrange(padded, "b (parts f) h w c -> parts b f h w c", parts=parts))
     return jax.tree.map(lambda x: einops.rearrange(x, "parts b f h w c -> b (parts f) h w c")[:, :count], moments)
@@ -241,31 +236,44 @@ def encode_text(
     params: Any,
     tokens: Int[Array, "b l"] | None,
     image_tokens: Int[Array, "b m l"] | None,
+    token_mask: Bool[Array, "b l"] | None = None,
+    image_token_mask: Bool[Array, "b m l"] | None = None,
 ) -> Text:
-    """The captions of the videos and of the images, through the encoder in one call."""
+    """Encodes the captions of the videos and of the images in one call."""
     parts = [] if tokens is None else [tokens[:, None]]
     every = jnp.concatenate(parts if image_tokens is None else [*parts, image_tokens], axis=1)
-    text = encoder.apply({"params": params}, einops.rearrange(every, "b n l -> (b n) l"))
+    masks = () if not encoder.takes_mask else (_every_mask(token_mask, image_token_mask),)
+    flat = (einops.rearrange(x, "b n l -> (b n) l") for x in (every, *masks))
+    text = encoder.apply({"params": params}, *flat)
     text = einops.rearrange(text, "(b n) l d -> b n l d", b=every.shape[0])
-    video = None if tokens is None else text[:, 0]
-    return Text(video, None if image_tokens is None else text[:, len(parts) :])
+    return Text(
+        None if tokens is None else text[:, 0],
+        None if image_tokens is None else text[:, len(parts) :],
+        token_mask if encoder.takes_mask else None,
+        image_token_mask if encoder.takes_mask else None,
+    )
+
+
+def _every_mask(token_mask: Array | None, image_token_mask: Array | None) -> Bool[Array, "b n l"]:
+    parts = [] if token_mask is None else [token_mask[:, None]]
+    return jnp.concatenate(parts if image_token_mask is None else [*parts, image_token_mask], axis=1)
 
 
 def timestep_distribution(schedule: Schedule, loss: DiffusionLoss) -> conditioning.SampleTimesteps:
-    """(rng, shape) -> the timesteps that a step trains, int32: uniform, or more of some than of others."""
+    """Returns the function (rng, shape) -> int32 timesteps of a training step: uniform or logit-normal."""
     if not loss.logit_normal:
         return conditioning.uniform_timesteps(schedule)
     mean, scale = loss.logit_normal
 
-    def draw(rng: jax.Array, shape: tuple[int, ...]) -> Array:
-        part = jax.nn.sigmoid(mean + scale * jax.random.normal(rng, shape))
-        return jnp.clip((part * schedule.steps).astype(jnp.int32), 0, schedule.steps - 1)
+    def sample(rng: jax.Array, shape: tuple[int, ...]) -> Array:
+        fraction = jax.nn.sigmoid(mean + scale * jax.random.normal(rng, shape))
+        return jnp.clip((fraction * schedule.steps).astype(jnp.int32), 0, schedule.steps - 1)
 
-    return draw
+    return sample
 
 
 def timestep_weight(schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLoss) -> Float[Array, "b f"]:
-    """The loss weight of each frame's timestep."""
+    """Returns the loss weight of each frame's timestep."""
     weight = jnp.ones(t.shape)
     if loss.min_snr_gamma:
         weight *= min_snr_weight(schedule, t, loss.min_snr_gamma)
@@ -275,10 +283,10 @@ def timestep_weight(schedule: Schedule, t: Int[Array, "b f"], loss: DiffusionLos
 
 
 def image_as_video(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The UNet of an image model, inflated (LaVie section 3.1): temporal attention adds nothing at first.
+    """Returns the inflated UNet of an image model (LaVie section 3.1), whose temporal attention adds nothing at first.
 
-    What writes into the residual stream is set to zero, weights and biases, so that a clip of T copies of
-    one image comes out as that image does in the image model.
+    Weights and biases of the temporal layers' outputs are set to zero, so that the network treats a clip of T copies of
+    an image as the image model treats that image.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     zeroed = {k: np.zeros_like(v) if ZERO_AT_FIRST.search(k) else v for k, v in flat.items()}

@@ -1,4 +1,4 @@
-"""Which models made a set of latents: training goes on with those, or not at all."""
+"""Checks that a set of latents was encoded by the models of this run."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from lavie_jax.errors import UserError
 from lavie_jax.training.checkpoint import array_hash
 from lavie_jax.weights.folder import Part, hash_dir
 
-STAGES = ("base", "interpolation")  # super-resolution is fed pixels, and patches at random places
+LATENT_STAGES = ("base", "interpolation")  # vsr trains on pixels, and on patches at random positions
 
 
 def identity(vae: Part, text_encoder: Part, tokenizer: Path) -> dict[str, str]:
-    """SHA-256 of each model that makes latents: of the numbers, whatever dtype and file they come in.
+    """Returns the SHA-256 of each model that encodes: of its values, whatever their dtype and file.
 
-    The VAE's `scaling_factor` is left out, as latents are stored unscaled.
+    The VAE's `scaling_factor` does not count, because latents are stored unscaled.
     """
     unscaled = {k: v for k, v in vae.config.to_dict().items() if k != "scaling_factor"}
     return {
@@ -36,25 +36,25 @@ def _hash(config: Mapping[str, Any], params: Any) -> str:
 
 
 def check_stage(stage: str, *, train_text_encoder: bool) -> None:
-    """UserError for a run that needs more than latents and encoded captions."""
-    if stage not in STAGES:
+    """Refuses a run that needs more than latents and encoded captions."""
+    if stage not in LATENT_STAGES:
         raise UserError(
-            f"stage {stage!r} is trained on pixels: latents are for {' and '.join(STAGES)}. Use encoded clips "
-            "(data.source)"
+            f"stage {stage!r} is trained on pixels: latents are for {' and '.join(LATENT_STAGES)}. Set data.source to "
+            "a source of videos"
         )
     if train_text_encoder:
         raise UserError(
-            "train_text_encoder=True: sets of latents hold captions as encoded by a frozen text encoder. "
-            "Set it to False, or use encoded clips (data.source)"
+            "train_text_encoder=True: the captions in sets of latents were encoded by a frozen text encoder. "
+            "Set it to False, or set data.source to a source of videos"
         )
 
 
-def check_made_by(found: LatentSet, models: Mapping[str, str]) -> None:
-    """UserError for a set that other models than those of this run, an `identity`, have made."""
+def check_made_by(latents: LatentSet, models: Mapping[str, str]) -> None:
+    """Refuses a set that was not encoded by `models`, the `identity` of this run's."""
     for name, digest in models.items():
-        if (theirs := found.weights.get(name)) != digest:
+        if (theirs := latents.weights.get(name)) != digest:
             raise UserError(
-                f"the latents in {str(found.path)!r} were made by another {name.replace('_', ' ')} than this run's: "
-                f"SHA-256 {str(theirs)[:12]}..., of {found.made_from!r}; this run's is {digest[:12]}.... Train with "
-                "those weights, or make the set again with --latents of these"
+                f"the latents in {str(latents.path)!r} were made by another {name.replace('_', ' ')} than this "
+                f"run's: SHA-256 {str(theirs)[:12]}... of {latents.made_from!r}, this run's is {digest[:12]}.... Train "
+                "with those weights, or encode the set again, with --latents naming this run's"
             )

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""A lock that allows one run at a time in a workdir."""
 
 import fcntl
 import json
@@ -16,18 +16,18 @@ from jax.experimental import multihost_utils
 
 from lavie_jax.errors import UserError
 
-BEAT = 10.0  # seconds between signs of life
-STALE = 60.0  # seconds without one, after which the run of another host counts as dead
+BEAT = 10.0  # seconds between heartbeats
+STALE = 60.0  # seconds without one after which a run on another host counts as dead
 
 
 class Lock:
-    """Holds `workdir/lock` while a run lives; the first process holds it for all processes of the run.
+    """Holds `workdir/lock` during a run; the first process holds it for all processes of the run.
 
-    The file names host and process. On one host the kernel lets go of it when the process dies, however it
-    dies; the locks of other hosts, on a shared disk, are stale when they were not touched for a minute.
+    The file contains host and process. On one host the kernel releases it when the process dies for any reason. Locks
+    of other hosts, on a shared disk, are stale when they were not touched for a minute.
 
     Raises:
-      UserError: another run is at work in `workdir`.
+      UserError: another run uses `workdir`.
     """
 
     def __init__(self, workdir: Path):
@@ -41,7 +41,7 @@ class Lock:
             raise UserError(problem)
 
     def _take(self) -> str:
-        """Takes the lock; what is wrong, if it cannot."""
+        """Takes the lock. Returns an error message, or "" on success."""
         self._made_workdir = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("a+")
@@ -50,14 +50,14 @@ class Lock:
                 problem = self._in_use(_holder(file))
                 file.close()
                 return problem
-            file.close()  # the run before has just ended and removed its lock
+            file.close()  # a run has just ended and removed its lock
             file = self._path.open("a+")
         holder = _holder(file)
         silent = time.time() - self._path.stat().st_mtime
         if holder.get("host", platform.node()) != platform.node() and silent < STALE:
             file.close()
             left = math.ceil(STALE - silent)
-            return f"{self._in_use(holder)} Or wait {left} s: after {STALE:.0f} s without a sign of life it is dead."
+            return f"{self._in_use(holder)} Or wait {left} s: after {STALE:.0f} s without a heartbeat its lock expires."
         file.seek(0)
         file.truncate()
         json.dump({"host": platform.node(), "pid": os.getpid()}, file)
@@ -72,18 +72,18 @@ class Lock:
             f"--workdir {self._path.parent} is in use by process {holder.get('pid', '?')} on host {host}: wait for it, "
             "stop it, or name another --workdir."
         )
-        # Disks that several hosts share may keep a lock whose host is gone.
+        # A shared disk may still have the lock of a host that is gone.
         return text if host == platform.node() else f"{text} If you are sure that it was killed, delete {self._path}."
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT):
             try:
                 os.utime(self._path)
-            except OSError:  # a disk that is away for a moment
+            except OSError:  # a disk that is temporarily unavailable
                 continue
 
     def release(self) -> None:
-        """Lets other runs in. Removes a workdir that this run made and wrote nothing to."""
+        """Releases the lock. Removes the workdir if this run created it and wrote nothing into it."""
         self._stopped.set()
         if self._file is None:
             return
@@ -95,7 +95,7 @@ class Lock:
 
 
 def _flock(file: TextIOWrapper) -> bool:
-    """Whether the file is now locked by us."""
+    """Tries to lock the file. Returns whether this process holds it now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,12 +104,12 @@ def _flock(file: TextIOWrapper) -> bool:
 
 
 def _is(file: TextIOWrapper, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Returns whether the open file is still the one at `path`."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _holder(file: TextIOWrapper) -> dict:
-    """What the lock's last holder wrote into it; empty if it was killed before it could."""
+    """Returns what the lock's last holder wrote into it, or {} if it was killed before that."""
     file.seek(0)
     try:
         return json.load(file)

@@ -1,4 +1,4 @@
-"""Numbers and pictures of a run: `metrics.jsonl` always, TensorBoard event files when asked for; where time goes."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard event files if configured, timing of steps, profiles."""
 
 import contextlib
 import json
@@ -11,14 +11,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lavie_jax.training import disk
+from lavie_jax import disk
 
 
 class Metrics:
     """Appends to `directory/metrics.jsonl`, and to event files in `directory/tensorboard`.
 
-    Lines after `step`, left by a run that was killed after its last checkpoint, are dropped: the file
-    is one curve.
+    Lines after `step`, written by a run that was killed after its last checkpoint, are removed.
     """
 
     def __init__(self, directory: Path, *, step: int, tensorboard: bool):
@@ -33,90 +32,90 @@ class Metrics:
         self._events = EventFiles(directory / "tensorboard", step=step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line `{"step": ..., name: value, ...}`."""
+        """Appends one line `{"step": ..., name: value, ...}`."""
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        with disk.outlive("metrics.jsonl"):  # the lines wait for the next one
+        with disk.tolerate_full_disk("metrics.jsonl"):  # the lines stay buffered
             self._jsonl.flush()
         if self._events:
-            with disk.outlive("tensorboard/"):
+            with disk.tolerate_full_disk("tensorboard/"):
                 self._events.scalars(step, values)
 
     def picture(self, step: int, name: str, png: Path) -> None:
         """Shows a PNG in TensorBoard."""
         if self._events:
-            with disk.outlive("tensorboard/"):
+            with disk.tolerate_full_disk("tensorboard/"):
                 self._events.picture(step, name, png)
 
     def close(self) -> None:
-        """Writes what is left."""
-        with disk.outlive("metrics.jsonl"):
+        """Flushes and closes the files."""
+        with disk.tolerate_full_disk("metrics.jsonl"):
             self._jsonl.close()
         if self._events:
-            with disk.outlive("tensorboard/"):
+            with disk.tolerate_full_disk("tensorboard/"):
                 self._events.close()
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The complete lines: the last one may have been cut by a kill."""
+    """Yields the complete lines: a kill may have cut the last one."""
     with path.open() as file:
         yield from (line for line in file if line.endswith("\n"))
 
 
 class EventFiles:
-    """Event files in `directory`, which `tensorboard --logdir` shows; those of an earlier part of the run stay."""
+    """Writes event files in `directory` for `tensorboard --logdir`, beside those of earlier parts of the run."""
 
     def __init__(self, directory: Path, *, step: int):
-        # Here: only runs that ask for event files need the package.
+        # Imported here: only runs that write event files need the package.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._open = lambda: EventFileWriter(str(directory), flush_secs=10)
         self._writer = self._open()
-        # TensorBoard hides what a killed run wrote from here on.
+        # TensorBoard hides points of a killed run from this step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """A point of the curve of each name."""
+        """Adds a point to the curve of each name."""
         self._add(step, [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()])
 
     def picture(self, step: int, name: str, png: Path) -> None:
-        """A PNG, as it is."""
+        """Adds a PNG file."""
         with Image.open(png) as opened:
             width, height = opened.size
         image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.read_bytes())
         self._add(step, [self._summary.Value(tag=name, image=image)])
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the files."""
         self._writer.close()
 
     def _add(self, step: int, values: list) -> None:
         try:
             self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-        except OSError:  # its thread met a full disk and is no more: a new file takes over
+        except OSError:  # a full disk ended its thread: continue in a new file
             self._writer = self._open()
             raise
 
 
 def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each value over the rows, nothing without rows; waits for the devices."""
+    """Returns the mean of each value over the rows, {} without rows; waits for the devices."""
     rows = jax.device_get(rows)
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
 def mean_of_steps(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """The mean over the steps that were not skipped, and how many were; waits for the devices."""
+    """Returns means over the steps that were not skipped, and the number of skipped steps; waits for the devices."""
     rows = jax.device_get(rows)
     good = [{name: value for name, value in row.items() if name != "skipped"} for row in rows if not row["skipped"]]
     return {**mean(good), "skipped": len(rows) - len(good)}
 
 
-class Pace:
-    """Where the time goes: into steps, into waiting for data, into everything else.
+class StepTimer:
+    """Measures the time spent in steps, in waiting for data, and in everything else.
 
-    Devices work on while Python prepares the next step, so a step's time is that from one call to the next.
+    Devices run while Python prepares the next step, so the time of a step is that between two calls.
     """
 
     def __init__(self):
@@ -126,33 +125,35 @@ class Pace:
 
     def _clear(self) -> None:
         self._steps: list[float] = []
-        self._waited, self._operations = 0.0, 0.0
+        self._waited, self._flops = 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Encloses the wait for a batch."""
         start = time.monotonic()
         yield
         self._waiting += time.monotonic() - start
 
-    def step(self, *, compiled: bool, operations: float) -> None:
-        """After each step, which took so many operations; one that `compiled` a program is no training."""
+    def step(self, *, compiled: bool, flops: float) -> None:
+        """Must be called after each step, with its FLOPs. Steps that `compiled` a program do not count as training."""
         now = time.monotonic()
         if not compiled:
-            self._operations += operations
+            self._flops += flops
             self._steps.append(now - self._mark)
             self._in_steps += now - self._mark
             self._waited += self._waiting
         self._mark, self._waiting = now, 0.0
 
     def resume(self) -> None:
-        """After other work between two steps: checkpoints, samples, held-out losses."""
+        """Must be called after other work between two steps: checkpoints, samples, held-out losses."""
         self._mark = time.monotonic()
 
     def report(self, batch: int, peak: float) -> dict[str, float]:
-        """Since the last report; `goodput`, the share of the wall time that steps took, since the start.
+        """Returns averages since the last report, and `goodput`, the share of wall time spent in steps since the start.
 
-        `peak` is how many operations a second the devices could do, 0 where nobody knows.
+        Args:
+          batch: clips of a step.
+          peak: peak FLOP/s of the devices, or 0 if unknown.
         """
         values = {"goodput": self._in_steps / (time.monotonic() - self._born)}
         if self._steps:
@@ -164,30 +165,30 @@ class Pace:
                 "data_wait": self._waited / total,
             }
             if peak:
-                values["mfu"] = self._operations / total / peak
+                values["mfu"] = self._flops / total / peak
         self._clear()
         return values
 
 
 def memory() -> dict[str, float]:
-    """The most memory that a device of this host has had in use, where devices tell."""
+    """Returns the peak memory use of this host's devices, or {} if they do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    used = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    used = [device["peak_bytes_in_use"] for device in stats if "peak_bytes_in_use" in device]
     return {"memory_gib": max(used) / 2**30} if used else {}
 
 
 class Profile:
-    """A trace of a few steps, which TensorBoard's profiler and Perfetto show, in `directory`; None = no trace."""
+    """Traces a few steps for TensorBoard's profiler and Perfetto, into `directory`; None = no trace."""
 
     def __init__(self, directory: Path | None, *, first: int, steps: int = 5):
         self._directory, self._first, self._end = directory, first, first + steps
         self._running = False
 
     def before(self, step: int) -> bool:
-        """To be called before each step. True if it took time to start or write the trace."""
+        """Must be called before each step. Returns True if it spent time starting or writing the trace."""
         if self._directory and step == self._first:
             settings = jax.profiler.ProfileOptions()
-            settings.python_tracer_level = 0  # every call in every thread: minutes to write
+            settings.python_tracer_level = 0  # tracing every Python call takes minutes to write
             jax.profiler.start_trace(self._directory, profiler_options=settings)
             self._running = True
             return True
@@ -197,8 +198,8 @@ class Profile:
         return False
 
     def close(self) -> None:
-        """Writes what was traced."""
+        """Writes the trace."""
         if self._running:
             self._running = False
-            with disk.outlive("profile/"):
+            with disk.tolerate_full_disk("profile/"):
                 jax.profiler.stop_trace()

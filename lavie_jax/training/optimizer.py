@@ -13,28 +13,27 @@ from flax import traverse_util
 
 from lavie_jax.errors import UserError, suggest
 
-# LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on
-# images and videos (best), the whole UNet on videos only (forgets), the temporal layers only (poor). "motion_only"
-# is ours: the motion embedding alone, before the rest (see `models.additions.MotionEmbedding`).
+# LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on images and videos
+# (best), the whole UNet on videos only (it forgets), the temporal layers only (poor). "motion_only" is ours: the motion
+# embedding alone, before the rest (see `models.additions.MotionEmbedding`).
 REGIMES = ("joint", "video_only", "temporal_only", "motion_only")
 
-
 KINDS = ("adamw", "muon")
-ADAMW_RMS = 0.2  # of AdamW's updates at a learning rate of 1, as measured in arXiv 2502.16982, sec. 2.2
+ADAMW_RMS = 0.2  # RMS of AdamW's updates at a learning rate of 1, as measured in arXiv 2502.16982, sec. 2.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The paper gives none of these numbers; the defaults are Stable Diffusion's habits."""
+    """Settings of the optimizer. The paper gives none of them; the defaults follow Stable Diffusion."""
 
-    kind: str = "adamw"  # or "muon": far fewer steps for a model from scratch, see `make_optimizer`
+    kind: str = "adamw"  # or "muon": far fewer steps when training from scratch, see `make_optimizer`
     learning_rate: float = 1e-4
     warmup: int = 1000  # updates of linear warm-up
     decay: str = "constant"  # after the warm-up: "constant" or "cosine" (to zero at the last update)
-    b1: float = 0.9  # b1 and b2 are Adam's
+    b1: float = 0.9  # Adam's b1 and b2
     b2: float = 0.999
-    weight_decay: float = 0.01  # on kernels only
-    clip: float = 1.0  # global norm of the gradient; 0 = no clipping
+    weight_decay: float = 0.01  # of kernels only
+    clip: float = 1.0  # maximum global norm of the gradients; 0 = no clipping
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -46,14 +45,14 @@ class OptimizerConfig:
 
 
 def check_number(name: str, value: float, *, low: float, below: float = math.inf) -> None:
-    """UserError for a number of a config that is below `low`, not below `below`, or not finite."""
+    """Refuses a config's number that is below `low`, not below `below`, or not finite."""
     if not low <= value < below:
         limit = "" if below == math.inf else f" and below {below}"
         raise UserError(f"config field {name!r} must be finite, at least {low}{limit}; given {value}.")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """update number -> learning rate."""
+    """Returns the function update number -> learning rate."""
     if config.decay not in ("constant", "cosine"):
         raise UserError(f"unknown optimizer.decay {config.decay!r}{suggest(config.decay, ('constant', 'cosine'))}")
     if config.decay == "cosine":
@@ -61,24 +60,22 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
             0.0, config.learning_rate, config.warmup, max(steps, config.warmup + 1)
         )
     # A warm-up of 0 would divide by zero inside optax's linear schedule.
-    return (
-        optax.linear_schedule(0.0, config.learning_rate, config.warmup)
-        if config.warmup
-        else (optax.constant_schedule(config.learning_rate))
-    )
+    if config.warmup:
+        return optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+    return optax.constant_schedule(config.learning_rate)
 
 
 def updates_done(opt_state: Any) -> jax.Array:
-    """How many updates were applied: what the learning rate is a function of. Steps that are skipped do not count."""
+    """Number of updates applied, which the learning rate depends on. Skipped steps do not count."""
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip the gradient's global norm, then AdamW or Muon; weight decay on kernels only.
+    """Makes the optimizer: clipping by global norm, then AdamW or Muon; weight decay of kernels only.
 
-    Muon (K. Jordan 2024; arXiv 2502.16982) makes the singular values of a kernel's update alike, so that what few
-    examples ask for is learnt beside what all of them do. Its updates are brought to AdamW's usual size, so that one
-    learning rate fits both; what is no kernel inside the network stays with Adam.
+    Muon (K. Jordan 2024; arXiv 2502.16982) equalises the singular values of a kernel's update, so that directions that
+    few examples ask for are learnt beside those of all examples. Its updates are scaled to AdamW's usual size, so that
+    one learning rate fits both. Parameters other than inner kernels stay with Adam.
     """
     rate = learning_rate(config, steps)
     if config.kind == "adamw":
@@ -97,17 +94,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-    """Which of the parameters Muon takes, as matrices (inputs of a place, outputs); None: Adam's.
+    """Maps each parameter to the matrix (inputs, outputs) that Muon sees, or to None for Adam.
 
-    First and last layers are Adam's, as the inventor has it: their inputs or outputs are no hidden features.
+    First and last layers go to Adam, as Muon's author recommends: their inputs or outputs are not hidden features.
     """
 
-    def inside(path: str) -> bool:
+    def inner(path: str) -> bool:
         first_or_last = re.search(r"/(conv_in|conv_out|key_frame_(embedding|skip)_temporal|low_res_skip)/", path)
         return path.endswith("/kernel") and not first_or_last
 
     return {
-        path: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if inside(path) else None
+        path: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,)) if inner(path) else None
         for path, x in params.items()
     }
 
@@ -115,7 +112,7 @@ def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensio
 def is_trained(path: str, *, regime: str, images_only: bool) -> bool:
     """Whether the parameter at `path` (e.g. `unet/conv_in/kernel`) is trained.
 
-    Without video frames the temporal layers do nothing: left out, weight decay cannot wear them down.
+    Temporal layers do nothing without video frames; leaving them out protects them from weight decay.
     """
     if regime == "motion_only":
         return "motion_embedding" in path
@@ -124,19 +121,18 @@ def is_trained(path: str, *, regime: str, images_only: bool) -> bool:
 
 
 def split(params: Mapping[str, Any], *, regime: str, images_only: bool) -> tuple[dict, dict]:
-    """Splits a nested dict of parameters into flat dicts (trained, frozen) with paths as keys.
-
-    Differentiating the first alone costs no gradients and no optimizer state for the second.
-    """
+    """Splits a nested dict of parameters into two, (trained, untrained), without a leaf in common."""
     if regime not in REGIMES:
         raise UserError(f"unknown regime {regime!r}{suggest(regime, REGIMES)}")
     flat = traverse_util.flatten_dict(params, sep="/")
     trained = {k: v for k, v in flat.items() if is_trained(k, regime=regime, images_only=images_only)}
     if not trained:
-        raise UserError(f"regime {regime!r} trains no parameter of this model.")
-    return trained, {k: v for k, v in flat.items() if k not in trained}
+        raise UserError(f"regime {regime!r} does not train any parameter of this model.")
+    untrained = {k: v for k, v in flat.items() if k not in trained}
+    return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(untrained, sep="/")
 
 
-def merge(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict:
-    """The inverse of `split`."""
-    return traverse_util.unflatten_dict({**trained, **frozen}, sep="/")
+def merge(trained: Mapping[str, Any], untrained: Mapping[str, Any]) -> dict:
+    """Merges two nested dicts without a leaf in common: the inverse of `split`."""
+    flat = traverse_util.flatten_dict(trained, sep="/") | traverse_util.flatten_dict(untrained, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")

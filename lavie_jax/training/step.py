@@ -1,8 +1,7 @@
-"""One update, for whatever is trained: gradient, accumulation, optimizer, EMA.
+"""One training update, for any task: gradients, accumulation, optimizer, EMA.
 
-A `Task` says what is trained (`training/autoencoder.py`, `training/diffusion.py`); here is what all
-tasks share. The state is a plain dict `{"params", "opt_state", "ema", "step", "skipped"}`; the last counts the
-steps in a row that were skipped because of a loss or gradients that are not finite.
+A `Task` describes what is trained (`training/autoencoder.py`, `training/diffusion.py`); this file holds what all tasks
+share. `training/state.py` has the state that an update maps to the next one.
 """
 
 import dataclasses
@@ -14,29 +13,39 @@ import einops
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
+from lavie_jax import parallel
 from lavie_jax.errors import UserError
-from lavie_jax.training import ema, optimizer
+from lavie_jax.flops import count_flops
+from lavie_jax.training import optimizer
 
 Batch = Mapping[str, jax.Array]
 Losses = dict[str, jax.Array]
+
+UNTRAINED = "untrained"  # in `frozen`: the parameters of the trained networks that this run does not train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained, as pure functions.
 
+    `params` are all parameters of the trained networks. `split` divides them in two trees, of which only the trained
+    one has gradients, optimizer state and an EMA; `join` puts them together again, in front of each of the functions
+    below. An adapter is a third kind of parameters in `params` that `split` trains.
+
     Attributes:
-      init: rng -> nested dict of float32 parameters.
-      start: parameters (numpy) to start from instead of `init`; None = from scratch.
-      frozen: parameters that the loss needs and nobody trains.
+      init: rng -> params, float32.
+      start: params (numpy) to start from instead of `init`; None = from scratch.
+      frozen: parameters of other networks that the loss needs.
       loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch.
-      held_out: (params, frozen, batch, rng) -> {name: value}, the same whenever it is called.
-      plain_loss: `loss` without recomputing anything in the backward pass; None = the same.
+      held_out: (params, frozen, batch, rng) -> {name: value}, deterministic.
+      plain_loss: `loss` without rematerialisation; None = the same.
       export: (path, params in numpy, held-out values) writes a weights folder.
       judged_by: the held-out value by which checkpoints are compared; lower is better.
       regime: which parameters are trained, see `training/optimizer.py`.
-      images_only: whether the batches hold no video.
+      images_only: whether the batches contain no video.
     """
 
     init: Callable[[jax.Array], Any]
@@ -51,72 +60,65 @@ class Task:
     images_only: bool = False
 
     def split(self, params: Any) -> tuple[dict, dict]:
-        """(trained, untouched) parameters, flat."""
+        """Returns params as (trained, untrained), two nested dicts without a leaf in common."""
         return optimizer.split(params, regime=self.regime, images_only=self.images_only)
 
+    def join(self, trained: Any, frozen: Mapping[str, Any]) -> Any:
+        """Returns params: the inverse of `split`, with the untrained tree in `frozen[UNTRAINED]`."""
+        return optimizer.merge(trained, frozen.get(UNTRAINED, {}))
 
-def check_same(found: Any, wanted: Any, where: str, *, ignore: str = "") -> None:
-    """Refuses a model in the folder `where` whose config differs from the one of this run."""
+
+def check_same(given: Any, wanted: Any, where: str, *, ignore: str = "") -> None:
+    """Refuses a model in the folder `where` whose config differs from that of this run."""
     for field in dataclasses.fields(wanted):
-        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
+        theirs, ours = getattr(given, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name != ignore:
-            name = type(wanted).__name__
-            raise UserError(f"{where} has {name}.{field.name} = {theirs!r}, the config {ours!r}: they must agree.")
-
-
-def make_state(params: Any, task: Task, tx: optax.GradientTransformation) -> dict[str, Any]:
-    """The state before the first update. The EMA is its own copy: both are donated."""
-    return {
-        "params": params,
-        "opt_state": tx.init(task.split(params)[0]),
-        "ema": jax.tree.map(jnp.copy, params),
-        "step": jnp.zeros((), jnp.int32),
-        "skipped": jnp.zeros((), jnp.int32),
-    }
+            name = f"{type(wanted).__name__}.{field.name}"
+            raise UserError(f"{where} has {name} = {theirs!r}, but the config has {ours!r}: they must be equal.")
 
 
 def step_rng(seed: int, step: int | jax.Array) -> jax.Array:
-    """The randomness of update number `step` (from 0) of a run."""
+    """The random key of update number `step` (from 0) of a run."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Batch, jax.Array], tuple[dict, Losses]]:
-    """The function (params, frozen, batch, rng) -> (gradients of what is trained by path, mean losses and their norm).
+    """Makes the function (trained, frozen, batch, rng) -> (gradients by path, mean losses and the gradients' norm).
 
-    The batch is worked off in `accumulate` parts, one after the other, whose gradients are averaged: the memory of a
-    part, the gradients of the whole.
+    The batch is processed in `accumulate` parts, one after the other, and their gradients are averaged: the memory of
+    one part, the gradients of the whole batch.
     """
 
-    def gradients(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
-        def loss(trained):
-            return task.loss(optimizer.merge(trained, untouched), frozen, batch, rng)
+    def gradients(flat: dict, frozen: Any, batch: Batch, rng: jax.Array):
+        def loss(flat):
+            return task.loss(task.join(unflatten_dict(flat, sep="/"), frozen), frozen, batch, rng)
 
-        (value, losses), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        (value, losses), grads = jax.value_and_grad(loss, has_aux=True)(flat)
         return grads, {"loss": value, **losses}
 
-    def accumulated(trained: dict, untouched: dict, frozen: Any, batch: Batch, rng: jax.Array):
+    def accumulated(flat: dict, frozen: Any, batch: Batch, rng: jax.Array):
         if accumulate == 1:
-            return gradients(trained, untouched, frozen, batch, rng)
-        # Part i takes every accumulate-th row: each device works on its own rows in every part.
+            return gradients(flat, frozen, batch, rng)
+        # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
         parts = {k: einops.rearrange(x, "(b a) ... -> a b ...", a=accumulate) for k, x in batch.items()}
 
         def body(total, i):
             part = {k: x[i] for k, x in parts.items()}
-            out = gradients(trained, untouched, frozen, part, jax.random.fold_in(rng, i))
+            out = gradients(flat, frozen, part, jax.random.fold_in(rng, i))
             return jax.tree.map(jnp.add, total, out), None
 
         first = {k: x[0] for k, x in parts.items()}
-        shapes = jax.eval_shape(gradients, trained, untouched, frozen, first, rng)
+        shapes = jax.eval_shape(gradients, flat, frozen, first, rng)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def whole(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
-        grads, losses = accumulated(*task.split(params), frozen, batch, rng)
+    def with_norm(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
+        grads, losses = accumulated(flatten_dict(trained, sep="/"), frozen, batch, rng)
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in grads.values()))
         return grads, {**losses, "gradient_norm": norm}
 
-    return whole
+    return with_norm
 
 
 def make_update(
@@ -128,32 +130,31 @@ def make_update(
     accumulate: int = 1,
     skip_limit: int = 10,
 ) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
-    """The function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
+    """Makes the function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
 
-    A loss or gradient that is not finite changes nothing but the counters. The randomness of a step is keyed by
-    (seed, step), so that a resumed run draws what an uninterrupted one does, and by nothing that depends on the
-    number of devices.
+    A loss or gradient that is not finite changes only the counters. The randomness of a step depends on (seed, step)
+    alone: a resumed run repeats an uninterrupted one, on any number of devices.
 
     Args:
       task: what is trained.
-      tx: the optimizer; it sees the trained parameters as a flat dict.
-      seed: of the run.
-      ema_decay: see `ema.update`.
+      tx: the optimizer; it receives the trained parameters as a flat dict.
+      seed: seed of the run.
+      ema_decay: see `update_ema`.
       accumulate: see `make_gradients`.
-      skip_limit: after this many skipped steps in a row all further ones are skipped as well: the state
-        stays what it was when things went wrong, until somebody looks.
+      skip_limit: after this many skipped steps in a row all later ones are skipped too, so that the state stays as it
+        was when training broke down.
     """
     gradients = make_gradients(task, accumulate=accumulate)
 
     def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
         grads, losses = gradients(state["params"], frozen, batch, step_rng(seed, state["step"]))
-        trained, untouched = task.split(state["params"])
-        updates, opt_state = tx.update(grads, state["opt_state"], trained)
-        params = optimizer.merge(optax.apply_updates(trained, updates), untouched)
+        flat = flatten_dict(state["params"], sep="/")
+        updates, opt_state = tx.update(grads, state["opt_state"], flat)
+        params = unflatten_dict(optax.apply_updates(flat, updates), sep="/")
         new = {
             "params": params,
             "opt_state": opt_state,
-            "ema": ema.update(state["ema"], params, state["step"], decay=ema_decay),
+            "ema": update_ema(state["ema"], params, state["step"], decay=ema_decay),
         }
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(losses["gradient_norm"])
         good = finite & (state["skipped"] < skip_limit)
@@ -163,3 +164,30 @@ def make_update(
         return new, {**losses, "skipped": skipped}
 
     return update
+
+
+def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float) -> Any:
+    """Returns `ema + (1 - d) (params - ema)`, with d = min(decay, (1 + step) / (10 + step)).
+
+    The warm-up of d makes an early average follow the parameters instead of their random initialisation.
+
+    Args:
+      ema: tree like `params`, float32.
+      params: the parameters after update number `step`.
+      step: number of updates done, from 0.
+      decay: the final decay, such as 0.9999; 0 = no averaging.
+    """
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
+
+
+def make_held_out(task: Task) -> Callable[[Any, Any, Batch, jax.Array], Losses]:
+    """Makes the function (trained, frozen, batch, rng) -> the task's held-out values."""
+    return lambda trained, frozen, batch, rng: task.held_out(task.join(trained, frozen), frozen, batch, rng)
+
+
+def step_flops(task: Task, trained: Any, frozen: Any, batch: Any, mesh: Mesh, *, accumulate: int = 1) -> float:
+    """FLOPs of a training step on all devices together, frozen models included, rematerialisation excluded."""
+    gradients = make_gradients(dataclasses.replace(task, loss=task.plain_loss or task.loss), accumulate=accumulate)
+    trace = parallel.on_mesh(jax.make_jaxpr(gradients), mesh)
+    return count_flops(trace(trained, frozen, batch, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""A program measured in a process of its own, which is ended as soon as its memory is planned."""
+"""Measures a program in a subprocess, which is killed as soon as the compiler has planned its memory."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lavie_jax.errors import UserError
-from lavie_jax.planner import chips, measure, plan
+from lavie_jax.planner import chips, measure, memory_plan
 from lavie_jax.planner.programs import Program
 from lavie_jax.planner.report import Row
 
@@ -20,17 +20,18 @@ Make = Callable[[list[jax.Device]], Program]
 POLL = 0.2  # seconds
 
 
-def measure_apart(make: Make, topology: str, slices: int = 1, *, code: bool) -> Row:
-    """A row of `measure`; without `code` it lacks what is known at the end of compiling alone.
+def measure_in_subprocess(make: Make, topology: str, slices: int = 1, *, code: bool) -> Row:
+    """Returns a row of `measure`.
 
     Args:
       make: devices -> the program; picklable.
-      topology: see `chips.parse`; so many `slices` of it.
-      code: compile to the end.
+      topology: see `chips.parse`.
+      slices: number of slices of that topology.
+      code: compile completely; otherwise the row lacks what is known only at the end.
 
     Raises:
-      UserError: what `make` or `chips.devices` raises; the process was killed, most likely for want of memory.
-      RuntimeError: it failed otherwise; its traceback is on stderr.
+      UserError: raised by `make` or `chips.devices`; the process was killed, most likely for lack of memory.
+      RuntimeError: the process failed; its traceback is on stderr.
     """
     ours, theirs = multiprocessing.Pipe()
     with tempfile.TemporaryDirectory(prefix="planner-") as folder:
@@ -59,8 +60,8 @@ def _row(child: Any, pipe: multiprocessing.connection.Connection, folder: Path) 
             if kind == "row":
                 return value
             traced, begin = value, time.perf_counter()
-        elif traced is not None and (found := plan.read(folder)) is not None:
-            return measure.planned(traced, found, begin)
+        elif traced is not None and (plan := memory_plan.read(folder)) is not None:
+            return measure.planned(traced, plan, begin)
 
 
 def _work(
@@ -79,7 +80,7 @@ def _ended(child: Any) -> Exception:
     child.join()
     if child.exitcode == -9:
         return UserError(
-            "the compiling process was killed, most likely because this machine has too little memory for it; end "
-            "other programs, or leave out --code"
+            "the compiling process was killed, most likely because this machine has too little memory: close other "
+            "programs, or leave out --code"
         )
     return RuntimeError(f"the compiling process ended with exit status {child.exitcode}")

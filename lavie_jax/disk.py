@@ -1,0 +1,47 @@
+"""Full disks: recognises them, and keeps a run alive through writes that are repeated later anyway."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+
+from absl import logging
+
+
+@dataclasses.dataclass
+class Written:
+    """Whether a write completed; its truth value is the answer."""
+
+    complete: bool = False
+
+    def __bool__(self) -> bool:
+        return self.complete
+
+
+@contextlib.contextmanager
+def tolerate_full_disk(what: str) -> Iterator[Written]:
+    """Logs a full disk instead of raising it, around a write that the next interval repeats.
+
+    Yields:
+      An object that is true after the block if the block completed.
+    """
+    written = Written()
+    try:
+        yield written
+        written.complete = True
+    except Exception as error:
+        if not is_full(error):
+            raise
+        logging.error("%s could not be written: the disk is full. Training continues.", what)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, means that the disk or its quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):  # tensorstore's errors
+            return True
+        error = error.__cause__ or error.__context__
+    return False
