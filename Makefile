@@ -21,7 +21,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
 # Test files for `make check`, chosen by their measured CPU time (about 60 seconds together) and by how much they cover.
-FAST := docs errors imports layers lock loss mixture originals samplers schedule sheets stages torch_for_tests typecheck \
+FAST := docs errors imports layers lock loss mixture originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
 .PHONY: demo check test heavy-test crash-test lint typecheck parity-full train-demo train-cascade
@@ -36,7 +36,8 @@ demo: $(VENV)/requirements.stamp
 	@echo "Videos, contact sheets and JSON files with all settings are in $(CURDIR)/demo and demo/cascade"
 
 check: lint typecheck
-	$(PY) -m pytest --quiet --durations=0 --durations-min=2 --numprocesses=2 --dist=loadfile $(FAST:%=tests/test_%.py)
+	$(PY) -m pytest --quiet --durations=0 --durations-min=2 --numprocesses=2 --dist=loadfile $(FAST:%=tests/test_%.py) \
+		tests/test_samplers.py::test_the_original_loops_are_reproduced
 
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py

@@ -6,7 +6,7 @@ weights folder all come from there.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
@@ -62,7 +62,7 @@ class Settings:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def make(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+    def make(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
         """The `defaults` of a weights folder, overridden by the entries of `given` that are not None."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in [*defaults, *given]:

@@ -86,7 +86,7 @@ class VSR(Stage):
         check_derived(given, size)
         if given.get("fps") is None:
             size["fps"] = clip.fps
-        settings = VSRSettings.make(weights.sampling, {**given, **size})
+        settings: VSRSettings = VSRSettings.make(weights.sampling, {**given, **size})
         if settings.tile is None:
             tile = 0 if clip.height * clip.width <= WHOLE_FRAME else TILE
             settings = dataclasses.replace(settings, tile=tile)
