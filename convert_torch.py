@@ -11,7 +11,6 @@ exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a m
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,10 +18,8 @@ from lavie_jax.errors import Parser, UserError
 from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.interpolation import interpolated_sampling
-from lavie_jax.weights import load_folder
-from lavie_jax.weights.convert import Target, differences, export_part, exported, import_stage
-from lavie_jax.weights.inflate import inflate_base, inflate_pretrained
+from lavie_jax.weights.convert import differences, export_part, exported, import_stage
+from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
 from lavie_jax.weights.pretrained import read_weights_file
 
 
@@ -64,8 +61,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "inflate" and (args.base is None) == (args.pretrained is None):
         grow.error("give either --pretrained (base, vsr) or --from (interpolation)")
-    if args.command == "inflate" and (args.base is not None) != (args.stage == "interpolation"):
-        grow.error("stage interpolation starts --from a base folder, the others from a --pretrained image model")
+    if args.command == "inflate" and (args.base is not None) != (STAGES[args.stage].inflates is not None):
+        start = STAGES[args.stage].inflates
+        option = f"--from a {start} folder" if start else f"a --pretrained {STAGES[args.stage].image_model}"
+        grow.error(f"the stage {args.stage} starts from {option}")
     if args.command == "export" and args.out is None and args.check is None:
         back.error("give --out, --check, or both")
     return args
@@ -74,22 +73,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> None:
     """Runs `import` or `inflate`: writes a weights folder."""
     stage = STAGES[args.stage]
-    target = Target(
-        stage=stage.name, sampling=stage.sampling, schedule=stage.schedule, low_res_schedule=stage.low_res_schedule
-    )
     common = {"share": args.share, "overwrite": args.overwrite}
     if args.command == "import":
         import_stage(
-            target, args.out, unet_file=args.unet, pretrained=args.pretrained, tokenizer=args.tokenizer, **common
+            stage, args.out, unet_file=args.unet, pretrained=args.pretrained, tokenizer=args.tokenizer, **common
         )
     elif args.base is not None:
-        base = load_folder(args.base, stage="base", params=False)
-        sampling = interpolated_sampling({**STAGES["base"].sampling, **base.sampling})
-        target = dataclasses.replace(target, sampling=sampling)
-        inflate_base(target, args.out, base=args.base, seed=check_seed(args.seed), **common)
+        inflate_stage(stage, args.out, source=args.base, seed=check_seed(args.seed), **common)
     else:
         seed = check_seed(args.seed)
-        inflate_pretrained(target, args.out, pretrained=args.pretrained, tokenizer=args.tokenizer, seed=seed, **common)
+        inflate_pretrained(stage, args.out, pretrained=args.pretrained, tokenizer=args.tokenizer, seed=seed, **common)
     print(f"wrote {args.out}")
 
 

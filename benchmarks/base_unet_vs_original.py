@@ -64,11 +64,12 @@ class Ours:
         from lavie_jax.models.unet import UNet
         from lavie_jax.parity.cases import read_case
         from lavie_jax.parity.kinds import load_params, take
+        from lavie_jax.stages import STAGES
         from lavie_jax.weights.diffusers_configs import unet_config
 
         self.jax, self.pid, self.version = jax, os.getpid(), jax.__version__
         case = dataclasses.replace(read_case(CASE), inputs=SHAPES)
-        unet = UNet(unet_config(case.model, "base"))
+        unet = UNet(unet_config(case.model, STAGES["base"]))
         timesteps = jax.numpy.asarray(SHAPES["timesteps"])
         params = load_params(case, "unet", unet.config)
         self.arguments = ({"params": params}, take(case, "sample"), timesteps, take(case, "context"))

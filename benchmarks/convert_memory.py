@@ -16,6 +16,7 @@ import numpy as np
 from memory import run_measured
 
 from lavie_jax.models.clip_text import CLIPTextConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.weights.diffusers_configs import unet_config, vae_config
 from lavie_jax.weights.expected import expected_shapes
 from lavie_jax.weights.names import to_torch
@@ -48,7 +49,7 @@ def random_tensors(part: str, config, dialect: str) -> dict[str, Tensor]:
 def make_files(folder: Path) -> None:
     """Writes `lavie_base.pt` and the diffusers folder `sd`."""
     flat = folder / "flat.safetensors"
-    write_safetensors(flat, random_tensors("unet", unet_config(UNET, "base"), "lavie"), {})
+    write_safetensors(flat, random_tensors("unet", unet_config(UNET, STAGES["base"]), "lavie"), {})
     write_torch(folder / "lavie_base.pt", read_safetensors(flat)[0])
     flat.unlink()
     vae, text = vae_config(VAE), CLIPTextConfig(**TEXT)

@@ -1,4 +1,4 @@
-"""Tiny PyTorch checkpoints and diffusers folders, made on the spot, and the converter as a command. Needs torch."""
+"""Writes tiny PyTorch checkpoints and diffusers folders, and runs the converter on them. Needs torch."""
 
 import json
 import zlib
@@ -35,8 +35,8 @@ SD_SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end
 X4_SCHEDULER = SD_SCHEDULER | {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction"}
 LOW_RES_SCHEDULER = {"beta_start": 0.0001, "beta_end": 0.015, "beta_schedule": "scaled_linear"}
 
-IMAGE = unet_config(SD_UNET, "image")
-X4_IMAGE = unet_config(X4_UNET, "image")
+IMAGE = unet_config(SD_UNET)
+X4_IMAGE = unet_config(X4_UNET)
 STAGE_CONFIGS = {
     "base": video_config(IMAGE, "base", 4),
     "interpolation": video_config(IMAGE, "interpolation", 4),
@@ -45,11 +45,11 @@ STAGE_CONFIGS = {
 
 
 def state_dict(part, config, dialect="diffusers", dtype=np.float32):
-    """Random torch tensors under PyTorch's names, the buffers included that the originals have."""
+    """Returns random torch tensors under PyTorch's names, including the buffers of the original checkpoints."""
     tensors = {}
     for path, shape in expected_shapes(config).items():
-        draw = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape) * 0.1
-        name, array = to_torch(part, path, draw.astype(dtype), dialect)
+        values = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape) * 0.1
+        name, array = to_torch(part, path, values.astype(dtype), dialect)
         array = np.ascontiguousarray(array)
         if dtype == ml_dtypes.bfloat16:
             tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -65,7 +65,7 @@ def state_dict(part, config, dialect="diffusers", dtype=np.float32):
 
 
 def ours(tensors):
-    """A torch UNet's tensors under our paths."""
+    """Returns the tensors of a PyTorch UNet under our paths."""
     named = (from_torch("unet", name, tensor.float().numpy()) for name, tensor in tensors.items())
     return {path: as_tensor(array) for path, array in named}
 
@@ -87,7 +87,7 @@ def write_tokenizer(folder):
 
 
 def write_sd(folder, *, unet=SD_UNET, image=IMAGE, vae_dialect="old", text_dialect="text_model", suffix=""):
-    """A diffusers folder of .bin files; `suffix` ".fp16" for the half-precision variant's names."""
+    """Writes a diffusers folder of .bin files; `suffix` is ".fp16" for the half-precision variant's names."""
     dtype = np.float16 if suffix else np.float32
     model, clip = f"diffusion_pytorch_model{suffix}.bin", f"pytorch_model{suffix}.bin"
     write_model(folder / "unet", unet, state_dict("unet", image, dtype=dtype), model)
@@ -102,7 +102,7 @@ def write_sd(folder, *, unet=SD_UNET, image=IMAGE, vae_dialect="old", text_diale
 
 
 def run(*args):
-    """The exit code of convert_torch.py."""
+    """Runs convert_torch.py in this process. Returns its exit code."""
     try:
         return convert_torch.main([str(a) for a in args])
     except SystemExit as error:
@@ -118,7 +118,7 @@ def import_base(unet, sd, out, *more):
 
 
 def refused(capsys, out, code, *, lines=1):
-    """The message of a refusal: exit code 2, no traceback, nothing written."""
+    """Checks a refusal (exit code 2, no traceback, nothing written) and returns its message."""
     error = capsys.readouterr().err
     assert code == 2
     assert error.startswith("error: ") and len(error.strip().splitlines()) == lines, error
@@ -141,7 +141,7 @@ def make_x4(tmp_path_factory):
 
 
 def make_base(sd, tmp_path_factory):
-    """Fixture: (a checkpoint of the base stage, the weights folder made of it)."""
+    """Fixture: (a checkpoint of the base stage, the weights folder converted from it)."""
     folder = tmp_path_factory.mktemp("base")
     torch.save({"ema": lavie("base"), "step": 7}, folder / "lavie_base.pt")
     assert import_stage("base", folder / "lavie_base.pt", sd, folder / "base") == 0

@@ -92,7 +92,7 @@ def test_full_size_is_the_released_models_size(stage, vae, text):
 
     config = options.load(f"configs/{stage}.py")
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    assert models.unet.config == unet_config(released(f"{stage}_unet_full"), stage)
+    assert models.unet.config == unet_config(released(f"{stage}_unet_full"), STAGE[stage])
     assert models.vae.config == dataclasses.replace(
         vae_config(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
     )

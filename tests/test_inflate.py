@@ -185,7 +185,7 @@ def to_compvis(part, name):
 
 def write_compvis(file):
     """A CompVis checkpoint of the tiny SD, with what such files drag along."""
-    image = unet_config(SD_UNET | {"attention_head_dim": 8}, "image")
+    image = unet_config(SD_UNET | {"attention_head_dim": 8})
     parts = {
         "unet": state_dict("unet", image),
         "vae": state_dict("vae", vae_config(VAE)),

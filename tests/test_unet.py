@@ -18,7 +18,7 @@ from lavie_jax.models.transformer import Setting, Transformer
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.weights.diffusers_configs import STAGE_UNET_FIELDS, inflated_config, unet_config
+from lavie_jax.weights.diffusers_configs import inflated_config, unet_config
 
 TINY = {
     "block_out_channels": [16],
@@ -73,7 +73,7 @@ def random_params(unet, *inputs):
 
 def make(kind, change=None):
     """Returns (unet, inputs of a video with 2 images): x (2, 4+2, 6, 10, C), t, text, image_text, image_t, level."""
-    config = unet_config(KINDS[kind] | (change or {}), kind)
+    config = unet_config(KINDS[kind] | (change or {}), STAGES[kind])
     config = dataclasses.replace(config, temporal_norm_groups=4, **dict.fromkeys(OURS.get(kind, ()), True))
     rng = np.random.default_rng(1)
 
@@ -331,10 +331,10 @@ def test_odd_sides_keep_their_size():
 
 def test_config_survives_json():
     for kind, json in KINDS.items():
-        config = unet_config(json, kind)
+        config = unet_config(json, STAGES[kind])
         assert UNetConfig.from_dict(config.to_dict()) == config
-        assert config.image_config() == unet_config(json, "image")
-    assert set(STAGE_UNET_FIELDS) == {*KINDS, "image"}
+        assert config.image_config() == unet_config(json)
+    assert set(KINDS) == set(STAGES)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_config_survives_json():
 )
 def test_unsupported_configs_are_refused(change, names):
     with pytest.raises(UserError, match=names):
-        unet_config(TINY | TWO_LEVELS | change, "base")
+        unet_config(TINY | TWO_LEVELS | change)
 
 
 def test_mixed_up_inputs_are_refused():
@@ -360,9 +360,9 @@ def test_mixed_up_inputs_are_refused():
 
 
 def test_inflated_is_the_inverse_of_image_config():
-    for kind in STAGE_UNET_FIELDS:
-        image = unet_config(TINY, "image")
-        assert inflated_config(image, kind).image_config() == image
+    for stage in STAGES.values():
+        image = unet_config(TINY)
+        assert inflated_config(image, stage.unet_fields).image_config() == image
 
 
 def test_the_mid_block_always_attends_to_itself():

@@ -21,6 +21,7 @@ from lavie_jax.models import registry
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.weights import folder, folder_hash, load_folder, load_part, save_folder
 from lavie_jax.weights.diffusers_configs import inflated_config, unet_config
 from lavie_jax.weights.expected import compare, expected_shapes
@@ -38,11 +39,11 @@ X4 = {
 }  # fmt: skip
 TEXT = {"vocab_size": 49408, "max_position_embeddings": 77}
 RELEASED = {
-    "lavie_base": unet_config(SD, "base"),
-    "lavie_interpolation": unet_config(SD | {"in_channels": 8}, "interpolation"),
-    "lavie_vsr": inflated_config(unet_config(X4, "image"), "vsr"),
-    "sd14_unet": unet_config(SD, "image"),
-    "x4_unet": unet_config(X4, "image"),
+    "lavie_base": unet_config(SD, STAGES["base"]),
+    "lavie_interpolation": unet_config(SD | {"in_channels": 8}, STAGES["interpolation"]),
+    "lavie_vsr": inflated_config(unet_config(X4), STAGES["vsr"].unet_fields),
+    "sd14_unet": unet_config(SD),
+    "x4_unet": unet_config(X4),
     "sd14_vae": VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2),
     "x4_vae": VAEConfig(block_out_channels=(128, 256, 512), layers_per_block=2, scaling_factor=0.08333),
     "sd14_text": CLIPTextConfig(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from lavie_jax.data import shards
 from lavie_jax.data.video_files import finished
-from lavie_jax.errors import UserError
 from lavie_jax.disk import is_full
+from lavie_jax.errors import UserError
 
 MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
 WORK = ".work"

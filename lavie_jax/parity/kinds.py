@@ -89,15 +89,15 @@ def run_vae(case: Case) -> Arrays:
 
 def run_unet(case: Case) -> Arrays:
     """Calls the UNet of the kind's stage once."""
-    stage = case.kind.removesuffix("_unet")
     x = take(case, "sample")
-    if stage == "vsr":
+    if "low_res" in case.inputs:
         x = jnp.concatenate([x, take(case, "low_res")], axis=-1)
-    timesteps = jnp.broadcast_to(jnp.asarray(case.inputs["timesteps"]), x.shape[:1])
-    level = None
-    if stage == "vsr":
-        level = jnp.broadcast_to(jnp.asarray(case.inputs["noise_level"]), x.shape[:1])
-    unet = UNet(unet_config(case.model, stage))
+
+    def per_row(name):
+        return jnp.broadcast_to(jnp.asarray(case.inputs[name]), x.shape[:1])
+
+    timesteps, level = per_row("timesteps"), per_row("noise_level") if "noise_level" in case.inputs else None
+    unet = UNet(unet_config(case.model, STAGES[case.kind.removesuffix("_unet")]))
     variables = {"params": load_params(case, "unet", unet.config)}
     output = jax.jit(unet.apply)(variables, x, timesteps, take(case, "context"), noise_level=level)
     return {"output": channels_first(output)}
@@ -105,7 +105,7 @@ def run_unet(case: Case) -> Arrays:
 
 def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
     """Returns each sampler's final latents, from the case's `init` noise, with classifier-free guidance."""
-    unet = UNet(unet_config(case.model, stage))
+    unet = UNet(unet_config(case.model, STAGES[stage]))
     params = load_params(case, "unet", unet.config)
     text, null_text = Prompts(take(case, "context")), Prompts(take(case, null_context))
     guidance = case.settings["guidance_scale"]

@@ -16,7 +16,7 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
 from lavie_jax.planner.programs import Program, cast, placed
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.conditioning import Condition
+from lavie_jax.stages.conditioning import Condition, Prompts
 from lavie_jax.stages.settings import Settings
 from lavie_jax.training import build
 from lavie_jax.weights import Part, Weights

@@ -44,11 +44,22 @@ class Interpolation(Stage):
     schedule = Schedule(**LINEAR_BETAS)
     null_caption = "None"
     unet_fields = {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"}
-    condition_channels = 1
+    condition_latents = 1
     image_model = None
     inflates = "base"
     encodes_clip = True
     memory_advice = "a clip of a smaller height and width"
+
+    def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """The released settings are for the released base's clips, these for the clips of `source`."""
+        base = {**BASE.sampling, **source}
+        return {
+            **self.sampling,
+            "height": base["height"],
+            "width": base["width"],
+            "frames": interpolated_length(base["frames"]),
+            "fps": base["fps"] * self.sampling["fps"] / BASE.sampling["fps"],
+        }
 
     # ---- training ----
 
@@ -137,17 +148,3 @@ class Interpolation(Stage):
 
 
 STAGE = Interpolation()
-
-
-def interpolated_sampling(base: Mapping[str, Any]) -> dict[str, Any]:
-    """The interpolation stage's sampling settings for clips made by a base stage with the settings `base`.
-
-    The released ones are for its 16 frames of 320x512 at 8 fps.
-    """
-    return {
-        **STAGE.sampling,
-        "height": base["height"],
-        "width": base["width"],
-        "frames": interpolated_length(base["frames"]),
-        "fps": base["fps"] * STAGE.sampling["fps"] / BASE.sampling["fps"],
-    }

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.models.registry import PARTS
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.conditioning import (
@@ -68,8 +69,9 @@ class Stage:
         low_res_schedule: the schedule of the noise on low-resolution frames, of a stage that has them.
         null_caption: the text that replaces a dropped caption in training.
         unet_fields: fields of `UNetConfig` in which the stage's UNet differs from the image model's.
-        condition_channels: the number of channels that the condition adds to x_t, in multiples of the latent's.
+        condition_latents: how many latents the condition adds to the input channels of the UNet that is inflated.
         image_model: the image model that the stage's UNet is inflated from; None where it is inflated from `inflates`.
+        image_channels: input channels of that image model beside the latent's.
         inflates: the stage whose UNet is inflated, or None.
         vae_defaults: fields that older published configurations of the stage's VAE leave out.
         vae_dtype: dtype of the VAE's computation where it is not that of the other networks.
@@ -86,8 +88,9 @@ class Stage:
     low_res_schedule: ClassVar[Schedule | None] = None
     null_caption: ClassVar[str] = ""
     unet_fields: ClassVar[Mapping[str, Any]]
-    condition_channels: ClassVar[int] = 0
+    condition_latents: ClassVar[int] = 0
     image_model: ClassVar[str | None] = "Stable Diffusion 1.x"
+    image_channels: ClassVar[int] = 0
     inflates: ClassVar[str | None] = None
     vae_defaults: ClassVar[Mapping[str, Any]] = {}
     vae_dtype: ClassVar[DTypeLike | None] = None
@@ -100,6 +103,15 @@ class Stage:
     def info(self) -> StageInfo:
         """Its settings' dataclass, and its position among the stages."""
         return STAGE_INFO[self.name]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What its weights folder contains."""
+        return (*PARTS, "tokenizer", "scheduler", *(("low_res_scheduler",) if self.low_res_schedule else ()))
+
+    def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """The default sampling settings of a model that is inflated from one with the settings `source`."""
+        return dict(self.sampling)
 
     # ---- training ----
 

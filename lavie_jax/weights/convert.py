@@ -16,6 +16,7 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.transformer import ROTARY_WIDTH
 from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
@@ -25,17 +26,6 @@ from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors
 from lavie_jax.weights.torch_files import import_torch, write_torch
 
 SCHEDULER_FIELDS = ("num_train_timesteps", "prediction_type")  # taken from the pretrained model; betas are not
-X4_SCALING_FACTOR = 0.08333  # missing from vae/config.json in older x4-upscaler folders
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """The contents of a new weights folder that come from the stage and not from files."""
-
-    stage: str
-    sampling: dict
-    schedule: Schedule  # the schedule of training; overrides the betas of the pretrained model
-    low_res_schedule: Schedule | None = None
 
 
 @dataclasses.dataclass
@@ -54,7 +44,7 @@ class Imported:
 
 
 def import_stage(
-    target: Target,
+    stage: Stage,
     out: Path,
     *,
     unet_file: Path,
@@ -66,7 +56,7 @@ def import_stage(
     """Writes a weights folder from a LaVie checkpoint and the image model that it was trained from.
 
     Args:
-        target: the stage.
+        stage: the stage of the checkpoint.
         out: the weights folder to write.
         unet_file: the LaVie checkpoint.
         pretrained: a diffusers folder, or a CompVis checkpoint, which needs `tokenizer`.
@@ -80,28 +70,25 @@ def import_stage(
     """
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)
-    parts = import_image_parts(source, target.stage)
-    config = video_config(unet_config(source.unet_config, "image"), target.stage, parts["vae"].config.latent_channels)
+    parts = import_image_parts(source, stage)
+    config = video_config(unet_config(source.unet_config), stage, parts["vae"].config.latent_channels)
     parts["unet"] = import_part("unet", PretrainedPart(unet_file, {}, read_weights_file(unet_file)), config)
     refuse([line for part in parts.values() for line in part.problems] + list(source.unknown))
-    save(target, out, parts, source, share=share, overwrite=overwrite)
+    save(stage, out, parts, source, share=share, overwrite=overwrite)
 
 
-def import_image_parts(source: Pretrained, stage: str) -> dict[str, Imported]:
+def import_image_parts(source: Pretrained, stage: Stage) -> dict[str, Imported]:
     """Imports the VAE and the text encoder of a published model."""
-    vae_json = dict(source.vae.config)
-    if stage == "vsr":
-        vae_json.setdefault("scaling_factor", X4_SCALING_FACTOR)
     return {
-        "vae": import_part("vae", source.vae, vae_config(vae_json)),
+        "vae": import_part("vae", source.vae, vae_config({**stage.vae_defaults, **source.vae.config})),
         "text_encoder": import_part("text_encoder", source.text_encoder, clip_text_config(source.text_encoder.config)),
     }
 
 
-def video_config(image: UNetConfig, stage: str, latent_channels: int) -> UNetConfig:
-    """Returns the config of a stage's UNet around an image UNet: temporal parts, and channels for key frames."""
-    more = latent_channels if stage == "interpolation" else 0
-    return inflated_config(dataclasses.replace(image, in_channels=image.in_channels + more), stage)
+def video_config(image: UNetConfig, stage: Stage, latent_channels: int) -> UNetConfig:
+    """Returns the config of a stage's UNet around an image UNet: temporal parts, and channels for its condition."""
+    more = stage.condition_latents * latent_channels
+    return inflated_config(dataclasses.replace(image, in_channels=image.in_channels + more), stage.unet_fields)
 
 
 def import_part(part: str, source: PretrainedPart, config) -> Imported:
@@ -127,7 +114,7 @@ def import_part(part: str, source: PretrainedPart, config) -> Imported:
 
 
 def save(
-    target: Target,
+    stage: Stage,
     out: Path,
     parts: Mapping[str, Imported],
     source: Pretrained,
@@ -137,14 +124,14 @@ def save(
 ) -> None:
     """Writes checked parts, with the schedules of the published model where it has them."""
     scheduler = {key: source.scheduler[key] for key in SCHEDULER_FIELDS if key in source.scheduler}
-    schedule = Schedule.from_json(target.schedule.to_json() | scheduler)
-    low_res = target.low_res_schedule
+    schedule = Schedule.from_json(stage.schedule.to_json() | scheduler)
+    low_res = stage.low_res_schedule
     if low_res is not None and source.low_res_scheduler:
         low_res = Schedule.from_json(source.low_res_scheduler)
     save_folder(
         out,
-        stage=target.stage,
-        sampling=target.sampling,
+        stage=stage.name,
+        sampling=stage.sampling,
         **{name: part.part for name, part in parts.items()},
         tokenizer=source.tokenizer,
         schedule=schedule,

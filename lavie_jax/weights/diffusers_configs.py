@@ -1,4 +1,4 @@
-"""Our configs from diffusers' and transformers' config.json files, and what LaVie's stages add to an image UNet."""
+"""Our configs from diffusers' and transformers' config.json files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,13 +9,8 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.config import config_from_dict, only_supported
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages.stage import Stage
 
-STAGE_UNET_FIELDS = {  # fields of `UNetConfig` that a stage's UNet has beyond its JSON; "image" is an image model
-    "image": {},
-    "base": {"temporal_attention": "before_ff", "temporal_position": True},
-    "interpolation": {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"},
-    "vsr": {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True},
-}
 SUPPORTED_UNET_FIELDS = {  # name -> the only value that our UNet implements
     "act_fn": "silu",
     "center_input_sample": False,
@@ -32,18 +27,16 @@ SUPPORTED_UNET_FIELDS = {  # name -> the only value that our UNet implements
 }
 
 
-def unet_config(json: Mapping[str, Any], stage: str) -> UNetConfig:
+def unet_config(json: Mapping[str, Any], stage: Stage | None = None) -> UNetConfig:
     """Returns the config of the UNet that a diffusers `unet/config.json` describes.
 
     Args:
         json: the content of the file; absent fields take diffusers' defaults.
-        stage: a key of `STAGE_UNET_FIELDS`.
+        stage: the stage of LaVie whose UNet it is; None for an image model.
 
     Raises:
         UserError: a field has a value that this UNet does not support.
     """
-    if stage not in STAGE_UNET_FIELDS:
-        raise UserError(f"unknown kind of UNet {stage!r}{suggest(stage, STAGE_UNET_FIELDS)}")
     only_supported("the UNet's config.json", json, SUPPORTED_UNET_FIELDS)
     widths = tuple(json.get("block_out_channels", UNetConfig.block_out_channels))
     levels = len(widths)
@@ -65,7 +58,7 @@ def unet_config(json: Mapping[str, Any], stage: str) -> UNetConfig:
         norm_num_groups=json.get("norm_num_groups", 32),
         norm_eps=json.get("norm_eps", 1e-5),
     )
-    config = inflated_config(image, stage)
+    config = inflated_config(image, {} if stage is None else stage.unet_fields)
     if not config.temporal_resblocks:
         return config
     only_supported("the UNet's config.json", json, {"use_first_frame": False, "video_condition": False})
@@ -77,9 +70,9 @@ def unet_config(json: Mapping[str, Any], stage: str) -> UNetConfig:
     )
 
 
-def inflated_config(image: UNetConfig, stage: str) -> UNetConfig:
-    """Returns the config of a stage's UNet around an image UNet; temporal modules, if any, are at every level."""
-    config = dataclasses.replace(image, **STAGE_UNET_FIELDS[stage])
+def inflated_config(image: UNetConfig, fields: Mapping[str, Any]) -> UNetConfig:
+    """Returns an image UNet's config with a stage's `unet_fields`; temporal modules, if any, are at every level."""
+    config = dataclasses.replace(image, **fields)
     if not config.temporal_resblocks:
         return config
     every = tuple(range(len(config.block_out_channels)))

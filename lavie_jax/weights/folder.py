@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
+from lavie_jax.stages import STAGES
 from lavie_jax.weights.expected import compare, fingerprint, refuse
 from lavie_jax.weights.names import is_buffer
 from lavie_jax.weights.safetensors_io import (
@@ -36,12 +37,7 @@ from lavie_jax.weights.safetensors_io import (
 )
 
 FORMAT_VERSION = 1
-CONTENTS = {  # the parts that the folder of a stage must have
-    "base": (*PARTS, "tokenizer", "scheduler"),
-    "interpolation": (*PARTS, "tokenizer", "scheduler"),
-    "vsr": (*PARTS, "tokenizer", "scheduler", "low_res_scheduler"),
-    "vae": ("vae",),
-}
+CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
 MODEL_FILE = "model.safetensors"
 # Fields of a part's config.json beside those of the network's config:
 FINGERPRINT = "fits"  # see `expected.fingerprint`

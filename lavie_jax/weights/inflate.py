@@ -15,9 +15,9 @@ import numpy as np
 from lavie_jax.errors import UserError
 from lavie_jax.models.registry import PARTS
 from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.convert import (
     Imported,
-    Target,
     import_image_parts,
     import_part,
     save,
@@ -34,7 +34,7 @@ TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that image 
 
 
 def inflate_pretrained(
-    target: Target,
+    stage: Stage,
     out: Path,
     *,
     pretrained: Path,
@@ -49,54 +49,52 @@ def inflate_pretrained(
     """
     check_new_folder(out, overwrite=overwrite)
     source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True)
-    parts = import_image_parts(source, target.stage)
-    image = import_part("unet", source.unet, unet_config(source.unet_config, "image"))
+    parts = import_image_parts(source, stage)
+    image = import_part("unet", source.unet, unet_config(source.unet_config))
     refuse([line for part in (image, *parts.values()) for line in part.problems] + list(source.unknown))
-    _check_kind(pretrained, target.stage, image.config, parts["vae"].config.latent_channels)
-    config = video_config(image.config, target.stage, parts["vae"].config.latent_channels)
+    _check_kind(pretrained, stage, image.config, parts["vae"].config.latent_channels)
+    config = video_config(image.config, stage, parts["vae"].config.latent_channels)
     parts["unet"] = Imported(config, inflate(image.tensors, config, seed=seed), image.dialect, [])
-    save(target, out, parts, source, share=share, overwrite=overwrite)
+    save(stage, out, parts, source, share=share, overwrite=overwrite)
 
 
-def _check_kind(pretrained: Path, stage: str, unet: UNetConfig, latent_channels: int) -> None:
+def _check_kind(pretrained: Path, stage: Stage, unet: UNetConfig, latent_channels: int) -> None:
     """Raises UserError unless the stage starts from this kind of model: not, for instance, from one for inpainting."""
-    wanted = {"base": (latent_channels, False, "Stable Diffusion 1.x"), "vsr": (latent_channels + 3, True,
-              "stable-diffusion-x4-upscaler")}  # fmt: skip
-    channels, levels, name = wanted[stage]
+    channels, levels = latent_channels + stage.image_channels, stage.low_res_schedule is not None
     if (unet.in_channels, unet.num_class_embeds is not None) != (channels, levels):
         has = "with" if unet.num_class_embeds is not None else "without"
         raise UserError(
-            f"{pretrained} has a UNet with {unet.in_channels} input channels, {has} noise levels; the stage {stage} "
-            f"starts from {name}: {channels} channels, {'with' if levels else 'without'} them."
+            f"{pretrained} has a UNet with {unet.in_channels} input channels, {has} noise levels; the stage "
+            f"{stage.name} starts from {stage.image_model}: {channels} channels, {'with' if levels else 'without'} them."
         )
 
 
-def inflate_base(
-    target: Target, out: Path, *, base: Path, seed: int = 0, share: Path | None = None, overwrite: bool = False
+def inflate_stage(
+    stage: Stage, out: Path, *, source: Path, seed: int = 0, share: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Writes a weights folder of stage "interpolation" to train from, starting from one of stage "base".
+    """Writes a weights folder to train from, starting from the folder `source` of the stage that `stage` inflates.
 
-    The base's temporal attention is not copied, since it is at another position in the block.
+    Temporal attention is not copied: interpolation has it at another position in the block than the base.
 
     Raises:
-        UserError: `base` is not a complete folder of that stage.
+        UserError: `source` is not a complete folder of that stage.
     """
     check_new_folder(out, overwrite=overwrite)
-    weights = load_folder(base, stage="base")
+    weights = load_folder(source, stage=stage.inflates)
     parts, dialects = {}, {}
     for name in PARTS:
-        config, tensors, metadata = read_part(base, name)
+        config, tensors, metadata = read_part(source, name)
         parts[name], dialects[name] = (config, tensors), metadata.get("dialect", "diffusers")
-    base_config, tensors = parts["unet"]
-    config = video_config(base_config.image_config(), target.stage, weights.vae.config.latent_channels)
+    source_config, tensors = parts["unet"]
+    config = video_config(source_config.image_config(), stage, weights.vae.config.latent_channels)
     spatial = {path: t for path, t in tensors.items() if not TEMPORAL.search(path)}
     parts["unet"] = config, inflate(spatial, config, seed=seed)
     save_folder(
         out,
-        stage=target.stage,
-        sampling=target.sampling,
+        stage=stage.name,
+        sampling=stage.sampling_from(weights.sampling),
         **parts,
-        tokenizer=part_dir(base, "tokenizer"),
+        tokenizer=part_dir(source, "tokenizer"),
         schedule=weights.schedule,
         share=share,
         dialects=dialects,
