@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.attention import attention
@@ -84,7 +84,7 @@ class CLIPText(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b l"], mask: None = None) -> Float[Array, "b l d"]:
+    def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l d"]:
         if mask is not None:
             raise ValueError("CLIP has no padding mask: it attends to padding; see takes_mask.")
         config = self.config

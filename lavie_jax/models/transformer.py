@@ -24,7 +24,7 @@ TRANSFORMER_EPS = 1e-6  # of the group norm before a transformer and in temporal
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all layers of one UNet call have in common."""
+    """Settings and layout that all layers of one UNet call have in common."""
 
     config: UNetConfig
     frames: Frames
