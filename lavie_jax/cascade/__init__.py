@@ -109,6 +109,14 @@ def stage_folders(
     return {stage: available[stage] for stage in STAGES if stage in available}
 
 
+def stage_folder(path: str | os.PathLike | None, stage: str) -> Path:
+    """The folder of one stage in a weights folder, or among the shipped models. Raises UserError when there is none."""
+    available = stage_folders(path, stages=(stage,))
+    if stage not in available:
+        raise _no_weights(stage, available)
+    return available[stage]
+
+
 def _no_weights(stage: str, available: Iterable[str]) -> UserError:
     names = ", ".join(available) or "none"
     return UserError(f"stage {stage} has no weights; available stages: {names}. Give --{stage}-weights")

@@ -31,7 +31,7 @@ from lavie_jax.evaluation.cascade import downscaled
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
 from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
-from lavie_jax.stages.settings import parse_stages
+from lavie_jax.stages.settings import MAIN_STAGE, parse_stages
 from lavie_jax.weights import folder_hash, load_part
 from lavie_jax.weights.folder import read_json
 
@@ -114,7 +114,7 @@ def _reconstructed(weights: Path, samples: list[Sample]) -> Videos:
 
 def _generated(pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace) -> Videos:
     """Samples videos for the captions, or images if the samples are images."""
-    at_once = len(samples) if args.stages == ("base",) else args.batch_size  # outputs of later stages are large
+    at_once = len(samples) if args.stages == (MAIN_STAGE,) else args.batch_size  # outputs of later stages are large
     clips = []
     for start in range(0, len(samples), at_once):
         part = samples[start : start + at_once]
@@ -174,7 +174,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1; given {getattr(args, name)}")
     args.stages = parse_stages(args.stages, own_clip=False)
-    if args.stages != ("base",) and (args.truth or args.vae or "image" in (args.split or ())):
+    if args.stages != (MAIN_STAGE,) and (args.truth or args.vae or "image" in (args.split or ())):
         raise UserError("--stages: later stages need sampled videos, without --truth, --vae and --split image")
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0; given {args.seed}")
@@ -187,7 +187,7 @@ def _generator(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample
     """Returns the sampling settings and a function that generates a video for each true sample."""
     if args.truth:
         return DEFAULTS, lambda samples: [sample.pixels for sample in samples]
-    weights = cascade.base_folder(cascade.SHIPPED if args.weights is None else args.weights)
+    weights = cascade.stage_folder(args.weights, MAIN_STAGE)
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
         return sampling, lambda samples: _reconstructed(weights, samples)
@@ -213,7 +213,7 @@ def _measure(args: argparse.Namespace) -> dict:
     seconds = round(time.perf_counter() - start, 1)
     result = {"kind": KIND, "what": source, "splits": tables, "mistakes": wrong, "seconds": seconds}
     if not args.truth:
-        folder = cascade.base_folder(args.weights or cascade.SHIPPED)
+        folder = cascade.stage_folder(args.weights, MAIN_STAGE)
         result |= {"weights": os.fspath(folder), "weights_hash": folder_hash(folder)}
     if source == "samples":
         flags = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}

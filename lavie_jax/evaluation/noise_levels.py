@@ -170,7 +170,7 @@ def _measure(args: argparse.Namespace) -> dict:
     if args.samples < 1 or args.seed < 0:
         raise UserError(f"--samples must be at least 1 and --seed at least 0; given {args.samples} and {args.seed}")
     results.check_path(args.json, KIND)
-    start, folder = time.perf_counter(), cascade.base_folder(args.weights or cascade.SHIPPED)
+    start, folder = time.perf_counter(), cascade.stage_folder(args.weights, "base")
     rows = measure(cascade.load(folder, stages=("base",)).base, count=args.samples, seed=args.seed)
     return {
         "kind": KIND, "weights": os.fspath(folder), "weights_hash": folder_hash(folder), "samples": args.samples,

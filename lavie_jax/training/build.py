@@ -222,10 +222,10 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
 def _load_start(config: Any, models: Models) -> weights.Weights:
     """Loads `init_from`; with `inflate`, converts its UNet to this stage's (LaVie sections 3.1, 3.3)."""
     where, wanted = config.init_from, models.unet.config
-    from_base = config.inflate and config.stage == "interpolation"
-    loaded = weights.load_folder(where, stage="base" if from_base else config.stage, dtype=np.float32)
+    inflates = STAGES[config.stage].inflates if config.inflate else None
+    loaded = weights.load_folder(where, stage=inflates or config.stage, dtype=np.float32)
     unet, params = loaded.unet.config, loaded.unet.params
-    if from_base:
+    if inflates:
         check_same(unet.image_config(), wanted.image_config(), where, ignore="in_channels")  # inflation adds some
         spatial = {k: as_tensor(v) for k, v in flatten_dict(params, sep="/").items() if not TEMPORAL.search(k)}
         inflated = inflate(spatial, wanted, seed=config.seed)

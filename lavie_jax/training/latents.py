@@ -11,10 +11,9 @@ import numpy as np
 
 from lavie_jax.data.latents import LatentSet
 from lavie_jax.errors import UserError
+from lavie_jax.stages import STAGES
 from lavie_jax.training.checkpoint import array_hash
 from lavie_jax.weights.folder import Part, hash_dir
-
-LATENT_STAGES = ("base", "interpolation")  # vsr trains on pixels, and on patches at random positions
 
 
 def identity(vae: Part, text_encoder: Part, tokenizer: Path) -> dict[str, str]:
@@ -37,10 +36,10 @@ def _hash(config: Mapping[str, Any], params: Any) -> str:
 
 def check_stage(stage: str, *, train_text_encoder: bool) -> None:
     """Refuses a run that needs more than latents and encoded captions."""
-    if stage not in LATENT_STAGES:
+    if not STAGES[stage].latents_suffice:
         raise UserError(
-            f"stage {stage!r} is trained on pixels: latents are for {' and '.join(LATENT_STAGES)}. Set data.source to "
-            "a source of videos"
+            f"stage {stage!r} is trained on pixels: latents are for "
+            f"{' and '.join(name for name, s in STAGES.items() if s.latents_suffice)}. Set data.source to a source of videos"
         )
     if train_text_encoder:
         raise UserError(

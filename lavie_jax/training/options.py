@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import lavie_jax
 from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.fields import describe, parse_text, rule_of, settable
+from lavie_jax.stages.settings import MAIN_STAGE
 from lavie_jax.training.config import (
     NETWORKS,
     check_values,
@@ -106,8 +107,10 @@ def check(config: Any, workdir: Path) -> None:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
     check_values(config)
-    if config.prompts and config.stage != "base":
-        raise UserError(f"prompts are sampled from the base stage's models; this config's stage is {config.stage!r}.")
+    if config.prompts and config.stage != MAIN_STAGE:
+        raise UserError(
+            f"prompts are sampled from models of the stage {MAIN_STAGE}; this config's stage is {config.stage!r}."
+        )
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
@@ -201,7 +204,7 @@ def help_text(argv: Sequence[str] = ()) -> str:
     """A line for every field of a run: its value in the config that `argv` names, or its default, and its help."""
     specs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     specs += [value for word, value in zip(argv, argv[1:]) if word == "--config"]
-    config = load(specs[0]).to_dict() if specs else defaults("base")
+    config = load(specs[0]).to_dict() if specs else defaults(MAIN_STAGE)
     types = field_types(config["stage"])
     lines = [f"fields of {specs[0] if specs else 'the base stage'}, each set by --config.FIELD=VALUE:"]
     for group, kinds in types.items():

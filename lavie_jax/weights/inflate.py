@@ -65,7 +65,7 @@ def _check_kind(pretrained: Path, stage: Stage, unet: UNetConfig, latent_channel
         has = "with" if unet.num_class_embeds is not None else "without"
         raise UserError(
             f"{pretrained} has a UNet with {unet.in_channels} input channels, {has} noise levels; the stage "
-            f"{stage.name} starts from {stage.image_model}: {channels} channels, {'with' if levels else 'without'} them."
+            f"{stage.name} starts from {stage.image_model}: {channels} channels, with{'' if levels else 'out'} them."
         )
 
 
