@@ -37,9 +37,9 @@ def _hash(config: Mapping[str, Any], params: Any) -> str:
 def check_stage(stage: str, *, train_text_encoder: bool) -> None:
     """Refuses a run that needs more than latents and encoded captions."""
     if not STAGES[stage].latents_suffice:
+        others = " and ".join(name for name, other in STAGES.items() if other.latents_suffice)
         raise UserError(
-            f"stage {stage!r} is trained on pixels: latents are for "
-            f"{' and '.join(name for name, s in STAGES.items() if s.latents_suffice)}. Set data.source to a source of videos"
+            f"stage {stage!r} is trained on pixels: latents are for {others}. Set data.source to a source of videos"
         )
     if train_text_encoder:
         raise UserError(
