@@ -119,15 +119,8 @@ def test_files_say_what_they_are(name):
 def test_sampling_settings_can_be_used(name, mode):
     config = options.load(name + mode)
     models = build.make_models(config, jnp.float32, 1.0)
-    given = {
-        "height": config.data.height,
-        "width": config.data.width,
-        "frames": 1,
-        "fps": config.data.fps,
-        **config.sampling,
-    }
-    STAGE[config.stage].info.settings.make({}, given)
-    assert not any(given[side] % models.vae.config.factor for side in ("height", "width"))
+    settings = STAGE[config.stage].info.settings.make(build.sampling_defaults(config), {})
+    assert not settings.height % models.vae.config.factor and not settings.width % models.vae.config.factor
 
 
 def test_the_vae_of_moving_shapes_fits_what_trains_on_it():
