@@ -105,7 +105,7 @@ def check(config: Any, workdir: Path) -> None:
     Raises:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
-    check_values(config)
+    check_values(config.to_dict())
     if config.prompts and config.stage != "base":
         raise UserError(f"prompts are sampled from the base stage's models; this config's stage is {config.stage!r}.")
     if config.prompts and config.sample_every % config.checkpoint_every:
