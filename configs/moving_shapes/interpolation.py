@@ -49,7 +49,7 @@ def get_config(mode: str = "") -> ConfigDict:
         guidance=1.0,  # none: it would take twice the time, and the key frames determine the result
         frames=61,
         fps=32.0,
-        key_latents="mean",
+        key_latents="mode",
         prompt_suffix="",
         negative_prompt="",
     )

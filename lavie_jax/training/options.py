@@ -106,7 +106,7 @@ def check(config: Any, workdir: Path) -> None:
     Raises:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
-    check_values(config)
+    check_values(config.to_dict())
     if config.prompts and config.stage != MAIN_STAGE:
         raise UserError(
             f"prompts are sampled from models of the stage {MAIN_STAGE}; this config's stage is {config.stage!r}."
