@@ -458,7 +458,7 @@ BAD = {
     "out": (["--out", "{file}/below"], "is a file"),
     "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is not a folder of this machine"),
     "part": (["--part", "2/2"], "part must be I/N with I from 0 to N-1"),
-    "PyTorch file for a folder": (["--weights", "{file}"], "PyTorch files become one by convert_torch.py import"),
+    "PyTorch file for a folder": (["--weights", "{file}"], "Convert PyTorch files with convert_torch.py import"),
 }
 
 
