@@ -46,10 +46,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--stages",
         default=MAIN_STAGE,
         metavar="LIST",
-        help="stages to run: base (default), base,interpolation, "
-        "base,vsr, base,interpolation,vsr; without base, they start from --input",
+        help=f"stages to run, in order, separated by commas: {', '.join(STAGE_INFO)} (default: {MAIN_STAGE}); "
+        f"a stage that needs a clip starts from the output of the one before, or from --input",
     )
-    add("--input", type=Path, metavar="FILE", help="your clip, in place of the base stage's: a video file, or npz")
+    add("--input", type=Path, metavar="FILE", help="clip for the first stage to start from: a video file, or npz")
     add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="per prompt, with seeds S to S+N-1 (default 1)")
     add(
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--weights",
         type=Path,
         metavar="DIR",
-        help="a stage's weights folder, or one with base/, interpolation/, vsr/ inside (default: the shipped models)",
+        help=f"weights folder of a stage, or a folder with {'/, '.join(STAGE_INFO)}/ inside (default: the shipped models)",
     )
     for stage in STAGE_INFO:
         add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, when it is elsewhere")

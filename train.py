@@ -250,7 +250,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             with disk.tolerate_full_disk("samples/"):
                 grid = workdir / "samples" / f"{step:08d}.png"
-                write_sample_grid(workdir / "weights", config.prompts, grid)
+                write_sample_grid(workdir / "weights", config.stage, config.prompts, grid)
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
             timer.resume()
@@ -272,9 +272,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         print(digest, flush=True)
 
 
-def write_sample_grid(weights: Path, prompts: Sequence[str], path: Path) -> None:
-    """Samples every prompt with seed 0 and the folder's own settings, and writes a PNG with a row for each."""
-    videos = cascade.load(weights)(list(prompts), seed=0)
+def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> None:
+    """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each."""
+    videos = cascade.load(weights)(list(prompts), stages=(stage,), seed=0)
     video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
 
 

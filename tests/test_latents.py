@@ -99,7 +99,7 @@ def stills(base, tmp_path_factory):
     shards.write_shards(records, root / "pictures")
     records.insert(4, {"image": b"no picture", "caption": "a blue square"})
     shards.write_shards(records, root / "mixed")
-    command.main(["--stills", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
+    command.main(["--images", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
     return root / "pictures", root / "out"
 
 
@@ -436,7 +436,7 @@ def test_a_set_that_is_not_whole_is_refused(made, tmp_path):
         (("--latents", "BASE", "--latent-sizes", "16"), "sizes are HEIGHTxWIDTH, such as"),
         (("--latents", "BASE", "--latent-fps", "0"), "--latent-fps must be above 0"),
         (("--latent-sizes", "16x24"), "need --latents"),
-        (("--stills", "array_record:x"), "give either --input, a folder of videos, or --stills"),
+        (("--images", "array_record:x"), "give either --input, a folder of videos, or --images"),
     ],
 )
 def test_bad_words_are_one_line_and_exit_code_2(words, message, films, base, tmp_path, capsys):

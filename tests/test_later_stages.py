@@ -277,6 +277,10 @@ def test_every_stage_has_settings_that_hold_its_released_defaults():
         assert stage.sampling.items() <= made.to_dict().items()
 
 
+def test_no_two_stages_share_their_noise():
+    assert len({stage.noise_number for stage in STAGES.values()}) == len(STAGES)
+
+
 def test_a_cascades_folder_gives_its_stages(folder, tmp_path):
     assert cascade.stage_folders(folder) == {stage: folder / stage for stage in tiny.UNETS}
     assert cascade.stage_folders(folder / "vsr") == {"vsr": folder / "vsr"}

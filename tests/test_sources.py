@@ -176,7 +176,7 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
     config = DataConfig(
         source="mixture", videos=tuple(f"{kind}:{stores[kind][0]}" for kind in kinds),
         image_parts=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
-        video_weights=((0, (1, 1, 1, 1)), (2, (0, 1, 1, 2))),
+        video_weights=((0, (1,) * len(kinds)), (2, (0, *(1,) * (len(kinds) - 2), 2))),
     )  # fmt: skip
     whole = batches(config, 5)
     again = batches(config, 3, start_step=2, workers=1)

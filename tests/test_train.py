@@ -323,7 +323,7 @@ def test_fields_that_may_be_none_are_unset_on_the_command_line():
 def test_prompts_are_refused_where_nothing_can_be_sampled(tmp_path):
     config = options.load(str(ROOT / "configs/moving_shapes/interpolation.py:tiny"))
     options.override(config, "prompts", "('a red circle',)")
-    with pytest.raises(UserError, match="this config's stage is 'interpolation'"):
+    with pytest.raises(UserError, match="start from text .base., not by 'interpolation': set prompts"):
         options.check(config, tmp_path)
 
 

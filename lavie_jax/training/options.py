@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import lavie_jax
 from lavie_jax.errors import UserError, check_folder, suggest
 from lavie_jax.fields import describe, parse_text, rule_of, settable
-from lavie_jax.stages.settings import MAIN_STAGE
+from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training.config import (
     NETWORKS,
     check_values,
@@ -107,9 +107,11 @@ def check(config: Any, workdir: Path) -> None:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
     check_values(config.to_dict())
-    if config.prompts and config.stage != MAIN_STAGE:
+    from_text = [name for name, info in STAGE_INFO.items() if not info.consumes]
+    if config.prompts and config.stage not in from_text:
         raise UserError(
-            f"prompts are sampled from models of the stage {MAIN_STAGE}; this config's stage is {config.stage!r}."
+            f"prompts are sampled by stages that start from text ({', '.join(from_text)}), not by {config.stage!r}: "
+            "set prompts=()."
         )
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
