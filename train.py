@@ -5,12 +5,12 @@
 `--config FILE.py:tiny` runs a small version of any config in about a minute on a CPU. The same command
 resumes a run that was stopped; `--restore-step N` goes back to an older checkpoint. In the workdir:
 
-    checkpoints/     training state (Orbax): the newest few, the best, and every N-th as the config says
+    checkpoints/     training state (Orbax): the newest few, the best, and every N-th, as configured
     weights/         the newest EMA model, a weights folder for `sample.py --weights`
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; with tensorboard=True in the config, tensorboard/ as well
     profile/         with `--profile`: a trace of a few steps
-    diverged/        the step at which training broke down, for `python -m lavie_jax.training.divergence`
+    diverged/        the step at which training diverged, for `python -m lavie_jax.training.divergence`
 
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 
@@ -69,7 +69,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     parallel.keep_compiled_programs()
-    first = jax.process_index() == 0  # this host writes what all of them would write
+    first = jax.process_index() == 0  # only this host writes files
     cleanup.callback(lock.Lock(workdir).release)
     if first:
         recover_folder(workdir / "weights")  # after a kill during an export
@@ -86,7 +86,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     examples, held_out_examples = (
         pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
     )
-    rows = parallel.local_rows(config.batch, mesh)  # of each batch, loaded by this host
+    rows = parallel.local_rows(config.batch, mesh)  # the rows of each batch that this host loads
     if jax.process_count() > 1:
         fingerprints = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
         parallel.check_hosts_are_consistent(options.facts(config) | fingerprints)
@@ -236,7 +236,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if stopped:  # saved first: a preempted machine may be gone before the rest is done
+        if stopped:  # saved first, because a preempted machine may be shut down before the rest is done
             checkpoints.save(step, state | random, identity, held_out=math.inf)
             checkpoints.settle()
         if save or step % config.held_out_every == 0:

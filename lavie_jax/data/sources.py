@@ -1,7 +1,7 @@
 """Data sources of clips and images: Moving Shapes, or records on disk.
 
-A source has `video(index, rng)` and `image(index, rng)`, which return uint8 pixels and a caption. They depend on their
-arguments alone, so that any process can compute any example. `len` is the number of different videos; an index may
+A source has `video(index, rng)` and `image(index, rng)`, which return uint8 pixels and a caption. They depend only
+on their arguments, so that any process can compute any example. `len` is the number of different videos; an index may
 exceed it.
 """
 
@@ -26,12 +26,12 @@ from lavie_jax.data.tars import TarRecords
 from lavie_jax.errors import UserError, suggest
 
 KINDS = ("video_folder", "array_record", "tfds", "webdataset")  # of records
-ATTEMPTS = 8  # records in a row that may be unreadable
+ATTEMPTS = 8  # to read a record: after as many unreadable ones in a row, the run stops
 _ENDLESS = 2**40
 
 
 class Item(NamedTuple):
-    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and errors of records skipped for it.
+    """A clip, uint8 (T, H, W, 3), or an image, (H, W, 3), with its caption and the errors of records skipped before it.
 
     Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
@@ -70,8 +70,8 @@ class MovingShapes:
         images_from_clips: fraction of the images that are frames of clips.
         height: of the patch that is returned.
         width: of the patch that is returned.
-        whole: (height, width) of the frame that is rendered, if larger than the patch.
-        drop: probability that a caption omits the size, and that it omits the background.
+        whole: (height, width) of the rendered frame, if it is larger than the patch.
+        drop: probability that a caption omits the size, and likewise the background.
         seed: selects a disjoint range of indices.
     """
 
@@ -127,7 +127,7 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """Decodes an image as a clip of one frame, rotated as its Exif data asks."""
+    """Decodes an image as a clip of one frame, rotated according to its Exif data."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
@@ -195,17 +195,17 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
         records: a random-access sequence of what `read` takes.
         index: position in the shuffled order; epochs follow one another.
         read: decodes a record; raises UserError for one to skip.
-        kind: with `seed`, the key of the shuffle.
-        seed: with `kind`, the key of the shuffle.
+        kind: keys the shuffle, together with `seed`.
+        seed: keys the shuffle, together with `kind`.
 
     Raises:
         UserError: `ATTEMPTS` records in a row cannot be read.
     """
     skipped: list[str] = []
     for attempt in range(ATTEMPTS):
-        epoch, place = divmod(index + attempt, len(records))
+        epoch, position = divmod(index + attempt, len(records))
         try:
-            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[place])])
+            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[position])])
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -214,7 +214,7 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
-    """The numbers 0 to `count` - 1 in an order that depends on `key` alone."""
+    """Returns the numbers 0 to `count` - 1 in an order that depends only on `key`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
 
@@ -261,5 +261,5 @@ def open_records(
         if window.room(info) < 0:
             raise UserError(f"are shorter than {window}: {os.fspath(clip)!r}")
 
-    # Headers of separate files are read now, those of clips in shards when the clips are used.
+    # Headers of separate files are read now, headers of clips in shards when the clips are used.
     return open_folder(path, **options, check=long_enough if medium == "video" else None)

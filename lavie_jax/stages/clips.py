@@ -1,4 +1,4 @@
-"""Clips between the stages: their size and rate, padding to sides that a model can take, and the memory they need."""
+"""Clips between the stages: their size and rate, padding to sizes that a model supports, and memory requirements."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from lavie_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipInfo:
-    """Size and rate of the clip that a stage starts from: the output of the stage before, or with `own` the user's."""
+    """Size and rate of a stage's input clip: the output of the previous stage or, with `own`, the user's clip."""
 
     frames: int
     height: int
@@ -30,7 +30,7 @@ def padded(frames: UInt8[np.ndarray, "t h w 3"], multiple: int) -> UInt8[np.ndar
 
 
 def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
-    """A line for the user when the clip has to be padded, None when not."""
+    """Returns a warning if the clip has to be padded, else None."""
     sides = [side + -side % multiple for side in (clip.height, clip.width)]
     if sides == [clip.height, clip.width]:
         return None
