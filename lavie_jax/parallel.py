@@ -60,7 +60,7 @@ def make_mesh(
     sizes = [data, fsdp, tensor]
     given = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise UserError(f"{given}: each axis must be positive, and at most one -1 (the remaining devices).")
+        raise UserError(f"{given}: each axis must be positive, or -1 for at most one of them (the remaining devices).")
     if -1 in sizes:
         known = int(np.prod([n for n in sizes if n != -1]))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
@@ -174,7 +174,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def gather(tree: Any, *, keep: bool = True) -> Any:
     """Gathers sharded arrays as numpy arrays on every process, one after the other.
 
-    Must be called on every process; those that do not `keep` the arrays get None instead.
+    Must be called on every process. Processes without `keep` get None instead of the arrays.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -187,7 +187,7 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
 
 
 def check_hosts_are_consistent(facts: Mapping[str, Any]) -> None:
-    """Refuses hosts that differ in any of `facts`, {name: value that is compared by its `str`}, and names those."""
+    """Raises UserError, with names, if hosts differ in any of `facts`, {name: value that is compared by its `str`}."""
     if jax.process_count() == 1:
         return
 
@@ -212,7 +212,7 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
     """Configures jax. Must be called before anything uses its devices.
 
     Args:
-      cpu_devices: split the host CPU into this many jax devices; 0 = leave it alone. On two cores, training on two
+      cpu_devices: split the host CPU into this many jax devices; 0 = do not split it. On two cores, training on two
         devices is faster than on one device with two threads.
       distributed: connect to the other hosts. TPU pods and Slurm are detected; elsewhere
         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.

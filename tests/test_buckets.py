@@ -205,7 +205,7 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
             2,
             "buckets must include the size .* height x width = 16x24; given 24x16",
         ),
-        ({"full_height": 32, "full_width": 48}, 2, "buckets are of whole frames"),
+        ({"full_height": 32, "full_width": 48}, 2, "buckets are sizes of whole frames"),
         ({"source": "mixture", "videos": ("moving_shapes",), "path": None}, 2, "buckets need one source"),
         ({}, 8, "the bucket 24x16 has . clips for training, fewer than a batch of 8: remove it"),
     ],

@@ -254,5 +254,5 @@ def test_out_of_memory_is_one_line_with_advice(single, monkeypatch):
 def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(single, monkeypatch):
     ids = np.full((1, 3), 10**6, np.int32)
     monkeypatch.setattr(stage_model.tokens, "tokenize_with_mask", lambda _, texts: (ids, None))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="belongs to another model"):
         single.base.encode_text([PROMPT])

@@ -360,7 +360,7 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
     assert "min_frames was 16, now 8" in refused("--min-frames", "8")
     command.main(words)
     before = digests_of(tmp_path / "out")
-    assert "holds a finished set" in refused()
+    assert "contains a finished set" in refused()
     assert digests_of(tmp_path / "out") == before
 
 

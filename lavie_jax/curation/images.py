@@ -1,4 +1,4 @@
-"""Computes latents of captioned images, which joint training shows beside clips. Only unreadable ones are left out."""
+"""Computes latents of captioned images, for joint training with clips. Only unreadable images are left out."""
 
 import concurrent.futures
 import functools

@@ -32,7 +32,7 @@ from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
 from lavie_jax.training.latents import check_stage, identity
 
-MAX_FRAMES = 16  # that a device encodes at a time; clips are padded to a multiple
+MAX_FRAMES = 16  # per device and call; clips are padded to a multiple of it
 
 
 class LatentEncoder:
@@ -213,7 +213,7 @@ _POSITION = ("shard", "index", "sha256")
 
 
 def _read_rows(path: Path, name: str) -> list[dict] | None:
-    """Returns the records of a complete shard without their arrays; None if there is no such shard."""
+    """Returns the records of a complete shard without their arrays; None if the shard is missing or incomplete."""
     if not path.is_file():
         return None
     rows = []

@@ -31,7 +31,7 @@ def make_captioner(captioner: str | Captioner) -> Captioner:
     greedily, so that the same frame always gets the same caption. A function receives the sample frames of a scene.
 
     Raises:
-        UserError: it is none of these, or cannot be loaded.
+        UserError: `captioner` is something else, or cannot be loaded.
     """
     if callable(captioner):
         return captioner

@@ -1,4 +1,4 @@
-"""Curates one video: finds its scenes, judges each, and encodes those that are kept as clips.
+"""Curates one video: finds its scenes, judges each, and encodes the kept scenes as clips.
 
 A result is a folder that gets its final name when it is complete, so a result is either whole or absent.
 """
@@ -116,7 +116,7 @@ def curate_video(
 
 
 def read_result(folder: Path) -> list[Segment] | None:
-    """Returns the segments stored in the folder of a video, or None if there is no complete result."""
+    """Returns the segments stored in the folder of a video, or None if it is missing or incomplete."""
     try:
         rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         for row in rows:
@@ -128,11 +128,11 @@ def read_result(folder: Path) -> list[Segment] | None:
 
 
 def _write_segments(judge: "_Judge", folder: Path) -> Iterator[Segment]:
-    """Yields every segment of a video in order, and writes the clips of those that are kept."""
+    """Yields every segment of a video in order, and writes the clips of kept ones."""
     path = judge.video.path
     info = video_files.video_info(path)
     if info.fps > MAX_FPS:
-        raise UserError(f"the video {judge.video.name!r} says that it has {info.fps:g} frames a second")
+        raise UserError(f"the video {judge.video.name!r} claims a rate of {info.fps:g} frames per second")
     whole = Segment(start=0.0, end=info.frames / info.fps, fps=info.fps)
     size = video_files.stored_size(path)
     if dropped := judge.file(whole, size):

@@ -4,7 +4,7 @@
     python -m lavie_jax.evaluation.moving_shapes --truth                # the detectors, on true clips
     python -m lavie_jax.evaluation.moving_shapes --weights DIR --vae    # true clips reconstructed by DIR's VAE
 
-Captions are the full ones (with size and background) of clips 0, 1, ... of a split. Sample i has seed `--seed` + i.
+Captions are those of clips 0, 1, ... of a split, with size and background. Sample i has seed `--seed` + i.
 Splits: `val` (combinations seen in training), `held_out`, `image_only`, `image` (single images).
 """
 

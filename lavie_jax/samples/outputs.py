@@ -212,8 +212,10 @@ class Output:
         return [self.path(name) for name in formats]
 
     def _remove_outdated(self) -> None:
-        """Removes all formats of another request, which `--overwrite` replaces. After a crash they would be mistaken for
-        files of this request."""
+        """Removes all formats of another request, which `--overwrite` replaces.
+
+        After a crash they would be mistaken for files of this request.
+        """
         stored = _read_request(self.path("json")) if self.path("json").exists() else None
         if stored is None:  # unknown origin: keep formats that were not requested
             paths = [self.path(name) for name in self.formats]

@@ -1,4 +1,4 @@
-"""Prompts from the command line and from txt, csv and jsonl files. Standard library only, so that errors come fast."""
+"""Prompts from the command line and from txt, csv and jsonl files. Standard library only, for a fast start."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ FIELDS = ("prompt", "seed", "negative_prompt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A caption to sample; None stands for the run's own seed or negative prompt."""
+    """A prompt to sample; None means the run's seed or negative prompt."""
 
     text: str
     seed: int | None = None

@@ -1,7 +1,7 @@
 """Temporal interpolation: K key frames to 4 (K - 1) + 1 frames (LaVie, sec. 3.3).
 
 The latents of the key frames, duplicated to the target frame rate, are concatenated to the noisy latents. All frames
-are generated, including the key frames. The model is trained on 61 frames, which correspond to 16 key frames; longer clips
+are generated, including the key frames. The model is trained on clips of 61 frames, from 16 key frames; longer clips
 are denoised in overlapping windows of that length.
 """
 
