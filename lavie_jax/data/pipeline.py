@@ -243,7 +243,7 @@ def batches(
     Returns:
         An iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) in the same range,
         `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding
-        adds bool `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Sets of latents give float32
+        adds bool `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Latents give float32
         `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
         `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Closing it
         ends its thread and workers.

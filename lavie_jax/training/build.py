@@ -261,7 +261,7 @@ def _load_text(config: Any, models: Models, start: weights.Weights | None) -> tu
 def _load_vae(config: Any, models: Models, start: weights.Weights | None) -> weights.Part:
     """Loads the VAE of `vae_from`, or else of `init_from`."""
     if config.vae_from == RANDOM:
-        logging.warning("vae_from = 'random': the VAE is untrained, which is of use only for testing the code")
+        logging.warning("vae_from = 'random': the VAE is untrained, which is only useful for testing the code")
         return weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae.config))
     if not config.vae_from and start is None:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")

@@ -51,7 +51,7 @@ class RunConfig:
 
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(
-        "of the computation; auto is bfloat16 on accelerators and float32 on CPUs",
+        "dtype of the computation; auto is bfloat16 on accelerators and float32 on CPUs",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -64,7 +64,7 @@ class RunConfig:
     attention_kernel: str = field(
         "implementation of attention",
         default="auto",
-        choices=tuple(name for name in KERNELS if name != "flash"),  # does not take the 77 tokens of a text
+        choices=tuple(name for name in KERNELS if name != "flash"),  # does not support the 77 tokens of a text
     )
     regime: str = field("parameters and data that are trained (paper, appendix D)", default="joint", choices=REGIMES)
     ema_decay: float = field("decay of the average of the parameters", default=0.9999, low=0, below=1)
@@ -73,7 +73,7 @@ class RunConfig:
     cpu_devices: int = field("devices that a CPU is split into; 2 are faster than 1 on 2 cores", default=0, low=0)
     distributed: bool = field("train on all hosts of a pod together", default=False)
     workers: int = field("processes that prepare data; 0 uses a thread", default=0, low=0)
-    peak_tflops: float = field("of a device, to log utilization; 0 looks up TPUs", default=0.0, low=0)
+    peak_tflops: float = field("peak TFLOP/s of a device, to log utilization; 0 looks up TPUs", default=0.0, low=0)
 
     log_every: int = field("steps between lines of metrics.jsonl", default=50, low=1)
     held_out_every: int = field("steps between measurements of the held-out loss", default=500, low=1)
@@ -84,7 +84,7 @@ class RunConfig:
     keep_every: int = field("checkpoints at multiples of this step are kept; 0 keeps none", default=0, low=0)
     sample_every: int = field("steps between sample grids, a multiple of checkpoint_every", default=500, low=1)
     prompts: tuple[str, ...] = field("prompts of the sample grids; empty writes no grids", default=())
-    tensorboard: bool = field("write TensorBoard events beside metrics.jsonl", default=False)
+    tensorboard: bool = field("write TensorBoard events in addition to metrics.jsonl", default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def defaults(stage: str) -> dict[str, Any]:
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recorded config of an older run as this version writes it.
+    """Converts the recorded config of an older run to today's format.
 
     Fields that the older version did not have get their defaults, and renamed fields their new names. Only groups that
     are present are completed, and the config of an unknown stage is returned unchanged.
@@ -174,7 +174,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     stage = values.get("stage")
     if not isinstance(stage, str):
-        raise UserError("the config sets no `stage`.")
+        raise UserError("the config does not set `stage`.")
     types, filled = field_types(stage), defaults(stage)
     for name, value in values.items():
         if name not in types and name not in types[""]:
@@ -193,7 +193,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
                 filled[name][inner] = convert(f"config field {full!r}", one, types[name][inner])
     for name in types[""]:
         if name not in filled:
-            raise UserError(f"the config sets no {name!r}.")
+            raise UserError(f"the config does not set {name!r}.")
     return filled
 
 

@@ -1,8 +1,8 @@
 """Training the UNet of a stage: joint image-video fine-tuning (LaVie section 3.2, Eq. 3).
 
 The VAE is frozen and encodes inside the step: one sample of its posterior per image, or the mode. The text encoder is
-frozen too, except on Moving Shapes, where a small one is trained with the UNet. `stages/` has what a stage feeds its
-UNet and how that is computed from a batch, `diffusion/loss.py` the loss.
+frozen too, except on Moving Shapes, where a small one is trained with the UNet. `stages/` defines the inputs
+of a stage's UNet and computes them from a batch, `diffusion/loss.py` has the loss.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class StageLoss:
     train_text_encoder: bool
 
     def init(self, rng: jax.Array) -> Any:
-        """Returns random parameters, those of the temporal layers included even if there are no videos."""
+        """Returns random parameters, including the temporal layers' even if there are no videos."""
         names = ("unet", "text_encoder") if self.train_text_encoder else ("unet",)
         networks = {name: getattr(self.models, name) for name in names}
         rngs = dict(zip(("unet", "text_encoder"), jax.random.split(rng)))

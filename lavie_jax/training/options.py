@@ -1,8 +1,8 @@
 """The command line of train.py: a config file, and `--config.FIELD=VALUE` for any field of a run.
 
 `--config FILE.py:MODE` calls `get_config("MODE")` of that file, which returns an `ml_collections.ConfigDict`. Fields
-that it leaves out have their defaults, and every field can be set, whatever the file shows: its type is that of the
-dataclass in `training/config.py`. Below the script there are only dataclasses and plain values.
+that it leaves out have their defaults. The command line can set every field, also those that the file leaves out; types
+come from the dataclasses in `training/config.py`.
 """
 
 import functools
@@ -101,7 +101,7 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check(config: Any, workdir: Path) -> None:
-    """Checks, before anything expensive, the fields of a run and that its workdir can be written.
+    """Checks the fields of a run, and that its workdir can be written, before anything expensive.
 
     Raises:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
