@@ -174,14 +174,14 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_rotary_embedding_is_the_same_on_a_tpu(dtype, monkeypatch):
     """The first pair of each head rotates by the frame index in radians, bit-identically on a TPU."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 24)), dtype)
-    found = rotary_embedding(x, 2, 8)
+    result = rotary_embedding(x, 2, 8)
     pair = np.asarray(x, np.float64)[..., [0, 12]] + 1j * np.asarray(x, np.float64)[..., [1, 13]]
     pair *= np.exp(1j * np.arange(5))[:, None]
     wanted = np.stack([pair.real, pair.imag], -1)
-    given = np.asarray(found, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
+    given = np.asarray(result, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
     np.testing.assert_allclose(given, wanted, atol=1e-6 if dtype == jnp.float32 else 2e-2)
     monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
-    np.testing.assert_array_equal(rotary_embedding(x, 2, 8), found)
+    np.testing.assert_array_equal(rotary_embedding(x, 2, 8), result)
     with pytest.raises(ValueError, match="must be even, not 3"):
         rotary_embedding(x[..., :6], 2, 2)
 

@@ -1,4 +1,4 @@
-"""From prompts to frames: what a sample depends on, and what it must not depend on."""
+"""From prompts to frames: a sample depends on its prompt, seed and settings, and on nothing else."""
 
 import dataclasses
 
@@ -106,9 +106,9 @@ def test_split_weights_make_the_same_samples(folder, single):
     assert held[0] < 0.6 * held[1]  # norms and biases are replicated
     requests = [Request(prompt=f"a circle {word}", seed=3, negative_prompt="") for word in ("left", "right")]
     together = latents_of(two, requests, SETTINGS)
-    for request, found in zip(requests, together):
+    for request, result in zip(requests, together):
         alone = latents_of(single, [request], SETTINGS)[0]
-        assert np.linalg.norm(found - alone) <= 1e-4 * np.linalg.norm(alone)
+        assert np.linalg.norm(result - alone) <= 1e-4 * np.linalg.norm(alone)
     frames = (np.concatenate(list(pipe.base.decode(together[0]))) for pipe in (two, single))
     assert np.abs(np.subtract(*(f.astype(int) for f in frames))).max() <= 1
 
@@ -208,7 +208,7 @@ def test_wrong_settings_are_refused(single, given, message):
 )
 def test_a_clip_of_another_type_is_refused(clip):
     with pytest.raises(UserError, match=r"clip must be uint8 of shape \(frames, H, W, 3\)"):
-        cascade._check_clip(clip)  # called directly: in tests, type checks of the call come first
+        cascade._check_clip(clip)  # called directly, because in tests the type check of the call would fail first
 
 
 def test_truncated_and_unknown_words_are_named(single):

@@ -36,7 +36,7 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-# Their networks equal those of Moving Shapes' base and vsr, or differ in the first layer alone.
+# Their networks equal those of Moving Shapes' base and vsr, or differ only in the first layer.
 LIKE_OTHERS = [f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "interpolation", "upscaler")]
 
 
@@ -50,7 +50,7 @@ def test_a_stage_builds_at_full_size(name):
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
     params = abstract_params(task)
     state = jax.eval_shape(lambda params: make_state(params, task, tx), params)
-    # The loss alone: the update around it is the tiny modes', and tracing it takes as long again as all the rest.
+    # Only the loss: the tiny modes test the update, and tracing it would double the time.
     batch = abstract_batch(config, config.batch // config.accumulate)
     loss, losses = jax.eval_shape(task.loss, params, task.frozen, batch, jax.random.key(0))
     assert loss.shape == ()
@@ -67,7 +67,7 @@ def test_a_stage_builds_at_full_size(name):
         moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.ndim]
         assert sum(x.size for x in moments) == 2 * sum(
             x.size for x in jax.tree.leaves(state["params"])
-        )  # none for untrained ones
+        )  # only for trained parameters
 
 
 RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the released checkpoints)
@@ -157,7 +157,7 @@ def test_the_small_interpolation_and_upscaler_fit_their_initial_weights():
 
 
 def test_images_that_a_config_does_not_use_are_not_opened():
-    """The config sets no `image_path`, and latents without images leave theirs alone."""
+    """The config does not set `image_path`, and a set of latents without images does not open its own."""
     config = build.data_config(options.load("configs/interpolation.py"))
     with pytest.raises(UserError, match="data/clips"):
         pipeline.open_examples(config, batch_size=1)

@@ -387,7 +387,7 @@ def test_second_order_samplers_beat_ddim_at_equal_evaluations_on_a_mixture(name)
     assert distance(second_order, exact) < distance(end("ddim", 19), exact) / 1.5
 
 
-# ---- what is refused, and warned of ----
+# ---- refusals and warnings ----
 
 
 def test_unknown_samplers_are_refused_with_the_nearest_name():

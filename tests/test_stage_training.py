@@ -39,9 +39,9 @@ def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
 
 def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     clip = clips(2, 9)
-    made = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
-    assert made["key_latents"].shape == (2, 3, 4, 2, 2)
-    shown = STAGES["interpolation"].condition(made).concat
+    inputs = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    assert inputs["key_latents"].shape == (2, 3, 4, 2, 2)
+    shown = STAGES["interpolation"].condition(inputs).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
     keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
@@ -66,14 +66,14 @@ def test_interpolation_trains_on_whole_gaps(frames):
 
 def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row():
     clip = clips(400, 2)
-    made = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
-    np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
-    level = np.asarray(made["noise_level"])
+    inputs = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    np.testing.assert_allclose(inputs["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
+    level = np.asarray(inputs["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL
     assert 25 < np.median(level) < 65  # low levels, as in sampling
-    shown = STAGES["vsr"].condition(made)
+    shown = STAGES["vsr"].condition(inputs)
     signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[level])[:, None, None, None, None]
-    rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)
+    rest = (shown.concat - signal * inputs["low_res"]) / np.sqrt(1 - signal**2)
     np.testing.assert_allclose([rest.mean(), rest.std()], [0, 1], atol=0.03)
 
 
