@@ -189,12 +189,12 @@ def memory(folder: Path, records: int) -> None:
     common = {"frames": 2, "fps": FPS, "height": 64, "width": 64, "images": 1}
     print(f"MB of anonymous memory after each tenth of {records} records")
     for kind, where in (("array_record", folder / "many"), ("latents", many)):
-        config, found = DataConfig(source=kind, path=str(where), **common), []
+        config, megabytes = DataConfig(source=kind, path=str(where), **common), []
         with contextlib.closing(pipeline.batches(pipeline.open_examples(config, batch_size=4), None)) as batches:
             for step in range(records // 4):
                 next(batches)
                 if (step + 1) % max(1, records // 40) == 0:
-                    found.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
+                    megabytes.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
         print(f"`{kind}`: {', '.join(found)}", flush=True)
 
 

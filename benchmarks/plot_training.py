@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of the rows that have `name`."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def main() -> None:

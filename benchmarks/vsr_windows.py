@@ -110,7 +110,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     means = {
-        name: {key: float(np.mean([row[key] for row in found])) for key in found[0]} for name, found in rows.items()
+        name: {key: float(np.mean([row[key] for row in measured])) for key in measured[0]}
+        for name, measured in rows.items()
     }
     columns = list(next(iter(means.values())))
     print(f"{len(todo)} clips of {todo[0][0].shape}, {jax.devices()[0].device_kind}, {pipe.dtype.name}")

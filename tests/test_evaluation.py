@@ -295,7 +295,7 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
     levels = json.loads(out.read_text())["levels"]
     assert list(map(int, levels)) == list(noise_levels.LEVELS)
     for row in levels.values():
-        assert 0 < row["least"] < row["still"] and set(noise_levels.WORDS) < set(row)
+        assert 0 < row["least"] < row["image"] and set(noise_levels.WORDS) < set(row)
     assert "| t | still | least | clip |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         noise_levels.main(["--samples", "0"])

@@ -75,7 +75,7 @@ def mistakes(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -
     table = {}
     for row, name in ROWS.items():
         pairs = [(getattr(d, name), getattr(a, name)) for d, a in zip(detected, attributes)]
-        wrong = Counter(f"{found}, not {right}" for found, right in pairs if found != right and right is not None)
+        wrong = Counter(f"{shown}, not {right}" for shown, right in pairs if shown != right and right is not None)
         table[row] = dict(wrong.most_common())
     return table
 

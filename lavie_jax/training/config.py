@@ -138,12 +138,12 @@ def defaults(stage: str) -> dict[str, Any]:
     values: dict[str, Any] = {"stage": stage}
     for group, kinds in field_types(stage).items():
         cls = group_classes(stage)[group] if group else run_class(stage)
-        found = {name: None if group == "sampling" else settable(cls)[name].default for name in kinds}
-        found = {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+        given = {name: None if group == "sampling" else settable(cls)[name].default for name in kinds}
+        given = {name: value for name, value in given.items() if value is not dataclasses.MISSING}
         if group:
-            values[group] = found
+            values[group] = given
         else:
-            values |= found
+            values |= given
     return values
 
 
@@ -217,7 +217,7 @@ def read_networks(config: Any) -> None:
             raise UserError(f"{name}=None reads the architecture from a weights folder: set init_from.")
         if name == "unet" and config.inflate:
             raise UserError("unet=None reads the architecture from init_from, which inflate=True changes: set unet.")
-        found = weights.load_part(folder, name, params=False).config.to_dict()
+        architecture = weights.load_part(folder, name, params=False).config.to_dict()
         kinds = field_types(config.stage)[name]
-        values = {key: convert(f"{folder}: {name}.{key}", found[key], kind) for key, kind in kinds.items()}
+        values = {key: convert(f"{folder}: {name}.{key}", architecture[key], kind) for key, kind in kinds.items()}
         config[name] = type(config)(values)
