@@ -195,7 +195,7 @@ def memory(folder: Path, records: int) -> None:
                 next(batches)
                 if (step + 1) % max(1, records // 40) == 0:
                     megabytes.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
-        print(f"`{kind}`: {', '.join(found)}", flush=True)
+        print(f"`{kind}`: {', '.join(megabytes)}", flush=True)
 
 
 def curation(folder: Path, files: int) -> None:

@@ -97,16 +97,17 @@ def main() -> None:
     args = parser.parse_args()
     mesh = parallel.make_mesh(devices=chips.devices("v5e:1x1"))
     x = jax.ShapeDtypeStruct((1, sum(FRAMES), 40, 64, CHANNELS), DTYPE)
-    results = {}
+    measurements = {}
     for name, (module, rest) in parts().items():
         for level, options_of_level in LEVELS.items():
-            row = results[f"{name}, {level}"] = measure(lambda: gradient(module, (x, *rest), mesh), options_of_level)  # noqa: B023
+            row = measure(lambda: gradient(module, (x, *rest), mesh), options_of_level)  # noqa: B023
+            measurements[f"{name}, {level}"] = row
             print(f"{name}, {level}:", ", ".join(f"{key} {value:.1f}" for key, value in row.items()), flush=True)
-    columns = list(next(iter(results.values())))
-    cells = [[name, *(f"{row[column]:.1f}" for column in columns)] for name, row in results.items()]
+    columns = list(next(iter(measurements.values())))
+    cells = [[name, *(f"{row[column]:.1f}" for column in columns)] for name, row in measurements.items()]
     print(results.markdown(["", *columns], cells))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        args.json.write_text(json.dumps(measurements, indent=2) + "\n")
 
 
 if __name__ == "__main__":
