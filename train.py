@@ -45,7 +45,14 @@ from lavie_jax.training.state import abstract_random, abstract_state, abstract_u
 from lavie_jax.training.step import make_held_out, make_update, step_flops
 from lavie_jax.weights.folder import recover_folder
 
-SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, beside losses
+SHOWN = (
+    "psnr",
+    "data_wait",
+    "step_seconds_p95",
+    "goodput",
+    "mfu",
+    "memory_gib",
+)  # in the progress bar, with the losses
 HELD_OUT_SEED = 0  # of the noise of the held-out losses, the same in every run
 
 

@@ -256,7 +256,7 @@ def test_a_clip_that_exceeds_memory_is_refused_with_advice(weights, monkeypatch)
         ("vsr,interpolation", True, "cannot be run in this order"),
         ("", False, "none given"),
         ("vsr", False, "vsr needs a clip"),
-        ("base,vsr", True, "base starts from the prompt alone"),
+        ("base,vsr", True, "base starts from the prompt only"),
         ("base,upscale", False, "unknown 'upscale'"),
     ],
 )

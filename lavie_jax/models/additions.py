@@ -100,7 +100,7 @@ class MotionEmbedding(nn.Module):
 
     Attention with relative positions cannot tell apart frames that look alike, and at high noise levels, where the
     motion of a clip is decided, all frames do. A word such as "left" determines a position only together with the
-    time; no two of the three factors carry information alone, so a network of sums gets no gradient at first. Hence
+    time; no two of the three factors carry information, so a network of sums gets no gradient at first. Hence
     the product. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
     transformers their positions too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`
     whatever its length, so that what was learned on short or small clips carries over to longer and larger ones.
@@ -137,7 +137,7 @@ class CaptionEmbedding(nn.Module):
 
     Every residual block scales and shifts its features by it, as class-conditional diffusion models do with their
     class (arXiv 2105.05233, sec. 3). The outline of a shape is a product of the caption and the position within the
-    shape, which cross-attention alone takes long to find.
+    shape, which cross-attention takes long to learn.
     """
 
     dtype: DTypeLike
@@ -173,9 +173,9 @@ def conditions_around(
 class KeyFrameEmbedding(nn.Module):
     """Embeds the key frames on both sides of each frame: (B, T, H, W, C_in) -> (B, T, H, W, features).
 
-    The interpolation stage gives each frame its nearest key frame; the other one reaches it through temporal attention
-    alone, which is spatially coarse and takes long to learn where to look. With both, and the position between them
-    from which of `BETWEEN_KEYS` are equal, interpolation becomes a matter of convolutions.
+    The interpolation stage gives each frame its nearest key frame; the other one reaches it only through
+    temporal attention, which is spatially coarse and takes long to learn where to look. With both, and the position
+    between them from which of `BETWEEN_KEYS` are equal, interpolation becomes a matter of convolutions.
     """
 
     dtype: DTypeLike
@@ -187,12 +187,12 @@ class KeyFrameEmbedding(nn.Module):
 
 
 class ConditionSkip(nn.Module):
-    """A linear prediction from x_t and the condition beside it: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
+    """A linear prediction from x_t and its condition: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
 
     Key frames, or low-resolution frames, determine most of the output, but norms and gates pass an image through only
     approximately, which shows in plain backgrounds. So the network starts from this map and adds a correction. The map
     depends on the noise level, since the share of x0 in a v-prediction grows with the noise. EDM (arXiv 2206.00364,
-    sec. 5) has such a path for x_t alone. Computed in float32 whatever the dtype of the network. It reads x_t at each
+    sec. 5) has such a path for x_t only. Computed in float32 whatever the dtype of the network. It reads x_t at each
     pixel, and the condition in the neighborhood that `conditions_around` gathers.
     """
 

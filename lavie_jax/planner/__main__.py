@@ -101,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
         "--code", action="store_true", help="compile completely, which takes far longer, for the size of the code"
     )
     parser.add_argument("--json", type=Path, help="add the rows to this file, replacing rows of the same programs")
-    parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
+    parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md next to this file")
     args, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if not re.match(r"--config\.[\w.]+=", word)]:
         raise UserError(f"unexpected argument {unknown[0]!r}; see --help")

@@ -23,7 +23,7 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
       memory: bytes {"arguments", "outputs", "donated", "temporary"}, as `compiled.memory_analysis()` counts them;
-        "outputs" includes those that reuse donated arguments. Constants count as code.
+        "outputs" includes outputs that reuse donated arguments. Constants count as code.
       program: the program as HLO text.
     """
 

@@ -1,4 +1,4 @@
-"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text alone."""
+"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -221,7 +221,7 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
     first = STAGE_INFO[stages[0]]
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
-        raise UserError(f"stages: {first.name} starts from the prompt alone; your clip can go through {others}")
+        raise UserError(f"stages: {first.name} starts from the prompt only; your clip can go through {others}")
     if not own_clip and first.consumes:
         raise UserError(
             f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"

@@ -41,7 +41,7 @@ def compare(
     given: Mapping[str, tuple[int, ...]],
     shown: Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = our_name,
 ) -> list[str]:
-    """Returns one line for each difference between the shapes in a file and those that `config` needs.
+    """Returns one line for each difference between the shapes in a file and the shapes that `config` needs.
 
     Buffers are ignored.
 

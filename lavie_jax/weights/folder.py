@@ -39,7 +39,7 @@ from lavie_jax.weights.safetensors_io import (
 FORMAT_VERSION = 1
 CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
 MODEL_FILE = "model.safetensors"
-# Fields of a part's config.json beside those of the network's config:
+# Fields of a part's config.json in addition to the network's config:
 FINGERPRINT = "fits"  # see `expected.fingerprint`
 NETWORK = "network"  # the network's name in the registry; absent for the part's default network
 
@@ -118,7 +118,7 @@ def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -
     known_to_fit = read_json(where.with_name("config.json")).get(FINGERPRINT) == fingerprint(config, shapes)
     if lines := [] if known_to_fit else compare(str(where), config, shapes):
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
-        raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
+        raise UserError(f"{lines[0]}{more}. The file does not belong to its config.json.")
     if not params:
         return Part(config, {})
     arrays, quiet = {}, sum(t.nbytes for t in tensors.values()) < SHOW_PROGRESS_FROM

@@ -1,6 +1,6 @@
 """Inflates an image UNet, or the base UNet, to a stage's UNet to start training from (LaVie sec. 3.1, 3.3, 3.4).
 
-Spatial parameters are copied. Temporal ones are new, and those that write into the residual stream start at zero, so
+Spatial parameters are copied. Temporal ones are new, and outputs into the residual stream start at zero, so
 that the video model first does to each frame what the image model does. The original zeroes only the weights of some of
 them; here their biases and `resblock_temporal.conv2` are zero too.
 """
