@@ -1,4 +1,4 @@
-"""Errors caused by a user's input. Scripts print them as one line and exit with code 2."""
+"""Errors caused by a user's input, which scripts print as one line with exit code 2, and users' paths."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -21,6 +21,28 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Allowed: {', '.join(allowed)}"
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """`path` as a user gives it, on a command line, in a config or to a function: a leading `~` is a home folder.
+
+    Raises:
+        UserError: the home folder is unknown.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(path)}: the home folder that ~ stands for is unknown; set HOME, or give the path without ~"
+        ) from None
+
+
+def user_location(text: str) -> str:
+    """A path, or `KIND:PATH`, as text, with `~` expanded. Text without a path that starts with `~` is unchanged."""
+    kind, colon, path = text.rpartition(":")
+    if path.startswith("~") and "/" not in kind:
+        return kind + colon + os.fspath(user_path(path))
+    return os.fspath(user_path(text)) if text.startswith("~") else text
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -39,11 +61,22 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError."""
+    """An argument parser that raises UserError. Arguments of type Path are read by `user_path`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _path_argument)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print its usage and exit."""
         raise UserError(f"{message}; see --help")
+
+
+def _path_argument(text: str) -> Path:
+    try:
+        return user_path(text)
+    except UserError as error:  # which argparse would replace by a message of its own
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from lavie_jax import parallel
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
-from lavie_jax.diffusion import make_sampler
+from lavie_jax.diffusion import late_start, make_sampler
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
@@ -157,11 +157,18 @@ def resolve_settings(
             raise _no_weights(stage, weights)
         try:
             settings[stage] = made = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
-            make_sampler(made.sampler, made.steps, weights[stage].schedule, made.spacing)
+            sampler = make_sampler(made.sampler, made.steps, weights[stage].schedule, made.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
+        if _other_chain(made, weights[stage].sampling) and (warning := late_start(sampler)):
+            logging.warning("stage %s: %s", stage, warning)
         clip = _output_of(made)
     return settings
+
+
+def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:
+    """Whether the user chose other timesteps than the weights folder."""
+    return any(getattr(settings, name) != defaults.get(name) for name in ("sampler", "steps", "spacing"))
 
 
 def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], clip: ClipInfo | None) -> list[str]:
