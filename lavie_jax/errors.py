@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,16 +33,15 @@ def user_path(path: str | os.PathLike) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(
-            f"{os.fspath(path)}: the home folder that ~ stands for is unknown; set HOME, or give the path without ~"
+            f"{os.fspath(path)}: the home folder that ~ stands for is unknown; set HOME, or write the whole path "
+            "(./~name for a file of that name)"
         ) from None
 
 
 def user_location(text: str) -> str:
-    """A path, or `KIND:PATH`, as text, with `~` expanded. Text without a path that starts with `~` is unchanged."""
-    kind, colon, path = text.rpartition(":")
-    if path.startswith("~") and "/" not in kind:
-        return kind + colon + os.fspath(user_path(path))
-    return os.fspath(user_path(text)) if text.startswith("~") else text
+    """Like `user_path`, for text that may be a path, `KIND:PATH` or something else, which is returned unchanged."""
+    match = re.fullmatch(r"(\w+:)?(~.*)", text, re.DOTALL)
+    return text if match is None else (match[1] or "") + os.fspath(user_path(match[2]))
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -61,22 +60,26 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError. Arguments of type Path are read by `user_path`."""
+    """An argument parser that raises UserError. `~` is expanded in arguments of type Path and `user_location`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.register("type", Path, _path_argument)
+        self.register("type", Path, _argument_type(user_path))
+        self.register("type", user_location, _argument_type(user_location))
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print its usage and exit."""
         raise UserError(f"{message}; see --help")
 
 
-def _path_argument(text: str) -> Path:
-    try:
-        return user_path(text)
-    except UserError as error:  # which argparse would replace by a message of its own
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def argument(text: str) -> Any:
+        try:
+            return read(text)
+        except UserError as error:  # which argparse would replace by a message of its own
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
 
 
 @contextlib.contextmanager

@@ -14,15 +14,15 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, check_folder, user_location, user_path
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -237,8 +237,24 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Turns on jax's persistent compilation cache, unless the environment configures it."""
-    if jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))
+    """Turns on jax's persistent compilation cache, where the environment configures it or in the user's cache folder.
+
+    Without a folder that can be written, programs are compiled by every process, after a warning.
+    """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if (given := _cache_dir()) is not None:
+        jax.config.update("jax_compilation_cache_dir", user_location(given))
+        return
+    try:
+        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder, str(folder))
+    except (OSError, UserError) as error:
+        logging.warning("compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR to a folder: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _cache_dir() -> str | None:
+    """The folder of compiled programs that the environment names."""
+    return jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]

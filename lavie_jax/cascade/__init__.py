@@ -33,7 +33,7 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import late_start, make_sampler
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -96,7 +96,7 @@ def stage_folders(
     path = SHIPPED if path is None and not folders else path
     available = {}
     if path is not None:
-        path = Path(path)
+        path = user_path(path)
         available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
         if path == SHIPPED and not available:
             raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
@@ -105,7 +105,7 @@ def stage_folders(
             if stage not in STAGES:
                 raise UserError(f"{path} holds a {stage}, which cannot make videos alone; {', '.join(STAGES)} can")
             available = {stage: path}
-    available |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
+    available |= {stage: user_path(folder) for stage, folder in (folders or {}).items()}
     return {stage: available[stage] for stage in STAGES if stage in available}
 
 
