@@ -210,14 +210,17 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_requests(args)
 
     # jax is imported only for requests that may be valid, and weights are read only for those that are.
-    from lavie_jax.parallel import keep_compiled_programs
+    from lavie_jax.parallel import keep_compiled_programs, local_devices
 
     keep_compiled_programs()
     import jax
 
     from lavie_jax import cascade
     from lavie_jax.data.tokens import load_tokenizer
+    from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
+
+    devices = local_devices()  # or one line, before weights are read
 
     # ---- what is to be made ----
     named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
@@ -238,11 +241,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
-    dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
+    dtype = jax.numpy.dtype(cascade.default_dtype(devices))
     caches = [output.cache(dtype.name) for output in todo]
     for cache in caches if not args.overwrite else ():
         cache.check()
     warn(cascade.padding_notes(weights, settings, clip))
+    warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
     for stage in settings:
         asked = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
         texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]

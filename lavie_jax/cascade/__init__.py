@@ -34,6 +34,7 @@ from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import late_start, make_sampler
 from lavie_jax.errors import UserError, user_path
+from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -81,7 +82,7 @@ def load(
 
 
 def _mesh(devices: Sequence[jax.Device] | None, fsdp: int) -> Mesh:
-    return parallel.make_mesh(fsdp=fsdp, devices=jax.local_devices() if devices is None else devices)
+    return parallel.make_mesh(fsdp=fsdp, devices=parallel.local_devices() if devices is None else devices)
 
 
 def stage_folders(
@@ -276,7 +277,9 @@ class Cascade:
             Request(prompt=text, seed=check_seed(number), negative_prompt=other)
             for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
         ]
-        for line in padding_notes(self.weights, resolved, clip_info):
+        lines = padding_notes(self.weights, resolved, clip_info)
+        lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
+        for line in lines:
             logging.warning("%s", line)
         for stage, made in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
@@ -305,6 +308,23 @@ class Cascade:
                 Default: one per device.
             progress: whether to show a bar for each stage.
         """
+        videos = self._videos(requests, settings, clip, caches, batch_size, progress)
+        while True:
+            with parallel.usual_config():
+                video = next(videos, None)
+            if video is None:
+                return
+            yield video
+
+    def _videos(
+        self,
+        requests: Sequence[Request],
+        settings: Mapping[str, Settings],
+        clip: UInt8[np.ndarray, "frames h w 3"] | None,
+        caches: Sequence[MemoryCache] | None,
+        batch_size: int | None,
+        progress: bool,
+    ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         samples = [

@@ -54,7 +54,7 @@ class LatentEncoder:
         _check_sizes(self.sizes, self.fps, vae_part.config.factor)
         self.identity = identity(vae_part, text_part, folder.tokenizer_dir)
         self._tokenizer = tokens.load_tokenizer(folder.tokenizer_dir)
-        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._mesh = parallel.make_mesh(devices=parallel.local_devices())
         vae, text_encoder = VAE(vae_part.config), CLIPText(text_part.config)
 
         def encode(params, images):

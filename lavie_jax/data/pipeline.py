@@ -130,8 +130,9 @@ def _in_thread(local: _LocalExamples, start: int) -> Iterator[dict]:
 
 
 def _ignore_ctrl_c(*_: int) -> None:
-    """Runs in each worker: Ctrl-C reaches the whole process group, but the run needs data until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Runs in each worker: signals reach the whole process group, but the run needs data until it has saved."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
