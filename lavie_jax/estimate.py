@@ -6,7 +6,7 @@ from typing import Any
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import Settings
-from lavie_jax.weights import Weights
+from lavie_jax.stages.stage import StageWeights
 
 CPU_FLOPS = 1e11  # of a CPU with a few cores, per second
 MAX_FLOPS = 1e14  # of a sample or a training step on a CPU, above which a warning is due
@@ -28,7 +28,9 @@ def unet_flops(config: UNetConfig, *, frames: int, height: int, width: int) -> f
     return total
 
 
-def sampling_warnings(weights: Mapping[str, Weights], settings: Mapping[str, Settings], platform: str) -> list[str]:
+def sampling_warnings(
+    weights: Mapping[str, StageWeights], settings: Mapping[str, Settings], platform: str
+) -> list[str]:
     """A line for each stage whose denoising would take a CPU too long, if `platform` is "cpu"."""
     lines = []
     for stage, made in settings.items() if platform == "cpu" else ():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest, user_location
 
+MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys the noise of a sample or of a run
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 

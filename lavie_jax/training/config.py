@@ -12,13 +12,12 @@ from lavie_jax import weights
 from lavie_jax.data.config import DataConfig
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.fields import check_rules, convert, expanded, field, settable, types_of
+from lavie_jax.fields import MAX_SEED, check_rules, convert, expanded, field, settable, types_of
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import REMAT
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
-from lavie_jax.samples.prompts import MAX_SEED
 from lavie_jax.stages.settings import STAGE_INFO
 from lavie_jax.training.autoencoder import AutoencoderLoss
 from lavie_jax.training.diffusion import DiffusionLoss
