@@ -70,6 +70,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def use_cpu() -> None:
+    """Keeps jax off accelerators, which conversion does not need and another program may hold."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def convert(args: argparse.Namespace) -> None:
     """Runs `import` or `inflate`: writes a weights folder."""
     stage = STAGES[args.stage]
@@ -106,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         args = parse(argv)
+        use_cpu()
         if args.command == "export":
             return export(args)
         convert(args)

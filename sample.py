@@ -215,14 +215,17 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_requests(args)
 
     # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
-    from lavie_jax.parallel import keep_compiled_programs
+    from lavie_jax.parallel import keep_compiled_programs, local_devices
 
     keep_compiled_programs()
     import jax
 
     from lavie_jax import cascade
     from lavie_jax.data.tokens import load_tokenizer
+    from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
+
+    devices = local_devices()  # fails in one line, before weights are read
 
     # ---- requested samples ----
     named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
@@ -243,11 +246,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
-    dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
+    dtype = jax.numpy.dtype(cascade.default_dtype(devices))
     caches = [output.cache(dtype.name) for output in todo]
     for cache in caches if not args.overwrite else ():
         cache.check()
     warn(cascade.padding_notes(weights, settings, clip))
+    warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
     for stage in settings:
         pairs = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
         texts = [text for prompt, own in pairs for text in (prompt + own["prompt_suffix"], own["negative_prompt"])]

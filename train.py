@@ -14,14 +14,15 @@ resumes a run that was stopped; `--restore-step N` goes back to an older checkpo
 
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 
-Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained and
-untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels add
-in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained
+and untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels
+add in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
 import dataclasses
 import gc
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from lavie_jax.data import pipeline, video_files
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
+from lavie_jax.estimate import training_warning
 from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
@@ -83,6 +85,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     mesh = parallel.make_mesh(**config.mesh)
     parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
+    if first and (warning := training_warning(config, jax.default_backend())):
+        logging.warning("%s", warning)
     # Parameters stay float32. Accelerators multiply bfloat16 faster, most CPUs do not.
     dtype = jnp.dtype({"auto": "bfloat16" if accelerator else "float32"}.get(config.dtype, config.dtype))
 
@@ -292,7 +296,7 @@ def say(text: str) -> None:
 
 
 class StopRequest:
-    """Whether the run should save and stop: after SIGTERM, Ctrl-C, or a cluster's notice of preemption.
+    """Whether the run should save and stop: after SIGTERM, SIGUSR1, Ctrl-C, or a cluster's notice of preemption.
 
     On several hosts Orbax makes all of them stop at the same step. A second Ctrl-C stops at once.
     """
@@ -300,8 +304,10 @@ class StopRequest:
     def __init__(self, *, multi_host: bool):
         self._signalled = False
         self._multi_host = multi_host
-        if not multi_host:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if multi_host:  # jax passes a SIGTERM on to all hosts
+            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -18,6 +18,7 @@ from memory import run_measured
 
 import lavie_jax
 from lavie_jax.data import moving_shapes
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def plot(results: list[dict], path: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the shipped one)")
     parser.add_argument(
         "--frames", type=whole_numbers, default=[17, 61, 241], help="output frames (default: 17,61,241)"
@@ -132,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

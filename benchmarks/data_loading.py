@@ -41,6 +41,7 @@ from lavie_jax.data import latents, pipeline, shards, transforms, video_files
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
+from lavie_jax.errors import Parser, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 SIZE, FRAMES, FPS, SECONDS, RATE = (320, 512), 16, 8.0, 10, 24
@@ -248,7 +249,7 @@ def demand(rates: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="run only this part")
     parser.add_argument("--clips", type=int, default=40, help="clips per source (default: %(default)s)")
     parser.add_argument(
@@ -270,4 +271,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

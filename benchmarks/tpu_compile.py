@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lavie_jax import parallel, results
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
 from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import chips, memory_plan
@@ -92,7 +93,7 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     mesh = parallel.make_mesh(devices=chips.devices("v5e:1x1"))
@@ -111,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -10,8 +10,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_location
 
+MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys the noise of a sample or of a run
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -27,6 +28,7 @@ class Rule(NamedTuple):
         or_zero: whether 0 is allowed in addition to the range.
         choices: all values allowed.
         hidden: set by the program, not by a user.
+        path: whether it is a path or `KIND:PATH`, or a list of those, in which `~` is expanded.
         metavar: placeholder of the value on a command line.
         flag: name of the flag on a command line; "" derives it from the field's name, None offers no flag.
     """
@@ -38,6 +40,7 @@ class Rule(NamedTuple):
     or_zero: bool = False
     choices: tuple[str, ...] = ()
     hidden: bool = False
+    path: bool = False
     metavar: str | None = None
     flag: str | None = ""
 
@@ -136,6 +139,13 @@ def convert(where: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, (int, float) if inner is float else inner) or isinstance(value, bool) != (inner is bool):
         raise wrong
     return inner(value)
+
+
+def expanded(declared: dataclasses.Field, value: Any) -> Any:
+    """Returns the value of a field with `~` expanded, if it is a path or a list of paths."""
+    if not rule_of(declared).path or not value:
+        return value
+    return user_location(value) if isinstance(value, str) else tuple(map(user_location, value))
 
 
 def parse_text(where: str, text: str, kind: Any) -> Any:

@@ -32,6 +32,7 @@ from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shards, sources, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
+from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.training import optimizer
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import Task, make_update
@@ -402,8 +403,9 @@ def test_training_steps_on_the_shards(curated):
     """
 
     def loss(params, frozen, batch, rng):
-        guess = batch["video"][:, :-1] @ params["kernel"] + params["bias"]
-        return jnp.square(guess - batch["video"][:, 1:]).mean(), {"spread": batch["video"].var()}
+        video = pixels_to_float(batch["video"])
+        guess = video[:, :-1] @ params["kernel"] + params["bias"]
+        return jnp.square(guess - video[:, 1:]).mean(), {"spread": video.var()}
 
     start = {"kernel": np.zeros((3, 3), np.float32), "bias": np.zeros(3, np.float32)}
     task = Task(

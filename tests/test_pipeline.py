@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +22,7 @@ from lavie_jax.data.folders import open_folder
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
+from lavie_jax.stages.clips import pixels_to_float
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
 CAPTION = "a small red circle moving up left over a blue background"
@@ -52,12 +55,12 @@ def assert_same(one, other):
 def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
     (batch,) = take(1, tokenizer=tokenizer)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-        "video": ((4, 3, 16, 24, 3), "float32"),
-        "images": ((4, 2, 16, 24, 3), "float32"),
+        "video": ((4, 3, 16, 24, 3), "uint8"),
+        "images": ((4, 2, 16, 24, 3), "uint8"),
         "tokens": ((4, 16), "int32"),
         "image_tokens": ((4, 2, 16), "int32"),
     }
-    assert -1 <= batch["video"].min() < batch["video"].max() <= 1
+    assert batch["video"].min() < batch["video"].max()
 
 
 def test_video_image_and_caption_belong_together(tokenizer):
@@ -67,11 +70,11 @@ def test_video_image_and_caption_belong_together(tokenizer):
     rng = np.random.default_rng(0)
     for i in range(4):
         pixels, caption, *_ = source.video(i, rng)
-        np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
+        np.testing.assert_array_equal(batch["video"][i], pixels)
         np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
         for j in range(2):
             pixels, caption, *_ = source.image(2 * i + j, rng)
-            np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
+            np.testing.assert_array_equal(batch["images"][i, j], pixels)
             np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
 
 
@@ -256,7 +259,7 @@ def test_an_images_folder_gives_the_images(folder, tmp_path):
         Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text("red all over")
     (batch,) = take(1, config_of(folder, image_path=str(tmp_path)))
-    np.testing.assert_allclose(batch["images"], np.broadcast_to([1.0, -1.0, -1.0], batch["images"].shape))
+    np.testing.assert_allclose(batch["images"], np.broadcast_to([255, 0, 0], batch["images"].shape))
     splits = [open_folder(tmp_path, medium="image", split=split) for split in ("train", "val")]
     assert sorted(path.name for pictures in splits for path, _ in pictures.rows) == ["a.png", "b.png"]
     assert [len(pictures) for pictures in splits] == [1, 1]
@@ -293,6 +296,14 @@ def test_an_unused_folder_of_images_is_not_opened(folder, tmp_path):
 
 
 # ---- transforms ----
+
+
+def test_pixels_become_the_same_floats_on_devices_as_on_the_host():
+    pixels = np.arange(256, dtype=np.uint8)
+    for convert in (pixels_to_float, jax.jit(pixels_to_float)):
+        np.testing.assert_array_equal(convert(jnp.asarray(pixels)), transforms.to_float(pixels))
+    floats = jnp.linspace(-1, 1, 5)
+    assert pixels_to_float(floats) is floats
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

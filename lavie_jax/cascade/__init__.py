@@ -32,8 +32,9 @@ from lavie_jax import parallel
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
-from lavie_jax.diffusion import make_sampler
-from lavie_jax.errors import UserError
+from lavie_jax.diffusion import late_start, make_sampler
+from lavie_jax.errors import UserError, user_path
+from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -81,7 +82,7 @@ def load(
 
 
 def _mesh(devices: Sequence[jax.Device] | None, fsdp: int) -> Mesh:
-    return parallel.make_mesh(fsdp=fsdp, devices=jax.local_devices() if devices is None else devices)
+    return parallel.make_mesh(fsdp=fsdp, devices=parallel.local_devices() if devices is None else devices)
 
 
 def stage_folders(
@@ -96,7 +97,7 @@ def stage_folders(
     path = SHIPPED if path is None and not folders else path
     available = {}
     if path is not None:
-        path = Path(path)
+        path = user_path(path)
         available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
         if path == SHIPPED and not available:
             raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
@@ -105,7 +106,7 @@ def stage_folders(
             if stage not in STAGES:
                 raise UserError(f"{path} contains a {stage}, not a stage that makes videos ({', '.join(STAGES)})")
             available = {stage: path}
-    available |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
+    available |= {stage: user_path(folder) for stage, folder in (folders or {}).items()}
     return {stage: available[stage] for stage in STAGES if stage in available}
 
 
@@ -157,12 +158,19 @@ def resolve_settings(
             raise _no_weights(stage, weights)
         try:
             own = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
-            make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
+            sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
+        if _other_chain(own, weights[stage].sampling) and (warning := late_start(sampler)):
+            logging.warning("stage %s: %s", stage, warning)
         settings[stage] = own
         clip = _output_of(own)
     return settings
+
+
+def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:
+    """Whether the user chose other timesteps than the weights folder."""
+    return any(getattr(settings, name) != defaults.get(name) for name in ("sampler", "steps", "spacing"))
 
 
 def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], clip: ClipInfo | None) -> list[str]:
@@ -270,7 +278,9 @@ class Cascade:
             Request(prompt=text, seed=check_seed(number), negative_prompt=other)
             for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
         ]
-        for line in padding_notes(self.weights, resolved, clip_info):
+        lines = padding_notes(self.weights, resolved, clip_info)
+        lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
+        for line in lines:
             logging.warning("%s", line)
         for stage, own in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
@@ -299,6 +309,23 @@ class Cascade:
                 Default: one per device.
             progress: whether to show a progress bar for each stage.
         """
+        videos = self._videos(requests, settings, clip, caches, batch_size, progress)
+        while True:
+            with parallel.usual_config():
+                video = next(videos, None)
+            if video is None:
+                return
+            yield video
+
+    def _videos(
+        self,
+        requests: Sequence[Request],
+        settings: Mapping[str, Settings],
+        clip: UInt8[np.ndarray, "frames h w 3"] | None,
+        caches: Sequence[MemoryCache] | None,
+        batch_size: int | None,
+        progress: bool,
+    ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         samples = [

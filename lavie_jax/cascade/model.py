@@ -184,7 +184,7 @@ def _encode_text(
 
 
 def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise for each row of words. The generator and its variant are explicit, because a user's
+    """Standard normal noise for each row of words. The generator, its variant and its seed are explicit, because a user's
     jax configuration must not change samples."""
     with jax.threefry_partitionable(True):
         return _threefry_normal(words, shape=shape)
@@ -193,7 +193,8 @@ def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[A
 @functools.partial(jax.jit, static_argnames="shape")
 def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        key = jax.random.key(words[0], impl="threefry2x32")
+        # `jax.random.key` of a 32-bit seed, but for jax_random_seed_offset
+        key = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(words[0]), words[0]]), impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)
         return jax.random.normal(key, shape, jnp.float32)

@@ -22,7 +22,7 @@ from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.pipeline import curate
 from lavie_jax.data.buckets import parse_sizes
-from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,17 +31,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", type=Path, metavar="FOLDER", help="folder of videos, searched recursively")
-    add("--images", metavar="KIND:PATH", help="encode all images of this source instead of videos; needs --latents")
+    add(
+        "--images",
+        type=user_location,
+        metavar="KIND:PATH",
+        help="encode all images of this source instead of videos; needs --latents",
+    )
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or the folder of an interrupted run")
     add("--captions", type=Path, metavar="TABLE", help=".csv, .tsv or .jsonl (default: clip.txt beside clip.mp4)")
     add(
         "--captioner",
+        type=user_location,
         metavar="FOLDER|MODULE:FUNCTION",
         help="model or function that captions scenes without a given caption",
     )
-    add("--aesthetic-clip", metavar="FOLDER", help="CLIP model for aesthetic scores")
-    add("--aesthetic-head", metavar="FILE", help="linear layers that map CLIP's image embedding to the score")
-    add("--latents", metavar="WEIGHTS", help="write latents and encoded captions, computed with this weights folder")
+    add("--aesthetic-clip", type=user_location, metavar="FOLDER", help="CLIP model for aesthetic scores")
+    add(
+        "--aesthetic-head",
+        type=user_location,
+        metavar="FILE",
+        help="linear layers that map CLIP's image embedding to the score",
+    )
+    add(
+        "--latents",
+        type=user_location,
+        metavar="WEIGHTS",
+        help="write latents and encoded captions, computed with this weights folder",
+    )
     add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: from WEIGHTS)")
     add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: from WEIGHTS)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")

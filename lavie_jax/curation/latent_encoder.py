@@ -54,7 +54,7 @@ class LatentEncoder:
         _check_sizes(self.sizes, self.fps, vae_part.config.factor)
         self.identity = identity(vae_part, text_part, folder.tokenizer_dir)
         self._tokenizer = tokens.load_tokenizer(folder.tokenizer_dir)
-        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._mesh = parallel.make_mesh(devices=parallel.local_devices())
         vae, text_encoder = VAE(vae_part.config), CLIPText(text_part.config)
 
         def encode(params, images):
@@ -70,8 +70,10 @@ class LatentEncoder:
         replicated = parallel.replicated(self._mesh)
         self._vae = parallel.put(_float32(vae_part.params), replicated)
         self._text = parallel.put(_float32(text_part.params), replicated)
+        # In full float32, once and for all epochs; TPUs multiply in bfloat16 unless told otherwise.
+        exact = jax.default_matmul_precision("highest")
         self._encode, self._decode, self._encode_text = (
-            parallel.on_mesh(jax.jit(f), self._mesh) for f in (encode, decode, encode_text)
+            parallel.on_mesh(exact(jax.jit(f)), self._mesh) for f in (encode, decode, encode_text)
         )
         self.text = functools.lru_cache(maxsize=1024)(self._text_of)  # the scenes of a video often share a caption
 

@@ -5,7 +5,6 @@ last: it marks a finished set.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from absl import logging
+
 from lavie_jax.data import shards
 from lavie_jax.data.video_files import finished
-from lavie_jax.disk import is_full
+from lavie_jax.disk import flock, is_full
 from lavie_jax.errors import UserError
 
 MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
@@ -46,10 +47,11 @@ def open_output(out: Path, settings: dict[str, object]) -> Iterator[Path]:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {os.fspath(out)!r}: {error.strerror or 'is not a folder'}") from error
     with _full_disk_as_user_error(out), (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {os.fspath(out)!r}") from error
+        held = flock(lock)
+        if held is False:
+            raise UserError(f"another run is writing to {os.fspath(out)!r}")
+        if held is None:
+            logging.warning("%s is on a disk without flock: start one run in it at a time", os.fspath(out))
         _check_settings(work / "settings.json", json.loads(json.dumps(settings)))
         for partial in work.glob(".*-*"):  # left by a killed run
             shutil.rmtree(partial)

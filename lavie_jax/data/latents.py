@@ -27,7 +27,7 @@ from lavie_jax.data.records import VAL_FRACTION, Medium
 from lavie_jax.data.shards import ShardRecords
 from lavie_jax.data.sources import Item, first_readable
 from lavie_jax.data.video_files import ClipWindow, VideoInfo
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 
 MANIFEST, NULL_TEXT = "manifest.json", "null_text.npy"
 FORMAT = 1  # of the entry `latents` of a manifest
@@ -65,7 +65,8 @@ def open_set(path: str) -> LatentSet:
     Raises:
         UserError: the set is missing or incomplete, or does not contain latents.
     """
-    folder = Path(path)
+    folder = user_path(path)
+    path = os.fspath(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"no finished set of latents in {path!r}: {MANIFEST} is missing. "

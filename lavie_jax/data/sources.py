@@ -23,7 +23,7 @@ from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
 from lavie_jax.data.tars import TarRecords
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_location
 
 KINDS = ("video_folder", "array_record", "tfds", "webdataset")  # of records
 ATTEMPTS = 8  # to read a record: after as many unreadable ones in a row, the run stops
@@ -245,6 +245,7 @@ def open_records(
     """
     if kind not in KINDS:
         raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
+    path = user_location(path)
     options = {"medium": medium, "split": split, "val_fraction": val_fraction}
     if kind == "array_record":
         return ShardRecords(path, **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_LENGTH = 77  # for tokenizer folders without a length
@@ -77,7 +77,7 @@ def load_tokenizer(folder: str | Path):
     Raises:
         UserError: files are missing or cannot be read.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     # Without these files, CLIPTokenizer silently has an empty vocabulary.
     if not (folder / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]

@@ -28,7 +28,7 @@ from lavie_jax.data.decoding import (
     too_short,
     upright,
 )
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
 
@@ -94,7 +94,7 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
         raise UserError(f"fps must be above 0; given {fps}")
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 needs frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
-    path = Path(path)
+    path = user_path(path)
     with finished(path) as temporary:
         encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"})
     return path
@@ -249,10 +249,11 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
     Raises:
         UserError: it is not a video, has no frames or no rate, or needs more than `max_bytes`.
     """
+    path = user_path(path)
     name = os.fspath(path)
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f"the video {name!r} does not exist")
-    if Path(path).suffix == ".npz":
+    if path.suffix == ".npz":
         return _read_npz(path)
     frames, size = [], {}
     with opened(path) as (container, stream):

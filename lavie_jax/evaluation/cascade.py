@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from einops import reduce
@@ -229,7 +228,7 @@ def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
             raise UserError(f"no {stage} model is shipped: give a weights folder with --{stage}-weights")
     for stage in stages:
         logging.info("stage %s", stage)
-        pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
+        pipe = cascade.load(folders={stage: folders[stage]})
         sampling, factor = pipe.weights[stage].sampling, pipe.weights[stage].vae.config.factor
         side = {name: sampling[name] - sampling[name] % (SCALE * factor) for name in ("height", "width")}
         lengths = {stage: (args.vsr_frames, sampling["fps"])}

@@ -8,8 +8,9 @@ import itertools
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from einops import einsum, rearrange
+from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -192,8 +193,9 @@ class ConditionSkip(nn.Module):
     Key frames, or low-resolution frames, determine most of the output, but norms and gates pass an image through only
     approximately, which shows in plain backgrounds. So the network starts from this map and adds a correction. The map
     depends on the noise level, since the share of x0 in a v-prediction grows with the noise. EDM (arXiv 2206.00364,
-    sec. 5) has such a path for x_t only. Computed in float32 whatever the dtype of the network. It reads x_t at each
-    pixel, and the condition in the neighborhood that `conditions_around` gathers.
+    sec. 5) has such a path for x_t only. The map is applied in float32 whatever the dtype of the network; its weights
+    have the dtype of all parameters, bfloat16 when an accelerator samples. It reads x_t at each pixel, and the
+    condition in the neighborhood that `conditions_around` gathers.
     """
 
     frames: tuple[int, ...] = (0,)
@@ -207,6 +209,8 @@ class ConditionSkip(nn.Module):
         around = conditions_around(x, features, frames=self.frames, reach=self.reach)
         around = around / (2 * self.reach + 1)  # neighbors are correlated, and Adam moves all their weights together
         inputs = jnp.concatenate([x[..., :features], around], axis=-1)
-        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
+        # In full precision, which TPUs leave only on request. The map is a small part of the network's products.
+        exact = {"precision": jax.lax.Precision.HIGHEST}
+        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix", **exact)
         matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
-        return einsum(inputs, matrix, "b f h w c, b f c d -> b f h w d")
+        return jnp.einsum("bfhwc,bfcd->bfhwd", inputs, matrix, **exact)

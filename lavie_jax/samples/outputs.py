@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
 
@@ -45,7 +45,7 @@ def save_video(
     Raises:
         UserError: another ending, or odd sides in an mp4.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix[1:] not in FORMATS:
         raise UserError(f"{path}: unknown ending {path.suffix!r}{suggest(path.suffix[1:], FORMATS)}")
     return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import MAX_SEED
 
-MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys a sample's noise
 FIELDS = ("prompt", "seed", "negative_prompt")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
+from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig
@@ -102,7 +103,8 @@ class Interpolation(Stage):
             size["fps"] = min(KEY_FRAME_SPACING * clip.fps, 1000)
         settings = InterpolationSettings.make(weights.sampling, {**given, **size})
         # bytes per frame: its pixels, and float32 arrays of latents: state, prediction, new state and condition
-        latent = 4 * weights.unet.config.out_channels * 5 / weights.vae.config.factor**2
+        arrays = 2 * state_arrays(settings.sampler) + 2
+        latent = 4 * weights.unet.config.out_channels * arrays / weights.vae.config.factor**2
         check_memory(clip, 3 + KEY_FRAME_SPACING * (3 + latent))
         return settings
 

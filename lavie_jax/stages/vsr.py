@@ -17,6 +17,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Int, UInt8
 
+from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig
@@ -95,8 +96,9 @@ class VSR(Stage):
         most = min(weights.unet.config.num_class_embeds, self._low_res_schedule(weights).steps) - 1
         if settings.noise_level > most:
             raise UserError(f"noise_level must be from 0 to {most} for this model, not {settings.noise_level}")
-        # bytes per pixel: the clip; in float32 noised frames, state (two arrays for some samplers), prediction, state
-        check_memory(clip, 3 + 4 * (3 + 5 * weights.unet.config.out_channels))
+        # bytes per pixel: the clip, and in float32 noised frames, state, prediction and new state
+        arrays = 2 * state_arrays(settings.sampler) + 1
+        check_memory(clip, 3 + 4 * (3 + arrays * weights.unet.config.out_channels))
         return settings
 
     def _low_res_schedule(self, weights: StageWeights) -> Schedule:

@@ -17,7 +17,7 @@ from lavie_jax import weights
 from lavie_jax.data import moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
-from lavie_jax.diffusion.samplers import make_sampler
+from lavie_jax.diffusion import late_start, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
@@ -108,9 +108,12 @@ def check_stage(config: Any) -> None:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
     try:
         settings = STAGES[config.stage].info.settings.make(sampling_defaults(config), {})
-        make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
+        sampler = make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
+    chosen = any(config.sampling.get(name) is not None for name in ("sampler", "steps", "spacing"))
+    if chosen and (warning := late_start(sampler)):
+        logging.warning("config group 'sampling': %s", warning)
     factor = models.vae.config.factor
     for height, width in data.sizes:
         if height % factor or width % factor:

@@ -24,8 +24,9 @@ from jax.experimental import multihost_utils
 
 from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
+from lavie_jax.training import changes
 from lavie_jax.training.config import complete
-from lavie_jax.training.optimizer import merge
+from lavie_jax.training.optimizer import merge, updates_done
 from lavie_jax.training.state import start_untrained
 from lavie_jax.training.step import UNTRAINED, Task
 
@@ -153,6 +154,8 @@ class Checkpoints:
         Returns:
           Arrays in the structure of `abstract`.
 
+        Logs a line about other fields that differ and what follows.
+
         Raises:
           UserError: the checkpoint belongs to another model or run (the message names the field that differs), or
             its files are damaged (the message lists the older steps).
@@ -171,6 +174,9 @@ class Checkpoints:
         for now, before in self._aside.items():
             logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
+        line = changes.describe(step, recorded, config, updates=int(updates_done(state["opt_state"])))
+        if line and jax.process_index() == 0:
+            logging.warning("%s", line)
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
         return state | {k: parallel.put(np.zeros(x.shape, x.dtype), x.sharding) for k, x in counters.items()}
 

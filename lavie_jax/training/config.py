@@ -12,7 +12,7 @@ from lavie_jax import weights
 from lavie_jax.data.config import DataConfig
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.fields import check_rules, convert, field, settable, types_of
+from lavie_jax.fields import MAX_SEED, check_rules, convert, expanded, field, settable, types_of
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import REMAT
@@ -46,8 +46,8 @@ class RunConfig:
     stage: str = field("the model that is trained", choices=(VAE_STAGE, *STAGE_INFO))
     steps: int = field("number of updates", low=1)
     batch: int = field("examples per update, over all devices", low=1)
-    seed: int = field("seed of the initial parameters and of the noise", default=0)
-    init_from: str = field("weights folder to start from; empty starts from random weights", default="")
+    seed: int = field("seed of the initial parameters and of the noise", default=0, low=0, high=MAX_SEED)
+    init_from: str = field("weights folder to start from; empty starts from random weights", default="", path=True)
 
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(
@@ -94,8 +94,10 @@ class StageRunConfig(RunConfig):
     inflate: bool = field(
         "init_from contains an image model, or, for interpolation, a base model, that becomes this stage", default=False
     )
-    vae_from: str = field("weights folder with the VAE; empty uses init_from, random an untrained VAE", default="")
-    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="")
+    vae_from: str = field(
+        "weights folder with the VAE; empty uses init_from, random an untrained VAE", default="", path=True
+    )
+    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="", path=True)
     train_text_encoder: bool = field("train the text encoder with the UNet", default=False)
 
 
@@ -180,7 +182,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in types and name not in types[""]:
             raise UserError(f"unknown config field {name!r}{suggest(name, [*types[''], *filter(None, types)])}")
         if name not in types:
-            filled[name] = convert(f"config field {name!r}", value, types[""][name])
+            value = convert(f"config field {name!r}", value, types[""][name])
+            filled[name] = expanded(settable(run_class(stage))[name], value)
         elif value is None and name in NETWORKS:
             filled[name] = None
         else:
@@ -190,7 +193,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
                 full = f"{name}.{inner}"
                 if inner not in types[name]:
                     raise UserError(f"unknown config field {full!r}{suggest(inner, types[name])}")
-                filled[name][inner] = convert(f"config field {full!r}", one, types[name][inner])
+                one = convert(f"config field {full!r}", one, types[name][inner])
+                filled[name][inner] = expanded(settable(group_classes(stage)[name])[inner], one)
     for name in types[""]:
         if name not in filled:
             raise UserError(f"the config does not set {name!r}.")

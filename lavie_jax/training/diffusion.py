@@ -26,6 +26,7 @@ from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
+from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import EncodedClips, Text, TrainingPair
 from lavie_jax.stages.stage import Stage
 from lavie_jax.training.optimizer import check_number
@@ -137,6 +138,7 @@ class StageLoss:
             return EncodedClips(None, mean, 2 * jnp.log(std))
         kinds = {"video": self.frames, "images": self.images}
         pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
+        pixels = pixels_to_float(pixels)
         return EncodedClips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
 
     def _text(self, params: Any, frozen: Any, batch: Batch) -> Text:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lavie_jax
-from lavie_jax.errors import UserError, check_folder, suggest
-from lavie_jax.fields import describe, parse_text, rule_of, settable
+from lavie_jax.errors import UserError, check_folder, suggest, user_path
+from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training.config import (
     NETWORKS,
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     read_networks(config)
     return Arguments(
         config=config,
-        workdir=Path(flags["workdir"]).expanduser(),
+        workdir=user_path(flags["workdir"]),
         restore_step=None if restore_step is None else int(restore_step),
         profile="profile" in flags,
     )
@@ -135,7 +135,7 @@ def load(spec: str) -> Any:
         UserError: the file is missing, fails, or returns something other than the config of a run.
     """
     name, _, mode = spec.partition(":")
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         raise UserError(f"config file {name} does not exist; see the files under configs/.")
     if importlib.util.find_spec("ml_collections") is None:
@@ -198,8 +198,9 @@ def override(config: Any, field: str, text: str) -> None:
     node = config[group] if group else config
     if node is None:
         raise UserError(f"config field {field!r}: {group} is None, so that it is read from init_from")
+    declared = settable(group_classes(config.stage)[group] if group else run_class(config.stage))[leaf]
     with node.ignore_type():
-        node[leaf] = parse_text(f"config field {field!r}", text, types[group][leaf])
+        node[leaf] = expanded(declared, parse_text(f"config field {field!r}", text, types[group][leaf]))
 
 
 def help_text(argv: Sequence[str] = ()) -> str:

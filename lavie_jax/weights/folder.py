@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, check_folder, suggest
+from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
 from lavie_jax.stages import STAGES
 from lavie_jax.weights.expected import compare, fingerprint, refuse
@@ -80,7 +80,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         UserError: the folder is missing, incomplete, truncated or of another stage; a tensor is missing, unexpected,
             of the wrong shape, or has NaN or Inf; or the parts do not belong together.
     """
-    path = Path(path)
+    path = user_path(path)
     config = _read_config(path, stage)
     contents = CONTENTS[config["stage"]]
     for name in contents:
@@ -158,7 +158,7 @@ def _network_fields(config: Config, part: str) -> dict[str, Any]:
 
 def part_dir(path: str | Path, part: str) -> Path:
     """Returns the folder of a part of a weights folder, which config.json may place elsewhere."""
-    path = Path(path)
+    path = user_path(path)
     return _part_dir(path, _read_config(path, None), part)
 
 
@@ -255,13 +255,15 @@ def save_folder(
         raise ValueError(f"a folder of stage {stage!r} has {CONTENTS[stage]}, but {sorted(present)} were given")
     check_new_folder(path, overwrite=overwrite)
     if share is not None:
-        _read_config(Path(share), None)
-    with new_folder(Path(path)) as folder:
+        share = user_path(share)
+        _read_config(share, None)
+    path = user_path(path)
+    with new_folder(path) as folder:
         for name, value in given.items():
             if value is not None:
                 _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
         config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
-        if share is not None and (parts := _same_parts(folder, Path(share), Path(path))):
+        if share is not None and (parts := _same_parts(folder, share, path)):
             config["parts"] = parts
         write_json(folder / "config.json", config)
 
@@ -314,7 +316,7 @@ def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
 
     With `overwrite`, it may replace a weights folder or an empty folder, and nothing else.
     """
-    path = Path(path)
+    path = user_path(path)
     check_new_file(path, overwrite=overwrite)
     if os.path.lexists(path) and not (
         path.is_dir() and (not any(path.iterdir()) or "format_version" in _read_if_json(path / "config.json"))
@@ -328,7 +330,7 @@ def _read_if_json(path: Path) -> dict:
 
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises UserError when an output cannot or must not be written at `path`."""
-    path = Path(path)
+    path = user_path(path)
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} already exists; remove it, choose another name, or pass --overwrite.")
     check_folder(path.parent, f"{path}")
@@ -370,7 +372,7 @@ def recover_folder(path: Path) -> None:
 
 def folder_hash(path: str | Path) -> str:
     """Returns the SHA-256, in hex, of a weights folder's config and of all files of its parts, wherever they are."""
-    path = Path(path)
+    path = user_path(path)
     config = _read_config(path, None)
     settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
     digest = hashlib.sha256(settings.encode())

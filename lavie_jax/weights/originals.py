@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 from lavie_jax.models.registry import PARTS
 from lavie_jax.weights.pretrained import MODEL_FILES
 
@@ -31,7 +31,7 @@ def get(place: str, downloads: str | Path, *, sha256: str = "") -> Path:
     Raises:
         UserError: there is nothing at `place`, the download fails, or a hash differs.
     """
-    path = _from_hub(place, Path(downloads)) if place.startswith(HUB) else Path(place).expanduser()
+    path = _from_hub(place, user_path(downloads)) if place.startswith(HUB) else user_path(place)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a path, or {HUB}OWNER/NAME for an image model on the hub")
     check_sha256(path, sha256)
@@ -41,9 +41,9 @@ def get(place: str, downloads: str | Path, *, sha256: str = "") -> Path:
 def discard(place: str, downloads: str | Path) -> None:
     """Deletes a converted original: a file, or a download. Folders of the user are never deleted."""
     if place.startswith(HUB):
-        shutil.rmtree(_folder(_parsed(place), Path(downloads)), ignore_errors=True)
-    elif Path(place).expanduser().is_file():
-        Path(place).expanduser().unlink()
+        shutil.rmtree(_folder(_parsed(place), user_path(downloads)), ignore_errors=True)
+    elif user_path(place).is_file():
+        user_path(place).unlink()
 
 
 def check_sha256(path: Path, given: str) -> None:
