@@ -35,6 +35,7 @@ from lavie_jax.weights.safetensors_io import (
     read_safetensors,
     write_safetensors,
 )
+from lavie_jax.weights.tokenizer_files import copy_tokenizer
 
 FORMAT_VERSION = 1
 CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
@@ -238,7 +239,7 @@ def save_folder(
         vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
             to write.
         sampling: the stage's sampling defaults.
-        tokenizer: a folder to copy, or a transformers tokenizer.
+        tokenizer: a folder whose tokenizer files are copied, or a transformers tokenizer.
         schedule, low_res_schedule: noise schedules.
         share: a weights folder; parts that are the same there are referred to instead of repeated.
         dialects: the naming dialect of each part's PyTorch file, for the export.
@@ -272,7 +273,7 @@ def _write_part(folder: Path, value, dialect: str) -> None:
         folder.mkdir()
         write_json(folder / "scheduler_config.json", value.to_json())
     elif isinstance(value, str | Path):
-        shutil.copytree(value, folder)
+        copy_tokenizer(value, folder)
     elif hasattr(value, "save_pretrained"):
         value.save_pretrained(folder)
     else:
@@ -369,7 +370,7 @@ def recover_folder(path: Path) -> None:
 
 
 def folder_hash(path: str | Path) -> str:
-    """Returns the SHA-256, in hex, of a weights folder's config and of all files of its parts, wherever they are."""
+    """Returns the SHA-256, in hex, of a weights folder's config and of the files of its parts, wherever they are."""
     path = Path(path)
     config = _read_config(path, None)
     settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
@@ -383,9 +384,13 @@ def folder_hash(path: str | Path) -> str:
 
 
 def hash_dir(folder: Path) -> str:
-    """Returns the SHA-256 of the names and contents of all files in a folder."""
+    """Returns the SHA-256 of the names and contents of all files in a folder, but for hidden ones.
+
+    File managers, editors and version control leave hidden files, which are not part of a model.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    files = (p for p in folder.rglob("*") if not any(name.startswith(".") for name in p.relative_to(folder).parts))
+    for file in sorted(p for p in files if p.is_file()):
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
