@@ -198,6 +198,8 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
 def load_init(config: Any, scratch: Path) -> InitialWeights:
     """Reads the folders of `init_from`, `vae_from` and `text_from`, and builds a small tokenizer if none has one."""
     models = make_models(config, jnp.float32, 1.0)
+    if where := config.text_from or config.init_from:
+        _check_tokenizer(where, models.text_encoder.config)
     start_weights = _load_start(config, models) if config.init_from else None
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
@@ -207,13 +209,6 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
     elif start is not None:
         start["text_encoder"] = text
     if tokenizer is not None:  # a copy, because exports need it even if the original folder is gone by then
-        text_config = models.text_encoder.config
-        check_tokenizer(
-            tokenizer,
-            vocab_size=text_config.vocab_size,
-            length=text_config.max_position_embeddings,
-            owner=config.text_from or config.init_from,
-        )
         tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
@@ -224,6 +219,13 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
                 f"text_encoder.vocab_size = {settings.vocab_size} is too small: the tokenizer has {size} tokens."
             )
     return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
+
+
+def _check_tokenizer(where: str, text: CLIPTextConfig) -> None:
+    """Refuses a folder whose tokenizer returns tokens that its text encoder does not have, before weights are read."""
+    folder = part_dir(where, "tokenizer")
+    if folder.is_dir():
+        check_tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=where)
 
 
 def _load_start(config: Any, models: Models) -> weights.Weights:

@@ -152,10 +152,8 @@ def read_unet_file(path: Path, *, ema: bool) -> PretrainedPart:
     """
     path = resolve_hub_cache(path)
     part = PretrainedPart(path, {}, *_read("unet", path, ema))
-    if (
-        not part.tensors.keys() & {"conv_in.weight", "time_embedding.linear_1.weight"}
-        and (what := other_part(part.tensors)) is not None
-    ):
+    own = {"conv_in.weight", "time_embedding.linear_1.weight"}  # a damaged UNet may lack one of them
+    if not own & part.tensors.keys() and (what := other_part(part.tensors)) is not None:
         raise UserError(f"{path} is {what}, not a LaVie checkpoint of a UNet.")
     return part
 
