@@ -24,6 +24,7 @@ from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
 from lavie_jax.weights.convert import differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
+from lavie_jax.weights.pretrained import read_part_file
 from lavie_jax.weights.reading import read_weights_file
 
 
@@ -99,7 +100,9 @@ def convert(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Runs `export`: writes a PyTorch file, compares with one, or both. Returns the exit code."""
-    original = None if args.check is None else read_weights_file(args.check)
+    original, notes = (None, ()) if args.check is None else read_part_file(args.part, args.check)
+    for note in notes:
+        print(f"note: {note}")
     if args.out is not None:
         count = export_part(args.weights, args.out, part=args.part, overwrite=args.overwrite)
         print(f"wrote {count} tensors to {args.out}")

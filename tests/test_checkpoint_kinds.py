@@ -32,9 +32,9 @@ from lavie_jax.weights.folder import hash_dir
 from lavie_jax.weights.model_kinds import refuse_other_kind
 from lavie_jax.weights.originals import wanted
 from lavie_jax.weights.pretrained import read_vae, resolve_hub_cache
-from lavie_jax.weights.reading import read_weights, read_weights_file
+from lavie_jax.weights.reading import find_weights, read_weights, read_weights_file
 from lavie_jax.weights.safetensors_io import as_tensor, write_safetensors
-from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer, tokenizer_folder
+from lavie_jax.weights.tokenizer_files import FILES, check_tokenizer, copy_tokenizer, tokenizer_folder
 from lavie_jax.weights.unwrap import unwrap
 
 torch = pytest.importorskip("torch")
@@ -136,6 +136,8 @@ OTHER_FILES = {
     "ONNX": raw(b"\x08\x07\x12\x07pytorch\x1a\x05" + b"2.1.0" + bytes(100)),
     "msgpack": raw(b"\x82\xa7encoder\x81\xa4conv\xc7" + bytes(100)),
     "(msgpack)": raw(b"\xde\x00\x20\xd9\x30" + b"k" * 48 + bytes(100)),
+    "is damaged|not a PyTorch": raw(b"PK\x05\x06" + bytes(18)),
+    "too short|not a PyTorch": raw(b"\x08"),
     "PNG picture": raw(b"\x89PNG\r\n\x1a\n" + bytes(100)),
     "not a PyTorch file": raw(pickle.dumps({"a": 1}, protocol=4)),
     "truncated": lambda path: path.write_bytes(ZIPPED[: len(ZIPPED) // 2]),
@@ -241,6 +243,17 @@ def test_broken_shards_are_named(tmp_path):
     (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 of 2 shards: diffusion_pytorch_model-00002"):
         read_weights_file(tmp_path)
+
+
+def test_broken_links_and_other_variants(tmp_path):
+    (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to(tmp_path / "blobs/gone")
+    with pytest.raises(UserError, match="is a broken link: its file is missing"):
+        find_weights(tmp_path, "unet")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    for name in ("diffusion_pytorch_model.non_ema.bin", "diffusion_pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    assert find_weights(tmp_path, "unet").name == "diffusion_pytorch_model.bin"
+    assert find_weights(tmp_path, "unet", ema=False).name == "diffusion_pytorch_model.non_ema.bin"
 
 
 def test_only_the_shards_of_the_best_file_are_downloaded():
@@ -374,6 +387,7 @@ OTHER_MODELS = {
     "diffusion transformer": ("blocks.0.adaLN_modulation.1.weight", "adaln_single.linear.weight", "scale_shift_table"),
     "Stable Video Diffusion": ("model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight",),
     "ModelScope": ("down_blocks.0.temp_convs.0.conv1.0.weight",),
+    "weights folder": ("conv_in.kernel", "params.text_model.embeddings.token_embedding.embedding"),
     "AnimateDiff": ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight",),
 }  # fmt: skip
 
@@ -502,6 +516,7 @@ def test_hidden_files_do_not_change_a_hash(tmp_path):
     assert hash_dir(folder) == before
     (folder / "more.json").write_text("{}")
     assert hash_dir(folder) != before
+    assert hash_dir(folder, only=FILES) == before  # the identity of a tokenizer, whatever else is in its folder
 
 
 # ---- the whole conversion
@@ -523,6 +538,7 @@ def test_an_unusual_checkpoint_is_imported_as_the_usual_one(base, sd, tmp_path, 
     assert folder_hash(tmp_path / "out") == folder_hash(base[1])
     printed = capsys.readouterr().out
     assert "took the prefix 'module.' off" in printed and "read 2 shards" in printed
+    assert run("export", "--weights", tmp_path / "out", "--check", tmp_path / "lavie.safetensors.index.json") == 0
 
 
 def test_other_models_are_refused_by_the_converter(base, sd, tmp_path, capsys):
@@ -545,6 +561,7 @@ def test_other_models_are_refused_by_the_converter(base, sd, tmp_path, capsys):
     shutil.copytree(sd, inpainting)
     (inpainting / "unet/config.json").write_text(json.dumps(SD_UNET | {"in_channels": 9}))
     assert "9 input channels (a model for inpainting)" in refused(capsys, out, import_base(base[0], inpainting, out))
+    assert "is a weights folder already" in refused(capsys, out, import_base(base[0], base[1], out))
     xl = tmp_path / "xl"
     (xl / "text_encoder_2").mkdir(parents=True)
     (xl / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')

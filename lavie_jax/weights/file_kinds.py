@@ -93,8 +93,11 @@ def _check_zip(path: Path) -> None:
     """Raises UserError for a zip archive that torch.save did not write. A truncated one is left to the reader."""
     if not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged ({error}); download or copy it again.") from error
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise _other(path, "a TorchScript program", "save model.state_dict() instead")
     if any(name.endswith("data.pkl") for name in names):
@@ -111,7 +114,9 @@ def _check_other_bytes(path: Path, head: bytes) -> None:
     """Raises UserError for text, and for binary formats that have no fixed magic number."""
     if head[4:8] == b"TFL3":
         raise _other(path, SUFFIXES[".tflite"], EXPORTED)
-    if head[0] == 0x08 and 0 < head[1] < 0x40 and head[2] in b"\x12\x1a\x22\x3a\x42":  # its version, then a known field
+    if (
+        head[0] == 0x08 and len(head) > 2 and 0 < head[1] < 0x40 and head[2] in b"\x12\x1a\x22\x3a\x42"
+    ):  # its version, then a known field
         raise _other(path, SUFFIXES[".onnx"], EXPORTED)
     small_map, large_map = 0x80 < head[0] < 0x90, head[0] in (0xDE, 0xDF)
     key = {True: head[1:2], False: head[3:4] if head[0] == 0xDE else head[5:6]}[small_map]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +170,8 @@ def _part_dir(path: Path, config: Mapping, name: str) -> Path:
 def read_json(path: Path) -> dict:
     """Reads the object in a JSON file. Raises UserError when there is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a byte-order mark
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must contain a JSON object.")
@@ -383,14 +383,18 @@ def folder_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def hash_dir(folder: Path) -> str:
+def hash_dir(folder: Path, only: Collection[str] | None = None) -> str:
     """Returns the SHA-256 of the names and contents of all files in a folder, but for hidden ones.
 
     File managers, editors and version control leave hidden files, which are not part of a model.
+
+    Args:
+        folder: the folder.
+        only: the names of the files that count; None for all.
     """
     digest = hashlib.sha256()
     files = (p for p in folder.rglob("*") if not any(name.startswith(".") for name in p.relative_to(folder).parts))
-    for file in sorted(p for p in files if p.is_file()):
+    for file in sorted(p for p in files if p.is_file() and (only is None or p.name in only)):
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())

@@ -52,6 +52,8 @@ KINDS = (  # the first match counts
     Kind("a Stable Video Diffusion checkpoint", OTHER, (r"\.time_stack\.", r"\.temporal_res_block\.")),
     Kind("a ModelScope or ZeroScope video model", OTHER, (r"\.temopral_conv\.", r"\.temp_(convs|attentions)\.")),
     Kind("a motion module (AnimateDiff)", OTHER, (r"motion_modules\.\d", r"\.temporal_transformer\.")),
+    Kind("a file of Flax or of a weights folder", "give the PyTorch file (convert_torch.py export makes one)", (
+        r"(^|\.)conv_in\.kernel$", r"(^|\.)token_embedding\.embedding$")),
     Kind("an optimizer's state", "give the weights", (r"(^|\.)exp_avg(_sq)?(\.|$)",)),
 )  # fmt: skip
 # What a file may be instead of the part asked for, tried when it lacks what that part cannot be without.

@@ -96,6 +96,8 @@ def resolve_hub_cache(path: Path) -> Path:
 
 def _check_pipeline(path: Path) -> None:
     """Raises UserError for a folder of weights that is not a Stable Diffusion pipeline of diffusers."""
+    if (path / "config.json").is_file() and "format_version" in read_json(path / "config.json"):
+        raise UserError(f"{path} is a weights folder already, not a published image model; it needs no conversion.")
     index = path / "model_index.json"
     kind = read_json(index).get("_class_name") if index.is_file() else None
     if (path / "text_encoder_2").is_dir() or (path / "transformer").is_dir() or (path / "prior").is_dir():
@@ -117,7 +119,7 @@ def _check_pipeline(path: Path) -> None:
 
 def _read_part(path: Path, part: str, ema: bool) -> PretrainedPart:
     config = _read_config(path, part)
-    file = find_weights(path / part, part)
+    file = find_weights(path / part, part, ema=ema)
     if file is None:
         others = sorted(
             f.name for f in (path / part).iterdir() if f.suffix in (*WEIGHTS, ".msgpack", ".onnx", ".h5", ".gguf")
@@ -126,11 +128,15 @@ def _read_part(path: Path, part: str, ema: bool) -> PretrainedPart:
         raise UserError(
             f"{path} has no weights of the {part}: {part}/ has none of {', '.join(MODEL_FILES[part])}{more}."
         )
-    return PretrainedPart(file, config, *_read(part, file, ema))
+    return PretrainedPart(file, config, *read_part_file(part, file, ema=ema))
 
 
-def _read(part: str, file: Path, ema: bool) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Reads the tensors of a part's file under plain names. Raises UserError when it is another kind of model."""
+def read_part_file(part: str, file: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads the tensors of a part's file under plain names, and notes for the user.
+
+    Raises:
+        UserError: it cannot be read, or is another kind of model.
+    """
     tensors, notes = read_weights(file, ema=ema)
     return plain(part, file, tensors, notes, ema)
 
@@ -151,7 +157,8 @@ def read_unet_file(path: Path, *, ema: bool) -> PretrainedPart:
         UserError: it cannot be read, or is not a UNet.
     """
     path = resolve_hub_cache(path)
-    part = PretrainedPart(path, {}, *_read("unet", path, ema))
+    path = path / "unet" if (path / "unet").is_dir() else path
+    part = PretrainedPart(path, {}, *read_part_file("unet", path, ema=ema))
     own = {"conv_in.weight", "time_embedding.linear_1.weight"}  # a damaged UNet may lack one of them
     if not own & part.tensors.keys() and (what := other_part(part.tensors)) is not None:
         raise UserError(f"{path} is {what}, not a LaVie checkpoint of a UNet.")
@@ -175,7 +182,7 @@ def read_vae(path: Path, own: Mapping[str, Any], ema: bool) -> PretrainedPart:
         file = find_weights(folder, "vae")
         if file is None:
             raise UserError(f"{folder} has no weights of a VAE: it has none of {', '.join(MODEL_FILES['vae'])}.")
-        return PretrainedPart(file, read_json(folder / "config.json"), *_read("vae", file, ema))
+        return PretrainedPart(file, read_json(folder / "config.json"), *read_part_file("vae", file, ema=ema))
     tensors, notes = read_weights(path, ema=ema)
     compvis_layout = any(re.search(r"(^|\.)encoder\.down\.\d+\.block\.", name) for name in tensors)
     tensors, all_notes = plain("compvis vae" if compvis_layout else "vae", path, tensors, notes, ema)

@@ -36,9 +36,22 @@ def index_names(file: str) -> tuple[str, ...]:
     return (file + INDEX, *old)
 
 
-def find_weights(folder: Path, part: str) -> Path | None:
-    """Returns the file or index with the weights of a part in its folder, or None."""
-    return next((folder / name for name in candidates(part) if (folder / name).is_file()), None)
+def find_weights(folder: Path, part: str, *, ema: bool = True) -> Path | None:
+    """Returns the file or index with the weights of a part in its folder, or None.
+
+    Without `ema`, the variant non_ema is the best; the other files have the averages, where they differ.
+    """
+    names = candidates(part)
+    if not ema:
+        stem = MODEL_FILES[part][0].partition(".")[0]
+        names = [f"{stem}.non_ema.safetensors", f"{stem}.non_ema.bin", *names]
+    broken = next(
+        (folder / name for name in names if (folder / name).is_symlink() and not (folder / name).exists()), None
+    )
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None and broken is not None:
+        raise UserError(f"{broken} is a broken link: its file is missing; download the model again.")
+    return found
 
 
 def read_weights_file(path: Path, *, ema: bool = True) -> dict[str, Tensor]:
