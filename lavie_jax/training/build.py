@@ -1,7 +1,6 @@
 """Builds the task that a config (`configs/`) describes: models, initial parameters, loss."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
 from lavie_jax.weights.inflate import TEMPORAL, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
+from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
 
 RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only test the code
 
@@ -201,6 +201,8 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
 def load_init(config: Any, scratch: Path) -> InitialWeights:
     """Reads the folders of `init_from`, `vae_from` and `text_from`, and builds a small tokenizer if none has one."""
     models = make_models(config, jnp.float32, 1.0)
+    if where := config.text_from or config.init_from:
+        _check_tokenizer(where, models.text_encoder.config)
     start_weights = _load_start(config, models) if config.init_from else None
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
@@ -210,7 +212,7 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
     elif start is not None:
         start["text_encoder"] = text
     if tokenizer is not None:  # a copy, because exports need it even if the original folder is gone by then
-        tokenizer = shutil.copytree(tokenizer, scratch / "initial tokenizer", dirs_exist_ok=True)
+        tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
         tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
@@ -222,11 +224,24 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
     return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
 
 
+def _check_tokenizer(where: str, text: CLIPTextConfig) -> None:
+    """Refuses a folder whose tokenizer returns tokens that its text encoder does not have, before weights are read."""
+    folder = part_dir(where, "tokenizer")
+    if folder.is_dir():
+        check_tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=where)
+
+
 def _load_start(config: Any, models: Models) -> weights.Weights:
     """Loads `init_from`; with `inflate`, converts its UNet to this stage's (LaVie sections 3.1, 3.3)."""
     where, wanted = config.init_from, models.unet.config
-    inflates = STAGES[config.stage].inflates if config.inflate else None
+    stage = STAGES[config.stage]
+    inflates = stage.inflates if config.inflate else None
     loaded = weights.load_folder(where, stage=inflates or config.stage, dtype=np.float32)
+    if stage.low_res_schedule and loaded.low_res_schedule and loaded.low_res_schedule != stage.low_res_schedule:
+        raise UserError(
+            f"{where} has the low_res_schedule {loaded.low_res_schedule}, but the stage {config.stage} is trained with "
+            f"{stage.low_res_schedule}: start from a folder that has this one."
+        )
     unet, params = loaded.unet.config, loaded.unet.params
     if inflates:
         check_same(unet.image_config(), wanted.image_config(), where, ignore="in_channels")  # inflation adds some

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from lavie_jax.weights.safetensors_io import (
     read_safetensors,
     write_safetensors,
 )
+from lavie_jax.weights.tokenizer_files import copy_tokenizer
 
 FORMAT_VERSION = 1
 CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
@@ -169,8 +170,8 @@ def _part_dir(path: Path, config: Mapping, name: str) -> Path:
 def read_json(path: Path) -> dict:
     """Reads the object in a JSON file. Raises UserError when there is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a byte-order mark
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must contain a JSON object.")
@@ -238,7 +239,7 @@ def save_folder(
         vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
             to write.
         sampling: the stage's sampling defaults.
-        tokenizer: a folder to copy, or a transformers tokenizer.
+        tokenizer: a folder whose tokenizer files are copied, or a transformers tokenizer.
         schedule, low_res_schedule: noise schedules.
         share: a weights folder; parts that are the same there are referred to instead of repeated.
         dialects: the naming dialect of each part's PyTorch file, for the export.
@@ -274,7 +275,7 @@ def _write_part(folder: Path, value, dialect: str) -> None:
         folder.mkdir()
         write_json(folder / "scheduler_config.json", value.to_json())
     elif isinstance(value, str | Path):
-        shutil.copytree(value, folder)
+        copy_tokenizer(value, folder)
     elif hasattr(value, "save_pretrained"):
         value.save_pretrained(folder)
     else:
@@ -371,7 +372,7 @@ def recover_folder(path: Path) -> None:
 
 
 def folder_hash(path: str | Path) -> str:
-    """Returns the SHA-256, in hex, of a weights folder's config and of all files of its parts, wherever they are."""
+    """Returns the SHA-256, in hex, of a weights folder's config and of the files of its parts, wherever they are."""
     path = user_path(path)
     config = _read_config(path, None)
     settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
@@ -384,10 +385,18 @@ def folder_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def hash_dir(folder: Path) -> str:
-    """Returns the SHA-256 of the names and contents of all files in a folder."""
+def hash_dir(folder: Path, only: Collection[str] | None = None) -> str:
+    """Returns the SHA-256 of the names and contents of all files in a folder, but for hidden ones.
+
+    File managers, editors and version control leave hidden files, which are not part of a model.
+
+    Args:
+        folder: the folder.
+        only: the names of the files that count; None for all.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    files = (p for p in folder.rglob("*") if not any(name.startswith(".") for name in p.relative_to(folder).parts))
+    for file in sorted(p for p in files if p.is_file() and (only is None or p.name in only)):
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
