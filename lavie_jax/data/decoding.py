@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int
 
+from lavie_jax.data.display import Screen, check_header
 from lavie_jax.errors import UserError
+
+MAX_FPS = 250  # headers that claim more are not believed: browsers write 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Number of frames, by the container's count or an estimate, and frames per second of a file."""
+    """What a file shows.
+
+    Attributes:
+        frames: number of frames, at `fps`, that can be decoded.
+        fps: frames per second.
+        start: time stamp in seconds of the first of them.
+    """
 
     frames: int
     fps: float
+    start: float = dataclasses.field(default=0.0, compare=False)
 
 
 def label_of(source: str | Path | bytes, name: str) -> str:
@@ -36,34 +46,86 @@ def opened(source: str | Path | bytes, name: str = "") -> Iterator[tuple]:
         UserError: it is not a video, or cannot be read.
     """
     import av  # PyAV is needed only to read or write video files
+    from av.stream import Disposition
 
     what = label_of(source, name)
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
-            if not container.streams.video:
+            # Cover art is a video stream too.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
                 raise UserError(f"{what} has no video stream")
             if container.format.name.endswith("_pipe") or container.format.name == "image2":
                 raise UserError(f"{what} is an image, not a video")
-            stream = container.streams.video[0]
+            stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
             stream.thread_count = 1  # the pipeline's workers are the parallelism
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot read the video {what}: {error}") from error
 
 
-def _seconds(container, stream) -> float:
-    if stream.duration is not None:
-        return stream.duration * float(stream.time_base)
-    return (container.duration or 0) / 1_000_000
-
-
 def info_of(container, stream, what: str) -> VideoInfo:
-    """Reads length and rate from the header; `what` names the video in messages."""
-    rate = float(stream.average_rate or 0)
-    frames = stream.frames or round(_seconds(container, stream) * rate)
-    if not rate or not frames:
+    """Measures what can be shown, without decoding. Headers are not believed about their length.
+
+    They count frames that an edit list hides, sound that runs on, and the missing part of truncated files. The packets
+    at both ends are read instead, and all packets only where there is no plausible rate.
+
+    Args:
+        container: an open container.
+        stream: its video stream.
+        what: names the video in messages.
+
+    Raises:
+        UserError: nothing can be shown, or not as it is meant to be: HDR, interlaced.
+    """
+    check_header(stream, what)
+    time_of = (lambda packet: packet.dts) if _lacks_times(container, stream) else _time_of
+    base, rate = float(stream.time_base), float(stream.average_rate or 0)
+    first = next((packet for packet in _packets(container, stream) if packet.is_keyframe), None)
+    if first is None:
+        raise UserError(f"the video {what} has no frame that can be decoded")
+    start = time_of(first)
+    if stream.start_time is not None:  # an edit list may start after a key frame
+        start = max(start, stream.start_time)
+
+    _seek(container, stream, start + int(_FAR / base))
+    shown = [p for p in _packets(container, stream) if not (p.is_discard or p.is_corrupt)]
+    # Matroska without a rate has packets without a duration. FFmpeg guesses their rate from the first few.
+    guessed = container.format.name.startswith("matroska") and not any(p.duration for p in shown)
+    if not shown or guessed or not 0 < rate <= MAX_FPS:
+        _seek(container, stream, stream.start_time or 0)
+        shown = [p for p in _packets(container, stream) if not (p.is_discard or p.is_corrupt)]
+        times = sorted({time_of(p) for p in shown if time_of(p) >= start})
+        if len(times) > 1 and (guessed or not 0 < rate <= MAX_FPS):
+            rate = (len(times) - 1) / ((times[-1] - times[0]) * base)
+    if not shown or not rate:
         raise UserError(f"the video {what} does not contain its length")
-    return VideoInfo(frames, rate)
+    last = max(shown, key=time_of)
+    length = (time_of(last) - start) * base + ((last.duration or 0) * base or 1 / rate)
+    return VideoInfo(max(1, round(length * rate)), rate, start * base)
+
+
+_FAR = 1_000_000  # seconds: beyond the end of every file
+
+
+def _packets(container, stream) -> Iterator[Any]:
+    """Yields the packets of a stream from the current position on, but the empty one at the end."""
+    for packet in container.demux(stream):
+        if packet.size and _time_of(packet) is not None:
+            yield packet
+
+
+def _lacks_times(container, stream) -> bool:
+    """Whether only the order of decoding is known: AVI has no time stamps, and with B-frames FFmpeg's are wrong."""
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+
+
+def _time_of(packet) -> int | None:
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def _seek(container, stream, time: int) -> None:
+    container.seek(time, stream=stream, backward=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,34 +162,131 @@ def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[
     return np.floor(times * info.fps + 1e-3).astype(int)
 
 
-def upright(frame, *, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of a frame, scaled to (height, width), then rotated as its metadata asks."""
-    return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), frame.rotation // 90)
-
-
 def too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
     """The error for a video with fewer frames than are wanted."""
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
 
-def numbered_frames(container, stream, info: VideoInfo, *, first: int) -> Iterator[tuple[int, Any]]:
-    """Yields (index, frame) from a key frame at or before index `first` on; index n is shown at n / fps."""
-    base, start, number = float(stream.time_base), stream.start_time or 0, -1
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
-        # AVI stores only the decoding order, and the time stamps that decoders derive are wrong. Frames arrive in
-        # display order, so the n-th gets the index of the n-th packet. A seek would lose some, so all are decoded.
-        indices: deque[int] = deque()
-        for packet in container.demux(stream):
-            if packet.size and packet.dts is not None:
-                indices.append(round((packet.dts - start) * base * info.fps))
-            for frame in packet.decode():
-                number = indices.popleft() if indices else number + 1
-                yield number, frame
+def numbered_frames(container, stream, info: VideoInfo, *, first: int, what: str) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) from an index at or before `first` on; index n is shown at n / fps.
+
+    Raises:
+        UserError: the frame at `first` cannot be decoded.
+    """
+    if _lacks_times(container, stream):
+        yield from _numbered_by_order(container, stream, info)
         return
-    container.seek(start + int(first / info.fps / base), stream=stream, backward=True)
-    for frame in container.decode(stream):
-        number = number + 1 if frame.pts is None else round((frame.pts - start) * base * info.fps)
-        yield number, frame
+    # The key frame before a frame does not suffice where frames refer across it (open GOPs), and some containers seek
+    # to a later one. Then the seek goes further back, at last to the start.
+    seconds, back = first / info.fps, 0.0
+    while True:
+        time = max(0.0, seconds - back)
+        frames = _frames_from(container, stream, info, time=time, wanted=first)
+        head = next(frames, None)
+        if head is not None and head[0] <= first:
+            break
+        if not time:
+            if head is not None and head[0] > first + 1:
+                raise UserError(f"the video {what} has no frame that can be decoded at {seconds:g} s")
+            break
+        back = max(1.0, 2 * back)
+    if head is not None:
+        yield head
+        yield from frames
+
+
+def _frames_from(container, stream, info: VideoInfo, *, time: float, wanted: int) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) from the key frame before `time` on.
+
+    Nothing, if that key frame is later than index `wanted`. Frames shown before the key frame are left out: they refer
+    to frames before it.
+    """
+    base, number, key = float(stream.time_base), -1, None
+
+    def index_of(time_stamp: int) -> int:
+        return round((time_stamp * base - info.start) * info.fps)
+
+    decoder = stream.codec_context
+    _seek(container, stream, round((info.start + time) / base) if time else stream.start_time or 0)
+    for packet in container.demux(stream):
+        if key is None:
+            if not packet.is_keyframe:
+                continue
+            key = packet.pts
+            if time and key is not None and index_of(key) > wanted:
+                return
+        for frame in decoder.decode(packet):
+            if frame.pts is not None and key is not None and frame.pts < key:
+                continue
+            number = number + 1 if frame.pts is None else index_of(frame.pts)
+            yield number, frame
+
+
+def _numbered_by_order(container, stream, info: VideoInfo) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) of an AVI with B-frames.
+
+    AVI stores only the decoding order, and the time stamps that decoders derive are wrong. Frames arrive in display
+    order, so the n-th gets the index of the n-th packet. A seek would lose some, so all are decoded.
+    """
+    base, number = float(stream.time_base), -1
+    indices: deque[int] = deque()
+    _seek(container, stream, stream.start_time or 0)
+    for packet in container.demux(stream):
+        if packet.size and packet.dts is not None:
+            indices.append(round((packet.dts * base - info.start) * info.fps))
+        for frame in packet.decode():
+            number = indices.popleft() if indices else number + 1
+            yield number, frame
+
+
+def timed_frames(container, stream, info: VideoInfo, what: str) -> Iterator[tuple[float, float, Any]]:
+    """Yields (start, end, frame) of all frames in display order, in seconds from the first on."""
+    base = float(stream.time_base)
+    for number, frame in numbered_frames(container, stream, info, first=0, what=what):
+        exact = frame.pts is not None and not _lacks_times(container, stream)
+        time = frame.pts * base - info.start if exact else number / info.fps
+        yield time, time + ((frame.duration or 0) * base or 1 / info.fps), frame
+
+
+def constant_rate(
+    times: Float[np.ndarray, "n"],  # noqa: F821
+    end: float,
+    rate: float,
+) -> tuple[Int[np.ndarray, " m"], float]:
+    """Finds a constant rate for frames that start at `times`, in seconds.
+
+    Args:
+        times: when each frame appears.
+        end: when the last one disappears.
+        rate: by the header.
+
+    Returns:
+        (indices of the frames to show, frames per second). All frames, once, where their times are those of a constant
+        rate; else the frame on screen at each time, at a rate with room for every frame where there is one.
+    """
+    times, count = np.maximum.accumulate(times - times[0]), len(times)
+    end = max(end, times[-1])
+    if count < 2 or not times[-1]:
+        return np.arange(count), rate
+    fit = (count - 1) / times[-1]
+    if np.abs(times * fit - np.arange(count)).max() <= _JITTER:
+        return np.arange(count), rate if abs(fit / rate - 1) < 0.02 else float(fit)
+    steps = np.diff(times)
+    steps = steps[steps > 0]
+    usual = np.median(steps)
+    nominal = 1 / steps[np.abs(steps / usual - 1) <= 0.25].mean()
+    for fold in (1, 2, 3, 4):
+        places = times * nominal * fold
+        if len(np.unique(np.round(places))) == count and np.abs(places - np.round(places)).max() <= _JITTER:
+            break
+    else:
+        fold = 1
+    rate = float(nominal * fold)
+    moments = np.arange(max(1, round(end * rate))) / rate
+    return np.searchsorted(times, moments + _JITTER / rate, side="right") - 1, rate
+
+
+_JITTER = 0.2  # frames: time stamps are rounded, often to milliseconds
 
 
 def frames_shown(stream, frame, info: VideoInfo) -> float:
@@ -139,15 +298,9 @@ def decode(container, stream, info: VideoInfo, *, start: float, frames: int, rat
     """Returns uint8 (T, H, W, 3), the frames shown at `frames` times, 1 / `rate` apart, from `start` seconds on."""
     wanted = shown_at(info, start=start, frames=frames, rate=rate)
     shown: list[np.ndarray] = []
-    size: dict[str, int] = {}  # if the stream changes its size, later frames are scaled to the first
+    pixels = Screen(stream, what)
     before, before_pixels, until = None, None, -1.0
-
-    def pixels(frame) -> np.ndarray:
-        if not size:
-            size.update(height=frame.height, width=frame.width)
-        return upright(frame, **size)
-
-    for number, frame in numbered_frames(container, stream, info, first=int(wanted[0])):
+    for number, frame in numbered_frames(container, stream, info, first=int(wanted[0]), what=what):
         frame_pixels = None
         # A variable rate skips indices: the previous frame is still shown.
         while len(shown) < len(wanted) and wanted[len(shown)] < number:

@@ -19,6 +19,7 @@ from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data.display import UnusableVideo, picture_pixels
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
@@ -127,11 +128,11 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """Decodes an image as a clip of one frame, rotated as its Exif data asks."""
+    """Decodes an image as a clip of one frame, as it is shown: see `display.picture_pixels`."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+            return picture_pixels(ImageOps.exif_transpose(picture))[None]
     except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
@@ -256,6 +257,8 @@ def open_records(
     def long_enough(clip: Path) -> None:
         try:
             info = video_files.video_info(clip)
+        except UnusableVideo as error:
+            raise UserError(f"are {error.reason}: {error}") from error
         except UserError as error:
             raise UserError(f"cannot be read: {error}") from error
         if window.room(info) < 0:
