@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -88,23 +89,39 @@ def info_of(container, stream, what: str) -> VideoInfo:
     if stream.start_time is not None:  # an edit list may start after a key frame
         start = max(start, stream.start_time)
 
-    _seek(container, stream, start + int(_FAR / base))
-    shown = [p for p in _packets(container, stream) if not (p.is_discard or p.is_corrupt)]
-    # Matroska without a rate has packets without a duration. FFmpeg guesses their rate from the first few.
-    guessed = container.format.name.startswith("matroska") and not any(p.duration for p in shown)
-    if not shown or guessed or not 0 < rate <= MAX_FPS:
-        _seek(container, stream, stream.start_time or 0)
-        shown = [p for p in _packets(container, stream) if not (p.is_discard or p.is_corrupt)]
-        times = sorted({time_of(p) for p in shown if time_of(p) >= start})
-        if len(times) > 1 and (guessed or not 0 < rate <= MAX_FPS):
-            rate = (len(times) - 1) / ((times[-1] - times[0]) * base)
-    if not shown or not rate:
+    if container.format.name in _SEEKLESS:
+        _rewind(container, stream)
+    else:
+        _seek(container, stream, start + int(_FAR / base))
+    shown = _shown_packets(container, stream)
+    times = sorted(time_of(packet) for packet in shown)
+    # FFmpeg guesses rates that a header lacks from the first packets. The last ones show whether that holds.
+    counted = not 0 < rate <= MAX_FPS or (len(times) > 4 and abs(_rate_of(times, base) / rate - 1) > 0.1)
+    if counted or not shown:
+        _rewind(container, stream)
+        shown = _shown_packets(container, stream)
+        times = sorted(time for packet in shown if (time := time_of(packet)) >= start)
+        rate = _rate_of(times, base) if counted and len(times) > 1 else rate
+    if not times or not 0 < rate < math.inf:
         raise UserError(f"the video {what} does not contain its length")
-    last = max(shown, key=time_of)
-    length = (time_of(last) - start) * base + ((last.duration or 0) * base or 1 / rate)
-    return VideoInfo(max(1, round(length * rate)), rate, start * base)
+    duration = (max(shown, key=time_of).duration or 0) * base
+    if not duration or counted:
+        duration = max(duration, 1 / rate)
+    return VideoInfo(max(1, round(((times[-1] - start) * base + duration) * rate)), rate, start * base)
 
 
+def _rate_of(times: list[int], base: float) -> float:
+    """Mean number of packets per second."""
+    length = (times[-1] - times[0]) * base
+    return (len(times) - 1) / length if length else math.inf
+
+
+def _shown_packets(container, stream) -> list[Any]:
+    """The packets from the current position on that are shown and complete."""
+    return [packet for packet in _packets(container, stream) if not (packet.is_discard or packet.is_corrupt)]
+
+
+_SEEKLESS = ("mpeg",)  # after a seek, MPEG program streams have wrong time stamps
 _FAR = 1_000_000  # seconds: beyond the end of every file
 
 
@@ -126,6 +143,17 @@ def _time_of(packet) -> int | None:
 
 def _seek(container, stream, time: int) -> None:
     container.seek(time, stream=stream, backward=True)
+
+
+def _rewind(container, stream) -> None:
+    """Seeks to the first packet, which may be before the first time that is shown."""
+    import av
+
+    start = stream.start_time or 0
+    try:
+        _seek(container, stream, start - int(_FAR / float(stream.time_base)))
+    except av.error.FFmpegError:
+        _seek(container, stream, start)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +208,7 @@ def numbered_frames(container, stream, info: VideoInfo, *, first: int, what: str
     # to a later one. Then the seek goes further back, at last to the start.
     seconds, back = first / info.fps, 0.0
     while True:
-        time = max(0.0, seconds - back)
+        time = 0.0 if container.format.name in _SEEKLESS else max(0.0, seconds - back)
         frames = _frames_from(container, stream, info, time=time, wanted=first)
         head = next(frames, None)
         if head is not None and head[0] <= first:
@@ -206,8 +234,11 @@ def _frames_from(container, stream, info: VideoInfo, *, time: float, wanted: int
     def index_of(time_stamp: int) -> int:
         return round((time_stamp * base - info.start) * info.fps)
 
-    decoder = stream.codec_context
-    _seek(container, stream, round((info.start + time) / base) if time else stream.start_time or 0)
+    decoder = _decoder_of(stream)
+    if time:
+        _seek(container, stream, round((info.start + time) / base))
+    else:
+        _rewind(container, stream)
     for packet in container.demux(stream):
         if key is None:
             if not packet.is_keyframe:
@@ -222,6 +253,20 @@ def _frames_from(container, stream, info: VideoInfo, *, time: float, wanted: int
             yield number, frame
 
 
+def _decoder_of(stream) -> Any:
+    """The decoder of a stream. WebM keeps transparency beside the frames, where only libvpx looks for it."""
+    import av
+
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in _ALPHA_DECODERS:
+        return stream.codec_context
+    decoder = av.CodecContext.create(_ALPHA_DECODERS[stream.codec_context.name], "r")
+    decoder.extradata, decoder.thread_count = stream.codec_context.extradata, 1
+    return decoder
+
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
 def _numbered_by_order(container, stream, info: VideoInfo) -> Iterator[tuple[int, Any]]:
     """Yields (index, frame) of an AVI with B-frames.
 
@@ -230,7 +275,7 @@ def _numbered_by_order(container, stream, info: VideoInfo) -> Iterator[tuple[int
     """
     base, number = float(stream.time_base), -1
     indices: deque[int] = deque()
-    _seek(container, stream, stream.start_time or 0)
+    _rewind(container, stream)
     for packet in container.demux(stream):
         if packet.size and packet.dts is not None:
             indices.append(round((packet.dts * base - info.start) * info.fps))
@@ -275,7 +320,8 @@ def constant_rate(
     steps = steps[steps > 0]
     usual = np.median(steps)
     nominal = 1 / steps[np.abs(steps / usual - 1) <= 0.25].mean()
-    for fold in (1, 2, 3, 4):
+    most = min(_MAX_RATE / nominal, _MAX_REPEATS * count / (end * nominal))
+    for fold in range(1, 1 + int(most)):
         places = times * nominal * fold
         if len(np.unique(np.round(places))) == count and np.abs(places - np.round(places)).max() <= _JITTER:
             break
@@ -286,6 +332,7 @@ def constant_rate(
     return np.searchsorted(times, moments + _JITTER / rate, side="right") - 1, rate
 
 
+_MAX_RATE, _MAX_REPEATS = 60, 8  # of resampled clips: frames per second, and times a frame is repeated on average
 _JITTER = 0.2  # frames: time stamps are rounded, often to milliseconds
 
 

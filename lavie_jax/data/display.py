@@ -21,6 +21,7 @@ _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _OTHER_MATRICES = {8: "YCgCo", 10: "BT.2020 constant luminance", 12: "chromaticity-derived", 14: "ICtCp", 15: "IPT-C2"}
 _HDR = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 16: "PQ", 17: "SMPTE 428", 18: "HLG"}
 _PROGRESSIVE = 0, 1  # field orders; 0 is unknown
+_ALWAYS_PROGRESSIVE = ("vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "gif", "hevc", "png")
 _WIDEST = 8  # pixels wider or taller than this are a damaged header
 
 
@@ -46,6 +47,11 @@ def check_header(stream: Any, what: str) -> None:
     if context.field_order not in _PROGRESSIVE:
         raise _interlaced(what)
     pixel_aspect(stream, what)
+
+
+def declares_field_order(stream: Any) -> bool:
+    """Whether the header contains whether frames are interlaced, or the codec has progressive frames only."""
+    return bool(stream.codec_context.field_order) or stream.codec_context.name in _ALWAYS_PROGRESSIVE
 
 
 def check_frame(frame: Any, what: str) -> None:

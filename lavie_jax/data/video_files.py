@@ -34,7 +34,7 @@ from lavie_jax.data.decoding import (
     timed_frames,
     too_short,
 )
-from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_header
+from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
 from lavie_jax.errors import UserError, suggest
 
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -169,9 +169,21 @@ def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str,
 
 
 def video_info(source: str | Path | bytes, *, name: str = "") -> VideoInfo:
-    """Length and rate from the container's header, without decoding; `name` is for messages about bytes."""
+    """Length and rate of what can be shown; `name` is for messages about bytes.
+
+    Nothing is decoded, but the first frame where only frames contain whether they are interlaced.
+
+    Raises:
+        UserError: the file cannot be read, or is HDR or interlaced.
+    """
+    what = label_of(source, name)
     with opened(source, name) as (container, stream):
-        return info_of(container, stream, label_of(source, name))
+        info = info_of(container, stream, what)
+        if not declares_field_order(stream):
+            for _, frame in numbered_frames(container, stream, info, first=0, what=what):
+                check_frame(frame, what)
+                break
+        return info
 
 
 def read_window(
