@@ -181,6 +181,12 @@ CODECS = {
     "mpeg2 ps": ("mpeg", "mpeg2video", {"g": "15", "bf": "2", "b": "2M"}),
     "h264 ts": ("mpegts", "libx264", {"x264-params": "open-gop=1:keyint=25:bframes=4:b-adapt=0"}),
     "flv": ("flv", "libx264", {"g": "20", "bf": "2"}),
+    "wmv": ("asf", "wmv2", {"g": "20", "b": "2M"}),
+    "mxf": ("mxf", "mpeg2video", {"g": "15", "bf": "2", "b": "2M"}),
+    "3gp": ("3gp", "mpeg4", {"g": "15", "b": "2M"}),
+    "gif": ("gif", "gif", {}),
+    "mpeg1": ("mpeg", "mpeg1video", {"g": "15", "bf": "2", "b": "2M"}),
+    "ffv1": ("avi", "ffv1", {}),
     "fragmented": ("mp4", "libx264", {"g": "20", "bf": "2"}),
 }
 
@@ -190,7 +196,7 @@ def test_every_start_shows_the_frame_of_decoding_in_order(name):
     format, codec, options = CODECS[name]
     clip = moving(100)
     muxer = {"movflags": "frag_keyframe+empty_moov"} if name == "fragmented" else {}
-    content = write(clip, format, codec, options=options, muxer=muxer)
+    content = write(clip, format, codec, options=options, muxer=muxer, pix="bgr8" if name == "gif" else "yuv420p")
     with av.open(io.BytesIO(content)) as container:
         whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert len(whole) == 100
@@ -217,6 +223,32 @@ def test_windows_and_curated_clips_of_an_open_gop_are_exact(tmp_path):
         np.testing.assert_array_equal(part, whole[start : start + 4])
         part = np.stack(list(itertools.islice(video_files.each_frame(path, first=start), 4)))
         np.testing.assert_array_equal(part, whole[start : start + 4])
+
+
+def test_a_record_that_fails_at_many_times_is_counted_once(tmp_path, caplog, monkeypatch):
+    """Messages contain the random start."""
+    from lavie_jax.data import pipeline, shards, sources
+    from lavie_jax.data.config import DataConfig
+
+    read, messages = video_files.read_window, set()
+
+    def read_window(content, window, *, place, name):
+        if content[-1:] == b"!":
+            messages.add(text := f"{name} has no frame at {place}")
+            raise UserError(text)
+        return read(content, window, place=place, name=name)
+
+    monkeypatch.setattr(sources.video_files, "read_window", read_window)
+    good = write(moving(40))
+    rows = [{"video": good + b"!" * (i > 5), "caption": f"clip {i}"} for i in range(8)]
+    shards.write_shards(rows, tmp_path)
+    config = DataConfig(source="array_record", path=str(tmp_path), frames=4, height=16, width=16, max_unreadable=2)
+    stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None)
+    for _ in range(20):
+        next(stream)
+    stream.close()
+    assert len(messages) > 4
+    assert "skipped record 2: " in caplog.text and "skipped record 3: " not in caplog.text
 
 
 # ---- how a file is to be shown ----

@@ -31,15 +31,22 @@ ATTEMPTS = 8  # records in a row that may be unreadable
 _ENDLESS = 2**40
 
 
+class Skipped(NamedTuple):
+    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+
+    record: str
+    error: str
+
+
 class Item(NamedTuple):
-    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and errors of records skipped for it.
+    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and the records skipped for it.
 
     Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
 
     pixels: UInt8[np.ndarray, "*t h w 3"] | Float16[np.ndarray, "*t h w c"]
     caption: str
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     text: Float16[np.ndarray, "l d"] | None = None
     null_text: Float16[np.ndarray, "l d"] | None = None  # replaces `text` when the caption is dropped
 
@@ -202,16 +209,19 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
     Raises:
         UserError: `ATTEMPTS` records in a row cannot be read.
     """
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     for attempt in range(ATTEMPTS):
         epoch, place = divmod(index + attempt, len(records))
+        name = ""
         try:
-            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[place])])
-        except UserError as error:
-            skipped.append(str(error))
+            record = records[int(_epoch_order(len(records), kind, seed, epoch)[place])]
+            name = record.name
+            item = read(record)
+        except (UserError, RecursionError) as error:  # JSON nested too deep
+            skipped.append(Skipped(name or str(error), str(error)))
             continue
         return item._replace(skipped=tuple(skipped))
-    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
+    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1].error}")
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
