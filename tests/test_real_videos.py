@@ -297,6 +297,26 @@ def test_curated_clips_have_square_pixels(tmp_path):
     assert (segment.reason, segment.height, segment.width) == ("", 96, 192)
 
 
+@pytest.mark.parametrize("reason", ["HDR", "interlaced"])
+def test_the_curation_counts_what_cannot_be_shown_by_its_reason(reason, tmp_path):
+    from lavie_jax.curation.filters import Thresholds
+    from lavie_jax.curation.inputs import find_videos
+    from lavie_jax.curation.video import REASONS, curate_video, read_result
+
+    clip = videos.pan(1, 24, height=96, width=96)
+    quiet = {"x265-params": "log-level=none"}
+    made = {
+        "HDR": lambda: write(clip, "mp4", "libx265", matrix=9, transfer=16, options=quiet),
+        "interlaced": lambda: write(clip, "mp4", "mpeg4", options={"flags": "+ildct+ilme"}),
+    }
+    (tmp_path / "a.mp4").write_bytes(made[reason]())
+    (tmp_path / "a.txt").write_text("a land of many colours")
+    (video,) = find_videos(tmp_path, None)
+    curate_video(video, tmp_path / "work", Thresholds(min_height=90), captioner=None, scorer=None)
+    (segment,) = read_result(tmp_path / "work" / video.key)
+    assert segment.reason == reason and reason in REASONS and "'a.mp4'" in segment.detail
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("hflip", [False, True])
 def test_rotated_and_mirrored_videos_stand_upright(degrees, hflip):
@@ -490,6 +510,30 @@ def test_deep_and_transparent_pictures_show_what_viewers_show(name, tmp_path):
     assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - expected).max() <= 1
 
 
+def test_a_picture_with_a_profile_has_the_colours_of_it(tmp_path):
+    """Its numbers are those of another space: gamma 1.0 here, so that 55 is a medium grey."""
+    from PIL import Image, ImageCms
+
+    from lavie_jax.data.display import picture_pixels
+
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    curve = content.index(b"para") + 12  # of the type ((a x + b) ^ g, or c x below d)
+    straight = b"".join(round(65536 * x).to_bytes(4, "big") for x in (1, 1, 0, 1, 0))
+    linear = content[:curve] + straight + content[curve + 20 :]
+    for encoding in ("ascii", "utf-16-be"):  # its name
+        linear = linear.replace("sRGB".encode(encoding), "lRGB".encode(encoding))
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(linear))
+    picture = Image.fromarray(np.full((8, 8, 3), 55, np.uint8))
+    picture.save(tmp_path / "a.png", icc_profile=linear)
+    expected = np.asarray(ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB")))
+    assert np.abs(expected.astype(int) - 55).max() > 20
+    with Image.open(tmp_path / "a.png") as opened_picture:
+        np.testing.assert_array_equal(picture_pixels(opened_picture), expected)
+    picture.save(tmp_path / "b.png", icc_profile=b"not a profile")
+    with Image.open(tmp_path / "b.png") as opened_picture:
+        assert (picture_pixels(opened_picture) == 55).all()
+
+
 # ---- clips of the user ----
 
 
@@ -532,6 +576,16 @@ def test_lost_sound_is_reported(tmp_path):
     path.write_bytes(write(moving(10), sound=1))
     assert len(video_files.read_clip(path, warn=lines.append)[0]) == 10
     assert lines == [f"the sound of {str(path)!r} is not kept"]
+
+
+def test_the_command_prints_what_of_an_input_is_lost(tmp_path, capsys):
+    import sample
+
+    path = tmp_path / "a.mp4"
+    path.write_bytes(write(moving(10), sound=1))
+    frames, clip, _ = sample.read_input(path)
+    assert len(frames) == clip.frames == 10 and clip.fps == 25
+    assert capsys.readouterr().err == f"warning: the sound of {str(path)!r} is not kept\n"
 
 
 def test_an_array_too_large_for_memory_is_refused_unread(tmp_path):

@@ -3,6 +3,8 @@
 What cannot be shown right is refused: HDR, which would need tone mapping, and interlaced frames.
 """
 
+import functools
+import io
 from fractions import Fraction
 from typing import Any
 
@@ -179,13 +181,35 @@ def _turn(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Converts an image of any mode to RGB: 16 bits are scaled to 8, and transparent pixels shown over BACKGROUND."""
+    """Converts an image of any mode to sRGB as viewers show it.
+
+    16 bits are scaled to 8, transparent pixels shown over BACKGROUND, and colours converted from the image's profile.
+    """
     if picture.mode.startswith("I"):  # grey in 16 bits; Pillow would clip it
         values = np.asarray(picture).astype(np.int64)
         grey = np.clip((values + 128) // 257, 0, 255).astype(np.uint8)
         if isinstance(clear := picture.info.get("transparency"), int):
             grey = np.where(values == clear, np.uint8(BACKGROUND), grey)
         return np.repeat(grey[..., None], 3, axis=-1)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        return over_background(np.asarray(picture.convert("RGBA")))
-    return np.asarray(picture.convert("RGB"))
+    see_through = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+    profile = picture.info.get("icc_profile")
+    if see_through or picture.mode not in ("RGB", "CMYK"):
+        picture = picture.convert("RGBA" if see_through else "RGB")
+    if profile and (to_srgb := _to_srgb(profile, picture.mode)) is not None:
+        picture = to_srgb.apply(picture)
+    return over_background(np.asarray(picture)) if see_through else np.asarray(picture.convert("RGB"))
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """The transform of an ICC profile to sRGB; None for sRGB itself, and for one that does not apply."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(source, target, mode, "RGB" if mode == "CMYK" else mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of a grey image
+        return None
