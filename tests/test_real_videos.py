@@ -102,6 +102,28 @@ def test_sound_that_runs_on_adds_no_frames(format):
     assert video_files.video_info(content) == video_files.VideoInfo(20, 25.0)
 
 
+@pytest.mark.parametrize("frames", [2, 6, 30])
+@pytest.mark.parametrize("format", ["mp4", "matroska", "avi", "mpegts"])
+@pytest.mark.parametrize("fps", [7.5, 25, 29.97, 240])
+def test_clips_of_any_length_and_rate_have_both(format, fps, frames, tmp_path):
+    if format == "mpegts" and frames == 2:
+        pytest.skip("FFmpeg does not seek in so short transport streams")
+    path, lines = tmp_path / "a.mp4", []
+    path.write_bytes(write(moving(frames), format, rate=Fraction(30000, 1001) if fps == 29.97 else Fraction(fps)))
+    info = video_files.video_info(path)
+    assert info.frames == frames and info.fps == pytest.approx(fps, rel=1e-3)
+    clip, rate = video_files.read_clip(path, warn=lines.append)
+    assert len(clip) == frames and rate == pytest.approx(fps, rel=1e-3) and not lines
+
+
+def test_a_gif_has_the_rate_it_was_written_with(tmp_path):
+    """Its times are in hundredths of a second: 12 and 13 in turn."""
+    path = video_files.save_as(moving(24), tmp_path / "a", "gif", fps=8)
+    assert video_files.video_info(path) == video_files.VideoInfo(24, 8.0)
+    frames, rate = video_files.read_clip(path)
+    assert len(frames) == 24 and rate == 8
+
+
 @pytest.mark.parametrize("sound", [0, 2])
 def test_a_browser_recording_without_a_rate_gets_that_of_its_frames(sound):
     times = np.arange(40) / 30 + np.random.default_rng(0).integers(-3, 4, 40) / 1000

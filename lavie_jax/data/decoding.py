@@ -80,34 +80,38 @@ def info_of(container, stream, what: str) -> VideoInfo:
         UserError: nothing can be shown, or not as it is meant to be: HDR, interlaced.
     """
     check_header(stream, what)
-    time_of = (lambda packet: packet.dts) if _lacks_times(container, stream) else _time_of
     base, rate = float(stream.time_base), float(stream.average_rate or 0)
     first = next((packet for packet in _packets(container, stream) if packet.is_keyframe), None)
     if first is None:
         raise UserError(f"the video {what} has no frame that can be decoded")
-    start = time_of(first)
+    start = first.dts if _lacks_times(container, stream) else _time_of(first)
     if stream.start_time is not None:  # an edit list may start after a key frame
         start = max(start, stream.start_time)
 
-    if container.format.name in _SEEKLESS:
-        _rewind(container, stream)
-    else:
-        _seek(container, stream, start + int(_FAR / base))
-    shown = _shown_packets(container, stream)
-    times = sorted(time_of(packet) for packet in shown)
+    _seek_end(container, stream, start)
+    times, last = _shown_times(container, stream)
     # FFmpeg guesses rates that a header lacks from the first packets. The last ones show whether that holds.
-    counted = not 0 < rate <= MAX_FPS or (len(times) > 4 and abs(_rate_of(times, base) / rate - 1) > 0.1)
-    if counted or not shown:
+    counted = not 0 < rate <= MAX_FPS or not _fits(times, base, rate)
+    if counted or not times:
         _rewind(container, stream)
-        shown = _shown_packets(container, stream)
-        times = sorted(time for packet in shown if (time := time_of(packet)) >= start)
-        rate = _rate_of(times, base) if counted and len(times) > 1 else rate
+        times, last = _shown_times(container, stream)
+        times = [time for time in times if time >= start]
+    if counted and len(times) > 1:
+        rate = _rate_of(times, base)
+        if 0.5 < last * base * rate < 1.5:
+            rate = len(times) / ((times[-1] - times[0] + last) * base)
     if not times or not 0 < rate < math.inf:
         raise UserError(f"the video {what} does not contain its length")
-    duration = (max(shown, key=time_of).duration or 0) * base
-    if not duration or counted:
-        duration = max(duration, 1 / rate)
-    return VideoInfo(max(1, round(((times[-1] - start) * base + duration) * rate)), rate, start * base)
+    length = (times[-1] - start + last) * base if last and not counted else (times[-1] - start) * base + 1 / rate
+    return VideoInfo(max(1, round(length * rate)), rate, start * base)
+
+
+def _fits(times: list[int], base: float, rate: float) -> bool:
+    """Whether as many packets come in that time at `rate`, but for the rounding of time stamps."""
+    if len(times) < 5:
+        return True
+    length, expected = (times[-1] - times[0]) * base, (len(times) - 1) / rate
+    return abs(length - expected) <= max(_ALIKE * expected, 1.5 * base)
 
 
 def _rate_of(times: list[int], base: float) -> float:
@@ -116,12 +120,20 @@ def _rate_of(times: list[int], base: float) -> float:
     return (len(times) - 1) / length if length else math.inf
 
 
-def _shown_packets(container, stream) -> list[Any]:
-    """The packets from the current position on that are shown and complete."""
-    return [packet for packet in _packets(container, stream) if not (packet.is_discard or packet.is_corrupt)]
+def _shown_times(container, stream) -> tuple[list[int], int]:
+    """(sorted times of the packets from here on that are shown and complete, duration of the last one)."""
+    decoding_order = _lacks_times(container, stream)
+    shown = sorted(
+        (packet.dts if decoding_order else _time_of(packet), packet.duration or 0)
+        for packet in _packets(container, stream)
+        if not (packet.is_discard or packet.is_corrupt)
+    )
+    return [time for time, _ in shown], shown[-1][1] if shown else 0
 
 
 _SEEKLESS = ("mpeg",)  # after a seek, MPEG program streams have wrong time stamps
+_UNINDEXED = ("mpeg", "mpegts")  # a seek to the end may miss the last frame
+_ALIKE = 0.02  # rates that differ by less are the same: time stamps are rounded
 _FAR = 1_000_000  # seconds: beyond the end of every file
 
 
@@ -143,6 +155,14 @@ def _time_of(packet) -> int | None:
 
 def _seek(container, stream, time: int) -> None:
     container.seek(time, stream=stream, backward=True)
+
+
+def _seek_end(container, stream, start: int) -> None:
+    """Seeks to the last key frame; to the first packet where that is not possible."""
+    if container.format.name in _UNINDEXED:
+        _rewind(container, stream)
+    else:
+        _seek(container, stream, start + int(_FAR / float(stream.time_base)))
 
 
 def _rewind(container, stream) -> None:
@@ -313,9 +333,11 @@ def constant_rate(
     end = max(end, times[-1])
     if count < 2 or not times[-1]:
         return np.arange(count), rate
+    if np.abs(times * rate - np.arange(count)).max() <= _JITTER:
+        return np.arange(count), rate
     fit = (count - 1) / times[-1]
     if np.abs(times * fit - np.arange(count)).max() <= _JITTER:
-        return np.arange(count), rate if abs(fit / rate - 1) < 0.02 else float(fit)
+        return np.arange(count), float(fit)
     steps = np.diff(times)
     steps = steps[steps > 0]
     usual = np.median(steps)
