@@ -160,7 +160,7 @@ def read_input(path: Path) -> tuple:
     from lavie_jax.data.video_files import read_clip
     from lavie_jax.stages.clips import ClipInfo, free_memory
 
-    frames, fps = read_clip(path, max_bytes=free_memory() / 2)
+    frames, fps = read_clip(path, max_bytes=free_memory() / 2, warn=lambda line: warn([line]))
     clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
     with path.open("rb") as file:
         return frames, clip, hashlib.file_digest(file, "sha256").hexdigest()

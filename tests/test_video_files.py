@@ -86,7 +86,7 @@ def test_frames_come_one_at_a_time_as_reading_by_time_gives_them(tmp_path):
         np.testing.assert_array_equal(part, video_files.read_video(path, frames=min(5, 264 - first), start=first / 30))
     assert list(video_files.each_frame(path, first=264)) == []
     small = next(video_files.each_frame(path, shorter_side=8))
-    assert small.shape == (8, 12, 3) and video_files.stored_size(path) == (32, 48)
+    assert small.shape == (8, 12, 3) and video_files.shown_size(path) == (32, 48)
     assert next(video_files.each_frame(path, shorter_side=64)).shape == (32, 48, 3)  # never enlarged
 
 

@@ -86,7 +86,7 @@ class Examples:
         example = {
             "caption": captions[0],
             "image_captions": captions[1:],
-            "skipped": [text for item in items for text in item.skipped],
+            "skipped": [skipped for item in items for skipped in item.skipped],
         }
         if self.encoded:
             texts = [item.text if keep else item.null_text for item, keep in zip(items, kept)]
@@ -269,9 +269,9 @@ def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Generat
                 shares = now
                 # a warning, so that it is shown by default
                 logging.warning("data from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
-            for text in (text for row in batch.pop("skipped") for text in row):
-                if text not in seen:
-                    seen.add(text)
+            for record, text in (skipped for row in batch.pop("skipped") for skipped in row):
+                if record not in seen:
+                    seen.add(record)
                     logging.warning("skipped record %d: %s", len(seen), text)
                 if len(seen) > config.max_unreadable:
                     raise UserError(

@@ -19,6 +19,7 @@ from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data.display import UnusableVideo, picture_pixels
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
@@ -30,15 +31,22 @@ ATTEMPTS = 8  # to read a record: after as many unreadable ones in a row, the ru
 _ENDLESS = 2**40
 
 
+class Skipped(NamedTuple):
+    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+
+    record: str
+    error: str
+
+
 class Item(NamedTuple):
-    """A clip, uint8 (T, H, W, 3), or an image, (H, W, 3), with its caption and the errors of records skipped before it.
+    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and the records skipped before it.
 
     Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
 
     pixels: UInt8[np.ndarray, "*t h w 3"] | Float16[np.ndarray, "*t h w c"]
     caption: str
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     text: Float16[np.ndarray, "l d"] | None = None
     null_text: Float16[np.ndarray, "l d"] | None = None  # replaces `text` when the caption is dropped
 
@@ -127,11 +135,11 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """Decodes an image as a clip of one frame, rotated according to its Exif data."""
+    """Decodes an image as a clip of one frame, as it is shown: see `display.picture_pixels`."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+            return picture_pixels(ImageOps.exif_transpose(picture))[None]
     except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
@@ -201,16 +209,19 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
     Raises:
         UserError: `ATTEMPTS` records in a row cannot be read.
     """
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     for attempt in range(ATTEMPTS):
         epoch, position = divmod(index + attempt, len(records))
+        name = ""
         try:
-            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[position])])
-        except UserError as error:
-            skipped.append(str(error))
+            record = records[int(_epoch_order(len(records), kind, seed, epoch)[position])]
+            name = record.name
+            item = read(record)
+        except (UserError, RecursionError) as error:  # JSON nested too deep
+            skipped.append(Skipped(name or str(error), str(error)))
             continue
         return item._replace(skipped=tuple(skipped))
-    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
+    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1].error}")
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
@@ -257,6 +268,8 @@ def open_records(
     def long_enough(clip: Path) -> None:
         try:
             info = video_files.video_info(clip)
+        except UnusableVideo as error:
+            raise UserError(f"are {error.reason}: {error}") from error
         except UserError as error:
             raise UserError(f"cannot be read: {error}") from error
         if window.room(info) < 0:
