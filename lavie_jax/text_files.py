@@ -67,7 +67,10 @@ def read_delimited(
             if number <= start or not any(cell.strip() for cell in cells):
                 continue
             if any(cell.strip() for cell in cells[len(columns) :]):
-                raise UserError(f"{name} line {number} has more fields than the {len(columns)} columns")
+                raise UserError(
+                    f"{name} line {number} has more fields than the {len(columns)} columns of its header: "
+                    f'put texts with {DELIMITERS[delimiter]} in "quotes"'
+                )
             for line in (line for cell in cells for line in cell.splitlines()[1:]):
                 pieces = line.split(delimiter)
                 if len(pieces) == len(columns) and merged(dict(zip(columns, pieces))):

@@ -6,12 +6,13 @@ writes shards, `write_tfds` converts them to a TFDS data set.
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import json
 import os
 import resource
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,17 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from lavie_jax.data.records import VAL_FRACTION, Medium, Record, empty_split, of_split, one_line, shard_files
+from lavie_jax.data.records import (
+    VAL_FRACTION,
+    Medium,
+    Record,
+    empty_split,
+    name_hash,
+    of_split,
+    one_line,
+    shard_files,
+    split_of_hashes,
+)
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
@@ -47,44 +58,31 @@ class ShardRecords:
         self.reader = _Readers(shard_files(path, SUFFIX))
         self.paths, self.starts = self.reader.paths, self.reader.starts
         _check_schema(self.reader, medium)
-        self.indices = of_split(self._split_names(), split, val_fraction)
+        self.indices = split_of_hashes(self._split_hashes(), split, val_fraction)
         if not len(self.indices):
             raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
 
-    def _split_names(self) -> Iterator[str]:
-        """The name of each record by which it is assigned to a split: scenes of one video have one name.
+    def _split_hashes(self) -> np.ndarray:
+        """The hash of each record by which it is assigned to a split, the same for all scenes of one video.
 
-        The source is that of the list beside the shards, as reading it from the records would mean reading all clips.
+        The video is that of the list beside the shards (for latents, above them): to find it in the records, all clips
+        would have to be read.
         """
-        counts = np.diff(self.starts)
-        sources = self._listed_sources()
-        if len(set(sources.values())) == 1:  # then either split would be empty
-            logging.warning(
-                "all scenes are of one video, %r: both splits have some of them", next(iter(sources.values()))
-            )
-            sources = {}
-        for path, count in zip(self.paths, counts):
-            shard = Path(path)
-            for i in range(count):
-                yield sources.get((os.fspath(shard.parent), shard.name, i), f"{shard.name}[{i}]")
-
-    def _listed_sources(self) -> dict[tuple[str, str, int], str]:
-        """{(folder, shard, index): source} of the lists beside the shards, or above them, as for latents."""
-        sources: dict[tuple[str, str, int], str] = {}
-        for folder in {Path(path).parent for path in self.paths}:
-            for place in (folder, folder.parent):
-                if not (place / LIST).is_file():
-                    continue
-                try:
-                    with (place / LIST).open(encoding="utf-8") as file:
-                        for row in map(json.loads, file):
-                            shard = place / row["shard"]
-                            if shard.parent == folder and isinstance(row.get("source"), str):
-                                sources[os.fspath(folder), shard.name, row["index"]] = row["source"]
-                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    logging.warning("%s is not a list of clips (%s) and is ignored", place / LIST, error)
-                break
-        return sources
+        hashes = np.empty(self.starts[-1], np.uint64)
+        listed = np.zeros(len(hashes), bool)
+        for path, start, end in zip(map(Path, self.paths), self.starts, self.starts[1:]):
+            hashes[start:end] = [name_hash(f"{path.name}[{i}]") for i in range(end - start)]
+            place = next((p for p in (path.parent, path.parent.parent) if (p / LIST).is_file()), None)
+            if place is None:
+                continue
+            sources = _listed_sources(place / LIST, (place / LIST).stat().st_mtime_ns)
+            indices, of_sources = sources.get(path.relative_to(place).as_posix(), (np.empty(0, int), None))
+            if len(indices) and 0 <= indices.min() and indices.max() < end - start:
+                hashes[start + indices], listed[start + indices] = of_sources, True
+        if len(hashes) > 1 and listed.all() and (hashes == hashes[0]).all():
+            logging.warning("all clips in %s are scenes of one video: both splits get some", Path(self.paths[0]).parent)
+            return np.array([name_hash(f"scene {i}") for i in range(len(hashes))], np.uint64)
+        return hashes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -116,6 +114,24 @@ class ShardRecords:
             return [sizes[path.parent, path.name, number] for path, number in keys]
         except (OSError, ValueError, KeyError, TypeError):  # the list belongs to another set
             return None
+
+
+@functools.lru_cache(maxsize=8)
+def _listed_sources(path: Path, mtime: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{shard: (indices of records, hashes of their source videos)} of a list of clips; {} if it is not one."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                if isinstance(row.get("source"), str):
+                    rows.setdefault(row["shard"], []).append((int(row["index"]), name_hash(row["source"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logging.warning("%s is not a list of clips and is ignored: %r", path, error)
+        return {}
+    return {
+        shard: (np.array([i for i, _ in pairs]), np.array([h for _, h in pairs], np.uint64))
+        for shard, pairs in rows.items()
+    }
 
 
 class _Readers:

@@ -8,6 +8,7 @@ import math
 import os
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,7 @@ from lavie_jax.data.decoding import (
 from lavie_jax.errors import UserError, suggest
 
 FORMATS = ("mp4", "gif", "png", "npz")
+NPZ_FPS = 8.0  # of an .npz without a rate
 
 
 @contextlib.contextmanager
@@ -242,7 +244,9 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
 
 
 def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
-    """Returns (all frames, frames per second) of a video file, or of an .npz that `save_as` wrote.
+    """Returns (all frames, frames per second) of a video file, or of an .npz with the arrays that `save_as` writes.
+
+    They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is NPZ_FPS.
 
     All frames are decoded, whatever their number in the header.
 
@@ -252,8 +256,8 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
     name = os.fspath(path)
     if not Path(path).is_file():
         raise UserError(f"the video {name!r} does not exist")
-    if Path(path).suffix == ".npz":
-        return _read_npz(path)
+    if Path(path).suffix.lower() == ".npz":
+        return _read_npz(path, max_bytes)
     frames, size = [], {}
     with opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -274,16 +278,36 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
     return np.stack(frames), rate
 
 
-def _read_npz(path: str | Path) -> tuple[np.ndarray, float]:
+def _read_npz(path: str | Path, max_bytes: float) -> tuple[np.ndarray, float]:
+    name, needs = os.fspath(path), "it needs `video`, uint8 (T, H, W, 3), and may have `fps`, one number above 0"
     try:
-        with Path(path).open("rb") as file, np.load(file) as arrays:
-            frames, rate = arrays["video"], float(arrays["fps"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or not rate > 0:
-        what = f"{frames.dtype} {frames.shape} at {rate:g} fps"
-        raise UserError(f"{os.fspath(path)!r} is not a video: it needs uint8 (T, H, W, 3), not {what}")
-    return frames, rate
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise UserError(f"{name!r} is one array, not an .npz of several: {needs}")
+            if "video" not in arrays.files:
+                raise UserError(f"{name!r} has the arrays {', '.join(arrays.files) or 'none'}; {needs}")
+            shape = _npy_shape(arrays, "video")
+            if shape is not None and math.prod(shape) > max_bytes:
+                raise UserError(f"the video {name!r} of shape {shape} does not fit into memory: store fewer frames")
+            frames = arrays["video"]
+            rate = np.asarray(arrays["fps"] if "fps" in arrays.files else NPZ_FPS)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read the video {name!r}: {error}") from error
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise UserError(f"`video` in {name!r} is {frames.dtype} {frames.shape}; {needs}")
+    if rate.size != 1 or rate.dtype.kind not in "iuf" or not 0 < float(rate.item()) < math.inf:
+        raise UserError(f"`fps` in {name!r} is {rate.tolist()}; {needs}")
+    return frames, float(rate.item())
+
+
+def _npy_shape(arrays: np.lib.npyio.NpzFile, name: str) -> tuple[int, ...] | None:
+    """The shape of an array in an .npz, from its header."""
+    with arrays.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        return None if read is None else read(file)[0]
 
 
 # ---- the contact sheet ----
