@@ -338,44 +338,41 @@ def test_both_splits_have_a_record_whatever_the_hashes():
 # ---- the image that becomes a clip, and held-out batches of buckets ----
 
 
+class Images:
+    """A source that records which images are asked for."""
+
+    def __init__(self, count):
+        self.count, self.asked = count, []
+
+    def __len__(self):
+        return self.count
+
+    def video(self, index, rng):
+        raise AssertionError
+
+    def image(self, index, rng, *, margin=0):
+        self.asked.append(index)
+        return sources.Item(np.zeros((16 + margin, 16 + margin, 3), np.uint8), "an image")
+
+
 def test_the_image_that_becomes_a_clip_is_not_beside_it(tmp_path, monkeypatch):
-    asked = []
-
-    class Counting:
-        def __len__(self):
-            return 100
-
-        def video(self, index, rng):
-            raise AssertionError
-
-        def image(self, index, rng, *, margin=0):
-            asked.append(index)
-            return sources.Item(np.zeros((16 + margin, 16 + margin, 3), np.uint8), "an image")
-
     config = DataConfig(frames=2, images=2, handheld=1.0, height=16, width=16)
-    examples = pipeline.Examples(config, Counting(), batch=4)
+    examples = pipeline.Examples(config, source := Images(100), batch=4)
     for i in range(8):
         examples[i]
-    assert sorted(asked) == list(range(24))  # each image once
-    assert max(asked[:12]) < 12  # of the first step, as a mixture counts them
+    assert sorted(source.asked) == list(range(24))  # each image once
+    assert max(source.asked[:12]) < 12  # of the first step, as a mixture counts them
 
 
 def test_held_out_batches_show_every_bucket_and_count_by_share():
-    class Clips:
-        def __init__(self, count):
-            self.count = count
-
-        def __len__(self):
-            return self.count
-
     from lavie_jax.data.buckets import make_buckets
 
-    parts = [((16, 16 * (i + 1)), Clips(count)) for i, count in enumerate((97, 2, 1))]
+    parts = [((16, 16 * (i + 1)), Images(count)) for i, count in enumerate((97, 2, 1))]
     buckets = make_buckets(parts, batch=2, unique=False, seed=0)
     assert isinstance(buckets, Buckets)
     shown = [buckets.of(2 * step)[2] for step in range(4)]
     weights = buckets.weights(4)
-    for (size, source), share in zip(parts, (0.97, 0.02, 0.01)):
+    for (size, _), share in zip(parts, (0.97, 0.02, 0.01)):
         assert sum(w for s, w in zip(shown, weights) if s == size) == pytest.approx(share)
     examples = pipeline.Examples(DataConfig(split="val"), buckets, 2)
     assert len(examples.held_out_weights(1)) == 3 and sum(examples.held_out_weights(1)) == pytest.approx(1)

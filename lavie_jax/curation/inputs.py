@@ -58,6 +58,7 @@ def find_videos(folder: Path, table: Path | None) -> list[Video]:
     left_out = LeftOut()
     paths, beside = find_files(folder, "video", left_out)
     left_out.warn(len(paths) + len(left_out))
+    folders.warn_unindexed(paths)
     if not paths:
         raise UserError(f"no {', '.join(VIDEO_SUFFIXES)} in {os.fspath(folder)!r} or its subfolders")
     if table is None:

@@ -9,8 +9,6 @@ from absl import logging
 _NAMED = 5  # files that are logged per reason
 HIDDEN = "are hidden copies or previews of other programs (their name or folder starts with a dot, or is __MACOSX)"
 
-NO_SEEKING = "are in a format without seeking (convert: ffmpeg -i clip.ts -c copy clip.mp4)"
-
 
 class LeftOut:
     """Files that are left out, by reason."""

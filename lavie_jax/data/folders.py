@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from absl import logging
 from tqdm import tqdm
 
-from lavie_jax.data.files import NO_SEEKING, LeftOut, walk
-from lavie_jax.data.records import SUFFIXES, UNSEEKABLE, VAL_FRACTION, Medium, Record, empty_split, of_split, one_line
+from lavie_jax.data.files import LeftOut, walk
+from lavie_jax.data.records import SUFFIXES, UNINDEXED, VAL_FRACTION, Medium, Record, empty_split, of_split, one_line
 from lavie_jax.errors import UserError
 from lavie_jax.text_files import decode, encoding_of, read_delimited
 
@@ -67,6 +68,7 @@ def open_folder(
     else:
         raise UserError(f"no folder {os.fspath(path)!r}; a table of captions ends in {', '.join(TABLES)}")
     total = len(files) + len(dropped)
+    warn_unindexed([file for file, _ in files])
     rows = files if check is None else _checked(files, check, dropped)
     dropped.warn(total)
     names = [os.path.relpath(file, root).replace(os.sep, "/") for file, _ in rows]
@@ -84,17 +86,25 @@ def find_files(folder: Path, medium: Medium, dropped: LeftOut) -> tuple[list[Pat
         The files, sorted; and for each path without ending, {ending: file} of the captions beside them.
     """
     every, captions = [], {}
-    for path in walk(folder, dropped, (*SUFFIXES[medium], *UNSEEKABLE)):
+    for path in walk(folder, dropped, SUFFIXES[medium]):
         suffix = path.suffix.lower()
         if suffix in SUFFIXES[medium]:
             every.append(path)
         elif suffix in (".txt", ".json"):
             captions.setdefault(path.with_suffix(""), {})[suffix] = path
-        elif medium == "video" and suffix in UNSEEKABLE:
-            dropped.add(NO_SEEKING, path)
         elif suffix not in NOT_CLIPS and not any(suffix in known for known in SUFFIXES.values()):
             dropped.add(f"end in {path.suffix}, which is not read", path)
     return sorted(every), captions
+
+
+def warn_unindexed(files: Sequence[Path]) -> None:
+    """Logs how many files are slow to read at random times."""
+    slow = [file for file in files if file.suffix.lower() in UNINDEXED]
+    if slow:
+        logging.warning(
+            "%d of %d files do not seek (%s) and are slow to read; ffmpeg -i clip.ts -c copy clip.mp4 converts them: %s, ...",
+            len(slow), len(files), ", ".join(sorted({file.suffix.lower() for file in slow})), slow[0],
+        )  # fmt: skip
 
 
 def _sidecars(folder: Path, medium: Medium, dropped: LeftOut) -> Iterator[tuple[Path, str]]:
@@ -184,8 +194,6 @@ def _table(path: Path, medium: Medium, dropped: LeftOut) -> Iterator[tuple[Path,
     for where, file, caption, _ in read_table(path, medium):
         if file is None:
             dropped.add("name no file that exists", where)
-        elif medium == "video" and file.suffix.lower() in UNSEEKABLE:
-            dropped.add(NO_SEEKING, file)
         elif not caption:
             dropped.add("have no caption", where)
         else:

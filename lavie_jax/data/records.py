@@ -18,12 +18,12 @@ from absl import logging
 from lavie_jax.data.files import LeftOut, walk
 from lavie_jax.errors import UserError
 
-# Containers that FFmpeg seeks in.
+# Streams without an index: FFmpeg finds a time in them only roughly, so that windows are decoded from further back.
+UNINDEXED = (".ts", ".m2ts", ".mts", ".m2t", ".mpg", ".mpeg", ".vob", ".m2v")
 VIDEO_SUFFIXES = (
     *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".qt", ".f4v", ".3gp", ".3g2"),
-    *(".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".flv", ".mxf", ".ogv", ".divx", ".gif"),
+    *(".wmv", ".asf", ".flv", ".mxf", ".ogv", ".divx", ".nut", ".gif", *UNINDEXED),
 )
-UNSEEKABLE = (".ts", ".m2ts", ".mts", ".m2t", ".h264", ".264", ".h265", ".hevc", ".m2v", ".nut")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES}
 VAL_FRACTION = 0.05

@@ -17,11 +17,10 @@ from absl import logging
 from tqdm import tqdm
 
 from lavie_jax.data import tar_index
-from lavie_jax.data.files import HIDDEN, NO_SEEKING, LeftOut, is_hidden
+from lavie_jax.data.files import HIDDEN, LeftOut, is_hidden
 from lavie_jax.data.folders import caption_of
 from lavie_jax.data.records import (
     SUFFIXES,
-    UNSEEKABLE,
     VAL_FRACTION,
     Medium,
     Record,
@@ -168,7 +167,7 @@ def _add(members: _Members, member: tarfile.TarInfo, tar: str, medium: Medium, l
     pure = PurePosixPath(member.name)
     last = PurePosixPath(pure.name).suffix.lower()
     if any(is_hidden(part) for part in pure.parts if part not in (".", "..")):
-        if last in (*SUFFIXES[medium], *UNSEEKABLE):
+        if last in SUFFIXES[medium]:
             left_out.add(f"that {HIDDEN}", member.name)
         return
     stem, _, suffix = pure.name.partition(".")
@@ -179,8 +178,6 @@ def _add(members: _Members, member: tarfile.TarInfo, tar: str, medium: Medium, l
         members.clips[key] = member
     elif suffix in (".txt", ".json"):
         members.texts.setdefault(key, {})[suffix] = member
-    elif medium == "video" and suffix in UNSEEKABLE:
-        left_out.add(f"that {NO_SEEKING}", member.name)
     elif last in SUFFIXES[medium]:
         left_out.add(f"whose name has more dots ({suffix} is not an ending)", member.name)
 

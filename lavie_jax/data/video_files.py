@@ -281,7 +281,8 @@ def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[n
 def _read_npz(path: str | Path, max_bytes: float) -> tuple[np.ndarray, float]:
     name, needs = os.fspath(path), "it needs `video`, uint8 (T, H, W, 3), and may have `fps`, one number above 0"
     try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with Path(path).open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise UserError(f"{name!r} is one array, not an .npz of several: {needs}")
             if "video" not in arrays.files:
