@@ -102,7 +102,7 @@ def warn_unindexed(files: Sequence[Path]) -> None:
     slow = [file for file in files if file.suffix.lower() in UNINDEXED]
     if slow:
         logging.warning(
-            "%d of %d files do not seek (%s) and are slow to read; ffmpeg -i clip.ts -c copy clip.mp4 converts them: %s, ...",
+            "%d of %d files do not seek (%s), so reading is slow (ffmpeg -i a.ts -c copy a.mp4 converts): %s, ...",
             len(slow), len(files), ", ".join(sorted({file.suffix.lower() for file in slow})), slow[0],
         )  # fmt: skip
 

@@ -6,7 +6,6 @@ record takes two reads at known offsets. Only the offsets are kept in memory, ab
 
 import concurrent.futures
 import os
-import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from lavie_jax.data.records import (
     shard_files,
     split_of_hashes,
 )
+from lavie_jax.data.tar_members import Member, archives, is_header
 from lavie_jax.errors import UserError
 
 
@@ -68,16 +68,9 @@ class TarRecords:
         if len(content) < row["size"] or len(text) < row["text_size"]:
             raise UserError(f"{name}: the tar was cut short after the start")
         caption, problem = caption_of(None, text) if row["json"] else caption_of(text, None)
-        if problem or not _is_header(header):
+        if problem or not is_header(header):
             raise UserError(f"{os.fspath(path)!r} was changed after the start: the header of a record is not there")
         return Record(name, caption, content)
-
-
-def _is_header(block: bytes) -> bool:
-    try:
-        return tarfile.nti(block[148:156]) in tarfile.calc_chksums(block)
-    except (tarfile.TarError, struct.error):
-        return False
 
 
 def _warn(path: str | Path, left_out: Sequence[tar_index.LeftOutOfTar]) -> None:
@@ -103,8 +96,8 @@ class _Members:
     """Clips and captions of one archive, by key."""
 
     def __init__(self) -> None:
-        self.clips: dict[str, tarfile.TarInfo] = {}
-        self.texts: dict[str, dict[str, tarfile.TarInfo]] = {}
+        self.clips: dict[str, Member] = {}
+        self.texts: dict[str, dict[str, Member]] = {}
 
 
 def _walk(path: Path, medium: Medium) -> tuple[np.ndarray, LeftOut]:
@@ -113,7 +106,10 @@ def _walk(path: Path, medium: Medium) -> tuple[np.ndarray, LeftOut]:
     rest = _Members()  # halves of pairs: `cat` may join tars that were divided within a pair
     try:
         with path.open("rb") as file:
-            for members in _archives(file, os.fspath(path), medium, left_out):
+            for archive in archives(file):
+                members = _Members()
+                for member in archive:
+                    _add(members, member, os.fspath(path), medium, left_out)
                 for key in [key for key in members.clips if key in members.texts]:
                     pairs.append((key, members.clips.pop(key), members.texts.pop(key)))
                 for key, clip in members.clips.items():
@@ -137,48 +133,24 @@ def _walk(path: Path, medium: Medium) -> tuple[np.ndarray, LeftOut]:
     return np.array(rows, tar_index.FIELDS), left_out
 
 
-def _archives(file: BinaryIO, name: str, medium: Medium, left_out: LeftOut) -> Iterator[_Members]:
-    """Yields the members of each archive in a file: `cat` joins several."""
-    start, end = 0, os.fstat(file.fileno()).st_size
-    while True:
-        file.seek(start)
-        members = _Members()
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # tarfile would keep them all
-                if member.isreg() and not member.issparse():
-                    _add(members, member, name, medium, left_out)
-            # tarfile stops at a truncated or damaged header as if it were the end; the true end is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it ends at byte {tar.offset} without an end mark")
-        yield members
-        while (block := file.read(tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE):
-            pass
-        start = file.tell() - len(block)
-        if not block.strip(b"\0") or start >= end:
-            return
-        if len(block) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"what follows its end at byte {start} is not a tar")
-
-
-def _add(members: _Members, member: tarfile.TarInfo, tar: str, medium: Medium, left_out: LeftOut) -> None:
+def _add(members: _Members, member: Member, tar: str, medium: Medium, left_out: LeftOut) -> None:
     """Files a member under its key. Webdataset: the key ends at the first dot of the file's name."""
-    pure = PurePosixPath(member.name)
-    last = PurePosixPath(pure.name).suffix.lower()
-    if any(is_hidden(part) for part in pure.parts if part not in (".", "..")):
-        if last in SUFFIXES[medium]:
-            left_out.add(f"that {HIDDEN}", member.name)
-        return
-    stem, _, suffix = pure.name.partition(".")
-    key, suffix = str(pure.parent / stem), f".{suffix.lower()}"
+    folder, _, name = member.name.rpartition("/")
+    if "." in (folder[:1], name[:1]) or "/." in folder or "__MACOSX" in folder or "@eaDir" in folder:
+        folder = str(PurePosixPath(folder))  # without "./"
+        if is_hidden(name) or any(is_hidden(part) for part in folder.split("/") if part not in (".", "..")):
+            if PurePosixPath(name).suffix.lower() in SUFFIXES[medium]:
+                left_out.add(f"that {HIDDEN}", member.name)
+            return
+    stem, _, suffix = name.partition(".")
+    key, suffix = f"{folder}/{stem}" if folder not in ("", ".") else stem, f".{suffix.lower()}"
     if suffix in SUFFIXES[medium]:
         if key in members.clips:
             raise UserError(f"the tar {tar!r} has two {medium}s named {key!r}")
         members.clips[key] = member
     elif suffix in (".txt", ".json"):
         members.texts.setdefault(key, {})[suffix] = member
-    elif last in SUFFIXES[medium]:
+    elif PurePosixPath(name).suffix.lower() in SUFFIXES[medium]:
         left_out.add(f"whose name has more dots ({suffix} is not an ending)", member.name)
 
 
@@ -186,21 +158,20 @@ def _row(
     file: BinaryIO,
     path: Path,
     key: str,
-    clip: tarfile.TarInfo,
-    texts: dict[str, tarfile.TarInfo],
+    clip: Member,
+    texts: dict[str, Member],
     left_out: LeftOut,
 ) -> tuple[Any, ...] | None:
     """The row of a pair: its clip, and the caption that is used; None without one."""
     problem = ""
     for suffix in (".txt", ".json"):
         if suffix in texts:
-            file.seek(texts[suffix].offset_data)
-            content = file.read(texts[suffix].size)
+            content = os.pread(file.fileno(), texts[suffix].size, texts[suffix].offset)
             caption, why = caption_of(content, None) if suffix == ".txt" else caption_of(None, content)
             if caption:
                 text = texts[suffix]
                 hashed = name_hash(f"{path.name}/{key}")
-                return 0, hashed, suffix == ".json", clip.offset_data, clip.size, text.offset_data, text.size
+                return 0, hashed, suffix == ".json", clip.offset, clip.size, text.offset, text.size
             problem = problem or why
     left_out.add(f"that {problem}", f"{path.name}/{key}")
     return None
