@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="txt (one prompt per line), csv or jsonl (prompt, and optionally seed and negative_prompt)",
+        help="txt (one prompt per line), csv, tsv or jsonl (prompt, and optionally seed and negative_prompt)",
     )
     add(
         "--stages",
@@ -49,7 +49,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"stages to run, in order, separated by commas: {', '.join(STAGE_INFO)} (default: {MAIN_STAGE}); "
         f"a stage that needs a clip starts from the output of the one before, or from --input",
     )
-    add("--input", type=Path, metavar="FILE", help="clip for the first stage to start from: a video file, or npz")
+    add(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="clip for the first stage to start from: a video file, or an .npz with the arrays video, "
+        "uint8 (T, H, W, 3), and optionally fps, a number (default 8)",
+    )
     add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="per prompt, with seeds S to S+N-1 (default 1)")
     add(

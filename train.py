@@ -119,8 +119,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Batches: their position is the step of the newest checkpoint                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+    held_out_weights = held_out_examples.held_out_weights(config.held_out_batches)
     with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
-        held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in range(config.held_out_batches)]
+        held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in held_out_weights]
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         keep=config.keep_checkpoints,
@@ -175,7 +176,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         """Returns losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
         rngs = [jax.random.fold_in(jax.random.key(HELD_OUT_SEED), i) for i in range(len(held_out_batches))]
         rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
-        return metrics.mean(rows)
+        return metrics.mean(rows, held_out_weights)
 
     def export(measured: Mapping[str, float]) -> bool:
         """Writes the EMA as a weights folder. Returns False on all hosts but the first, and if the disk is full."""

@@ -386,7 +386,7 @@ def test_a_tar_that_is_cut_short_is_refused_and_named(stores, tmp_path, keep):
         records_of("webdataset", tmp_path)
 
 
-def test_tars_with_the_same_clip_twice_or_with_a_bad_caption(clips, tmp_path):
+def test_bad_captions_in_a_tar_are_found_when_it_is_opened(clips, tmp_path, caplog):
     content = clips[0][0].read_bytes()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i, text in enumerate((b"caf\xe9", b"  ", b"good")):
@@ -394,10 +394,21 @@ def test_tars_with_the_same_clip_twice_or_with_a_bad_caption(clips, tmp_path):
             add(tar, f"{i}.txt", text)
         add(tar, "3.mp4", content)
         add(tar, "3.json", b"{")
-    result = records_of("webdataset", tmp_path)
-    for i, message in ((0, "0.mp4: its caption is not UTF-8"), (1, "1.mp4: no caption"), (3, "3.mp4: its .json is no")):
-        with pytest.raises(UserError, match=message):
-            result[i]
+        for i, text, fields in ((4, b"\n", b'{"caption": "of the JSON"}'), (5, b"\xef\xbb\xbf", b'{"caption": " "}')):
+            add(tar, f"{i}.json", fields)
+            add(tar, f"{i}.mp4", content)
+            add(tar, f"{i}.txt", text)
+        add(tar, "6.mp4", content)
+        add(tar, "6.json", b"[" * 100_000)
+        add(tar, "7.mp4", content)
+        add(tar, "7.txt", b"\xef\xbb\xbfwith a mark")
+    for _ in range(2):  # from the tar, then from its index
+        caplog.clear()
+        found = records_of("webdataset", tmp_path)
+        assert sorted(found[i].caption for i in range(len(found))) == ["good", "of the JSON", "with a mark"]
+        assert "1 records that have a caption that is not UTF-8 are left out: 'a.tar/0'" in caplog.text
+        assert "2 records that have no caption are left out: 'a.tar/1'" in caplog.text
+        assert "2 records that have a .json that is not JSON are left out: 'a.tar/3'" in caplog.text
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         add(tar, "2.webm", content)
     with pytest.raises(UserError, match="two videos named '2'"):

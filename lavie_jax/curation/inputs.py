@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
 
-from lavie_jax.data.folders import read_table
+from lavie_jax.data import folders
+from lavie_jax.data.files import LeftOut
+from lavie_jax.data.folders import find_files, read_table
 from lavie_jax.data.records import VIDEO_SUFFIXES, one_line
 from lavie_jax.errors import UserError
 
@@ -53,11 +55,14 @@ def find_videos(folder: Path, table: Path | None) -> list[Video]:
     """
     if not folder.is_dir():
         raise UserError(f"--input {os.fspath(folder)!r} is not a folder")
-    paths = [p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()]
+    left_out = LeftOut()
+    paths, beside = find_files(folder, "video", left_out)
+    left_out.warn(len(paths) + len(left_out))
+    folders.warn_unindexed(paths)
     if not paths:
         raise UserError(f"no {', '.join(VIDEO_SUFFIXES)} in {os.fspath(folder)!r} or its subfolders")
     if table is None:
-        videos = [_video(path, folder, _sidecar_caption(path)) for path in paths]
+        videos = [_video(path, folder, _sidecar_caption(beside.get(path.with_suffix(""), {}))) for path in paths]
     else:
         captions = _read_captions(table, {path.resolve() for path in paths})
         videos = [_video(path, folder, tuple(captions.get(path.resolve(), ()))) for path in paths]
@@ -82,14 +87,12 @@ def _video(path: Path, folder: Path, captions: tuple[Caption, ...]) -> Video:
     return Video(path, name, stat.st_size, captions, digest.hexdigest())
 
 
-def _sidecar_caption(path: Path) -> tuple[Caption, ...]:
-    """Returns the caption of the sidecar file; none if the file is missing, empty or not UTF-8."""
-    sidecar = path.with_suffix(".txt")
-    try:
-        text = one_line(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else ""
-    except UnicodeDecodeError:
-        logging.warning("%s is not UTF-8 and is ignored", sidecar)
-        text = ""
+def _sidecar_caption(beside: Mapping[str, Path]) -> tuple[Caption, ...]:
+    """Returns the caption in the files beside a video; none if they are missing, empty or not UTF-8."""
+    texts = {suffix: file.read_bytes() for suffix, file in beside.items()}
+    text, problem = folders.caption_of(texts.get(".txt"), texts.get(".json"))
+    if "UTF-8" in problem:
+        logging.warning("%s is not UTF-8 and is ignored", beside[".txt"])
     return (Caption(text),) if text else ()
 
 

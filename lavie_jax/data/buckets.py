@@ -58,7 +58,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """A source for each size. A bucket's fraction of the steps equals its fraction of the clips.
+    """A source for each size. In training, a bucket's fraction of the steps equals its fraction of the clips.
 
     Attributes:
         sizes: (height, width) of each bucket.
@@ -81,6 +81,12 @@ class Buckets:
         part, number = self.order(step)
         return self.sources[part], number * self.batch + row, self.sizes[part]
 
+    def weights(self, steps: int) -> list[float]:
+        """The weight of each of the first `steps` batches, so that a bucket counts by its share of the clips."""
+        parts = [self.order(step)[0] for step in range(steps)]
+        weights = [len(self.sources[part]) / parts.count(part) for part in parts]
+        return [weight / sum(weights) for weight in weights]
+
     def __str__(self) -> str:
         shares = [len(source) / len(self) for source in self.sources]
         return ", ".join(f"{size_name(size)} {share:.1%}" for size, share in zip(self.sizes, shares))
@@ -92,7 +98,7 @@ def make_buckets(parts: Sequence[tuple[Size, Source]], *, batch: int, unique: bo
     Args:
         parts: a source for each size.
         batch: examples per step.
-        unique: whether a batch must not repeat a clip.
+        unique: whether a batch must not repeat a clip, as in training. Otherwise, all buckets have equally many steps.
         seed: of the order.
 
     Raises:
@@ -105,7 +111,8 @@ def make_buckets(parts: Sequence[tuple[Size, Source]], *, batch: int, unique: bo
                 f"the bucket {size_name(size)} has {len(source)} clips for training, fewer than a batch of {batch}: "
                 "remove it from data.buckets, and they join another"
             )
-    shares = tuple(len(source) for _, source in used)
+    # Few held-out steps show every bucket only if they are divided equally; `weights` restores the shares.
+    shares = tuple(len(source) if unique else 1 for _, source in used)
     sizes, sources = zip(*used)
     return Buckets(sizes=sizes, sources=sources, order=Order(((0, shares),), 1, seed), batch=batch)
 

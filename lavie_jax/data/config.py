@@ -85,6 +85,11 @@ class DataConfig:
         return bool(self.images or self.handheld or not self.frames)
 
     @property
+    def images_per_example(self) -> int:
+        """Images that are set aside for each example: those beside its clip, and the one that may become its clip."""
+        return max(self.images + bool(self.handheld and self.frames), 1)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """(H, W) of every size that a batch may have."""
         return tuple((height, width) for height, width in self.buckets) or ((self.height, self.width),)
@@ -195,9 +200,9 @@ def mixture_parts(config: DataConfig) -> dict[str, tuple[tuple, mixture.Weights,
     """
     videos, images = _split_kinds(config.videos), _split_kinds(config.image_parts)
     sides = {"videos": (videos, config.video_weights, 1, "video_weights")}
-    sides["images"] = (videos, config.video_weights, max(config.images, 1), "video_weights")
+    sides["images"] = (videos, config.video_weights, config.images_per_example, "video_weights")
     if images:
-        sides["images"] = (images, config.image_weights, max(config.images, 1), "image_weights")
+        sides["images"] = (images, config.image_weights, config.images_per_example, "image_weights")
     out = {}
     for name, (parts, weights, number, field_name) in sides.items():
         if not parts:  # images only

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import queue
 import signal
 import threading
@@ -27,6 +28,8 @@ from lavie_jax.data.mixture import Mixture, largest_shares
 from lavie_jax.data.sources import Item, Source
 from lavie_jax.errors import UserError
 
+_BUFFER = 2  # batches that wait in each worker
+_DEATHS = 3  # of workers in a row, until they are given up
 _EXAMPLES = 2**50  # effectively endless, and far from overflow after slicing and batching
 
 
@@ -53,6 +56,12 @@ class Examples:
             digest.update(value.tobytes() if isinstance(value, np.ndarray) else str(value).encode())
         return digest.hexdigest()
 
+    def held_out_weights(self, batches: int) -> list[float]:
+        """Weights, with a sum of 1, of the first batches of a held-out split: `batches`, or one per bucket."""
+        if isinstance(self.source, Buckets):
+            return self.source.weights(max(batches, len(self.source.sizes)))
+        return [1 / batches] * batches
+
     @functools.cached_property
     def encoded(self) -> bool:
         """Whether clips and images are stored latents."""
@@ -73,14 +82,14 @@ class Examples:
         video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
-            # Indexed like the images that accompany clips, so that a mixture assigns the same step.
-            image = source.image(index * max(c.images, 1), rng, margin=reach)
+            # After the example's own images, in the same step of a mixture.
+            image = source.image(index * c.images_per_example + c.images, rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
             fps = c.fps or transforms.USUAL_FPS
             video = image._replace(pixels=transforms.handheld(image.pixels, **shape, fps=fps, rng=rng))
         elif c.frames:
             video = source.video(index, rng)
-        image_items = [source.image(index * c.images + j, rng) for j in range(c.images)]
+        image_items = [source.image(index * c.images_per_example + j, rng) for j in range(c.images)]
         items, kept = [video, *image_items], rng.random(1 + c.images) >= c.caption_drop
         captions = [item.caption if keep else c.null_caption for item, keep in zip(items, kept)]
         example = {
@@ -136,7 +145,34 @@ def _ignore_ctrl_c(*_: int) -> None:
 
 
 def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
-    """Batches of grain's worker processes, in order."""
+    """Batches of grain's worker processes, in order. Workers that are killed are started again.
+
+    After `_DEATHS` deaths in a row without a batch, this thread computes the batches: the run then is slow but loses no
+    step, and needs the least memory, which is what workers are killed for most often.
+    """
+    step, deaths = start, 0
+    while deaths < _DEATHS:
+        iterator = _start_workers(local, step, workers)
+        try:
+            for batch in iterator:
+                yield batch
+                step, deaths = step + 1, 0
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            deaths += 1
+            logging.warning(
+                "a data worker was killed at step %d, perhaps for its memory (%s): starting the workers again",
+                step,
+                error,
+            )
+        finally:
+            iterator.close()
+    logging.warning("data workers were killed %d times in a row: from step %d on, none is used", deaths, step)
+    yield from _in_thread(local, step)
+
+
+def _start_workers(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
     try:
         import grain  # needed only with workers
     except ImportError as error:
@@ -147,9 +183,34 @@ def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     dataset = grain.MapDataset.source(local).batch(len(local.rows), drop_remainder=True, batch_fn=_collate)[start:]
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFER)
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(dataset.to_iter_dataset(read).mp_prefetch(options, worker_init_fn=_ignore_ctrl_c))
+
+
+def check_shared_memory(local: _LocalExamples, workers: int, folder: str = "/dev/shm") -> None:
+    """Raises UserError if batches of the workers do not fit into shared memory, through which they reach this process.
+
+    Without this check, a worker dies of SIGBUS some steps into the run.
+    """
+    c = local.examples.config
+    if local.examples.encoded:
+        example = local.examples[local.rows[0]]
+        size = sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
+    else:
+        size = max(3 * height * width for height, width in c.sizes) * (c.frames + c.images)
+    try:
+        stat = os.statvfs(folder)
+    except OSError:
+        return  # not Linux
+    # Those that wait, one that the worker writes, and one that this process has not released.
+    needed, free = workers * (_BUFFER + 2) * len(local.rows) * size, stat.f_bavail * stat.f_frsize
+    megabytes = math.ceil(needed / 2**20)
+    if needed > free:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB free, and {workers} data workers need {megabytes} MiB: enlarge it "
+            f"(docker run --shm-size={megabytes}m), or lower config.workers (0 needs none)"
+        )
 
 
 def _prefetched(source: Iterator[dict], count: int) -> Generator[dict, None, None]:
@@ -253,6 +314,8 @@ def batches(
         given = f"{workers}, {start_step}, {prefetch}"
         raise UserError(f"workers and start_step must be at least 0 and prefetch at least 1; given {given}")
     local = _LocalExamples(examples, range(examples.batch) if rows is None else rows)
+    if workers:
+        check_shared_memory(local, workers)
     raw = _grain(local, start_step, workers) if workers else _in_thread(local, start_step)
     ids = None if tokenizer is None else tokens.CachedTokens(tokenizer)
     logged = _logged(raw, examples.config, start_step)

@@ -4,16 +4,33 @@ A record is {"video": encoded clip} or {"image": encoded image} with a "caption"
 writes shards, `write_tfds` converts them to a TFDS data set.
 """
 
+import collections
+import concurrent.futures
+import functools
 import itertools
 import json
 import os
+import resource
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from absl import logging
+from tqdm import tqdm
 
-from lavie_jax.data.records import VAL_FRACTION, Medium, Record, empty_split, of_split, one_line, shard_files
+from lavie_jax.data.records import (
+    VAL_FRACTION,
+    Medium,
+    Record,
+    empty_split,
+    name_hash,
+    of_split,
+    one_line,
+    shard_files,
+    split_of_hashes,
+)
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
@@ -38,14 +55,34 @@ class ShardRecords:
         val_fraction: float = VAL_FRACTION,
     ):
         self.medium = medium
-        # One reader of all shards, which each process opens again.
-        self.reader, counts = _open(shard_files(path, SUFFIX))
-        _check_schema(self.reader, counts, medium)
-        self.paths, self.starts = [path for path, _ in counts], np.cumsum([0, *(count for _, count in counts)])
-        names = (f"{Path(shard).name}[{i}]" for shard, count in counts for i in range(count))
-        self.indices = of_split(names, split, val_fraction)
+        self.reader = _Readers(shard_files(path, SUFFIX))
+        self.paths, self.starts = self.reader.paths, self.reader.starts
+        _check_schema(self.reader, medium)
+        self.indices = split_of_hashes(self._split_hashes(), split, val_fraction)
         if not len(self.indices):
             raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
+
+    def _split_hashes(self) -> np.ndarray:
+        """The hash of each record by which it is assigned to a split, the same for all scenes of one video.
+
+        The video is that of the list beside the shards (for latents, above them): to find it in the records, all clips
+        would have to be read.
+        """
+        hashes = np.empty(self.starts[-1], np.uint64)
+        listed = np.zeros(len(hashes), bool)
+        for path, start, end in zip(map(Path, self.paths), self.starts, self.starts[1:]):
+            hashes[start:end] = [name_hash(f"{path.name}[{i}]") for i in range(end - start)]
+            place = next((p for p in (path.parent, path.parent.parent) if (p / LIST).is_file()), None)
+            if place is None:
+                continue
+            sources = _listed_sources(place / LIST, (place / LIST).stat().st_mtime_ns)
+            indices, of_sources = sources.get(path.relative_to(place).as_posix(), (np.empty(0, int), None))
+            if len(indices) and 0 <= indices.min() and indices.max() < end - start:
+                hashes[start + indices], listed[start + indices] = of_sources, True
+        if len(hashes) > 1 and listed.all() and (hashes == hashes[0]).all():
+            logging.warning("all clips in %s are scenes of one video: both splits get some", Path(self.paths[0]).parent)
+            return np.array([name_hash(f"scene {i}") for i in range(len(hashes))], np.uint64)
+        return hashes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,17 +116,83 @@ class ShardRecords:
             return None
 
 
-def _open(paths: Sequence[Path]) -> tuple[Any, list[tuple[str, int]]]:
-    """Opens (a reader of all shards, [(shard, its number of records)])."""
-    from array_record.python import array_record_data_source  # part of grain; needed only for shards
+@functools.lru_cache(maxsize=8)
+def _listed_sources(path: Path, mtime: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{shard: (indices of records, hashes of their source videos)} of a list of clips; {} if it is not one."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                if isinstance(row.get("source"), str):
+                    rows.setdefault(row["shard"], []).append((int(row["index"]), name_hash(row["source"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logging.warning("%s is not a list of clips and is ignored: %r", path, error)
+        return {}
+    return {
+        shard: (np.array([i for i, _ in pairs]), np.array([h for _, h in pairs], np.uint64))
+        for shard, pairs in rows.items()
+    }
 
-    counts = []
-    for path in paths:
-        try:
-            counts.append((os.fspath(path), len(array_record_data_source.ArrayRecordDataSource([os.fspath(path)]))))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the shard {os.fspath(path)!r} is truncated or damaged: {error}. Remove it.") from error
-    return array_record_data_source.ArrayRecordDataSource([path for path, _ in counts]), counts
+
+class _Readers:
+    """Random access to the records of many shards, of which a bounded number is open at a time in each process.
+
+    Attributes:
+        paths: the shards.
+        starts: position of the first record of each shard, and at the end the number of records.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = [os.fspath(path) for path in paths]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            counts = pool.map(_count, self.paths)
+            counts = list(tqdm(counts, "shards", len(paths), disable=len(paths) < 500, leave=False))
+        self.starts = np.cumsum([0, *counts])
+        self._setup()
+
+    def _setup(self) -> None:
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._most = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "starts": self.starts}  # each process opens its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._setup()
+
+    def __getitem__(self, place: int) -> bytes:
+        if not 0 <= place < self.starts[-1]:
+            raise IndexError(place)
+        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+        with self._lock:
+            reader = self._open.get(shard)
+            if reader is None:
+                reader = self._open[shard] = _open(self.paths[shard], "readahead_buffer_size:0", 32768)
+            self._open.move_to_end(shard)
+            # A reader that is dropped here closes its file once no thread reads from it.
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return reader.read([int(place - self.starts[shard])])[0]
+
+
+def _open(path: str, options: str = "", buffer: int | None = None) -> Any:
+    from array_record.python import array_record_module  # part of grain; needed only for shards
+
+    more = {} if buffer is None else {"file_reader_buffer_size": buffer}
+    return array_record_module.ArrayRecordReader(path, options=options, **more)
+
+
+def _count(path: str) -> int:
+    """Number of records of a shard."""
+    try:
+        reader = _open(path)
+        count = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the shard {path!r} is truncated or damaged: {error}. Remove it.") from error
+    return count
 
 
 def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
@@ -132,13 +235,13 @@ def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
     return Record(name, one_line(caption), content)
 
 
-def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: str) -> None:
+def _check_schema(reader: _Readers, medium: str) -> None:
     """Raises UserError unless the first record of every shard has the same fields, with caption and medium."""
-    first, start = None, 0
-    for path, count in counts:
-        if not count:
+    first = None
+    for path, start, end in zip(reader.paths, reader.starts, reader.starts[1:]):
+        if start == end:
             raise UserError(f"the shard {path!r} has no records: remove it")
-        fields = sorted(_fields(reader, start, f"{path}[0]"))
+        fields = sorted(_fields(reader, int(start), f"{path}[0]"))
         if not {medium, "caption"} <= set(fields):
             raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; they need {medium} and caption")
         if first is not None and fields != first[1]:
@@ -146,7 +249,7 @@ def _check_schema(reader: Any, counts: Sequence[tuple[str, int]], medium: str) -
                 f"shards have different fields: records of {first[0]!r} have {', '.join(first[1])}, those of {path!r} "
                 f"{', '.join(fields)}. Train on them as two parts of a mixture."
             )
-        first, start = first or (path, fields), start + count
+        first = first or (path, fields)
 
 
 def write_shards(

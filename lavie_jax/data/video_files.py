@@ -8,10 +8,10 @@ import math
 import os
 import textwrap
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from absl import logging
@@ -38,6 +38,7 @@ from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, ch
 from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
+NPZ_FPS = 8.0  # of an .npz without a rate
 
 
 @contextlib.contextmanager
@@ -265,7 +266,9 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
 def read_clip(
     path: str | Path, *, max_bytes: float = math.inf, warn: Callable[[str], None] = logging.warning
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
-    """Returns (all frames, frames per second) of a video file, or of an .npz that `save_as` wrote.
+    """Returns (all frames, frames per second) of a video file, or of an .npz with the arrays that `save_as` writes.
+
+    They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is NPZ_FPS.
 
     Varying frame times are resampled to one rate, so that each moment shows what the file shows then.
 
@@ -281,7 +284,7 @@ def read_clip(
     name = os.fspath(path)
     if not path.is_file():
         raise UserError(f"the video {name!r} does not exist")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _read_npz(path, max_bytes)
     frames, times, ends = [], [], []
     with opened(path) as (container, stream):
@@ -315,30 +318,37 @@ def read_clip(
     return np.stack([frames[i] for i in shown]), rate
 
 
-def _check_npz_size(file: BinaryIO, name: str, max_bytes: float) -> None:
-    """Raises UserError if the video in an .npz needs more memory; only its header is read."""
-    with zipfile.ZipFile(file) as archive, archive.open("video.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(member)
-    if math.prod(shape) * dtype.itemsize > max_bytes:
-        raise UserError(f"the video {name!r} has more frames than fit into memory, {shape[0]}: split it")
-
-
-def _read_npz(path: str | Path, max_bytes: float = math.inf) -> tuple[np.ndarray, float]:
+def _read_npz(path: str | Path, max_bytes: float) -> tuple[np.ndarray, float]:
+    name, needs = os.fspath(path), "it needs `video`, uint8 (T, H, W, 3), and may have `fps`, one number above 0"
     try:
         with Path(path).open("rb") as file:
-            _check_npz_size(file, os.fspath(path), max_bytes)
-        with Path(path).open("rb") as file, np.load(file) as arrays:
-            frames, rate = arrays["video"], float(arrays["fps"])
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise UserError(f"{name!r} is one array, not an .npz of several: {needs}")
+            if "video" not in arrays.files:
+                raise UserError(f"{name!r} has the arrays {', '.join(arrays.files) or 'none'}; {needs}")
+            shape = _npy_shape(arrays, "video")
+            if shape is not None and math.prod(shape) > max_bytes:
+                raise UserError(f"the video {name!r} of shape {shape} does not fit into memory: store fewer frames")
+            frames = arrays["video"]
+            rate = np.asarray(arrays["fps"] if "fps" in arrays.files else NPZ_FPS)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read the video {os.fspath(path)!r}: {error}") from error
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or not rate > 0:
-        what = f"{frames.dtype} {frames.shape} at {rate:g} fps"
-        raise UserError(f"{os.fspath(path)!r} is not a video: it needs uint8 (T, H, W, 3), not {what}")
-    return frames, rate
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read the video {name!r}: {error}") from error
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise UserError(f"`video` in {name!r} is {frames.dtype} {frames.shape}; {needs}")
+    if rate.size != 1 or rate.dtype.kind not in "iuf" or not 0 < float(rate.item()) < math.inf:
+        raise UserError(f"`fps` in {name!r} is {rate.tolist()}; {needs}")
+    return frames, float(rate.item())
+
+
+def _npy_shape(arrays: np.lib.npyio.NpzFile, name: str) -> tuple[int, ...] | None:
+    """The shape of an array in an .npz, from its header."""
+    with arrays.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        return None if read is None else read(file)[0]
 
 
 # ---- the contact sheet ----

@@ -1,17 +1,19 @@
 """Prompts from the command line and from txt, csv and jsonl files. Standard library only, for a fast start."""
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import MAX_SEED
+from lavie_jax.text_files import read_delimited, read_text
 
 FIELDS = ("prompt", "seed", "negative_prompt")
+_QUOTE = 'put a prompt with commas in "quotes"'
+_WHOLE = re.compile(r"\d+\.0*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class Prompt:
 def check_seed(seed: Any, where: str = "seed") -> int:
     """`seed` as an int. Raises UserError when it is not a whole number from 0 to 2^32 - 1."""
     try:
+        if isinstance(seed, str) and _WHOLE.fullmatch(seed.strip()):
+            seed = seed.strip().partition(".")[0]  # spreadsheets write 42.0
         value = int(seed)
         exact = not isinstance(seed, bool) and value == (float(seed) if isinstance(seed, float) else value)
     except (TypeError, ValueError, OverflowError):
@@ -47,25 +51,27 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, at least one.
 
     - `.txt`: one prompt per line; empty lines are skipped.
-    - `.csv`: a header with `prompt`, and optionally `seed` and `negative_prompt`.
+    - `.csv` and `.tsv`: a header with `prompt`, and optionally `seed` and `negative_prompt`; divided by commas, tabs,
+      semicolons or vertical bars.
     - `.jsonl`: one object per line with the same names.
 
     Raises UserError for a file that is missing, empty, not UTF-8 or of another type, and for an invalid line, with its
     number.
     """
-    readers = {".txt": _from_txt, ".csv": _from_csv, ".jsonl": _from_jsonl}
+    readers = {".txt": _from_txt, ".csv": _from_table, ".tsv": _from_table, ".jsonl": _from_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"prompt file {path}: unknown ending {path.suffix!r}; use {', '.join(readers)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise UserError(f"prompt file {path} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from None
-    prompts = list(reader(path, text))
+    # Byte order marks inside, of files that were joined, are not shown by any editor.
+    prompts = list(reader(path, text.replace("\ufeff", "")))
     if not prompts:
         raise UserError(f"prompt file {path} contains no prompts")
     return prompts
@@ -77,23 +83,28 @@ def _from_txt(path: Path, text: str) -> Iterator[Prompt]:
             yield Prompt(text=" ".join(line.split()))
 
 
-def _from_csv(path: Path, text: str) -> Iterator[Prompt]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        _check_fields(f"{path}, header", rows.fieldnames or ())
-        if len(set(rows.fieldnames)) < len(rows.fieldnames):
-            raise UserError(f"{path}, header: a field is named twice")
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: {len(rows.fieldnames)} columns are needed, as in the header; "
-                    'put a prompt with commas in "quotes"'
-                )
-            # an empty cell is not given
-            yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.reader.line_num}: {error}") from None
+def _from_table(path: Path, text: str) -> Iterator[Prompt]:
+    named: list[str] = []
+
+    def check(columns: Sequence[str]) -> str:
+        named[:] = [column for column in columns if column]
+        try:
+            _check_fields(f"{path}, header", named)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    for number, row in read_delimited(path, str(path), delimiter=delimiter, check=check, merged=_has_seed):
+        where = f"{path}, line {number}"
+        if len(row) < len(named):
+            raise UserError(f"{where}: {len(named)} columns are needed, as in the header; {_QUOTE}")
+        # an empty cell is not given
+        yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
+
+
+def _has_seed(row: Mapping[str, str]) -> bool:
+    return row.get("seed", "").strip().isdigit()
 
 
 def _from_jsonl(path: Path, text: str) -> Iterator[Prompt]:
@@ -105,6 +116,8 @@ def _from_jsonl(path: Path, text: str) -> Iterator[Prompt]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg} (column {error.colno})") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f'{where} must be an object like {{"prompt": "..."}}, not {line.strip()[:60]}')
         _check_fields(where, values)

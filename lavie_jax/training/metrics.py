@@ -99,10 +99,12 @@ class EventFiles:
             raise
 
 
-def mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the mean of each value over the rows, {} without rows; waits for the devices."""
+def mean(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Returns the (weighted) mean of each value over the rows, {} without rows; waits for the devices."""
     rows = jax.device_get(rows)
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+    if weights is not None and len(set(weights)) == 1:
+        weights = None  # the plain mean rounds differently
+    return {name: float(np.average([row[name] for row in rows], weights=weights)) for name in rows[0]} if rows else {}
 
 
 def mean_of_steps(rows: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
 from lavie_jax.stages import STAGES
+from lavie_jax.text_files import read_text
 from lavie_jax.weights.expected import compare, fingerprint, refuse
 from lavie_jax.weights.names import is_buffer
 from lavie_jax.weights.safetensors_io import (
@@ -170,7 +171,7 @@ def _part_dir(path: Path, config: Mapping, name: str) -> Path:
 def read_json(path: Path) -> dict:
     """Reads the object in a JSON file. Raises UserError when there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a byte-order mark
+        value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
