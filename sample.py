@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"stages to run, in order, separated by commas: {', '.join(STAGE_INFO)} (default: {MAIN_STAGE}); "
         f"a stage that needs a clip starts from the output of the one before, or from --input",
     )
-    add("--input", type=Path, metavar="FILE", help="clip for the first stage to start from: a video file, or npz")
+    add("--input", type=Path, metavar="FILE", help="your clip, in place of the base stage's: a video file, or npz")
     add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="per prompt, with seeds S to S+N-1 (default 1)")
     add(
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
     """Samples every request. Raises UserError before any weights are loaded if a request is wrong."""
     prompts = read_requests(args)
 
-    # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
+    # jax is imported only for requests that may be valid, and weights are read only for those that are.
     from lavie_jax.parallel import keep_compiled_programs
 
     keep_compiled_programs()
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.weights import folder_hash, load_folder
 
-    # ---- requested samples ----
+    # ---- what is to be made ----
     named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
     folders = cascade.stage_folders(args.weights, named, args.stages)
     available = [stage for stage in args.stages if stage in folders]

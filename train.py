@@ -76,7 +76,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     parallel.keep_compiled_programs()
-    first = jax.process_index() == 0  # only this host writes files
+    first = jax.process_index() == 0  # this host writes what all of them would write
     cleanup.callback(lock.Lock(workdir).release)
     if first:
         recover_folder(workdir / "weights")  # after a kill during an export
@@ -93,7 +93,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     examples, held_out_examples = (
         pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
     )
-    rows = parallel.local_rows(config.batch, mesh)  # the rows of each batch that this host loads
+    rows = parallel.local_rows(config.batch, mesh)  # of each batch, loaded by this host
     if jax.process_count() > 1:
         fingerprints = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
         parallel.check_hosts_are_consistent(options.facts(config) | fingerprints)
@@ -243,7 +243,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if stopped:  # saved first, because a preempted machine may be shut down before the rest is done
+        if stopped:  # saved first: a preempted machine may be gone before the rest is done
             checkpoints.save(step, state | random, identity, held_out=math.inf)
             checkpoints.settle()
         if save or step % config.held_out_every == 0:

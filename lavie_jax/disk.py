@@ -1,4 +1,4 @@
-"""Full disks: recognises them, and lets a run continue if a write that will be repeated later fails."""
+"""Full disks: recognises them, and keeps a run alive through writes that are repeated later anyway."""
 
 import contextlib
 import dataclasses

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
-# From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
+# From the ground up. A unit may import those that it lists, itself, and the HELPERS.
 HELPERS = {"disk", "errors", "fields", "results"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}

@@ -184,8 +184,8 @@ def _encode_text(
 
 
 def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise for each row of words. The generator and its variant are explicit, because a user's
-    jax configuration must not change samples."""
+    """Standard normal noise for each row of words. The generator and its variant are named, because a user's jax
+    configuration must not change a seed's sample."""
     with jax.threefry_partitionable(True):
         return _threefry_normal(words, shape=shape)
 

@@ -32,18 +32,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", type=Path, metavar="FOLDER", help="folder of videos, searched recursively")
     add("--images", metavar="KIND:PATH", help="encode all images of this source instead of videos; needs --latents")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or the folder of an interrupted run")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or that of an interrupted run")
     add("--captions", type=Path, metavar="TABLE", help=".csv, .tsv or .jsonl (default: clip.txt beside clip.mp4)")
     add(
         "--captioner",
         metavar="FOLDER|MODULE:FUNCTION",
-        help="model or function that captions scenes without a given caption",
+        help="captions the scenes that no given caption covers",
     )
     add("--aesthetic-clip", metavar="FOLDER", help="CLIP model for aesthetic scores")
     add("--aesthetic-head", metavar="FILE", help="linear layers that map CLIP's image embedding to the score")
     add("--latents", metavar="WEIGHTS", help="write latents and encoded captions, computed with this weights folder")
-    add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: from WEIGHTS)")
-    add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: from WEIGHTS)")
+    add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: that of WEIGHTS)")
+    add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: that of WEIGHTS)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
     filters = parser.add_argument_group("filters")

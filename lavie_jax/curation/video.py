@@ -132,7 +132,7 @@ def _write_segments(judge: "_Judge", folder: Path) -> Iterator[Segment]:
     path = judge.video.path
     info = video_files.video_info(path)
     if info.fps > MAX_FPS:
-        raise UserError(f"the video {judge.video.name!r} claims a rate of {info.fps:g} frames per second")
+        raise UserError(f"the video {judge.video.name!r} says that it has {info.fps:g} frames a second")
     whole = Segment(start=0.0, end=info.frames / info.fps, fps=info.fps)
     size = video_files.stored_size(path)
     if dropped := judge.file(whole, size):

@@ -19,11 +19,11 @@ class DataConfig:
 
     source: str = field(f"kind of the data: {', '.join(SOURCES)}", default="moving_shapes")
     path: str | None = field("location of the clips", default=None)
-    image_source: str = field("kind of the images; empty means the same kind as the clips", default="")
-    image_path: str | None = field("location of the images; None uses frames of the clips", default=None)
+    image_source: str = field("kind of the images; empty is that of the clips", default="")
+    image_path: str | None = field("location of the images; None takes frames of the clips", default=None)
     videos: tuple[str, ...] = field("clips of a mixture, each KIND:PATH or moving_shapes", default=())
     image_parts: tuple[str, ...] = field(
-        "images of a mixture, each KIND:PATH or moving_shapes; empty uses frames of the clips", default=()
+        "images of a mixture, each KIND:PATH or moving_shapes; empty takes frames of the clips", default=()
     )
     video_weights: tuple[tuple[int, tuple[float, ...]], ...] = field(
         "((step, (weight of each part, ...)), ...): weights of `videos` from each step on; empty weights them equally",

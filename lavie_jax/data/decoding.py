@@ -101,7 +101,7 @@ def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[
 
 
 def upright(frame, *, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of a frame, scaled to (height, width), then rotated according to its metadata."""
+    """The pixels of a frame, scaled to (height, width), then rotated as its metadata asks."""
     return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), frame.rotation // 90)
 
 

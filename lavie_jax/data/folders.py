@@ -66,7 +66,7 @@ def open_folder(
     """Opens the records of a split.
 
     Args:
-        path: a folder, searched recursively, of files with a `.txt` of the same name for each; or a table, whose
+        path: a folder, searched recursively, of files with a `.txt` of the same name beside each; or a table, whose
             file names are relative to its own folder.
         medium: kind of the files.
         split: "train" or "val".

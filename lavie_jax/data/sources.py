@@ -31,7 +31,7 @@ _ENDLESS = 2**40
 
 
 class Item(NamedTuple):
-    """A clip, uint8 (T, H, W, 3), or an image, (H, W, 3), with its caption and the errors of records skipped before it.
+    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and errors of records skipped for it.
 
     Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
@@ -127,7 +127,7 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """Decodes an image as a clip of one frame, rotated according to its Exif data."""
+    """Decodes an image as a clip of one frame, rotated as its Exif data asks."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
@@ -203,9 +203,9 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
     """
     skipped: list[str] = []
     for attempt in range(ATTEMPTS):
-        epoch, position = divmod(index + attempt, len(records))
+        epoch, place = divmod(index + attempt, len(records))
         try:
-            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[position])])
+            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[place])])
         except UserError as error:
             skipped.append(str(error))
             continue

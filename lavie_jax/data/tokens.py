@@ -78,7 +78,7 @@ def load_tokenizer(folder: str | Path):
         UserError: files are missing or cannot be read.
     """
     folder = Path(folder)
-    # Without these files, CLIPTokenizer silently has an empty vocabulary.
+    # Without its files, CLIPTokenizer is silently empty.
     if not (folder / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:

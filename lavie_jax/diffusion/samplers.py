@@ -462,7 +462,7 @@ def _excess_signal(sampler: Sampler) -> float:
 
 
 def _check_start(name: str, sampler: Sampler) -> None:
-    """Refuses chains that would return noise, and warns about chains that start far below the last timestep."""
+    """Refuses chains that return their own noise, and warns of those that start far below the last timestep."""
     steps, schedule, first = sampler.steps, sampler.schedule, sampler.step_timesteps[0]
     if not _starts_noisy(sampler):
         longer = (dataclasses.replace(sampler, steps=n) for n in range(steps + 1, schedule.steps + 1))

@@ -192,7 +192,7 @@ class ConditionSkip(nn.Module):
     Key frames, or low-resolution frames, determine most of the output, but norms and gates pass an image through only
     approximately, which shows in plain backgrounds. So the network starts from this map and adds a correction. The map
     depends on the noise level, since the share of x0 in a v-prediction grows with the noise. EDM (arXiv 2206.00364,
-    sec. 5) has such a path for x_t only. Computed in float32 whatever the dtype of the network. It reads x_t at each
+    sec. 5) has such a path for x_t alone. Computed in float32 whatever the dtype of the network. It reads x_t at each
     pixel, and the condition in the neighborhood that `conditions_around` gathers.
     """
 

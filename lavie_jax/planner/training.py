@@ -1,4 +1,4 @@
-"""The training step of a config as train.py compiles it, described by shapes only."""
+"""The training step of a config as train.py compiles it, from shapes alone."""
 
 from pathlib import Path
 from typing import Any

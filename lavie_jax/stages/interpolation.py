@@ -101,7 +101,7 @@ class Interpolation(Stage):
         if clip.own and given.get("fps") is None:
             size["fps"] = min(KEY_FRAME_SPACING * clip.fps, 1000)
         settings = InterpolationSettings.make(weights.sampling, {**given, **size})
-        # bytes per frame: its pixels, and float32 arrays of latents: state, prediction, new state and condition
+        # for each frame: its pixels, and in float32 at the latents' size state, prediction, new state and condition
         latent = 4 * weights.unet.config.out_channels * 5 / weights.vae.config.factor**2
         check_memory(clip, 3 + KEY_FRAME_SPACING * (3 + latent))
         return settings

@@ -95,7 +95,7 @@ class VSR(Stage):
         most = min(weights.unet.config.num_class_embeds, self._low_res_schedule(weights).steps) - 1
         if settings.noise_level > most:
             raise UserError(f"noise_level must be from 0 to {most} for this model, not {settings.noise_level}")
-        # bytes per pixel: the clip; in float32 noised frames, state (two arrays for some samplers), prediction, state
+        # its own bytes, and in float32 noised frames, state (two arrays in some samplers), prediction and new state
         check_memory(clip, 3 + 4 * (3 + 5 * weights.unet.config.out_channels))
         return settings
 

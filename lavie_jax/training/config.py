@@ -217,7 +217,7 @@ def read_networks(config: Any) -> None:
             raise UserError(f"{name}=None reads the architecture from a weights folder: set init_from.")
         if name == "unet" and config.inflate:
             raise UserError("unet=None reads the architecture from init_from, which inflate=True changes: set unet.")
-        architecture = weights.load_part(folder, name, params=False).config.to_dict()
+        found = weights.load_part(folder, name, params=False).config.to_dict()
         kinds = field_types(config.stage)[name]
-        values = {key: convert(f"{folder}: {name}.{key}", architecture[key], kind) for key, kind in kinds.items()}
+        values = {key: convert(f"{folder}: {name}.{key}", found[key], kind) for key, kind in kinds.items()}
         config[name] = type(config)(values)
