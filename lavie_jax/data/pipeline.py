@@ -73,7 +73,7 @@ class Examples:
         video = Item(empty, c.null_caption)
         if c.frames and c.handheld and rng.random() < c.handheld:
             reach = transforms.camera_reach(c.height, c.width)
-            # Indexed like the images that accompany clips, so that a mixture assigns the same step.
+            # Indexed like the images beside clips, so that a mixture finds the same step.
             image = source.image(index * max(c.images, 1), rng, margin=reach)
             shape = {"frames": c.frames, "height": c.height, "width": c.width}
             fps = c.fps or transforms.USUAL_FPS
@@ -200,7 +200,7 @@ def open_examples(config: DataConfig, *, batch_size: int) -> Examples:
     if config.split == "train":  # held-out clips may repeat within a batch
         _check_enough(config, source, batch_size)
     if isinstance(source, Buckets):
-        # a warning, so that it is shown by default
+        # A warning, so that a run shows what it compiles.
         logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
     return Examples(config, source, batch_size)
 
@@ -241,9 +241,9 @@ def batches(
         prefetch: number of batches that are prepared ahead.
 
     Returns:
-        An iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) in the same range,
-        `tokens` (B, L) int32, `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding
-        adds bool `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Latents give float32
+        An iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise, `tokens` (B, L)
+        int32, `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding adds bool
+        `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Sets of latents give float32
         `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
         `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Closing it
         ends its thread and workers.
@@ -259,14 +259,14 @@ def batches(
 
 
 def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Generator[dict, None, None]:
-    """Passes batches through. Logs changes of the mixture and skipped records, and limits the number of the latter."""
+    """Passes batches through; logs changes of the mixture and skipped records, and limits their number."""
     seen: set[str] = set()
     shares: dict[str, float] = {}
     try:
         for step, batch in enumerate(raw, start_step):
             if shares != (now := mixture_weights(config, step)):
                 shares = now
-                # a warning, so that it is shown by default
+                # A warning, so that a run shows what it is trained on.
                 logging.warning("data from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
             for text in (text for row in batch.pop("skipped") for text in row):
                 if text not in seen:
