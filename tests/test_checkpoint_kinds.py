@@ -216,6 +216,7 @@ def write_shards(folder, stem="diffusion_pytorch_model", suffix=".safetensors", 
 )
 def test_sharded_models_are_read(stem, suffix, index, tmp_path):
     index = write_shards(tmp_path / "unet", stem, suffix, index)
+    assert find_weights(index.parent, "unet" if stem.startswith("diffusion") else "text_encoder") == index
     shard = sorted(index.parent.glob(f"{stem}-*"))[1]
     for given in (index, index.parent, shard):
         read, notes = read_weights(given)
