@@ -24,7 +24,6 @@ from lavie_jax.data.decoding import (
 from lavie_jax.data.decoding import (
     ClipWindow,
     VideoInfo,
-    constant_rate,
     decode,
     frames_shown,
     info_of,
@@ -35,6 +34,7 @@ from lavie_jax.data.decoding import (
     too_short,
 )
 from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
+from lavie_jax.data.frame_times import constant_rate
 from lavie_jax.errors import UserError, suggest
 
 FORMATS = ("mp4", "gif", "png", "npz")
