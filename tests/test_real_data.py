@@ -278,10 +278,11 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path):
     free = len(os.listdir("/proc/self/fd")) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
-        found = opened("array_record", tmp_path)
-        found.reader._most = 20
+        found, again = opened("array_record", tmp_path), opened("array_record", tmp_path / "*")
         order = np.random.default_rng(0).permutation(300)
         assert [found[int(i)].caption for i in order] == [f"clip {i}" for i in order]
+        assert [again[int(i)].caption for i in order] == [f"clip {i}" for i in order]
+        assert len(os.listdir("/proc/self/fd")) < free - 10
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
