@@ -8,6 +8,10 @@ r"""Converts between PyTorch files and weights folders.
 `import` converts a released LaVie checkpoint and the image model that it was trained from. `inflate` creates a model to
 start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte. The
 exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a message and nothing written.
+
+Files are recognized by their content, whatever their ending. A sharded model is given as its folder or its index, an
+entry of the Hugging Face hub's cache as its root. Where a file has both weights and moving averages of them, the
+averages are used unless --no-ema is given. What was chosen or ignored in a file is printed.
 """
 
 import argparse
@@ -20,7 +24,8 @@ from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
 from lavie_jax.weights.convert import differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
-from lavie_jax.weights.pretrained import read_weights_file
+from lavie_jax.weights.pretrained import read_part_file
+from lavie_jax.weights.reading import read_weights_file
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     into = commands.add_parser("import", help="a LaVie checkpoint -> a weights folder")
     into.add_argument("--stage", required=True, choices=sorted(STAGES))
-    into.add_argument("--unet", required=True, type=Path, help="the LaVie checkpoint: .pt or .safetensors")
+    into.add_argument("--unet", required=True, type=Path, help="the LaVie checkpoint: a file, or a folder of shards")
 
     grow = commands.add_parser("inflate", help="an image model -> a weights folder to start training from")
     grow.add_argument("--stage", required=True, choices=sorted(STAGES))
@@ -43,6 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help="diffusers folder of the image model (vsr: the x4-upscaler), or a CompVis .ckpt, with --tokenizer",
         )  # fmt: skip
         command.add_argument("--tokenizer", type=Path, help="tokenizer folder, when --pretrained has none")
+        command.add_argument("--vae", type=Path, help="another VAE than that of --pretrained: a file or a folder")
+        command.add_argument(
+            "--ema", action=argparse.BooleanOptionalAction, default=True,
+            help="use the moving averages of a file that has both them and the weights (default)",
+        )  # fmt: skip
         command.add_argument("--out", required=True, type=Path, help="the weights folder to write")
         command.add_argument(
             "--share",
@@ -65,30 +75,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         start = STAGES[args.stage].inflates
         option = f"--from a {start} folder" if start else f"a --pretrained {STAGES[args.stage].image_model}"
         grow.error(f"the stage {args.stage} starts from {option}")
+    if args.command == "inflate" and args.base is not None and (args.vae or args.tokenizer):
+        grow.error("--from has a VAE and a tokenizer: remove --vae and --tokenizer")
     if args.command == "export" and args.out is None and args.check is None:
         back.error("give --out, --check, or both")
     return args
 
 
+def use_cpu() -> None:
+    """Keeps jax off accelerators, which conversion does not need and another program may hold."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def convert(args: argparse.Namespace) -> None:
     """Runs `import` or `inflate`: writes a weights folder."""
-    stage = STAGES[args.stage]
+    stage, notes = STAGES[args.stage], []
     common = {"share": args.share, "overwrite": args.overwrite}
+    image = {"pretrained": args.pretrained, "tokenizer": args.tokenizer, "vae": args.vae, "ema": args.ema, **common}
     if args.command == "import":
-        import_stage(
-            stage, args.out, unet_file=args.unet, pretrained=args.pretrained, tokenizer=args.tokenizer, **common
-        )
+        notes = import_stage(stage, args.out, unet_file=args.unet, **image)
     elif args.base is not None:
         inflate_stage(stage, args.out, source=args.base, seed=check_seed(args.seed), **common)
     else:
-        seed = check_seed(args.seed)
-        inflate_pretrained(stage, args.out, pretrained=args.pretrained, tokenizer=args.tokenizer, seed=seed, **common)
+        notes = inflate_pretrained(stage, args.out, seed=check_seed(args.seed), **image)
+    for note in notes:
+        print(f"note: {note}")
     print(f"wrote {args.out}")
 
 
 def export(args: argparse.Namespace) -> int:
     """Runs `export`: writes a PyTorch file, compares with one, or both. Returns the exit code."""
-    original = None if args.check is None else read_weights_file(args.check)
+    original, notes = (None, ()) if args.check is None else read_part_file(args.part, args.check)
+    for note in notes:
+        print(f"note: {note}")
     if args.out is not None:
         count = export_part(args.weights, args.out, part=args.part, overwrite=args.overwrite)
         print(f"wrote {count} tensors to {args.out}")
@@ -106,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         args = parse(argv)
+        use_cpu()
         if args.command == "export":
             return export(args)
         convert(args)

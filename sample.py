@@ -5,13 +5,13 @@
     python sample.py --prompt "a red circle moving left" --stages vsr --input clip.mp4 --weights weights/vsr
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
-Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index is the prompt's, with a JSON beside it from
-which it can be made again. OUT/contact-sheet.png shows the samples of the last command. With several stages, or a clip
-of your own, OUT/stages has every stage's frames, lossless (.npy), and the contact sheet a row for each, at the same
-moments. Existing samples are skipped, and a run that was stopped resumes at the prompt, stage and denoising step where
-it was. `--part I/N` makes a part of the samples, for several machines with the same command and OUT.
-Omitted settings default to the weights folder's config.json.
-Compiled programs are kept in ~/.cache/lavie_jax, or where JAX_COMPILATION_CACHE_DIR points.
+Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index is the prompt's, with a JSON file that
+records everything needed to reproduce it. OUT/contact-sheet.png shows the samples of the last command. With several
+stages, or with --input, OUT/stages contains the lossless frames of every stage (.npy), and the contact sheet has a row
+for each stage, at the same points in time. Existing samples are skipped, and an interrupted run resumes at the same
+prompt, stage and denoising step. `--part I/N` splits the samples over machines that run the same command with the same
+OUT. Omitted settings default to the weights folder's config.json.
+Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_st
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The parsed command line. Raises UserError when it is malformed."""
+    """Parses the command line. Raises UserError when it is malformed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to show; may be repeated")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be repeated")
     add(
         "--prompt-file",
         type=Path,
@@ -46,14 +46,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--stages",
         default=MAIN_STAGE,
         metavar="LIST",
-        help="stages to run: base (default), base,interpolation, "
-        "base,vsr, base,interpolation,vsr; without base, they start from --input",
+        help=f"stages to run, in order, separated by commas: {', '.join(STAGE_INFO)} (default: {MAIN_STAGE}); "
+        f"a stage that needs a clip starts from the output of the one before, or from --input",
     )
     add(
         "--input",
         type=Path,
         metavar="FILE",
-        help="your clip, in place of the base stage's: a video file, or an .npz with the arrays video, "
+        help="clip for the first stage to start from: a video file, or an .npz with the arrays video, "
         "uint8 (T, H, W, 3), and optionally fps, a number (default 8)",
     )
     add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
@@ -69,21 +69,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--part",
         default="0/1",
         metavar="I/N",
-        help="make every N-th sample, starting at index I: hosts 0 to N-1 "
-        "with the same command and OUT together make all of them (default 0/1)",
+        help="generate only every N-th sample, starting at index I: hosts 0 to N-1 with the same command and OUT share "
+        "the work (default 0/1)",
     )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
-    add("--batch-size", type=int, metavar="N", help="videos that base denoises together (default: one per device)")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="videos that the base stage denoises together (default: one per device)",
+    )
     add(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="a stage's weights folder, or one with base/, interpolation/, vsr/ inside (default: the shipped models)",
+        help=f"weights folder of a stage, or a folder of {'/, '.join(STAGE_INFO)}/ (default: the shipped models)",
     )
     for stage in STAGE_INFO:
-        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, when it is elsewhere")
+        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if not inside --weights")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
-    add("--overwrite", action="store_true", help="make existing samples again, and replace them")
+    add("--overwrite", action="store_true", help="generate existing samples again, and replace them")
     for stage, info in STAGE_INFO.items():
         group = parser.add_argument_group(f"settings of {stage}")
         for name, flag, kind, metavar, text in info.flags():
@@ -93,12 +98,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def setting_argument(stage: str, name: str) -> str:
-    """Where the parsed command line keeps a stage's setting."""
+    """The attribute of the parsed command line that holds a stage's setting."""
     return f"setting {stage} {name}"
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """{stage: its settings on the command line}, checked as far as possible without the weights."""
+    """Returns {stage: settings from the command line}, checked as far as is possible without the weights."""
     given = {}
     for stage, info in STAGE_INFO.items():
         names = [name for name, *_ in info.flags()]
@@ -119,7 +124,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """`"1/4"` as (1, 4)."""
+    """Parses `"1/4"` to (1, 4)."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise UserError(f"part must be I/N with I from 0 to N-1, such as 0/4 to 3/4, not {text!r}")
@@ -127,7 +132,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of the command line, then those of the file. Checks all other arguments as well."""
+    """Returns the prompts of the command line, then those of the file. Checks all other arguments as well."""
     for name in ("num_videos", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -157,11 +162,11 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
 
 
 def read_input(path: Path) -> tuple:
-    """(frames, ClipInfo, SHA-256 of the file) of the user's clip."""
+    """Returns (frames, ClipInfo, SHA-256 of the file) of the user's clip."""
     from lavie_jax.data.video_files import read_clip
     from lavie_jax.stages.clips import ClipInfo, free_memory
 
-    frames, fps = read_clip(path, max_bytes=free_memory() / 2)
+    frames, fps = read_clip(path, max_bytes=free_memory() / 2, warn=lambda line: warn([line]))
     clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
     with path.open("rb") as file:
         return frames, clip, hashlib.file_digest(file, "sha256").hexdigest()
@@ -174,7 +179,7 @@ def plan_outputs(
     hashes: dict[str, str],
     clip_hash: str | None,
 ) -> list[Output]:
-    """One output for each prompt and seed."""
+    """Returns one output for each prompt and seed."""
     last = settings[args.stages[-1]]
     odd = last.height % 2 or last.width % 2
     formats = args.format or (("png",) if last.frames == 1 or odd else ("mp4",))
@@ -199,7 +204,7 @@ def add_to_sheet(sheets: ContactSheets, output: Output, video, stages: Sequence[
     intermediate = {stage: frames for stage in stages[:-1] if (frames := cache.get(stage)) is not None}
     try:
         video = output.read() if video is None else video
-    except UserError as error:  # an older sample, damaged since: this run must not fail for it
+    except UserError as error:  # a damaged sample of an earlier run must not stop this one
         warn([str(error)])
     else:
         sheets.add({**clips, **intermediate, stages[-1]: video}, output.request["prompt"])
@@ -212,20 +217,23 @@ def warn(lines: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Samples every request. Raises UserError before anything is loaded when a request is wrong."""
+    """Samples every request. Raises UserError before any weights are loaded if a request is wrong."""
     prompts = read_requests(args)
 
-    # jax is imported only for requests that may be valid, and weights are read only for those that are.
-    from lavie_jax.parallel import keep_compiled_programs
+    # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
+    from lavie_jax.parallel import keep_compiled_programs, local_devices
 
     keep_compiled_programs()
     import jax
 
     from lavie_jax import cascade
     from lavie_jax.data.tokens import load_tokenizer
+    from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
 
-    # ---- what is to be made ----
+    devices = local_devices()  # fails in one line, before weights are read
+
+    # ---- requested samples ----
     named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
     folders = cascade.stage_folders(args.weights, named, args.stages)
     available = [stage for stage in args.stages if stage in folders]
@@ -236,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
     part, parts = args.part
     outputs = plan_outputs(args, prompts, settings, hashes, clip_hash)[part::parts]
 
-    # ---- what exists already ----
+    # ---- existing samples ----
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
     todo = [output for output, missing in zip(outputs, formats) if missing]
@@ -244,14 +252,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
-    dtype = jax.numpy.dtype(cascade.default_dtype(jax.local_devices()))
+    dtype = jax.numpy.dtype(cascade.default_dtype(devices))
     caches = [output.cache(dtype.name) for output in todo]
     for cache in caches if not args.overwrite else ():
         cache.check()
     warn(cascade.padding_notes(weights, settings, clip))
+    warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
     for stage in settings:
-        asked = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
-        texts = [text for prompt, made in asked for text in (prompt + made["prompt_suffix"], made["negative_prompt"])]
+        pairs = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
+        texts = [text for prompt, own in pairs for text in (prompt + own["prompt_suffix"], own["negative_prompt"])]
         warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
     # ---- sampling ----

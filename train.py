@@ -5,23 +5,24 @@
 `--config FILE.py:tiny` runs a small version of any config in about a minute on a CPU. The same command
 resumes a run that was stopped; `--restore-step N` goes back to an older checkpoint. In the workdir:
 
-    checkpoints/     training state (Orbax): the newest few, the best, and every N-th as the config says
+    checkpoints/     training state (Orbax): the newest few, the best, and every N-th, as configured
     weights/         the newest EMA model, a weights folder for `sample.py --weights`
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; with tensorboard=True in the config, tensorboard/ as well
     profile/         with `--profile`: a trace of a few steps
-    diverged/        the step at which training broke down, for `python -m lavie_jax.training.divergence`
+    diverged/        the step at which training diverged, for `python -m lavie_jax.training.divergence`
 
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 
-Ctrl-C and SIGTERM save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained and
-untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels add
-in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained
+and untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels
+add in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 """
 
 import dataclasses
 import gc
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -40,12 +41,20 @@ from lavie_jax.data import pipeline, video_files
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import one_line_errors
+from lavie_jax.estimate import training_warning
 from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
 from lavie_jax.weights.folder import recover_folder
 
-SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, beside losses
+SHOWN = (
+    "psnr",
+    "data_wait",
+    "step_seconds_p95",
+    "goodput",
+    "mfu",
+    "memory_gib",
+)  # in the progress bar, with the losses
 HELD_OUT_SEED = 0  # of the noise of the held-out losses, the same in every run
 
 
@@ -69,13 +78,15 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     parallel.keep_compiled_programs()
-    first = jax.process_index() == 0  # this host writes what all of them would write
+    first = jax.process_index() == 0  # only this host writes files
     cleanup.callback(lock.Lock(workdir).release)
     if first:
         recover_folder(workdir / "weights")  # after a kill during an export
     mesh = parallel.make_mesh(**config.mesh)
     parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
+    if first and (warning := training_warning(config, jax.default_backend())):
+        logging.warning("%s", warning)
     # Parameters stay float32. Accelerators multiply bfloat16 faster, most CPUs do not.
     dtype = jnp.dtype({"auto": "bfloat16" if accelerator else "float32"}.get(config.dtype, config.dtype))
 
@@ -86,7 +97,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     examples, held_out_examples = (
         pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
     )
-    rows = parallel.local_rows(config.batch, mesh)  # of each batch, loaded by this host
+    rows = parallel.local_rows(config.batch, mesh)  # the rows of each batch that this host loads
     if jax.process_count() > 1:
         fingerprints = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
         parallel.check_hosts_are_consistent(options.facts(config) | fingerprints)
@@ -237,7 +248,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if stopped:  # saved first: a preempted machine may be gone before the rest is done
+        if stopped:  # saved first, because a preempted machine may be shut down before the rest is done
             checkpoints.save(step, state | random, identity, held_out=math.inf)
             checkpoints.settle()
         if save or step % config.held_out_every == 0:
@@ -251,7 +262,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             with disk.tolerate_full_disk("samples/"):
                 grid = workdir / "samples" / f"{step:08d}.png"
-                write_sample_grid(workdir / "weights", config.prompts, grid)
+                write_sample_grid(workdir / "weights", config.stage, config.prompts, grid)
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
             timer.resume()
@@ -273,9 +284,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         print(digest, flush=True)
 
 
-def write_sample_grid(weights: Path, prompts: Sequence[str], path: Path) -> None:
-    """Samples every prompt with seed 0 and the folder's own settings, and writes a PNG with a row for each."""
-    videos = cascade.load(weights)(list(prompts), seed=0)
+def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> None:
+    """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each."""
+    videos = cascade.load(weights)(list(prompts), stages=(stage,), seed=0)
     video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
 
 
@@ -286,7 +297,7 @@ def say(text: str) -> None:
 
 
 class StopRequest:
-    """Whether the run should save and stop: after SIGTERM, Ctrl-C, or a cluster's notice of preemption.
+    """Whether the run should save and stop: after SIGTERM, SIGUSR1, Ctrl-C, or a cluster's notice of preemption.
 
     On several hosts Orbax makes all of them stop at the same step. A second Ctrl-C stops at once.
     """
@@ -294,8 +305,10 @@ class StopRequest:
     def __init__(self, *, multi_host: bool):
         self._signalled = False
         self._multi_host = multi_host
-        if not multi_host:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if multi_host:  # jax passes a SIGTERM on to all hosts
+            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:

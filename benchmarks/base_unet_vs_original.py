@@ -141,7 +141,9 @@ def report(numbers: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from lavie_jax.errors import Parser  # here, because the script runs without an installation too
+
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--original", type=Path, required=True, metavar="CHECKOUT", help="of Vchitect/LaVie")
     parser.add_argument("--original-python", type=Path, required=True, metavar="PYTHON", help="with its packages")
     parser.add_argument("--cores", type=int, default=2, help="default: %(default)s")

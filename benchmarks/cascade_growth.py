@@ -18,6 +18,7 @@ from memory import run_measured
 
 import lavie_jax
 from lavie_jax.data import moving_shapes
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def rows(args: argparse.Namespace, folder: Path):
             yield later_stage(stage, args.frames[0], side, args, folder)
 
 
-def plot(found: list[dict], path: Path, args: argparse.Namespace) -> None:
+def plot(results: list[dict], path: Path, args: argparse.Namespace) -> None:
     """Plots seconds and memory against output frames, and against the pixels of an output frame."""
     import matplotlib
 
@@ -84,7 +85,7 @@ def plot(found: list[dict], path: Path, args: argparse.Namespace) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col")
     for stage in FPS:
-        later = [row for row in found if row["stages"] == stage]
+        later = [row for row in results if row["stages"] == stage]
         least = min(row["side"] for row in later)
         longer = [row for row in later if row["side"] == least]
         larger = [row for row in later if row["frames"] == longer[0]["frames"]]
@@ -106,7 +107,7 @@ def plot(found: list[dict], path: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the shipped one)")
     parser.add_argument(
         "--frames", type=whole_numbers, default=[17, 61, 241], help="output frames (default: 17,61,241)"
@@ -117,19 +118,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--plot", type=Path, help="write a plot to this file")
     args = parser.parse_args()
-    found = []
+    results = []
     print("| stages | frames | pixels | seconds | GiB |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(args, Path(folder)):
-            found.append(row)
+            results.append(row)
             size = f"{row['side']}x{row['side']}" if "side" in row else ""
             cells = row["stages"], row.get("frames", ""), size, f"{row['seconds']:.1f}", f"{row['gib']:.2f}"
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.plot:
-        plot(found, args.plot, args)
+        plot(results, args.plot, args)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from memory import run_measured
 
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.weights.diffusers_configs import unet_config, vae_config
@@ -66,7 +67,7 @@ def make_files(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="where to create the temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
@@ -85,4 +86,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

@@ -41,6 +41,7 @@ from lavie_jax.data import latents, pipeline, shards, transforms, video_files
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
+from lavie_jax.errors import Parser, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 SIZE, FRAMES, FPS, SECONDS, RATE = (320, 512), 16, 8.0, 10, 24
@@ -189,13 +190,13 @@ def memory(folder: Path, records: int) -> None:
     common = {"frames": 2, "fps": FPS, "height": 64, "width": 64, "images": 1}
     print(f"MB of anonymous memory after each tenth of {records} records")
     for kind, where in (("array_record", folder / "many"), ("latents", many)):
-        config, found = DataConfig(source=kind, path=str(where), **common), []
+        config, megabytes = DataConfig(source=kind, path=str(where), **common), []
         with contextlib.closing(pipeline.batches(pipeline.open_examples(config, batch_size=4), None)) as batches:
             for step in range(records // 4):
                 next(batches)
                 if (step + 1) % max(1, records // 40) == 0:
-                    found.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
-        print(f"`{kind}`: {', '.join(found)}", flush=True)
+                    megabytes.append(f"{anonymous_bytes(os.getpid()) / 1e6:.0f}")
+        print(f"`{kind}`: {', '.join(megabytes)}", flush=True)
 
 
 def curation(folder: Path, files: int) -> None:
@@ -248,7 +249,7 @@ def demand(rates: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="run only this part")
     parser.add_argument("--clips", type=int, default=40, help="clips per source (default: %(default)s)")
     parser.add_argument(
@@ -270,4 +271,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

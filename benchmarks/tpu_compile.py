@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lavie_jax import parallel, results
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, conv
 from lavie_jax.models.transformer import Setting, TransformerBlock
 from lavie_jax.planner import chips, memory_plan
@@ -92,22 +93,24 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     mesh = parallel.make_mesh(devices=chips.devices("v5e:1x1"))
     x = jax.ShapeDtypeStruct((1, sum(FRAMES), 40, 64, CHANNELS), DTYPE)
-    found = {}
+    measurements = {}
     for name, (module, rest) in parts().items():
         for level, options_of_level in LEVELS.items():
-            row = found[f"{name}, {level}"] = measure(lambda: gradient(module, (x, *rest), mesh), options_of_level)  # noqa: B023
+            row = measure(lambda: gradient(module, (x, *rest), mesh), options_of_level)  # noqa: B023
+            measurements[f"{name}, {level}"] = row
             print(f"{name}, {level}:", ", ".join(f"{key} {value:.1f}" for key, value in row.items()), flush=True)
-    columns = list(next(iter(found.values())))
-    cells = [[name, *(f"{row[column]:.1f}" for column in columns)] for name, row in found.items()]
+    columns = list(next(iter(measurements.values())))
+    cells = [[name, *(f"{row[column]:.1f}" for column in columns)] for name, row in measurements.items()]
     print(results.markdown(["", *columns], cells))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        args.json.write_text(json.dumps(measurements, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 from lavie_jax import cascade, results
+from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.evaluation.cascade import by_model, compare, downscaled, enlargement, moving_samples, through_vae
 
 SAMPLERS = ("ddim", "dpm++2m")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights", type=Path, help="folder of the vsr stage or of a cascade (default: the shipped one)"
     )
@@ -63,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -23,7 +23,7 @@ from PIL import Image
 from lavie_jax import cascade, results
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.video_files import read_clip
-from lavie_jax.errors import UserError
+from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo
 
@@ -90,7 +90,7 @@ def measure(pipe: cascade.Cascade, name: str, clip: np.ndarray, prompt: str, arg
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder of the vsr stage or of a cascade")
     parser.add_argument("--input", type=Path, help="a low-resolution clip")
     parser.add_argument("--prompt", default="", help="prompt of --input")
@@ -110,7 +110,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     means = {
-        name: {key: float(np.mean([row[key] for row in found])) for key in found[0]} for name, found in rows.items()
+        name: {key: float(np.mean([row[key] for row in measured])) for key in measured[0]}
+        for name, measured in rows.items()
     }
     columns = list(next(iter(means.values())))
     print(f"{len(todo)} clips of {todo[0][0].shape}, {jax.devices()[0].device_kind}, {pipe.dtype.name}")
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

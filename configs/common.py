@@ -21,6 +21,6 @@ def set_fields(group: Any, **values: Any) -> None:
 
 
 def set_stage(config: Any, stage: str) -> None:
-    """Makes a base stage's config one of another stage, whose group `sampling` has other fields."""
+    """Turns a base stage's config into a config of another stage, with that stage's fields of `sampling`."""
     config.stage = stage
     config.sampling = new_config(stage).sampling

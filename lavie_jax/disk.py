@@ -1,12 +1,17 @@
-"""Full disks: recognises them, and keeps a run alive through writes that are repeated later anyway."""
+"""Full disks, and disks that cannot lock files: recognises them, and lets a run continue on them."""
 
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
+from typing import IO
 
 from absl import logging
+
+# Errors of flock on disks that do not support it: NFS without a lock daemon, some FUSE and parallel file systems.
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 @dataclasses.dataclass
@@ -45,3 +50,16 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def flock(file: IO) -> bool | None:
+    """Tries to lock the file. Returns whether this process holds it now, or None on a disk without flock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_FLOCK:
+            return None
+        raise
+    return True

@@ -1,4 +1,4 @@
-"""Errors caused by a user's input. Scripts print them as one line and exit with code 2."""
+"""Errors caused by a user's input, which scripts print as one line with exit code 2, and users' paths."""
 
 import argparse
 import contextlib
@@ -6,9 +6,9 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -21,6 +21,27 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{hint} Allowed: {', '.join(allowed)}"
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """`path` as a user gives it, on a command line, in a config or to a function: a leading `~` is a home folder.
+
+    Raises:
+        UserError: the home folder is unknown.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(path)}: the home folder that ~ stands for is unknown; set HOME, or write the whole path "
+            "(./~name for a file of that name)"
+        ) from None
+
+
+def user_location(text: str) -> str:
+    """Like `user_path`, for text that may be a path, `KIND:PATH` or something else, which is returned unchanged."""
+    match = re.fullmatch(r"(\w+:)?(~.*)", text, re.DOTALL)
+    return text if match is None else (match[1] or "") + os.fspath(user_path(match[2]))
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -39,11 +60,26 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError."""
+    """An argument parser that raises UserError. `~` is expanded in arguments of type Path and `user_location`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _argument_type(user_path))
+        self.register("type", user_location, _argument_type(user_location))
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print its usage and exit."""
         raise UserError(f"{message}; see --help")
+
+
+def _argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def argument(text: str) -> Any:
+        try:
+            return read(text)
+        except UserError as error:  # which argparse would replace by a message of its own
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_location
 
+MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys the noise of a sample or of a run
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -20,13 +21,14 @@ class Rule(NamedTuple):
     """Metadata of a field.
 
     Attributes:
-        help: what it does, for the command line.
+        help: help text for the command line.
         low: the smallest value allowed.
         high: the largest value allowed.
-        below: a bound that the value has to stay below.
-        or_zero: whether 0 is allowed besides the range.
+        below: an exclusive upper bound.
+        or_zero: whether 0 is allowed in addition to the range.
         choices: all values allowed.
         hidden: set by the program, not by a user.
+        path: whether it is a path or `KIND:PATH`, or a list of those, in which `~` is expanded.
         metavar: placeholder of the value on a command line.
         flag: name of the flag on a command line; "" derives it from the field's name, None offers no flag.
     """
@@ -38,37 +40,38 @@ class Rule(NamedTuple):
     or_zero: bool = False
     choices: tuple[str, ...] = ()
     hidden: bool = False
+    path: bool = False
     metavar: str | None = None
     flag: str | None = ""
 
 
 def field(help: str, *, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
-    """A dataclass field with a `Rule`; without a default it is required."""
+    """Returns a dataclass field with a `Rule`; without a default it is required."""
     return dataclasses.field(default=default, metadata={"rule": Rule(help, **rule)})
 
 
 def rule_of(declared: dataclasses.Field) -> Rule:
-    """The rule of a field; an empty one for a field declared without."""
+    """Returns the rule of a field, or an empty rule if it has none."""
     return declared.metadata.get("rule", Rule())
 
 
 @functools.cache
 def settable(cls: type) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass that a user may set, by name."""
+    """Returns the fields of a dataclass that a user may set, by name."""
     hidden = {f.name for f in dataclasses.fields(cls) if rule_of(f).hidden}
     return {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
 
 
 @functools.cache
 def types_of(cls: type) -> dict[str, Any]:
-    """The annotated types of a dataclass, by field."""
+    """Returns the annotated types of a dataclass, by field."""
     return typing.get_type_hints(cls)
 
 
 def check_rules(cls: type, values: Mapping[str, Any], label: str = "config field '{}'") -> None:
-    """Raises UserError for the first of `values`, by field of the dataclass `cls`, that breaks its rule.
+    """Raises UserError for the first of `values`, {field of the dataclass `cls`: value}, that breaks its rule.
 
-    None is not checked. `label` is how an error calls the field.
+    None is not checked. `label` is a format string for the field's name in errors.
     """
     for declared in dataclasses.fields(cls):
         value, rule = values.get(declared.name), rule_of(declared)
@@ -95,7 +98,7 @@ def _range(rule: Rule) -> str:
 
 
 def describe(kind: Any) -> str:
-    """A type in words: "a whole number or None", "a list of text"."""
+    """Describes a type in words: "a whole number or None", "a list of text"."""
     inner, optional = without_none(kind)
     if optional:
         return f"{describe(inner)} or None"
@@ -108,7 +111,7 @@ def describe(kind: Any) -> str:
 
 
 def convert(where: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as the type `kind`: int, float, str, bool, tuples of those, or None beside one of them.
+    """Returns `value` as the type `kind`: int, float, str, bool, tuples of those, or one of them or None.
 
     Lists become tuples, and whole floats become ints where ints are needed.
 
@@ -138,14 +141,21 @@ def convert(where: str, value: Any, kind: Any) -> Any:
     return inner(value)
 
 
-def parse_text(where: str, text: str, kind: Any) -> Any:
-    """Returns the value of type `kind` that `text` stands for on a command line.
+def expanded(declared: dataclasses.Field, value: Any) -> Any:
+    """Returns the value of a field with `~` expanded, if it is a path or a list of paths."""
+    if not rule_of(declared).path or not value:
+        return value
+    return user_location(value) if isinstance(value, str) else tuple(map(user_location, value))
 
-    "None" and "" are None where that is allowed; an empty text is an empty list. A list is written as in Python or
-    JSON, or, of numbers, as `1,2`. Where a list of texts is needed, any other text is its only entry, commas included.
+
+def parse_text(where: str, text: str, kind: Any) -> Any:
+    """Parses `text` from a command line to a value of type `kind`.
+
+    "None" and "" become None where that is allowed; for a list, "" is the empty list. Lists are written as in Python
+    or JSON; lists of numbers also as `1,2`. For a list of texts, any other text is its only entry, commas included.
 
     Raises:
-        UserError: the text does not stand for such a value; the message starts with `where`.
+        UserError: the text is not a value of this type; the message starts with `where`.
     """
     inner, optional = without_none(kind)
     if optional and text in ("", "None"):
@@ -166,7 +176,7 @@ def parse_text(where: str, text: str, kind: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """The Python or JSON value that `text` spells, or `text` itself."""
+    """Parses `text` as a Python or JSON value; returns `text` itself if it is neither."""
     for read in (ast.literal_eval, json.loads):
         try:
             return read(text)
@@ -176,7 +186,7 @@ def _literal(text: str) -> Any:
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:
-    """(the type beside None, whether None is allowed)."""
+    """Splits an optional type into (the type without None, whether None is allowed)."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
         return inner, True

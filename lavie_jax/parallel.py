@@ -9,20 +9,21 @@ EMA, whose paths end in the parameter's path.
 `training/optimizer.py` defines which parameters are trained.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, check_folder, user_location, user_path
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -56,11 +57,14 @@ def make_mesh(
       UserError: the product of the axes is not the number of devices; they do not fit a TPU's torus; `data` is not a
         multiple of the slices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    if devices is None:
+        local_devices()  # or one line about why there are none
+        devices = jax.devices()
+    devices = list(devices)
     sizes = [data, fsdp, tensor]
     given = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     if sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise UserError(f"{given}: each axis must be positive, and at most one -1 (the remaining devices).")
+        raise UserError(f"{given}: each axis must be positive, or -1 for at most one of them (the remaining devices).")
     if -1 in sizes:
         known = int(np.prod([n for n in sizes if n != -1]))
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
@@ -174,7 +178,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def gather(tree: Any, *, keep: bool = True) -> Any:
     """Gathers sharded arrays as numpy arrays on every process, one after the other.
 
-    Must be called on every process; those that do not `keep` the arrays get None instead.
+    Must be called on every process. Processes without `keep` get None instead of the arrays.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -187,7 +191,7 @@ def gather(tree: Any, *, keep: bool = True) -> Any:
 
 
 def check_hosts_are_consistent(facts: Mapping[str, Any]) -> None:
-    """Refuses hosts that differ in any of `facts`, {name: value that is compared by its `str`}, and names those."""
+    """Raises UserError, with names, if hosts differ in any of `facts`, {name: value that is compared by its `str`}."""
     if jax.process_count() == 1:
         return
 
@@ -208,18 +212,68 @@ def check_hosts_are_consistent(facts: Mapping[str, Any]) -> None:
         )
 
 
+# Settings of jax, from the environment or a program, that would change random numbers or the types of arrays.
+CONFIG = {
+    "jax_threefry_partitionable": True,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
+
+@contextlib.contextmanager
+def usual_config() -> Iterator[None]:
+    """Has jax compute as by default, whatever the process has configured: a seed gives one sample."""
+    with (
+        jax.threefry_partitionable(True),
+        jax.default_prng_impl("threefry2x32"),
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+def local_devices() -> list[jax.Device]:
+    """Returns the devices of this process, after a first computation on each.
+
+    Raises:
+      UserError: a device is absent, or taken by another process; the message has jax's reason.
+    """
+    try:
+        devices = jax.local_devices()
+        for device in devices:
+            jax.device_put(np.zeros((), np.float32), device).block_until_ready()
+    except (RuntimeError, AssertionError) as error:  # an assertion where a platform has no plugin
+        platforms = jax.config.jax_platforms  # ty: ignore[missing-attribute]
+        reason = str(error).strip().partition("\n")[0] or f"jax finds no device of the platform {platforms!r}"
+        raise UserError(
+            f"no device can be used: {reason.rstrip('.')}. Another program may hold the accelerator, or its driver or "
+            "jax's plugin for it is missing; JAX_PLATFORMS=cpu computes on the CPU."
+        ) from error
+    return devices
+
+
 def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
     """Configures jax. Must be called before anything uses its devices.
 
     Args:
-      cpu_devices: split the host CPU into this many jax devices; 0 = leave it alone. On two cores, training on two
+      cpu_devices: split the host CPU into this many jax devices; 0 = do not split it. On two cores, training on two
         devices is faster than on one device with two threads.
       distributed: connect to the other hosts. TPU pods and Slurm are detected; elsewhere
         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.
 
+    Settings of jax that would change a run are reset, so that it resumes equally in any environment.
+
     Raises:
-      UserError: the other hosts cannot be found.
+      UserError: the other hosts cannot be found, or the devices cannot be used.
     """
+    for name, value in CONFIG.items():
+        if (given := getattr(jax.config, name)) != value:
+            logging.warning("%s=%s is not used in training, which would not be repeatable: %s", name, given, value)
+            jax.config.update(name, value)
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if distributed:
@@ -234,11 +288,28 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
                 "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. On one machine leave "
                 "distributed out."
             ) from error
+    local_devices()
 
 
 def keep_compiled_programs() -> None:
-    """Turns on jax's persistent compilation cache, unless the environment configures it."""
-    if jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "lavie_jax" / "xla"))
+    """Turns on jax's persistent compilation cache, where the environment configures it or in the user's cache folder.
+
+    Without a folder that can be written, programs are compiled by every process, after a warning.
+    """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if (given := _cache_dir()) is not None:
+        jax.config.update("jax_compilation_cache_dir", user_location(given))
+        return
+    try:
+        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder, str(folder))
+    except (OSError, UserError) as error:
+        logging.warning("compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR to a folder: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _cache_dir() -> str | None:
+    """The folder of compiled programs that the environment names."""
+    return jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]

@@ -9,6 +9,7 @@ import pytest
 
 import convert_torch
 from lavie_jax.models.clip_text import CLIPTextConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.weights.convert import missing_frequencies, video_config
 from lavie_jax.weights.diffusers_configs import unet_config, vae_config
 from lavie_jax.weights.expected import expected_shapes
@@ -38,9 +39,9 @@ LOW_RES_SCHEDULER = {"beta_start": 0.0001, "beta_end": 0.015, "beta_schedule": "
 IMAGE = unet_config(SD_UNET)
 X4_IMAGE = unet_config(X4_UNET)
 STAGE_CONFIGS = {
-    "base": video_config(IMAGE, "base", 4),
-    "interpolation": video_config(IMAGE, "interpolation", 4),
-    "vsr": video_config(X4_IMAGE, "vsr", 4),
+    "base": video_config(IMAGE, STAGES["base"], 4),
+    "interpolation": video_config(IMAGE, STAGES["interpolation"], 4),
+    "vsr": video_config(X4_IMAGE, STAGES["vsr"], 4),
 }
 
 
@@ -84,6 +85,7 @@ def write_tokenizer(folder):
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text('{"a": 0}')
     (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": TEXT["max_position_embeddings"]}))
 
 
 def write_sd(folder, *, unet=SD_UNET, image=IMAGE, vae_dialect="old", text_dialect="text_model", suffix=""):

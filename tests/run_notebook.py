@@ -29,13 +29,13 @@ def display(shown: Shown) -> None:
 def filled(source: str, values: dict) -> str:
     """Returns a cell with values in its form fields, and removes these from `values`."""
     for name in list(values):
-        source, found = re.subn(
+        source, result = re.subn(
             rf"^{name} = .*?(?=  # @param)",
             lambda _, name=name: f"{name} = {values[name]!r}",
             source,
             flags=re.MULTILINE,
         )
-        if found:
+        if result:
             del values[name]
     return source
 

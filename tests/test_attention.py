@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from lavie_jax import parallel
 from lavie_jax.models import attention as attention_module
@@ -70,6 +71,27 @@ def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
     # the shape on one device, heads first
     assert (f"tensor<{batch // 4}x{1 if heads == 2 else heads}x128x64xbf16>" in text) == fits
     assert "tpu_custom_call" not in lowered_for_tpu(grad, x)  # without a mesh, the sharding of rows is unknown
+
+
+def test_the_kernel_is_chosen_by_the_rows_of_a_device():
+    """Text attention of the full-size base at 40x64 latents: 16 frames, 8 heads, 77 tokens, 12 MiB of scores a clip."""
+
+    def chosen(clips):
+        return attention_module._choose_kernel((clips * 16, 2560, 8, 40), (clips * 16, 77, 8, 40), plain=True)
+
+    assert chosen(10) == "xla" and chosen(11) == "blockwise"
+    with jax.set_mesh(parallel.make_mesh(data=2, fsdp=4)):
+        assert chosen(80) == "xla" and chosen(88) == "blockwise"
+    with jax.set_mesh(parallel.make_mesh(data=2, fsdp=2, tensor=2)):
+        assert chosen(40) == "xla" and chosen(44) == "blockwise"
+
+    def inside(x):
+        return jnp.full_like(x, chosen(11) == "blockwise")
+
+    # where the shapes are those of a device
+    mesh = parallel.make_mesh(data=8)
+    split = jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert jax.jit(split)(jnp.zeros(8)).all()
 
 
 def test_flash_on_a_mesh_is_right():
@@ -174,14 +196,14 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_rotary_embedding_is_the_same_on_a_tpu(dtype, monkeypatch):
     """The first pair of each head rotates by the frame index in radians, bit-identically on a TPU."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 24)), dtype)
-    found = rotary_embedding(x, 2, 8)
+    result = rotary_embedding(x, 2, 8)
     pair = np.asarray(x, np.float64)[..., [0, 12]] + 1j * np.asarray(x, np.float64)[..., [1, 13]]
     pair *= np.exp(1j * np.arange(5))[:, None]
     wanted = np.stack([pair.real, pair.imag], -1)
-    given = np.asarray(found, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
+    given = np.asarray(result, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
     np.testing.assert_allclose(given, wanted, atol=1e-6 if dtype == jnp.float32 else 2e-2)
     monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
-    np.testing.assert_array_equal(rotary_embedding(x, 2, 8), found)
+    np.testing.assert_array_equal(rotary_embedding(x, 2, 8), result)
     with pytest.raises(ValueError, match="must be even, not 3"):
         rotary_embedding(x[..., :6], 2, 2)
 

@@ -30,7 +30,7 @@ SHAPES = [(32, 48)] * 10 + [(36, 56)] * 10 + [(48, 32)] * 6 + [(40, 40)] * 4
 
 
 def ramp(height, width, frames=5):
-    """Columns rise from left to right and rows from top to bottom, all the way: what is cut off or squeezed shows."""
+    """Values rise from left to right and from top to bottom, so that cropping and distortion are visible."""
     rows, columns = np.linspace(0, 250, height), np.linspace(0, 250, width)
     one = np.stack(np.broadcast_arrays(rows[:, None], columns[None, :], 128.0), axis=-1)
     return np.repeat(one[None], frames, axis=0).astype(np.uint8)
@@ -79,7 +79,7 @@ def size_of(batch):
     return batch["video"].shape[2:4]
 
 
-# ---- which bucket ----
+# ---- choice of the bucket ----
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_sizes_as_words():
 
 @pytest.mark.parametrize("kind", ["video_folder", "array_record", "listed"])
 def test_each_batch_is_of_one_bucket_that_its_clips_and_images_belong_to(stores, kind, monkeypatch):
-    if kind == "listed":  # the curation's list says all sizes: no clip is opened for it
+    if kind == "listed":  # the curation's list contains all sizes: no clip is opened
         monkeypatch.setattr(buckets, "_measured", None)
     source = make_source(config_of(stores, kind), batch_size=2)
     examples = Examples(config_of(stores, kind), source)
@@ -148,7 +148,7 @@ def test_each_bucket_has_its_share_of_the_steps(stores):
 
 
 def test_nothing_is_distorted(stores):
-    """Scaled by one number both ways, and no more cut off than one of the two sides needs."""
+    """The scale is the same for both sides, and only one of them is cropped."""
     config = config_of(stores, images=0, split="val")
     examples = Examples(config, make_source(config, batch_size=1))
     for i in range(12):
@@ -192,7 +192,7 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
     assert buckets._shown_size(record, "image") == (48, 32)
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
             2,
             "buckets must include the size .* height x width = 16x24; given 24x16",
         ),
-        ({"full_height": 32, "full_width": 48}, 2, "buckets are of whole frames"),
+        ({"full_height": 32, "full_width": 48}, 2, "buckets are sizes of whole frames"),
         ({"source": "mixture", "videos": ("moving_shapes",), "path": None}, 2, "buckets need one source"),
         ({}, 8, "the bucket 24x16 has . clips for training, fewer than a batch of 8: remove it"),
     ],
@@ -232,15 +232,15 @@ def test_a_bucket_without_clips_is_left_out(stores):
 # ---- training ----
 
 
-def test_a_run_compiles_a_program_for_each_bucket_and_says_so(tmp_path):
+def test_a_run_compiles_a_program_for_each_bucket_and_logs_it(tmp_path):
     """train.py on Moving Shapes in two shapes: finite losses of both."""
     line = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", tmp_path,
             "--config.data.buckets=((32,32),(16,32))", "--config.data.frames=2", "--config.held_out_batches=2",
             "--config.steps=4", "--config.log_every=1", "--config.held_out_every=2"]  # fmt: skip
     done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"step (\d) compiles program (\d) of 2: .*video \(8, 2, (\d+), (\d+), 3\)", done.stderr)
-    assert [row[:2] for row in said] == [("1", "1"), ("2", "2")] and {row[2:] for row in said} == {
+    logged = re.findall(r"step (\d) compiles program (\d) of 2: .*video \(8, 2, (\d+), (\d+), 3\)", done.stderr)
+    assert [row[:2] for row in logged] == [("1", "1"), ("2", "2")] and {row[2:] for row in logged} == {
         ("32", "32"), ("16", "32"),
     }  # fmt: skip
     assert "buckets of split train: 32x32 50.0%, 16x32 50.0%; a program is compiled for each" in done.stderr

@@ -1,5 +1,6 @@
-"""From prompts to frames: what a sample depends on, and what it must not depend on."""
+"""From prompts to frames: a sample depends on its prompt, seed and settings, and on nothing else."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import tiny
 
 import lavie_jax
-from lavie_jax import cascade
+from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, Request, running
 from lavie_jax.cascade import model as stage_model
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
@@ -64,15 +65,45 @@ def test_noise_depends_only_on_the_seed_bit_for_bit(pipe, single, shape):
     assert len({noise.tobytes() for noise in noises}) == len(seeds)
 
 
+OTHER_CONFIG = {
+    "jax_threefry_partitionable": False,
+    "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 5,
+    "jax_enable_x64": True,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+}
+
+
+@contextlib.contextmanager
+def configured(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def test_every_setting_of_jax_that_is_reset_is_tested():
+    assert OTHER_CONFIG.keys() == parallel.CONFIG.keys()
+    assert not any(OTHER_CONFIG[name] == value for name, value in parallel.CONFIG.items())
+
+
 def test_noise_does_not_depend_on_the_process_wide_configuration_of_jax(single):
     default = np.asarray(single.base.noise(3, 1, (2, 3, 5, 4)))
-    for name, value in (("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg")):
-        before = getattr(jax.config, name)
-        jax.config.update(name, value)
-        try:
+    for name in ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_random_seed_offset"):
+        with configured(name, OTHER_CONFIG[name]):
             np.testing.assert_array_equal(single.base.noise(3, 1, (2, 3, 5, 4)), default)
-        finally:
-            jax.config.update(name, before)
+
+
+def test_samples_do_not_depend_on_the_process_wide_configuration_of_jax(folder, single):
+    expected = single("a red circle", steps=2, seed=3)
+    with contextlib.ExitStack() as stack:  # all at once: each compiles everything again
+        for name, value in OTHER_CONFIG.items():
+            stack.enter_context(configured(name, value))
+        again = lavie_jax.load(folder, devices=single.devices)
+        np.testing.assert_array_equal(again("a red circle", steps=2, seed=3), expected)
 
 
 def test_a_frames_noise_is_the_same_however_the_clip_is_cut(pipe, single):
@@ -106,9 +137,9 @@ def test_split_weights_make_the_same_samples(folder, single):
     assert held[0] < 0.6 * held[1]  # norms and biases are replicated
     requests = [Request(prompt=f"a circle {word}", seed=3, negative_prompt="") for word in ("left", "right")]
     together = latents_of(two, requests, SETTINGS)
-    for request, found in zip(requests, together):
+    for request, result in zip(requests, together):
         alone = latents_of(single, [request], SETTINGS)[0]
-        assert np.linalg.norm(found - alone) <= 1e-4 * np.linalg.norm(alone)
+        assert np.linalg.norm(result - alone) <= 1e-4 * np.linalg.norm(alone)
     frames = (np.concatenate(list(pipe.base.decode(together[0]))) for pipe in (two, single))
     assert np.abs(np.subtract(*(f.astype(int) for f in frames))).max() <= 1
 
@@ -208,7 +239,7 @@ def test_wrong_settings_are_refused(single, given, message):
 )
 def test_a_clip_of_another_type_is_refused(clip):
     with pytest.raises(UserError, match=r"clip must be uint8 of shape \(frames, H, W, 3\)"):
-        cascade._check_clip(clip)  # called directly: in tests, type checks of the call come first
+        cascade._check_clip(clip)  # called directly, because in tests the type check of the call would fail first
 
 
 def test_truncated_and_unknown_words_are_named(single):
@@ -254,5 +285,5 @@ def test_out_of_memory_is_one_line_with_advice(single, monkeypatch):
 def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(single, monkeypatch):
     ids = np.full((1, 3), 10**6, np.int32)
     monkeypatch.setattr(stage_model.tokens, "tokenize_with_mask", lambda _, texts: (ids, None))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="belongs to another model"):
         single.base.encode_text([PROMPT])

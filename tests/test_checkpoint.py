@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("random", [True, False])
-def test_checkpoints_of_before_with_untrained_parameters_inside_are_read(random, tmp_path):
+def test_older_checkpoints_with_untrained_parameters_inside_are_read(random, tmp_path):
     """They had whole trees as "params" and "ema", and no hash of the untrained half."""
     whole = {"unet": {"conv": np.arange(3.0, dtype=np.float32), "temporal": np.full(2, 7.0, np.float32)}}
     old = {"params": whole, "ema": jax.tree.map(lambda x: x + 1, whole), "opt_state": np.ones(2), "step": np.int32(1)}

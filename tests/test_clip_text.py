@@ -106,7 +106,7 @@ def test_config_roundtrip_and_errors():
 
 
 def test_a_mask_is_refused():
-    """CLIP attends to padding; `takes_mask` tells callers."""
+    """CLIP attends to padding, as `takes_mask` states."""
     apply, variables, tokens = small_text()
     assert not CLIPText.takes_mask
     with pytest.raises(ValueError, match="no padding mask"):

@@ -255,7 +255,7 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         ((*unet, tmp_path / "pointer.bin"), "git lfs pull"),
         ((*start, odd, "--out", out), "num_train_timesteps must be a whole number"),
         (("inflate", "--stage", "base", "--out", out), "--pretrained"),
-        (("inflate", "--stage", "base", "--pretrained", sd, "--out", out, "--seed", "-1"), "seed: a whole number"),
+        (("inflate", "--stage", "base", "--pretrained", sd, "--out", out, "--seed", "-1"), "must be a whole number"),
         (("inflate", "--stage", "interpolation", "--pretrained", sd, "--out", out), "--from"),
         (("inflate", "--stage", "interpolation", "--from", sd, "--out", out), "not a weights folder"),
         (("export", "--weights", folder), "--check"),

@@ -32,6 +32,7 @@ from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shards, sources, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
+from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.training import optimizer
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import Task, make_update
@@ -62,7 +63,7 @@ def rows_of(out, name):
 
 
 def digests_of(out):
-    """Returns the hashes of all files that must depend on the input alone: all but the report."""
+    """Returns the hashes of all files that must depend only on the input: all but the report."""
     paths = [p for p in out.iterdir() if p.suffix in (".array_record", ".jsonl", ".json")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -79,7 +80,7 @@ def clip_of(record, tmp_path):
     return video_files.read_clip(path)
 
 
-# ---- what is kept and what is dropped ----
+# ---- kept and dropped scenes ----
 
 
 def test_every_file_is_kept_or_dropped_for_its_own_reason(wild, curated):
@@ -112,7 +113,7 @@ def test_every_clip_has_its_own_frames_caption_rate_and_times(curated, tmp_path)
         land = videos.pan(seed, count, height=height, width=width)
         if stem == "turned":
             land = np.rot90(land, -1, axes=(1, 2))
-        if stem == "wide_bars":  # a row beside each bar is cropped too
+        if stem == "wide_bars":  # a row next to each bar is cropped too
             land = land[:, 1:-1]
         land = land[:, : record["height"], : record["width"]]
         for mine, theirs in ((frames[0], land[first]), (frames[-1], land[-1])):
@@ -129,9 +130,9 @@ def test_a_cut_is_found_at_the_exact_frame(curated):
 def test_scenes_of_any_length_end_at_the_cut_and_have_samples_of_their_own(lengths, tmp_path):
     lands = [videos.pan(30 + i, n) for i, n in enumerate(lengths)]
     path = videos.encode(tmp_path / "a.mp4", np.concatenate(lands), crf="8")
-    found = list(scenes.find_scenes(path, threshold=3.0))
-    assert [scene.last - scene.first for scene in found] == list(lengths)
-    for scene, land in zip(found, lands):
+    result = list(scenes.find_scenes(path, threshold=3.0))
+    assert [scene.last - scene.first for scene in result] == list(lengths)
+    for scene, land in zip(result, lands):
         assert np.abs(scene.samples[0].astype(int) - land[0]).mean() < 8
         assert len(scene.samples) == len(land) if len(land) <= scenes.SAMPLES else len(scene.samples) >= 8
 
@@ -155,7 +156,7 @@ def test_repeated_frames_do_not_make_motion_look_like_a_cut(tmp_path):
 # ---- filters ----
 
 
-def test_bars_are_found_at_the_exact_row_and_a_dark_room_has_none():
+def test_bars_are_detected_at_the_exact_row_and_not_in_a_dark_room():
     land = videos.pan(50, 8)
     assert filters.bars(videos.barred(land, rows=12)) == (12, 12, 0, 0)
     assert filters.bars(np.pad(land, ((0, 0), (9, 0), (20, 14), (0, 0)))) == (9, 0, 20, 14)
@@ -180,8 +181,8 @@ def test_black_bars_are_cropped_kept_or_a_reason_to_drop(wild, tmp_path, want, r
     (one,) = [v for v in find_videos(wild[0], None) if v.name == "wide_bars.mp4"]
     thresholds = filters.Thresholds(**{"min_height": 80, **want})
     video.curate_video(one, tmp_path, thresholds, captioner=None, scorer=None)
-    (found,) = video.read_result(tmp_path / one.key)
-    assert (found.reason, (found.height, found.width)) == (reason, size)
+    (result,) = video.read_result(tmp_path / one.key)
+    assert (result.reason, (result.height, result.width)) == (reason, size)
     (tmp_path / one.key / "result.json").write_text("[{")  # an incomplete result counts as missing
     assert video.read_result(tmp_path / one.key) is None
 
@@ -285,7 +286,7 @@ def test_a_captioner_captions_each_scene_without_a_given_caption(wild, tmp_path)
     assert len(records_of(tmp_path / "out")) == 4
 
 
-# ---- reproducible whatever happens ----
+# ---- reproducible after interruptions ----
 
 
 def test_more_workers_write_the_same_bytes(wild, curated, tmp_path):
@@ -360,7 +361,7 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
     assert "min_frames was 16, now 8" in refused("--min-frames", "8")
     command.main(words)
     before = digests_of(tmp_path / "out")
-    assert "holds a finished set" in refused()
+    assert "contains a finished set" in refused()
     assert digests_of(tmp_path / "out") == before
 
 
@@ -402,8 +403,9 @@ def test_training_steps_on_the_shards(curated):
     """
 
     def loss(params, frozen, batch, rng):
-        guess = batch["video"][:, :-1] @ params["kernel"] + params["bias"]
-        return jnp.square(guess - batch["video"][:, 1:]).mean(), {"spread": batch["video"].var()}
+        video = pixels_to_float(batch["video"])
+        guess = video[:, :-1] @ params["kernel"] + params["bias"]
+        return jnp.square(guess - video[:, 1:]).mean(), {"spread": video.var()}
 
     start = {"kernel": np.zeros((3, 3), np.float32), "bias": np.zeros(3, np.float32)}
     task = Task(
@@ -414,8 +416,8 @@ def test_training_steps_on_the_shards(curated):
     config = DataConfig(source="array_record", path=str(curated), frames=8, fps=12.0, height=48, width=64)
     with contextlib.closing(data_pipeline.batches(data_pipeline.open_examples(config, batch_size=4), None)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, found = update(state, task.frozen, batch)
-    assert np.isfinite(found["loss"]) and found["loss"] < 0.5 * found["spread"]
+            state, result = update(state, task.frozen, batch)
+    assert np.isfinite(result["loss"]) and result["loss"] < 0.5 * result["spread"]
 
 
 def test_training_can_read_every_clip_of_the_shards(curated):
@@ -467,8 +469,8 @@ def test_modules_import_each_other_in_one_direction():
     for path in folder.glob("*.py"):
         nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
         names = [name for n in nodes for name in (n.module, *(f"{n.module}.{alias.name}" for alias in n.names))]
-        found = {name.split(".")[2] for name in names if name.startswith("lavie_jax.curation.")}
-        imports[path.stem] = {name for name in found if (folder / f"{name}.py").is_file()}
+        result = {name.split(".")[2] for name in names if name.startswith("lavie_jax.curation.")}
+        imports[path.stem] = {name for name in result if (folder / f"{name}.py").is_file()}
     sorter = graphlib.TopologicalSorter(imports)
     assert len(list(sorter.static_order())) == len(imports) > 10  # raises CycleError
 

@@ -72,19 +72,21 @@ MODEL = Model()
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_clip_is_denoised_as_by_the_plain_loop(sampler):
-    made, chain = clip(), plan(WHOLE, sampler).sampler
+    sample_clip, chain = clip(), plan(WHOLE, sampler).sampler
 
     def network(x_t, t):
         def half(text):
-            x = jnp.concatenate([x_t, jnp.asarray(made.concat)[None]], axis=-1)
+            x = jnp.concatenate([x_t, jnp.asarray(sample_clip.concat)[None]], axis=-1)
             return UNET.apply({}, x, jnp.broadcast_to(t, (1,)), jnp.asarray(text)[None], noise_level=jnp.array([20]))
 
-        with_prompt, without = half(made.text.hidden), half(made.null_text.hidden)
+        with_prompt, without = half(sample_clip.text.hidden), half(sample_clip.null_text.hidden)
         return without + 3.0 * (with_prompt - without)
 
-    x0 = sample(chain, network, made.noise(0, range(11))[None], lambda i: made.noise(i + 1, range(11))[None])
-    (found,) = denoised(made, windows=WHOLE, sampler=sampler)
-    np.testing.assert_allclose(found, x0[0], rtol=1e-4, atol=1e-5)
+    x0 = sample(
+        chain, network, sample_clip.noise(0, range(11))[None], lambda i: sample_clip.noise(i + 1, range(11))[None]
+    )
+    (result,) = denoised(sample_clip, windows=WHOLE, sampler=sampler)
+    np.testing.assert_allclose(result, x0[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("windows", [OVERLAPPING, grid(cut(11, 4), whole(6), whole(10))], ids=["blended", "official"])
@@ -100,10 +102,10 @@ def test_blended_windows_have_no_jumps_where_chunks_do():
     base = clip()
 
     def alike():
-        made = clip(seed=0)
-        made.noise = lambda stream, frames: jnp.asarray(frame).repeat(len(frames), axis=0)
-        made.concat = base.concat * np.arange(11, dtype=np.float32)[:, None, None, None] / 11
-        return made
+        moving = clip(seed=0)
+        moving.noise = lambda stream, frames: jnp.asarray(frame).repeat(len(frames), axis=0)
+        moving.concat = base.concat * np.arange(11, dtype=np.float32)[:, None, None, None] / 11
+        return moving
 
     neighbours = Model(unet=Neighbours())
     jumps = {}
@@ -132,8 +134,8 @@ def test_clips_share_calls_and_do_not_mix(monkeypatch):
     monkeypatch.setattr(denoising, "predict_rows", counted)
     together = denoised(clip(0), clip(1), clip(2), windows=WHOLE, rows=4)
     assert calls == [4] * 3
-    for seed, found in enumerate(together):
-        np.testing.assert_allclose(found, denoised(clip(seed), windows=WHOLE)[0], atol=1e-5)
+    for seed, result in enumerate(together):
+        np.testing.assert_allclose(result, denoised(clip(seed), windows=WHOLE)[0], atol=1e-5)
 
 
 def test_guided_halves_of_large_windows_are_sequential(monkeypatch):

@@ -28,6 +28,6 @@ def test_a_folder_that_cannot_be_made_is_refused_with_what_is_in_the_way(tmp_pat
     for name in ("file", "dangling"):
         with pytest.raises(UserError, match=f"^--out x cannot be written: .*/{name} is a file, not a folder"):
             check_folder(tmp_path / name / "below", "--out x")
-    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     with pytest.raises(UserError, match=f"--out x cannot be written: no permission to write in {tmp_path}"):
         check_folder(tmp_path / "new", "--out x")

@@ -88,8 +88,8 @@ def test_a_slow_drift_does_not_count_as_motion():
 
 
 def test_an_empty_clip_shows_nothing():
-    found = detect(np.full((16, 64, 64, 3), world.RGB["gray"], np.uint8))
-    assert (found.shape, found.colour, found.motion, found.background) == ("nothing", "nothing", "nothing", "gray")
+    actual = detect(np.full((16, 64, 64, 3), world.RGB["gray"], np.uint8))
+    assert (actual.shape, actual.colour, actual.motion, actual.background) == ("nothing", "nothing", "nothing", "gray")
     assert detect(np.random.default_rng(0).integers(120, 136, (4, 64, 64, 3), dtype=np.uint8)).shape == "nothing"
 
 
@@ -193,8 +193,8 @@ def test_repeated_and_blended_key_frames():
 
 
 def test_only_moving_objects_are_measured():
-    found = cascade.moving_samples("held_out", 12, frames=2, fps=1, height=16, width=16)
-    assert len(found) == 12 and all(sample.attributes.motion != "still" for sample in found)
+    actual = cascade.moving_samples("held_out", 12, frames=2, fps=1, height=16, width=16)
+    assert len(actual) == 12 and all(sample.attributes.motion != "still" for sample in actual)
 
 
 @pytest.mark.heavy
@@ -295,7 +295,7 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
     levels = json.loads(out.read_text())["levels"]
     assert list(map(int, levels)) == list(noise_levels.LEVELS)
     for row in levels.values():
-        assert 0 < row["least"] < row["still"] and set(noise_levels.WORDS) < set(row)
+        assert 0 < row["least"] < row["image"] and set(noise_levels.WORDS) < set(row)
     assert "| t | still | least | clip |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         noise_levels.main(["--samples", "0"])

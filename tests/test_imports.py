@@ -1,4 +1,4 @@
-"""Who may import whom, which packages sampling and training need, and who may print."""
+"""Order of imports, packages that sampling and training need, and modules that may print."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
-# From the ground up. A unit may import those that it lists, itself, and the HELPERS.
+# From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
 HELPERS = {"disk", "errors", "fields", "results"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "__init__": CORE | {"samples", "cascade"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
-# Needed by some configurations only, or slow to import: whoever needs one imports it where it is used.
+# Needed by some configurations only, or slow to import: they are imported where they are used.
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
     "scenedetect", "cv2", "matplotlib",
@@ -91,9 +91,9 @@ def test_no_modules_import_each_other_in_a_circle():
     names = {module_name(path): path for path in SOURCES}
     graph = {}
     for name, path in names.items():
-        found = imported(path, SOURCES[path])
+        result = imported(path, SOURCES[path])
         # `from package import module` and `from module import name`
-        graph[name] = {n if n in names else n.rpartition(".")[0] for n in found} & set(names) - {name}
+        graph[name] = {n if n in names else n.rpartition(".")[0] for n in result} & set(names) - {name}
         if path.name == "__init__.py":  # a package's own modules may use its names through the package
             graph[name] -= {"lavie_jax"}
     graph = {name: others - {"lavie_jax"} for name, others in graph.items()}  # it holds the version, and imports lazily

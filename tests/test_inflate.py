@@ -1,4 +1,4 @@
-"""Inflated models start as the image model, and CompVis checkpoints can be what they start from."""
+"""Inflated models start as the image model, also from CompVis checkpoints."""
 
 import functools
 import json
@@ -54,7 +54,7 @@ def apply(config, params, x, level=None):
 
 @functools.cache
 def image_case(name):
-    """An image model's input (B, 1, H, W, C), its noise level, and what it makes of them."""
+    """An image model's input (B, 1, H, W, C), its noise level, and its output for them."""
     image = {"sd": IMAGE, "x4": X4_IMAGE}[name]
     x, level = draw("x", 2, 1, 4, 6, image.in_channels), np.array([3, 7]) if name == "x4" else None
     tensors = ours(state_dict("unet", image))
@@ -63,7 +63,7 @@ def image_case(name):
 
 
 @pytest.mark.parametrize("stage, frames", [("base", (1, 3)), ("vsr", (3,))])
-def test_inflated_gives_what_the_image_model_gives(stage, frames, sd, x4, tmp_path):
+def test_an_inflated_model_outputs_what_the_image_model_outputs(stage, frames, sd, x4, tmp_path):
     pretrained, name = (sd, "sd") if stage == "base" else (x4, "x4")
     assert run("inflate", "--stage", stage, "--pretrained", pretrained, "--out", tmp_path / "init") == 0
     unet = load_folder(tmp_path / "init", stage=stage).unet
@@ -77,9 +77,9 @@ def test_inflated_gives_what_the_image_model_gives(stage, frames, sd, x4, tmp_pa
 def test_inflated_interpolation_ignores_the_key_frames_at_first(base, tmp_path):
     """The base's spatial weights are those of the image model here, so the same image comes out."""
     assert run("inflate", "--stage", "interpolation", "--from", base[1], "--out", tmp_path / "init") == 0
-    made = load_folder(tmp_path / "init", stage="interpolation")
-    assert made.sampling == STAGES["interpolation"].sampling
-    unet = made.unet
+    inflated_weights = load_folder(tmp_path / "init", stage="interpolation")
+    assert inflated_weights.sampling == STAGES["interpolation"].sampling
+    unet = inflated_weights.unet
     assert unet.config == STAGE_CONFIGS["interpolation"]
     x, _, expected = image_case("sd")
     keys = draw("keys", 2, 4, 4, 6, 4)  # different frames: they must not matter
@@ -98,7 +98,7 @@ def test_interpolation_of_a_small_base_samples_at_its_size(base, tmp_path):
     assert load_folder(tmp_path / "init").sampling == {**STAGES["interpolation"].sampling, **size}
 
 
-def test_new_parameters_are_drawn_as_pytorch_draws_them(x4, tmp_path):
+def test_new_parameters_have_pytorchs_distributions(x4, tmp_path):
     for seed, name in ((0, "one"), (0, "two"), (1, "three")):
         args = ("--pretrained", x4, "--out", tmp_path / name, "--seed", seed)
         assert run("inflate", "--stage", "vsr", *args) == 0
@@ -184,7 +184,7 @@ def to_compvis(part, name):
 
 
 def write_compvis(file):
-    """A CompVis checkpoint of the tiny SD, with what such files drag along."""
+    """Writes a CompVis checkpoint of the tiny SD, with the unused tensors that such files contain."""
     image = unet_config(SD_UNET | {"attention_head_dim": 8})
     parts = {
         "unet": state_dict("unet", image),
@@ -218,7 +218,7 @@ def test_compvis_checkpoint(sd, tmp_path, capsys):
 
 
 def test_compvis_names_of_the_real_file():
-    """Places of the numbering that the tiny checkpoint does not have; names as in sd-v1-4.ckpt."""
+    """Block numbers that the tiny checkpoint does not have; names as in sd-v1-4.ckpt."""
     sizes = Sizes(unet_layers=2, vae_levels=4)
     for part, original, diffusers in (
         ("unet", "input_blocks.3.0.op.weight", "down_blocks.0.downsamplers.0.conv.weight"),

@@ -1,4 +1,4 @@
-"""Sets of latents: what the curation writes of clips and pictures, and that training on them is training on pixels."""
+"""Sets of latents: the output of the curation for clips and images, and training on them instead of on pixels."""
 
 import contextlib
 import hashlib
@@ -41,7 +41,7 @@ LENIENT = ("--min-height", "32", "--min-words", "0", "--min-motion", "0", "--max
 
 
 def curate(*words):
-    """The curation without its report, which takes longer than all the rest of these few clips."""
+    """Runs the curation without its report, which would take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curation.report, "write", lambda *args: None)
         command.main([*map(str, words), *LENIENT])
@@ -80,7 +80,7 @@ def clips(films, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(films, base, tmp_path_factory):
+def latent_set(films, base, tmp_path_factory):
     """The latents of the same clips."""
     out = tmp_path_factory.mktemp("latents") / "out"
     words = ["--latents", str(base), "--latent-fps", "16", "--shard-clips", "3"]
@@ -89,8 +89,8 @@ def made(films, base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stills(base, tmp_path_factory):
-    """(shards of pictures, the set of their latents, which was made of these and one that is none)."""
+def image_sets(base, tmp_path_factory):
+    """(shards of images, the set of latents of these images and of an unreadable one)."""
     root = tmp_path_factory.mktemp("stills")
     records = []
     for i in range(9):
@@ -99,13 +99,13 @@ def stills(base, tmp_path_factory):
     shards.write_shards(records, root / "pictures")
     records.insert(4, {"image": b"no picture", "caption": "a blue square"})
     shards.write_shards(records, root / "mixed")
-    command.main(["--stills", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
+    command.main(["--images", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
     return root / "pictures", root / "out"
 
 
 def records_of(out):
-    found = latents.open_set(str(out))
-    return [record for size in found.sizes for record in latents.LatentRecords(found, size, split="train",
+    result = latents.open_set(str(out))
+    return [record for size in result.sizes for record in latents.LatentRecords(result, size, split="train",
                                                                                val_fraction=0.0)]  # fmt: skip
 
 
@@ -116,8 +116,8 @@ def digests_of(out):
 
 def config_of(base, **data):
     """The tiny config of a stage, with the networks of the weights in `base`."""
-    config, found = small_config(data.pop("stage", "base"), base), weights.load_folder(base, params=False)
-    config.unet.update({k: v for k, v in found.unet.config.to_dict().items() if k in config.unet})
+    config, result = small_config(data.pop("stage", "base"), base), weights.load_folder(base, params=False)
+    config.unet.update({k: v for k, v in result.unet.config.to_dict().items() if k in config.unet})
     with config.unlocked():
         config.data.height, config.data.width, config.data.fps = 16, 24, 16.0
         if "slowest_fps" in config.data:
@@ -127,19 +127,19 @@ def config_of(base, **data):
     return config
 
 
-# ---- what a set holds ----
+# ---- contents of a set ----
 
 
-def test_a_record_is_what_the_frozen_models_say_of_its_clip(made, clips, base):
-    found = weights.load_folder(base)
-    vae, text = VAE(found.vae.config), CLIPText(found.text_encoder.config)
-    tokenizer = load_tokenizer(found.tokenizer_dir)
+def test_a_record_is_the_frozen_models_output_for_its_clip(latent_set, clips, base):
+    result = weights.load_folder(base)
+    vae, text = VAE(result.vae.config), CLIPText(result.text_encoder.config)
+    tokenizer = load_tokenizer(result.tokenizer_dir)
     originals = shards.ShardRecords(clips, medium="video", val_fraction=0.0)
-    encode = jax.jit(lambda x: vae.apply({"params": found.vae.params}, x, method="encode"))
-    say = jax.jit(lambda ids: text.apply({"params": found.text_encoder.params}, ids))
-    records = records_of(made)
+    encode = jax.jit(lambda x: vae.apply({"params": result.vae.params}, x, method="encode"))
+    encode_text = jax.jit(lambda ids: text.apply({"params": result.text_encoder.params}, ids))
+    records = records_of(latent_set)
     assert len(records) == len(originals) == CLIPS
-    for i in (0, 3):  # of one length: compiled once
+    for i in (0, 3):  # of equal length, so compiled once
         record = records[i]
         frames, _ = video_files.read_clip(_written(originals[i].content, clips.parent))
         small = transforms.resize_crop(frames, height=16, width=24, rng=None)
@@ -147,8 +147,8 @@ def test_a_record_is_what_the_frozen_models_say_of_its_clip(made, clips, base):
         wanted = np.concatenate([mean, np.exp(0.5 * logvar)], axis=-1)
         assert record.latents.dtype == np.float16 and record.caption == originals[i].caption
         np.testing.assert_allclose(record.latents, wanted, rtol=2**-10, atol=2e-5)
-        said = say(tokens.tokenize(tokenizer, [record.caption]))[0]
-        np.testing.assert_allclose(record.text, said, rtol=2**-10, atol=2e-5)
+        hidden = encode_text(tokens.tokenize(tokenizer, [record.caption]))[0]
+        np.testing.assert_allclose(record.text, hidden, rtol=2**-10, atol=2e-5)
 
 
 def _written(content, folder):
@@ -156,23 +156,23 @@ def _written(content, folder):
     return folder / "clip.mp4"
 
 
-def test_the_manifest_says_what_made_a_set_and_has_the_hashes_of_its_files(made, base):
-    manifest = json.loads((made / "manifest.json").read_text())
-    assert set(manifest["files"]) == set(digests_of(made)) - {"manifest.json"}
-    for name, sha in digests_of(made).items():
+def test_the_manifest_records_the_models_and_the_hashes_of_the_files(latent_set, base):
+    manifest = json.loads((latent_set / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(digests_of(latent_set)) - {"manifest.json"}
+    for name, sha in digests_of(latent_set).items():
         assert name == "manifest.json" or manifest["files"][name]["sha256"] == sha
-    told = manifest["latents"]
-    assert (told["medium"], told["fps"], told["null_caption"]) == ("video", 16.0, "")
-    assert told["sizes"] == [[[16, 24], CLIPS]] and told["made_from"] == str(base)
-    assert {len(sha) for sha in told["weights"].values()} == {64} and len(told["weights"]) == 3
-    rows = [json.loads(line) for line in (made / "clips.jsonl").read_text().splitlines()]
-    for row, record in zip(rows, records_of(made), strict=True):
+    entry = manifest["latents"]
+    assert (entry["medium"], entry["fps"], entry["null_caption"]) == ("video", 16.0, "")
+    assert entry["sizes"] == [[[16, 24], CLIPS]] and entry["made_from"] == str(base)
+    assert {len(sha) for sha in entry["weights"].values()} == {64} and len(entry["weights"]) == 3
+    rows = [json.loads(line) for line in (latent_set / "clips.jsonl").read_text().splitlines()]
+    for row, record in zip(rows, records_of(latent_set), strict=True):
         assert row["sha256"] == hashlib.sha256(record.latents.tobytes()).hexdigest()
         assert row["caption"] == record.caption and row["shard"].startswith("16x24/clips-0000")
-    assert (made / "report/samples.png").stat().st_size > 1000
+    assert (latent_set / "report/samples.png").stat().st_size > 1000
 
 
-def test_a_long_clip_is_encoded_in_parts_that_fit_together(made, clips, base, monkeypatch, tmp_path):
+def test_a_long_clip_is_encoded_in_parts_that_fit_together(latent_set, clips, base, monkeypatch, tmp_path):
     monkeypatch.setattr(latent_encoder, "MAX_FRAMES", 1)
     encoder = latent_encoder.LatentEncoder(LatentJob(weights=str(base), fps=10.0))
     content = shards.ShardRecords(clips, medium="video", val_fraction=0.0)[0].content
@@ -190,24 +190,24 @@ def test_each_clip_goes_to_the_size_of_its_shape(base, tmp_path):
         (tmp_path / f"in/{i}.txt").write_text("a blue circle")
     words = ("--latents", base, "--latent-sizes", "16x24,24x16", "--latent-fps", "4")
     curate("--input", tmp_path / "in", "--out", tmp_path / "out", *words)
-    found = latents.open_set(str(tmp_path / "out"))
-    assert found.sizes == {(16, 24): 2, (24, 16): 2} and found.fps == 4
+    result = latents.open_set(str(tmp_path / "out"))
+    assert result.sizes == {(16, 24): 2, (24, 16): 2} and result.fps == 4
     shapes = [record.latents.shape for record in records_of(tmp_path / "out")]
     assert shapes == [(2, 4, 6, 8), (2, 4, 6, 8), (2, 6, 4, 8), (2, 6, 4, 8)]
 
 
-def test_pictures_are_clips_of_one_frame_and_those_that_cannot_be_read_are_listed(stills):
-    found = latents.open_set(str(stills[1]))
-    assert found.medium == "image" and found.sizes == {(16, 24): 9}
-    assert {record.latents.shape for record in records_of(stills[1])} == {(1, 4, 6, 8)}
-    (lost,) = [json.loads(line) for line in (stills[1] / "dropped.jsonl").read_text().splitlines()]
+def test_images_are_clips_of_one_frame_and_unreadable_ones_are_listed(image_sets):
+    result = latents.open_set(str(image_sets[1]))
+    assert result.medium == "image" and result.sizes == {(16, 24): 9}
+    assert {record.latents.shape for record in records_of(image_sets[1])} == {(1, 4, 6, 8)}
+    (lost,) = [json.loads(line) for line in (image_sets[1] / "dropped.jsonl").read_text().splitlines()]
     assert lost["reason"] == "unreadable" and "[4]" in lost["detail"]
 
 
-# ---- stopped and gone on ----
+# ---- interrupted and resumed ----
 
 
-def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, base, tmp_path, monkeypatch):
+def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, latent_set, base, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ("--input", films, "--out", out, "--latents", base, "--latent-fps", "16", "--shard-clips", "3")
     seen, real = set(), latent_encoder.LatentEncoder.latents
@@ -224,7 +224,7 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
             curate(*words)
     assert [p.name for p in out.glob("16x24/*")] == ["clips-00000.array_record"]
     assert not (out / "manifest.json").exists()
-    (out / "16x24/.123-clips-00001.array_record").write_bytes(b"half")  # what a kill within a shard leaves
+    (out / "16x24/.123-clips-00001.array_record").write_bytes(b"half")  # as left by a kill within a shard
     (out / "16x24/clips-00007.array_record").write_bytes(b"of more videos")
     encoded = set()
     monkeypatch.setattr(
@@ -233,7 +233,7 @@ def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, made, 
         lambda self, frames, name: encoded.add(name) or real(self, frames, name),
     )
     curate(*words)
-    assert len(encoded) == CLIPS - 3 and digests_of(out) == digests_of(made)
+    assert len(encoded) == CLIPS - 3 and digests_of(out) == digests_of(latent_set)
     assert sorted(p.name for p in (out / "16x24").iterdir()) == [f"clips-0000{i}.array_record" for i in range(3)]
 
 
@@ -257,8 +257,8 @@ def trained(config, path, learn):
     frozen = {} if data.source == "latents" else task.frozen  # which latents do not need
     with contextlib.closing(pipeline.batches(pipeline.open_examples(data, batch_size=4), ids)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, found = update(state, frozen, batch)
-            losses.append(found)
+            state, result = update(state, frozen, batch)
+            losses.append(result)
     with contextlib.closing(
         pipeline.batches(pipeline.open_examples(build.held_out_data(data), batch_size=4), ids)
     ) as rows:
@@ -276,28 +276,28 @@ def trained(config, path, learn):
     ],
 )
 def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
-    stage, learn, films, clips, made, stills, base, tmp_path
+    stage, learn, films, clips, latent_set, image_sets, base, tmp_path
 ):
-    """The same windows of the same clips, the same stills, the same captions dropped: the same losses and updates.
+    """The same windows of the same clips, the same images, the same captions dropped: the same losses and updates.
 
-    Stills are pictures beside the base's clips, and frames of clips beside the interpolation's.
+    Images accompany the base's clips; the interpolation's are frames of clips.
     """
     if stage == "interpolation":
-        base, made = make_stage(tmp_path / "weights", "interpolation"), tmp_path / "out"
+        base, latent_set = make_stage(tmp_path / "weights", "interpolation"), tmp_path / "out"
         words = ("--latents", base, "--latent-fps", "16", "--shard-clips", "3")
-        curate("--input", films, "--out", made, *words)
+        curate("--input", films, "--out", latent_set, *words)
     common = {"stage": stage, "frames": {"base": 3, "interpolation": 5}[stage], "images": 2, "caption_drop": 0.4}
     pixels, encoded = (
         config_of(base, source=kind, path=str(path), image_path=str(pictures) if stage == "base" else None, **common)
-        for kind, path, pictures in (("array_record", clips, stills[0]), ("latents", made, stills[1]))
+        for kind, path, pictures in (("array_record", clips, image_sets[0]), ("latents", latent_set, image_sets[1]))
     )
     for config in (pixels, encoded):
         config.inflate = False  # the weights are of the stage itself
     wanted, moved, shapes = trained(pixels, tmp_path, learn)
-    found, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), found, wanted)
+    result, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), result, wanted)
     assert np.linalg.norm(moved_by_latents - moved) <= 5e-3 * np.linalg.norm(moved) and moved.any() == learn
-    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-3)  # the measure tells batches apart
+    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-3)  # the measure distinguishes batches
     assert latent_shapes == shapes
 
 
@@ -312,8 +312,8 @@ def take(count, config, **where):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
-def test_latents_are_the_same_for_any_workers_and_processes_and_from_any_step(made):
-    config = stream(made, images=1)
+def test_latents_are_the_same_for_any_workers_and_processes_and_from_any_step(latent_set):
+    config = stream(latent_set, images=1)
     whole = take(4, config)
     shapes = {key: (value.shape, value.dtype.name) for key, value in whole[0].items()}
     assert shapes == {
@@ -328,44 +328,49 @@ def test_latents_are_the_same_for_any_workers_and_processes_and_from_any_step(ma
         jax.tree.map(lambda mine, rows: np.testing.assert_array_equal(mine, rows[1:3]), share, batch)
 
 
-def test_a_dropped_caption_is_the_null_caption_encoded(made):
-    null = latents.open_set(str(made)).null_text.astype(np.float32)
-    (batch,) = take(1, stream(made, caption_drop=1.0))
+def test_a_dropped_caption_is_the_null_caption_encoded(latent_set):
+    null = latents.open_set(str(latent_set)).null_text.astype(np.float32)
+    (batch,) = take(1, stream(latent_set, caption_drop=1.0))
     np.testing.assert_array_equal(batch["text"], np.broadcast_to(null, batch["text"].shape))
-    (batch,) = take(1, stream(made, caption_drop=0.0))
+    (batch,) = take(1, stream(latent_set, caption_drop=0.0))
     assert not (batch["text"] == null).all((1, 2)).any()
 
 
-# ---- what is refused ----
+# ---- refusals ----
 
 
-def test_other_weights_than_those_that_made_a_set_are_refused(made, base, tmp_path):
-    """Whatever folder they are in: what counts is the numbers."""
+def test_weights_other_than_the_ones_that_encoded_a_set_are_refused(latent_set, base, tmp_path):
+    """The check compares values, not folders."""
     shared = tmp_path / "elsewhere"
-    found = weights.load_folder(base)
-    given = {"stage": "base", "sampling": found.sampling, "tokenizer": found.tokenizer_dir, "schedule": found.schedule}
-    parts = {name: (getattr(found, name).config, getattr(found, name).params)
+    result = weights.load_folder(base)
+    given = {
+        "stage": "base",
+        "sampling": result.sampling,
+        "tokenizer": result.tokenizer_dir,
+        "schedule": result.schedule,
+    }
+    parts = {name: (getattr(result, name).config, getattr(result, name).params)
              for name in ("unet", "vae", "text_encoder")}  # fmt: skip
     weights.save_folder(shared, **parts, **given)
-    config = config_of(base, source="latents", path=str(made), image_path=None)
+    config = config_of(base, source="latents", path=str(latent_set), image_path=None)
     config.init_from = str(shared)
     build.make_task(config, jnp.float32, tmp_path)
     for part in ("vae", "text_encoder"):
-        moved = jax.tree.map(np.array, getattr(found, part).params)
+        moved = jax.tree.map(np.array, getattr(result, part).params)
         jax.tree.leaves(moved)[0].flat[0] += 1e-6
         folder = tmp_path / part
-        weights.save_folder(folder, **{**parts, part: (getattr(found, part).config, moved)}, **given)
+        weights.save_folder(folder, **{**parts, part: (getattr(result, part).config, moved)}, **given)
         config.init_from = str(folder)
         with pytest.raises(UserError, match=f"made by another {part.replace('_', ' ')} than this run's.*Train with"):
             build.make_task(config, jnp.float32, tmp_path)
 
 
-def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeypatch):
+def test_train_refuses_them_in_one_line_with_exit_code_2(latent_set, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     command_line = [
         sys.executable, "train.py", "--config", "configs/moving_shapes/base.py:tiny", "--workdir", str(tmp_path / "w"),
         "--config.init_from=lavie_jax/assets/base", "--config.vae_from=", "--config.train_text_encoder=False",
-        "--config.data.source=latents", f"--config.data.path={made}", "--config.data.height=16",
+        "--config.data.source=latents", f"--config.data.path={latent_set}", "--config.data.height=16",
         "--config.data.width=24", "--config.data.fps=16",
     ]  # fmt: skip
     own = options.load("configs/moving_shapes/base.py:cpu")  # the shipped model's
@@ -382,7 +387,7 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeyp
         ({"path": None}, "needs a path"),
         ({"path": "nowhere"}, "no finished set of latents in 'nowhere'"),
         ({"path": "CLIPS"}, "holds encoded clips, not latents: use the data source array_record"),
-        ({"path": "STILLS"}, "holds latents of pictures: name it as data.image_path"),
+        ({"path": "IMAGES"}, "holds latents of pictures: name it as data.image_path"),
         ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "all latents, or none of them"),
         ({"handheld": 0.5}, "handheld is for pixels"),
         ({"full_height": 32, "full_width": 48}, "full_height is for pixels"),
@@ -392,11 +397,11 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(made, tmp_path, monkeyp
         ({"frames": 60}, "records in a row cannot be read"),
     ],
 )
-def test_what_latents_cannot_give_is_refused(change, message, made, clips, stills):
-    names = {"CLIPS": clips, "STILLS": stills[1]}
+def test_settings_that_need_pixels_are_refused(change, message, latent_set, clips, image_sets):
+    names = {"CLIPS": clips, "IMAGES": image_sets[1]}
     change = {key: str(names[value]) if value in names else value for key, value in change.items()}
     with pytest.raises(UserError, match=message):
-        take(1, stream(made, **change) if "path" not in change else stream(change.pop("path"), **change))
+        take(1, stream(latent_set, **change) if "path" not in change else stream(change.pop("path"), **change))
 
 
 @pytest.mark.parametrize(
@@ -415,10 +420,10 @@ def test_runs_that_need_pixels_or_words_are_refused(stage, message, tmp_path, mo
         build.make_task(config, jnp.float32, tmp_path)
 
 
-def test_a_set_that_is_not_whole_is_refused(made, tmp_path):
+def test_a_set_that_is_not_whole_is_refused(latent_set, tmp_path):
     for name, message in (("16x24/clips-00001.array_record", "cut short or changed"), ("null_text.npy", "is missing")):
         copy = tmp_path / name.replace("/", "-")
-        shutil.copytree(made, copy)
+        shutil.copytree(latent_set, copy)
         if "cut" in message:
             (copy / name).write_bytes((copy / name).read_bytes()[:-10])
         else:
@@ -436,7 +441,7 @@ def test_a_set_that_is_not_whole_is_refused(made, tmp_path):
         (("--latents", "BASE", "--latent-sizes", "16"), "sizes are HEIGHTxWIDTH, such as"),
         (("--latents", "BASE", "--latent-fps", "0"), "--latent-fps must be above 0"),
         (("--latent-sizes", "16x24"), "need --latents"),
-        (("--stills", "array_record:x"), "give either --input, a folder of videos, or --stills"),
+        (("--images", "array_record:x"), "give either --input, a folder of videos, or --images"),
     ],
 )
 def test_bad_words_are_one_line_and_exit_code_2(words, message, films, base, tmp_path, capsys):

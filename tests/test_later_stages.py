@@ -52,19 +52,21 @@ def info(frames, height=16, width=24, fps=5.0) -> ClipInfo:
 
 def prepared(pipe, stage, frames, seed=0, **given):
     """(model, settings, the clip before its first step)."""
-    made = cascade.resolve_settings(pipe.weights, [stage], {stage: given}, info(*frames.shape[:3]))[stage]
+    settings = cascade.resolve_settings(pipe.weights, [stage], {stage: given}, info(*frames.shape[:3]))[stage]
     model = pipe.model(stage)
     sample = running.Sample(cascade.Request(prompt=PROMPT, seed=seed), MemoryCache(), frames)
-    (ready,) = running._prepared(model, made, [sample])
-    return model, made, ready
+    (ready,) = running._prepared(model, settings, [sample])
+    return model, settings, ready
 
 
 def latents_of(pipe, stage, frames, **given) -> np.ndarray:
-    model, made, ready = prepared(pipe, stage, frames, **given)
-    sampler = make_sampler(made.sampler, made.steps, model.weights.schedule)
-    windows = STAGES[stage].windows(ready.shape, made)
+    model, settings, ready = prepared(pipe, stage, frames, **given)
+    sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
+    windows = STAGES[stage].windows(ready.shape, settings)
     denoise(
-        model, [ready], DenoisingPlan(sampler=sampler, guidance=made.guidance, windows=windows, rows=model.mesh.size)
+        model,
+        [ready],
+        DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=model.mesh.size),
     )
     return ready.state["x"]
 
@@ -93,10 +95,10 @@ def test_one_device_and_eight_agree(stage, single, folder):
 def test_a_sample_equals_a_plain_loop(stage, single):
     """Compared with a few independent lines, from noise to latents."""
     frames = clip(4 if stage == "interpolation" else 8)  # one window, whose programs are compiled already
-    model, made, ready = prepared(single, stage, frames, seed=3)
+    model, settings, ready = prepared(single, stage, frames, seed=3)
     images = jnp.asarray(frames / np.float32(127.5) - 1)
     length = 13 if stage == "interpolation" else 8
-    level = jnp.array([made.noise_level]) if stage == "vsr" else None
+    level = jnp.array([settings.noise_level]) if stage == "vsr" else None
 
     def normal(stream, i, shape):
         key = jax.random.key(3, impl="threefry2x32")
@@ -115,7 +117,7 @@ def test_a_sample_equals_a_plain_loop(stage, single):
         concat = signal * images + np.sqrt(1 - signal**2) * jnp.stack(own)
     np.testing.assert_allclose(ready.concat, concat, atol=2e-4)
 
-    texts = model.encode_text([PROMPT + made.prompt_suffix, made.negative_prompt]).hidden
+    texts = model.encode_text([PROMPT + settings.prompt_suffix, settings.negative_prompt]).hidden
     unet = jax.jit(lambda x, t, text: model.unet.apply({"params": model.unet_params}, x, t, text, noise_level=level))
 
     def answer(x, t):
@@ -123,16 +125,16 @@ def test_a_sample_equals_a_plain_loop(stage, single):
         with_prompt, without = (unet(x, t, jnp.asarray(text)[None]) for text in texts)
         return without + 4.0 * (with_prompt - without)
 
-    sampler = make_sampler(made.sampler, 3, STAGES[stage].schedule)
+    sampler = make_sampler(settings.sampler, 3, STAGES[stage].schedule)
     x0 = sample(sampler, answer, jnp.stack([normal(0, i, (*side, 4)) for i in range(length)])[None])
-    found = latents_of(single, stage, frames, seed=3)
-    assert np.linalg.norm(found - x0[0]) <= 1e-3 * np.linalg.norm(found)
+    result = latents_of(single, stage, frames, seed=3)
+    assert np.linalg.norm(result - x0[0]) <= 1e-3 * np.linalg.norm(result)
 
 
 def test_key_frames_can_be_the_modes_of_their_posteriors(single):
     frames = clip(4)
-    model, made, ready = prepared(single, "interpolation", frames, key_latents="mode")
-    assert made.key_latents == "mode"
+    model, settings, ready = prepared(single, "interpolation", frames, key_latents="mode")
+    assert settings.key_latents == "mode"
     images = jnp.asarray(frames / np.float32(127.5) - 1)
     mean, _ = model.vae.apply({"params": model.vae_params}, images, method="encode")
     np.testing.assert_allclose(ready.concat[::4], mean * model.vae.config.scaling_factor, atol=2e-4)
@@ -141,30 +143,30 @@ def test_key_frames_can_be_the_modes_of_their_posteriors(single):
 
 def test_key_frames_can_be_kept(single):
     key_frames = clip(4)
-    made = single(PROMPT, stages="interpolation", clip=key_frames)[0]
+    video = single(PROMPT, stages="interpolation", clip=key_frames)[0]
     kept = single(PROMPT, stages="interpolation", clip=key_frames, interpolation={"keep_key_frames": True})[0]
     np.testing.assert_array_equal(kept[::4], key_frames)
     others = np.arange(13) % 4 != 0
-    np.testing.assert_array_equal(kept[others], made[others])
-    assert not np.array_equal(made[::4], key_frames)
+    np.testing.assert_array_equal(kept[others], video[others])
+    assert not np.array_equal(video[::4], key_frames)
 
 
 @pytest.mark.parametrize("start", range(5))
 def test_kept_key_frames_are_at_the_right_positions_of_any_piece(start):
-    made = np.zeros((6, 4, 4, 3), np.uint8)
+    decoded = np.zeros((6, 4, 4, 3), np.uint8)
     frames = np.arange(1, 9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     settings = stage_settings.InterpolationSettings(**{**tiny.SAMPLING, "height": 4, "width": 4}, keep_key_frames=True)
-    found = STAGES["interpolation"].finish(made, start, settings, frames)[:, 0, 0, 0]
+    result = STAGES["interpolation"].finish(decoded, start, settings, frames)[:, 0, 0, 0]
     expected = [i // 4 + 1 if i % 4 == 0 else 0 for i in range(start, start + 6)]
-    assert found.tolist() == expected
+    assert result.tolist() == expected
 
 
 def test_odd_sides_are_padded_and_cropped_back(single, weights):
     frames = clip(4, 15, 22)
-    made = single(PROMPT, stages="interpolation", clip=frames)
-    assert made.shape == (1, 13, 15, 22, 3)
+    video = single(PROMPT, stages="interpolation", clip=frames)
+    assert video.shape == (1, 13, 15, 22, 3)
     even = np.pad(frames, [(0, 0), (0, 1), (0, 2), (0, 0)], mode="edge")
-    np.testing.assert_array_equal(made, single(PROMPT, stages="interpolation", clip=even)[:, :, :15, :22])
+    np.testing.assert_array_equal(video, single(PROMPT, stages="interpolation", clip=even)[:, :, :15, :22])
     settings = cascade.resolve_settings(weights, ["interpolation"], {}, info(4, 15, 22))
     (note,) = cascade.padding_notes(weights, settings, info(4, 15, 22))
     assert "15x22" in note and "padded to 16x24" in note
@@ -206,9 +208,9 @@ def test_the_low_resolution_schedule_comes_from_the_folder(single):
     _, _, other = prepared(cascade.Cascade({"vsr": linear}, devices=jax.devices()[:1]), "vsr", frames)
     images = frames / 127.5 - 1
 
-    def noise(made, schedule):
+    def noise(clip_state, schedule):
         abar = schedule.alphas_cumprod[50]
-        return (made.concat - np.sqrt(abar) * images) / np.sqrt(1 - abar)
+        return (clip_state.concat - np.sqrt(abar) * images) / np.sqrt(1 - abar)
 
     np.testing.assert_allclose(noise(released, STAGES["vsr"].low_res_schedule), noise(other, Schedule()), atol=1e-4)
 
@@ -254,7 +256,7 @@ def test_a_clip_that_exceeds_memory_is_refused_with_advice(weights, monkeypatch)
         ("vsr,interpolation", True, "cannot be run in this order"),
         ("", False, "none given"),
         ("vsr", False, "vsr needs a clip"),
-        ("base,vsr", True, "base starts from the prompt alone"),
+        ("base,vsr", True, "base starts from the prompt only"),
         ("base,upscale", False, "unknown 'upscale'"),
     ],
 )
@@ -273,8 +275,12 @@ def test_possible_stages_are_accepted():
 def test_every_stage_has_settings_that_hold_its_released_defaults():
     assert list(stage_settings.STAGE_INFO) == list(STAGES)
     for stage in STAGES.values():
-        made = stage.info.settings.make(stage.sampling, {})
-        assert stage.sampling.items() <= made.to_dict().items()
+        settings = stage.info.settings.make(stage.sampling, {})
+        assert stage.sampling.items() <= settings.to_dict().items()
+
+
+def test_no_two_stages_share_their_noise():
+    assert len({stage.noise_number for stage in STAGES.values()}) == len(STAGES)
 
 
 def test_a_cascades_folder_gives_its_stages(folder, tmp_path):
@@ -308,9 +314,9 @@ def test_some_of_the_shipped_stages_may_be_missing(folder, tmp_path, monkeypatch
 
 
 def test_the_shipped_models_can_be_loaded():
-    found = cascade.stage_folders()
-    assert list(found) == ["base", "interpolation", "vsr"]
-    for stage, folder in found.items():
+    result = cascade.stage_folders()
+    assert list(result) == ["base", "interpolation", "vsr"]
+    for stage, folder in result.items():
         assert load_folder(folder, params=False).stage == stage
         for part in ("unet", "vae", "text_encoder"):
             config, tensors, _ = read_part(folder, part)

@@ -31,13 +31,13 @@ def test_each_phase_has_its_shares():
 
 @pytest.mark.parametrize("weights", [((0, (1.0,)),), ((0, (0.7, 0.2, 0.1)),), ((0, (1, 3)), (3, (5, 1))), CURRICULUM])
 def test_each_part_is_counted_without_gaps(weights):
-    """Or clips would be shown twice, or never."""
+    """Otherwise clips would be shown twice, or never."""
     order = Order(weights, batch=8, seed=1)
     numbers = collections.defaultdict(list)
     for i in range(8 * 50):
         part, number = order(i)
         numbers[part].append(number)
-    assert all(sorted(found) == list(range(len(found))) for found in numbers.values())
+    assert all(sorted(result) == list(range(len(result))) for result in numbers.values())
 
 
 def test_any_two_processes_get_both_parts():
@@ -62,7 +62,7 @@ def test_the_weights_of_a_step_as_they_are_logged():
 
 @dataclasses.dataclass(frozen=True)
 class Gray:
-    """A source whose pixels tell which it is and which number was asked for."""
+    """A source whose pixels contain its number and the requested index."""
 
     value: int
 

@@ -1,4 +1,4 @@
-"""The small world: what an index shows, what its caption says, and what the splits keep apart."""
+"""Moving Shapes: the content of an index, its caption, and the combinations that the splits keep separate."""
 
 import collections
 import itertools
@@ -138,10 +138,10 @@ def test_image_only_concepts_are_in_images_and_in_their_own_split_alone():
     for split in ("train", "val", "held_out"):
         assert not any(concepts & set(triple) for triple in world.combinations(split))
     assert all(concepts & set(triple) for triple in world.combinations("image_only"))
-    stills = [world.image("train", i, height=8, width=8).attributes for i in range(300)]
-    assert {a.shape for a in stills} == {*world.VIDEO_SHAPES, *world.IMAGE_SHAPES}
-    assert {a.colour for a in stills} == {*world.VIDEO_COLOURS, *world.IMAGE_COLOURS}
-    assert all(a.motion is None for a in stills)
+    images = [world.image("train", i, height=8, width=8).attributes for i in range(300)]
+    assert {a.shape for a in images} == {*world.VIDEO_SHAPES, *world.IMAGE_SHAPES}
+    assert {a.colour for a in images} == {*world.VIDEO_COLOURS, *world.IMAGE_COLOURS}
+    assert all(a.motion is None for a in images)
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def test_networks_can_come_from_the_folder_that_a_run_starts_from():
     words += ["--config=configs/moving_shapes/base.py", "--workdir=w", "--config.init_from=lavie_jax/assets/base"]
     config = options.parse(words).config
     for name in ("unet", "text_encoder", "vae"):
-        found = load_part("lavie_jax/assets/base", name, params=False).config.to_dict()
-        assert all(list(v) == found[k] if isinstance(v, tuple) else v == found[k] for k, v in config[name].items())
+        actual = load_part("lavie_jax/assets/base", name, params=False).config.to_dict()
+        assert all(list(v) == actual[k] if isinstance(v, tuple) else v == actual[k] for k, v in config[name].items())
     assert config.unet.block_out_channels == (32, 64, 96)  # not those of the config file
     with pytest.raises(UserError, match="set init_from"):
         options.parse([*words[:-1], "--config.init_from="])

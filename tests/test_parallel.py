@@ -41,7 +41,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
         ("step", (), P()),
     ],
 )
-def test_rules_place_by_path(path, shape, expected):
+def test_rules_match_paths(path, shape, expected):
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     assert parallel.spec(path, shape, mesh) == expected
 

@@ -1,4 +1,4 @@
-"""Batches: the same whatever makes them, resumed at a step, divided among processes; the small tokenizer."""
+"""Batches: independent of processes and workers, resumed at a step; the small tokenizer."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +22,7 @@ from lavie_jax.data.folders import open_folder
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
+from lavie_jax.stages.clips import pixels_to_float
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
 CAPTION = "a small red circle moving up left over a blue background"
@@ -52,12 +55,12 @@ def assert_same(one, other):
 def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
     (batch,) = take(1, tokenizer=tokenizer)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-        "video": ((4, 3, 16, 24, 3), "float32"),
-        "images": ((4, 2, 16, 24, 3), "float32"),
+        "video": ((4, 3, 16, 24, 3), "uint8"),
+        "images": ((4, 2, 16, 24, 3), "uint8"),
         "tokens": ((4, 16), "int32"),
         "image_tokens": ((4, 2, 16), "int32"),
     }
-    assert -1 <= batch["video"].min() < batch["video"].max() <= 1
+    assert batch["video"].min() < batch["video"].max()
 
 
 def test_video_image_and_caption_belong_together(tokenizer):
@@ -67,15 +70,15 @@ def test_video_image_and_caption_belong_together(tokenizer):
     rng = np.random.default_rng(0)
     for i in range(4):
         pixels, caption, *_ = source.video(i, rng)
-        np.testing.assert_array_equal(transforms.to_uint8(batch["video"][i]), pixels)
+        np.testing.assert_array_equal(batch["video"][i], pixels)
         np.testing.assert_array_equal(batch["tokens"][i], tokens.tokenize(tokenizer, [caption])[0])
         for j in range(2):
             pixels, caption, *_ = source.image(2 * i + j, rng)
-            np.testing.assert_array_equal(transforms.to_uint8(batch["images"][i, j]), pixels)
+            np.testing.assert_array_equal(batch["images"][i, j], pixels)
             np.testing.assert_array_equal(batch["image_tokens"][i, j], tokens.tokenize(tokenizer, [caption])[0])
 
 
-def test_a_resumed_stream_goes_on_where_it_was(tokenizer):
+def test_a_resumed_stream_continues_at_the_same_step(tokenizer):
     whole = take(5, tokenizer=tokenizer)
     assert_same(take(2, tokenizer=tokenizer, start_step=3), whole[3:])
 
@@ -90,7 +93,7 @@ def test_worker_processes_give_the_same_batches_as_none(tokenizer):
         workers = multiprocessing.active_children()
         assert workers
         for worker in workers:
-            os.kill(worker.pid, signal.SIGINT)  # Ctrl-C reaches them too, and the run goes on until it has saved
+            os.kill(worker.pid, signal.SIGINT)  # Ctrl-C reaches them too, and the run continues until it has saved
         mine += [next(stream) for _ in whole[1:]]
     assert_same(mine, [{key: rows[[1, 3]] for key, rows in batch.items()} for batch in whole])
 
@@ -127,7 +130,7 @@ def test_a_batch_of_images_alone_and_a_batch_of_videos_alone(tokenizer):
 
 
 def test_grain_is_not_imported_without_workers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "grain", None)  # importing it raises
+    monkeypatch.setitem(sys.modules, "grain", None)  # importing it raises ImportError
     assert take(1)[0]["video"].shape[0] == 4
     with pytest.raises(UserError, match="set workers=0"):
         take(1, workers=1)
@@ -175,7 +178,7 @@ def test_wrong_settings_are_refused_at_once(change, message):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight clips of 9 frames at 8 fps with captions, and what a real folder has besides."""
+    """Eight clips of 9 frames at 8 fps with captions, and unrelated files, as in real folders."""
     root = tmp_path_factory.mktemp("videos")
     for i in range(8):
         clip = moving_shapes.clip("train", i, frames=9, fps=8, height=32, width=48)
@@ -227,7 +230,7 @@ def test_a_file_damaged_after_the_start_is_skipped_and_a_lost_folder_is_an_error
     damaged.write_bytes(b"gone")
     items = [source.video(i, np.random.default_rng(i)) for i in range(8)]
     assert {item.caption for item in items} == {path.stem for path in others}
-    assert any(str(damaged) in text for item in items for text in item.skipped)
+    assert any(str(damaged) == skip.record for item in items for skip in item.skipped)
     for path in others:
         path.unlink()
     with pytest.raises(UserError, match="records in a row cannot be read"):
@@ -251,12 +254,12 @@ def test_batches_of_a_video_folder_are_the_same_with_workers(folder, tokenizer):
 
 
 def test_an_images_folder_gives_the_images(folder, tmp_path):
-    """Those of its split: a picture that is held out is not trained on."""
+    """Only images of the split: held-out ones are not trained on."""
     for name in "ab":
         Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text("red all over")
     (batch,) = take(1, config_of(folder, image_path=str(tmp_path)))
-    np.testing.assert_allclose(batch["images"], np.broadcast_to([1.0, -1.0, -1.0], batch["images"].shape))
+    np.testing.assert_allclose(batch["images"], np.broadcast_to([255, 0, 0], batch["images"].shape))
     splits = [open_folder(tmp_path, medium="image", split=split) for split in ("train", "val")]
     assert sorted(path.name for pictures in splits for path, _ in pictures.rows) == ["a.png", "b.png"]
     assert [len(pictures) for pictures in splits] == [1, 1]
@@ -275,7 +278,7 @@ def test_an_unusable_video_folder_is_refused_at_once(folder, change, batch_size,
         pipeline.open_examples(config_of(folder, **change), batch_size=batch_size)
 
 
-def test_a_folder_without_captions_is_refused_and_says_so(tmp_path):
+def test_a_folder_without_captions_is_refused_with_the_reason(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="of 1 videos 1 have no caption .clip.mp4 needs clip.txt"):
         pipeline.open_examples(config_of(tmp_path), batch_size=1)
@@ -287,12 +290,20 @@ def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
         pipeline.open_examples(config_of(folder, image_path=str(tmp_path), images=1), batch_size=1)
 
 
-def test_a_folder_of_images_that_nobody_asks_for_is_not_opened(folder, tmp_path):
+def test_an_unused_folder_of_images_is_not_opened(folder, tmp_path):
     examples = pipeline.open_examples(config_of(folder, image_path=str(tmp_path / "none"), images=0), batch_size=1)
     assert len(examples.source) == 7 and examples[0]["images"].shape[0] == 0  # one clip is for val
 
 
 # ---- transforms ----
+
+
+def test_pixels_become_the_same_floats_on_devices_as_on_the_host():
+    pixels = np.arange(256, dtype=np.uint8)
+    for convert in (pixels_to_float, jax.jit(pixels_to_float)):
+        np.testing.assert_array_equal(convert(jnp.asarray(pixels)), transforms.to_float(pixels))
+    floats = jnp.linspace(-1, 1, 5)
+    assert pixels_to_float(floats) is floats
 
 
 def test_pixels_survive_the_way_to_floats_and_back():
@@ -304,7 +315,7 @@ def test_pixels_survive_the_way_to_floats_and_back():
 
 
 @pytest.mark.parametrize("shape", [(20, 40), (40, 20), (8, 8), (12, 30)])
-def test_resize_crop_keeps_the_aspect_ratio_and_one_place_for_all_frames(shape):
+def test_resize_crop_keeps_the_aspect_ratio_and_one_position_for_all_frames(shape):
     ramp = np.broadcast_to(np.linspace(0, 255, shape[1])[None, None, :, None], (2, *shape, 3)).astype(np.uint8)
     for rng in (None, np.random.default_rng(1)):
         out = transforms.resize_crop(ramp, height=10, width=15, rng=rng)
@@ -351,7 +362,7 @@ def test_unknown_words_are_named_and_left_out(tokenizer):
     np.testing.assert_array_equal(known, mixed)
 
 
-def test_a_tokenizer_saved_by_transformers_still_knows_its_words(tokenizer, tmp_path):
+def test_a_tokenizer_saved_by_transformers_still_has_its_list_of_words(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = tokens.load_tokenizer(tmp_path)
     assert tokens.known_words(again) == moving_shapes.vocabulary()
@@ -359,7 +370,7 @@ def test_a_tokenizer_saved_by_transformers_still_knows_its_words(tokenizer, tmp_
     np.testing.assert_array_equal(tokens.tokenize(again, [CAPTION]), tokens.tokenize(tokenizer, [CAPTION]))
 
 
-def test_a_large_tokenizer_knows_all_words_and_has_a_context_of_77(tokenizer, tmp_path):
+def test_a_large_tokenizer_accepts_all_words_and_has_a_context_of_77(tokenizer, tmp_path):
     folder = tokens.save_small_tokenizer(tmp_path, ["red"])
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["words"], config["model_max_length"]
@@ -379,7 +390,7 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
         tokens.save_small_tokenizer(tmp_path, ["red", "Grün"])
 
 
-# ---- patches, stills under a moving camera, rates ----
+# ---- patches, images under a moving camera, rates ----
 
 
 def test_a_patch_is_cut_from_the_whole_frame():
@@ -389,10 +400,10 @@ def test_a_patch_is_cut_from_the_whole_frame():
     for name, shape in (("video", (3, 16, 24, 3)), ("images", (1, 16, 24, 3))):
         assert cut[name].shape == shape
         places = np.lib.stride_tricks.sliding_window_view(frames[name], shape)
-        assert (places == cut[name]).all((-4, -3, -2, -1)).any()  # one place for all frames, nothing scaled
+        assert (places == cut[name]).all((-4, -3, -2, -1)).any()  # one position for all frames, nothing scaled
 
 
-def test_a_still_under_a_moving_camera_moves_as_a_whole_and_smoothly():
+def test_an_image_under_a_moving_camera_moves_as_a_whole_and_smoothly():
     still = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     clip = transforms.handheld(still, frames=24, height=32, width=32, fps=8, rng=np.random.default_rng(1))
     windows = np.lib.stride_tricks.sliding_window_view(still, (32, 32, 3))[:, :, 0]
@@ -400,21 +411,21 @@ def test_a_still_under_a_moving_camera_moves_as_a_whole_and_smoothly():
     assert len(np.unique(places, axis=0)) > 5 and np.abs(np.diff(places, axis=0)).max() <= 4
 
 
-def test_the_share_of_stills_among_clips():
+def test_the_share_of_images_among_clips():
     config = DataConfig(frames=4, height=16, width=16, handheld=0.25, caption_drop=0)
     examples = Examples(config, make_source(config))
     captions = [examples[i]["caption"] for i in range(400)]
-    stills = [text for text in captions if " moving " not in text and " standing " not in text]
-    assert 70 < len(stills) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
+    of_images = [text for text in captions if " moving " not in text and " standing " not in text]
+    assert 70 < len(of_images) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
 
 
-def test_the_share_of_frames_of_clips_among_stills():
+def test_the_share_of_frames_of_clips_among_images():
     config = DataConfig(frames=0, images=2, height=16, width=16, images_from_clips=0.25, caption_drop=0)
     examples = Examples(config, make_source(config))
     captions = [text for i in range(200) for text in examples[i]["image_captions"]]
     moving = [text for text in captions if " moving " in text or " standing " in text]
     assert 70 < len(moving) < 130 and examples[0]["images"].shape == (2, 16, 16, 3)
-    none = dataclasses.replace(config, images_from_clips=0.0)  # and the rest are those that there were
+    none = dataclasses.replace(config, images_from_clips=0.0)  # and the others are unchanged
     before = {text for i in range(200) for text in Examples(none, make_source(none))[i]["image_captions"]}
     assert set(captions) - set(moving) <= before
 
@@ -431,7 +442,7 @@ def test_clips_have_rates_of_their_own():
     assert min(shares) < 0.4 and max(shares) > 0.7 and np.std(shares) > 0.1
 
 
-def test_patches_and_stills_of_video_files(folder):
+def test_patches_and_images_of_video_files(folder):
     config = config_of(folder, frames=3, height=8, width=8, full_height=12, full_width=16, handheld=0.5)
     examples = Examples(config, make_source(config))
     assert all(examples[i]["video"].shape == (3, 8, 8, 3) for i in range(6))

@@ -353,7 +353,7 @@ BASE = ["--config", "configs/base.py"]
         ([*BASE, "extra"], "unexpected argument 'extra'"),
         (["--config", "configs/nothing.py"], "does not exist"),
         (["--tables", "nowhere.json"], "no such file"),
-        ([*BASE, "--json", "README.md"], "is no result of this command"),
+        ([*BASE, "--json", "README.md"], "is not a result of this command"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(arguments, message, capsys):
@@ -383,7 +383,7 @@ def test_a_mesh_or_a_batch_that_does_not_fit_is_refused():
         sampling_programs(options.load("configs/base.py"), "vsr", jax.devices())
 
 
-# ---- with libtpu, which `make test` installs beside the environment (tools/libtpu_for_tests.py) ----
+# ---- with libtpu, which `make test` installs next to the environment (tools/libtpu_for_tests.py) ----
 
 # Bytes of one v5e chip without the code, planned by jax 0.10.2 and libtpu 0.0.42.1; tests fail if they grow by a tenth.
 COMMITTED = {"tiny decode": 1_622_016, "tiny step": 30_968_832, "block": 2_723_685_376}

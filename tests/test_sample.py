@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, tmp_path):
-    """Run sample.py with the tiny model; the exit code, or that of a run that ends in an error."""
+    """Returns a function that runs sample.py with the tiny model and returns the exit code."""
 
     def run(*args, out=tmp_path / "out", weights=folder):
         return sample.main([*args, "--weights", str(weights), "--out", str(out)])
@@ -123,7 +123,7 @@ def test_a_file_without_a_json_is_never_overwritten(run, tmp_path, capsys):
 
 
 def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
-    """Otherwise an old video beside the new JSON would be taken for the new one and skipped."""
+    """Otherwise an old video next to the new JSON would be mistaken for the new one and skipped."""
     video = np.zeros((2, 16, 16, 3), np.uint8)
 
     def output(steps, *formats):
@@ -145,7 +145,7 @@ def test_overwriting_leaves_nothing_of_another_request(tmp_path, monkeypatch):
     assert names(tmp_path) == {f"0000-a-0.{ending}" for ending in ("json", "npz", "gif")}
 
 
-def test_a_run_makes_only_what_is_missing(run, tmp_path, capsys):
+def test_a_run_generates_only_missing_samples(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--prompt", PROMPT, "--num-videos", "2", "--seed", "4", "--format", "npz,gif,png") == 0
     stems = [f"0000-a-red-circle-moving-left-{seed}" for seed in (4, 5)]
@@ -376,7 +376,7 @@ BAD_CASCADE = {
     "order": (["--stages", "vsr,base"], "cannot be run in this order"),
     "stage": (["--stages", "base,vrs"], "did you mean 'vsr'"),
     "no clip": (["--stages", "vsr"], "vsr needs a clip"),
-    "clip for base": (["--input", "{file}"], "base starts from the prompt alone"),
+    "clip for base": (["--input", "{file}"], "base starts from the prompt only"),
     "no clip there": (["--stages", "vsr", "--input", "nowhere.mp4"], "'nowhere.mp4' does not exist"),
     "no video": (["--stages", "vsr", "--input", "{file}"], "cannot read the video"),
     "no frames": (["--stages", "vsr", "--input", "{empty}"], "empty.mp4"),
@@ -444,7 +444,7 @@ BAD = {
     ),
     "fps": (["--fps", "0"], "fps"),
     "fps that no encoder takes": (["--fps", "1e-5"], "fps must be from 0.01 to 1000"),
-    "bytes that are no text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),
+    "bytes that are not text": (["--prompt", "\udcff"], "prompt: not valid Unicode"),
     "seed": (["--seed", "1.5"], "seed must be a whole number"),
     "last seed": (["--seed", "4294967295", "--num-videos", "2"], "last seed"),
     "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
@@ -458,7 +458,7 @@ BAD = {
     "out": (["--out", "{file}/below"], "is a file"),
     "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is not a folder of this machine"),
     "part": (["--part", "2/2"], "part must be I/N with I from 0 to N-1"),
-    "PyTorch file for a folder": (["--weights", "{file}"], "PyTorch files become one by convert_torch.py import"),
+    "PyTorch file for a folder": (["--weights", "{file}"], "Convert PyTorch files with convert_torch.py import"),
 }
 
 

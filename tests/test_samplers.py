@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from absl import logging
 
-from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, make_sampler, sample
-from lavie_jax.diffusion.samplers import DDIM, _warn_once
+from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, late_start, make_sampler, sample
+from lavie_jax.diffusion.making import state_arrays
+from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
 from lavie_jax.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 MEAN, VARIANCE = 0.3, 0.25
-DETERMINISTIC = [name for name in SAMPLERS if name != "ddpm"]
+DETERMINISTIC = [name for name in SAMPLERS if not make_sampler(name, 50, Schedule()).needs_noise]
 ONE_STEP = ["dpm++2m", "euler", "heun", "unipc"]
 # case in the golden file -> sampler, prediction
 CASES = {
@@ -387,7 +388,7 @@ def test_second_order_samplers_beat_ddim_at_equal_evaluations_on_a_mixture(name)
     assert distance(second_order, exact) < distance(end("ddim", 19), exact) / 1.5
 
 
-# ---- what is refused, and warned of ----
+# ---- refusals and warnings ----
 
 
 def test_unknown_samplers_are_refused_with_the_nearest_name():
@@ -412,17 +413,23 @@ def test_one_step_is_refused_where_it_would_return_noise():
     assert make("ddim", 1, spacing="trailing").timesteps == [999]
 
 
-def test_a_chain_that_starts_far_below_the_last_timestep_is_warned_of(monkeypatch):
-    warnings = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: warnings.append(message % args))
-    _warn_once.cache_clear()
-    for steps in (3, 10, 50, 100, 500, 501, 501, 1000):
-        make("ddim", steps)
-    (warning,) = warnings
+def test_a_chain_that_starts_far_below_the_last_timestep_is_described_and_only_on_request(monkeypatch):
+    logged = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: logged.append(message % args))
+    for steps in (3, 10, 50, 100, 500, 1000):
+        assert late_start(make("ddim", steps)) is None
+    warning = late_start(make("ddim", 501))
     assert "ddim with 501 steps and 'leading' spacing starts at timestep 501 of 1000" in warning
     assert "7.7% of the variance" in warning and "500 steps" in warning
-    make("ddim", 501, spacing="trailing")
-    assert len(warnings) == 1
+    assert late_start(make("ddim", 501, spacing="trailing")) is None
+    assert not logged
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_number_of_arrays_in_a_state_is_as_declared(name):
+    sampler = make(name, 5)
+    state = sampler.init(np.zeros((1, 2), np.float32))
+    assert len(state) == sampler.state_arrays == state_arrays(name)
 
 
 def test_spacings():

@@ -1,4 +1,4 @@
-"""Contact sheets: which moments are shown, and that rows of a cascade can be compared."""
+"""Contact sheets: the moments that they show, and rows of a cascade that can be compared."""
 
 from fractions import Fraction
 
@@ -35,22 +35,22 @@ def test_clips_of_one_length_are_shown_from_the_first_frame_to_the_last():
 
 def test_rows_show_the_same_moments_at_the_same_size():
     base, smooth, large = noise(4, 16, 24), noise(13, 16, 24), noise(13, 64, 96)
-    (first, said), (second, _), (third, last) = compared({"base": base, "interpolation": smooth, "vsr": large})
+    (first, caption), (second, _), (third, last) = compared({"base": base, "interpolation": smooth, "vsr": large})
     np.testing.assert_array_equal(first[::2], enlarged(base, 4))
     assert (first[1::2] == sheets.EMPTY).all()
     np.testing.assert_array_equal(second, enlarged(smooth[::2], 4))
     np.testing.assert_array_equal(third, large[::2])
-    assert said == "base: 4 frames of 16x24, shown 4 times as large; empty where it has no frame"
+    assert caption == "base: 4 frames of 16x24, shown 4 times as large; empty where it has no frame"
     assert last == "vsr: 13 frames of 64x96"
 
 
 @pytest.mark.parametrize("height, width", [(320, 512), (165, 201), (16, 300)])
 def test_of_large_upscaled_frames_every_row_shows_the_same_middle(height, width):
     base = noise(2, height, width)
-    (small, said), (large, _) = compared({"base": base, "vsr": enlarged(base, 4)})
+    (small, caption), (large, _) = compared({"base": base, "vsr": enlarged(base, 4)})
     np.testing.assert_array_equal(small, large)
     assert large.shape == (2, min(512, 4 * height), min(512, 4 * width), 3)
-    assert f"the middle {min(128, height)}x{min(128, width)}, shown 4 times" in said
+    assert f"the middle {min(128, height)}x{min(128, width)}, shown 4 times" in caption
 
 
 def test_large_frames_that_were_not_upscaled_are_shown_smaller():

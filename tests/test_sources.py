@@ -42,12 +42,12 @@ def encode(path, frames, rate):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """(path, caption) of six clips of two seconds: several rates, odd sides; the gray of each tells which it is."""
-    root, found = tmp_path_factory.mktemp("clips"), []
+    """(path, caption) of six clips of two seconds: several rates, odd sides; the gray level identifies each."""
+    root, result = tmp_path_factory.mktemp("clips"), []
     for i, (rate, (height, width)) in enumerate(zip(RATES, SIZES)):
         frames = np.full((round(2 * rate), height, width, 3), 40 * i + 20, np.uint8)
-        found.append((encode(root / f"clip{i}.mp4", frames, rate), f"clip {i}"))
-    return found
+        result.append((encode(root / f"clip{i}.mp4", frames, rate), f"clip {i}"))
+    return result
 
 
 def picture(i):
@@ -110,7 +110,7 @@ def records_of(kind, path, medium="video", split="train", val_fraction=0.0):
 
 
 def gray_of(pixels):
-    """Which clip or picture it is: their grays are 40 apart."""
+    """The number of the clip or picture: their gray levels differ by 40."""
     return round((float(pixels.mean()) - 20) / 40)
 
 
@@ -119,8 +119,8 @@ def gray_of(pixels):
 
 @pytest.mark.parametrize("kind", sources.KINDS)
 def test_every_kind_gives_each_clip_once_an_epoch_with_its_own_caption(kind, stores):
-    found = records_of(kind, stores[kind][0])
-    assert isinstance(found, Records) and len(found) == 6
+    result = records_of(kind, stores[kind][0])
+    assert isinstance(result, Records) and len(result) == 6
     assert len(records_of(kind, stores[kind][1], "image")) == 6
     source = make_source(config_of(kind, stores))
     assert isinstance(source, sources.Source)
@@ -139,8 +139,8 @@ def test_every_kind_gives_each_clip_once_an_epoch_with_its_own_caption(kind, sto
 def test_the_splits_share_no_record(kind, stores):
     captions = []
     for split in ("train", "val"):
-        found = records_of(kind, stores[kind][0], split=split, val_fraction=0.4)
-        captions.append({found[i].caption for i in range(len(found))})
+        result = records_of(kind, stores[kind][0], split=split, val_fraction=0.4)
+        captions.append({result[i].caption for i in range(len(result))})
     assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 6
 
 
@@ -176,7 +176,7 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
     config = DataConfig(
         source="mixture", videos=tuple(f"{kind}:{stores[kind][0]}" for kind in kinds),
         image_parts=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
-        video_weights=((0, (1, 1, 1, 1)), (2, (0, 1, 1, 2))),
+        video_weights=((0, (1,) * len(kinds)), (2, (0, *(1,) * (len(kinds) - 2), 2))),
     )  # fmt: skip
     whole = batches(config, 5)
     again = batches(config, 3, start_step=2, workers=1)
@@ -244,12 +244,12 @@ def test_the_room_of_a_window():
     assert ClipWindow(frames=18).room(VideoInfo(17, 29.97)) < 0
 
 
-# ---- what real files are ----
+# ---- properties of real files ----
 
 
 @pytest.fixture(scope="module")
 def damaged(clips, tmp_path_factory):
-    """{name: bytes} of what is no clip of 4 frames."""
+    """{name: bytes} of files that are not clips of 4 frames."""
     whole = clips[3][0].read_bytes()
     few = video_files.save_video(np.zeros((2, 32, 32, 3), np.uint8), tmp_path_factory.mktemp("few") / "a.mp4", fps=8)
     return {
@@ -262,9 +262,9 @@ def test_damaged_files_of_a_folder_are_left_out_counted_and_named(clips, damaged
     for name, content in {**damaged, "good": clips[0][0].read_bytes(), "silent": clips[0][0].read_bytes()}.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
         (tmp_path / f"{name}.txt").write_bytes(b"caf\xe9" if name == "silent" else b"a clip")
-    found = records_of("video_folder", tmp_path)
-    names = {path.stem for path, _ in found.rows}
-    assert names <= {"good", "truncated"} and "good" in names  # what a header cannot tell is skipped later
+    result = records_of("video_folder", tmp_path)
+    names = {path.stem for path, _ in result.rows}
+    assert names <= {"good", "truncated"} and "good" in names  # damage that the header does not show is skipped later
     assert "1 of 7 have a caption that is not UTF-8" in caplog.text and "silent.txt" in caplog.text
     assert "1 of 7 are shorter than 4 frames at 8 fps" in caplog.text and "short.mp4" in caplog.text
     assert "of 7 cannot be read" in caplog.text and "empty.mp4" in caplog.text and "picture.mp4" in caplog.text
@@ -283,8 +283,8 @@ def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, d
     examples = pipeline.Examples(config, make_source(config))
     first = [examples[i] for i in range(11)]
     assert {row["caption"] for row in first} <= {caption for _, caption in clips}
-    skipped = {text for row in first for text in row["skipped"]}
-    assert len(skipped) >= 5 and all("clips-00000.array_record[" in text for text in skipped)
+    skipped = {skip for row in first for skip in row["skipped"]}
+    assert len(skipped) >= 5 and all("clips-00000.array_record[" in record for record, _ in skipped)
     again = [examples[i] for i in (3, 7)]
     for row, number in zip(again, (3, 7)):
         np.testing.assert_array_equal(row["video"], first[number]["video"])
@@ -322,8 +322,8 @@ def test_a_csv_and_a_jsonl_name_files_and_captions(clips, tmp_path, caplog):
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     expected = {(path.name, f'"{caption}", gray all over') for path, caption in clips}
     for path in (table, tmp_path / "captions.jsonl"):
-        found = records_of("video_folder", path)
-        assert {(file.name, caption) for file, caption in found.rows} == expected
+        result = records_of("video_folder", path)
+        assert {(file.name, caption) for file, caption in result.rows} == expected
     assert "1 of 8 name no file that exists" in caplog.text and "captions.jsonl line 7" in caplog.text
     assert "1 of 8 have no caption" in caplog.text
 
@@ -335,8 +335,8 @@ def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
         place.write_bytes(path.read_bytes())
     lines = [f"10{i},https://x/{i}.mp4,PT00H00M02S,00{i % 2}_00{i},Clip {i}" for i in range(6)]
     (tmp_path / "webvid.csv").write_text("\n".join(["videoid,contentUrl,duration,page_dir,name", *lines]))
-    found = records_of("video_folder", tmp_path / "webvid.csv")
-    assert {(file.stem, caption) for file, caption in found.rows} == {(f"10{i}", f"Clip {i}") for i in range(6)}
+    result = records_of("video_folder", tmp_path / "webvid.csv")
+    assert {(file.stem, caption) for file, caption in result.rows} == {(f"10{i}", f"Clip {i}") for i in range(6)}
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
         ("a.jsonl", b'{"path": "x.mp4", "caption": "y"}\n', "of 1 videos 1 name no file that exists"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused_and_says_why(tmp_path, name, content, message):
+def test_an_unusable_table_is_refused_with_the_reason(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         folders.open_folder(tmp_path / name, medium="video", split="train")
@@ -368,9 +368,11 @@ def test_halves_of_pairs_in_a_tar_are_counted_and_no_caption_gets_another_clip(c
             add(tar, f"{i}.mp4", clips[i][0].read_bytes())
         add(tar, "2.txt", b"clip 2")
         add(tar, "part/1.txt", b"of another folder")
-    found = records_of("webdataset", tmp_path)
-    assert [(found[i].caption, found[i].content) for i in range(len(found))] == [("clip 2", clips[2][0].read_bytes())]
-    assert found[0].name == f"{tmp_path / 'a.tar'}/2.mp4"
+    result = records_of("webdataset", tmp_path)
+    assert [(result[i].caption, result[i].content) for i in range(len(result))] == [
+        ("clip 2", clips[2][0].read_bytes())
+    ]
+    assert result[0].name == f"{tmp_path / 'a.tar'}/2.mp4"
     assert "2 records without a video" in caplog.text and "1 records without a caption" in caplog.text
 
 
@@ -449,24 +451,24 @@ def test_places_with_no_data_are_refused(tmp_path, kind, message):
         records_of(kind, tmp_path / "nothing")
 
 
-def test_tfds_data_sets_have_the_fields_and_splits_they_say(stores):
+def test_tfds_data_sets_have_the_declared_fields_and_splits(stores):
     with pytest.raises(UserError, match="have caption, video; they need image and caption"):
         records_of("tfds", stores["tfds"][0], medium="image")
-    found = records_of("tfds", stores["tfds"][0])
-    assert {found[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}
+    result = records_of("tfds", stores["tfds"][0])
+    assert {result[i].caption for i in range(6)} == {f"clip {i}" for i in range(6)}
 
 
 def test_a_damaged_record_of_a_tfds_data_set_is_an_error_that_training_can_skip(stores, tmp_path):
     folder = shutil.copytree(stores["tfds"][0], tmp_path / "damaged")
-    found = records_of("tfds", folder)
+    result = records_of("tfds", folder)
 
     class Damaged:
         def __getitem__(self, place):
             raise ValueError("checksum")
 
-    found.records = Damaged()
+    result.records = Damaged()
     with pytest.raises(UserError, match=r"cannot read .*damaged\[0\]: checksum"):
-        found[0]
+        result[0]
     (folder / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="cannot read the TFDS data set"):
         records_of("tfds", folder)
@@ -489,7 +491,7 @@ def test_pictures_that_break_the_reader_in_odd_ways_are_skipped(tmp_path):
         sources.read_image(Record("odd.jpg", "a caption", tmp_path / "odd.jpg"))
 
 
-def test_a_tar_without_pairs_says_so(tmp_path):
+def test_a_tar_without_pairs_is_refused_with_the_reason(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "clip.v1.mp4", b"content")
     with pytest.raises(UserError, match="no video with a caption in"):

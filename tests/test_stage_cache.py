@@ -31,9 +31,9 @@ def test_frames_are_exact_and_memory_holds_one_piece(tmp_path):
 
     this = cache(tmp_path)
     assert this.get("vsr") is None
-    made = this.put("vsr", FRAMES.shape, pieces())
-    assert isinstance(made, np.memmap)
-    np.testing.assert_array_equal(made, FRAMES)
+    stored = this.put("vsr", FRAMES.shape, pieces())
+    assert isinstance(stored, np.memmap)
+    np.testing.assert_array_equal(stored, FRAMES)
     np.testing.assert_array_equal(np.load(tmp_path / "stages" / "0000-a-0" / "vsr.npy"), FRAMES)
 
 
@@ -69,9 +69,9 @@ def test_a_state_can_be_loaded_until_its_stage_is_finished(tmp_path):
     this, state = cache(tmp_path), {"x": np.arange(6, dtype=np.float32), "x0": np.ones(3, np.float32)}
     assert this.load_state("vsr") is None
     this.save_state("vsr", 5, state)
-    step, found = cache(tmp_path).load_state("vsr")
-    assert step == 5 and set(found) == {"x", "x0"}
-    np.testing.assert_array_equal(found["x"], state["x"])
+    step, result = cache(tmp_path).load_state("vsr")
+    assert step == 5 and set(result) == {"x", "x0"}
+    np.testing.assert_array_equal(result["x"], state["x"])
     path = this.folder / "vsr.state.npz"
     path.write_bytes(path.read_bytes()[:50])
     assert this.load_state("vsr") is None, "a damaged state counts as absent"

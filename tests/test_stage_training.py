@@ -20,7 +20,7 @@ from lavie_jax.training import build, diffusion, optimizer, options
 from lavie_jax.training.state import abstract_params, make_state
 from lavie_jax.training.step import make_update
 from lavie_jax.weights.names import ZERO_AT_FIRST
-from tests.tiny import make_base, random_params
+from tests.tiny import make_base, make_stage, random_params
 
 ROOT = Path(__file__).parents[1]
 VAE_CONFIG = VAEConfig(latent_channels=2, scaling_factor=0.5, patch_size=2)
@@ -39,9 +39,9 @@ def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
 
 def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     clip = clips(2, 9)
-    made = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
-    assert made["key_latents"].shape == (2, 3, 4, 2, 2)
-    shown = STAGES["interpolation"].condition(made).concat
+    inputs = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    assert inputs["key_latents"].shape == (2, 3, 4, 2, 2)
+    shown = STAGES["interpolation"].condition(inputs).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
     keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
@@ -66,14 +66,14 @@ def test_interpolation_trains_on_whole_gaps(frames):
 
 def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row():
     clip = clips(400, 2)
-    made = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
-    np.testing.assert_allclose(made["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
-    level = np.asarray(made["noise_level"])
+    inputs = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    np.testing.assert_allclose(inputs["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
+    level = np.asarray(inputs["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL
     assert 25 < np.median(level) < 65  # low levels, as in sampling
-    shown = STAGES["vsr"].condition(made)
+    shown = STAGES["vsr"].condition(inputs)
     signal = np.sqrt(STAGES["vsr"].low_res_schedule.alphas_cumprod[level])[:, None, None, None, None]
-    rest = (shown.concat - signal * made["low_res"]) / np.sqrt(1 - signal**2)
+    rest = (shown.concat - signal * inputs["low_res"]) / np.sqrt(1 - signal**2)
     np.testing.assert_allclose([rest.mean(), rest.std()], [0, 1], atol=0.03)
 
 
@@ -165,6 +165,37 @@ def test_super_resolution_takes_the_text_encoder_of_a_base(tmp_path):
         wrong.update(change)
         with pytest.raises(UserError, match=message):
             build.make_task(wrong, jnp.float32, tmp_path)
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(tmp_path):
+    """Otherwise such captions give NaN, and their steps are skipped."""
+    base = make_base(tmp_path / "base")
+    config = small_config("interpolation", base)
+    (base / "tokenizer/added_tokens.json").write_text(f'{{"<new>": {config.text_encoder.vocab_size}}}')
+    with pytest.raises(UserError, match=f"tokens, but the text encoder of .* has {config.text_encoder.vocab_size}"):
+        build.make_task(config, jnp.float32, tmp_path)
+
+
+def test_a_copied_tokenizer_has_no_other_files(tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "tokenizer/.git").mkdir()
+    (base / "tokenizer/.git/config").write_text("x")
+    (base / "tokenizer/model.bin").write_text("x")
+    config = small_config("vsr", base)
+    config.init_from, config.text_from, config.vae_from = "", str(base), str(base)
+    tokenizer = build.load_init(config, tmp_path).tokenizer
+    assert {p.name for p in tokenizer.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+
+
+def test_super_resolution_starts_from_its_own_noise_schedule_only(tmp_path):
+    folder = make_stage(tmp_path / "vsr", "vsr")
+    config = small_config("vsr", folder)
+    config.unet.update({k: v for k, v in weights.load_folder(folder).unet.config.to_dict().items() if k in config.unet})
+    build._load_start(config, build.make_models(config, jnp.float32, 1.0))
+    file = folder / "low_res_scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace("0.02", "0.015"))
+    with pytest.raises(UserError, match="low_res_schedule .*beta_end=0.015.* but the stage vsr is trained"):
+        build._load_start(config, build.make_models(config, jnp.float32, 1.0))
 
 
 @pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])

@@ -305,10 +305,10 @@ def test_training_on_one_device_equals_training_on_eight(meshes, tmp_path, monke
     expected, end = trained(parallel.make_mesh(devices=jax.devices()[:1]))
     assert np.ptp(expected[:, 0]) > 0.01  # training makes progress
     for axes in meshes:
-        losses, found = trained(parallel.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2]))
+        losses, result = trained(parallel.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2]))
         np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-5, err_msg=str(axes))
         np.testing.assert_allclose(losses, expected, rtol=1e-4, err_msg=str(axes))
-        assert distance(found, end) <= 1e-3 * distance(end, state["params"]), axes
+        assert distance(result, end) <= 1e-3 * distance(end, state["params"]), axes
 
 
 def test_fields_that_may_be_none_are_unset_on_the_command_line():
@@ -323,7 +323,7 @@ def test_fields_that_may_be_none_are_unset_on_the_command_line():
 def test_prompts_are_refused_where_nothing_can_be_sampled(tmp_path):
     config = options.load(str(ROOT / "configs/moving_shapes/interpolation.py:tiny"))
     options.override(config, "prompts", "('a red circle',)")
-    with pytest.raises(UserError, match="this config's stage is 'interpolation'"):
+    with pytest.raises(UserError, match="start from text .base., not by 'interpolation': set prompts"):
         options.check(config, tmp_path)
 
 

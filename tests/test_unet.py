@@ -99,7 +99,7 @@ def relative_error(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_joint_batch_equals_separate_calls(kind):
-    """The video comes out as if the images were absent, each image as if it were alone; gradients add up."""
+    """The video's output is the same as without images, and each image's as on its own; gradients add up."""
     unet, (x, t, text, image_text, image_t, level) = make(kind)
     params = random_params(unet, x, t, text, image_text, image_t, level)
 
@@ -204,10 +204,10 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     params = skip.init(jax.random.key(0), x, jnp.ones((1, 17, 6)), 4)["params"]
     assert not skip.apply({"params": params}, x, jnp.ones((1, 17, 6)), 4).any()  # zero at initialization
     mean = np.concatenate([np.zeros((4, 4)), *[np.eye(4) / 4] * 4]).reshape(-1)
-    made = skip.apply({"params": {"matrix": {**params["matrix"], "bias": mean}}}, x, jnp.ones((1, 17, 6)), 4)
+    output = skip.apply({"params": {"matrix": {**params["matrix"], "bias": mean}}}, x, jnp.ones((1, 17, 6)), 4)
     place = np.arange(17) / 4
     faded = [np.interp(place, range(5), keys[0, :, i, j, c]) for i, j, c in np.ndindex(2, 3, 4)]
-    np.testing.assert_allclose(made[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
+    np.testing.assert_allclose(output[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
 
 
 def test_conditions_around_are_the_neighbors_and_borders_repeat():
@@ -236,7 +236,7 @@ def test_modulation_by_the_caption_changes_nothing_when_new():
 
 
 def test_padding_of_texts_is_masked():
-    """Padded texts with masks give what the texts alone give, in the additions of small models too."""
+    """Padded texts with masks have the same outputs as texts without padding, in the additions of small models too."""
     unet, (x, t, text, image_text, image_t, _) = make("base")
     x = x[:, jnp.array([0, 1, 4, 5])]  # 2 frames and 2 images
     params = random_params(unet, x, t, text, image_text, image_t)
@@ -293,13 +293,13 @@ def test_remat_recomputes_or_offloads():
         loss = lambda params: jnp.square(network.apply(params, x[:, :2], t, text)).sum()  # noqa: E731
         return jax.make_jaxpr(jax.grad(loss))(params)
 
-    found = {remat: traced(remat) for remat in ("none", "block", "full", "offload")}
-    work = {remat: count_flops(jaxpr) for remat, jaxpr in found.items()}
+    result = {remat: traced(remat) for remat in ("none", "block", "full", "offload")}
+    work = {remat: count_flops(jaxpr) for remat, jaxpr in result.items()}
     assert work["none"] < work["offload"] <= work["block"] < work["full"]
-    assert {remat for remat, jaxpr in found.items() if "<host>" in str(jaxpr)} == {"offload"}
+    assert {remat for remat, jaxpr in result.items() if "<host>" in str(jaxpr)} == {"offload"}
 
 
-def test_norms_of_temporal_convolutions_have_groups_of_their_own():
+def test_norms_of_temporal_convolutions_have_their_own_groups():
     """The original has 32 there whatever `norm_num_groups` is."""
     config = make("vsr")[0].config
     x, text = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 2, 16)), jnp.float32), jnp.ones((1, 1, 2, 12))
@@ -376,5 +376,5 @@ def test_the_mid_block_always_attends_to_itself():
 def test_temporal_modules_follow_the_configured_blocks():
     unet, inputs = make("vsr", TWO_LEVELS)
     shapes = jax.eval_shape(unet.init, jax.random.key(0), *inputs)["params"]
-    found = {name for name in shapes if "temporal" in name}
-    assert found == {"down_temporal_blocks_0", "down_temporal_blocks_1", "mid_temporal_block", "up_temporal_blocks_1"}
+    result = {name for name in shapes if "temporal" in name}
+    assert result == {"down_temporal_blocks_0", "down_temporal_blocks_1", "mid_temporal_block", "up_temporal_blocks_1"}

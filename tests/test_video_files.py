@@ -13,7 +13,7 @@ from tests import videos
 
 
 def ramp(frames=12, height=32, width=48):
-    """Frames that can be told apart after compression: frame i is one gray."""
+    """Frames that can be distinguished after compression: frame i has a single gray level."""
     gray = np.linspace(20, 235, frames).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(gray[:, None, None, None], (frames, height, width, 3)))
 
@@ -36,7 +36,7 @@ def video(tmp_path_factory):
 
 @pytest.mark.parametrize(("codec", "options"), [("mpeg4", {"bf": "2"}), ("libx264", {"bf": "3", "g": "8"})])
 def test_an_avi_with_b_frames_shows_every_frame_at_its_time(codec, options, tmp_path):
-    """AVI has no times of presentation, and what a decoder makes up for them is off by frames."""
+    """AVI does not store presentation times, and the decoder's estimates are off by several frames."""
     path, clip = tmp_path / "a.avi", ramp()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=12, options=options)
@@ -86,7 +86,7 @@ def test_frames_come_one_at_a_time_as_reading_by_time_gives_them(tmp_path):
         np.testing.assert_array_equal(part, video_files.read_video(path, frames=min(5, 264 - first), start=first / 30))
     assert list(video_files.each_frame(path, first=264)) == []
     small = next(video_files.each_frame(path, shorter_side=8))
-    assert small.shape == (8, 12, 3) and video_files.stored_size(path) == (32, 48)
+    assert small.shape == (8, 12, 3) and video_files.shown_size(path) == (32, 48)
     assert next(video_files.each_frame(path, shorter_side=64)).shape == (32, 48, 3)  # never enlarged
 
 
@@ -225,11 +225,11 @@ def test_the_same_frames_give_the_same_bytes_whatever_was_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (25, 45, 3), np.uint8).repeat(5, 0).repeat(5, 1)
     frames = [picture[i : i + 96, 2 * i : 2 * i + 160] for i in range(24)]
-    found = set()
+    result = set()
     for _ in range(20):
         junk = [np.full(rng.integers(100, 200_000), rng.integers(256), np.uint8) for _ in range(30)]
         del junk
         video_files.encode(frames, tmp_path / "clip.mp4", height=96, width=160, fps=24, options={"crf": "18"})
         video_files.read_clip(tmp_path / "clip.mp4")
-        found.add((tmp_path / "clip.mp4").read_bytes())
-    assert len(found) == 1
+        result.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(result) == 1

@@ -87,7 +87,7 @@ def test_every_released_name_maps_there_and_back(name):
 
 
 def test_a_new_scaling_factor_of_a_vae_does_not_retrace():
-    """Training writes a VAE with another one at every checkpoint."""
+    """In training, the scaling factor of the VAE changes at every checkpoint."""
     config = RELEASED["sd14_vae"]
     expected_shapes(config)
     traced = registry._traced_params.cache_info().misses
@@ -113,8 +113,8 @@ EXAMPLES = [  # part, PyTorch's name, its shape, our path, which of its axes our
 @pytest.mark.parametrize("part, name, shape, path, axes", EXAMPLES)
 def test_names_and_axes(part, name, shape, path, axes):
     array = np.arange(np.prod(shape)).reshape(shape)
-    found, ours = from_torch(part, name, array)
-    assert found == path
+    result, ours = from_torch(part, name, array)
+    assert result == path
     np.testing.assert_array_equal(ours, array.transpose(axes))
 
 
@@ -144,8 +144,8 @@ def test_safetensors_agree_with_the_reference_implementation(tmp_path):
         assert theirs[name].dtype == array.dtype
     reference.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tmp_path / "theirs.safetensors")
     for file, metadata in (("ours", {"key": "value"}), ("theirs", {})):
-        tensors, found = read_safetensors(tmp_path / f"{file}.safetensors")
-        assert found == metadata and tensors.keys() == arrays.keys()
+        tensors, result = read_safetensors(tmp_path / f"{file}.safetensors")
+        assert result == metadata and tensors.keys() == arrays.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(tensors[name].read(), array)
 
@@ -200,9 +200,9 @@ def test_a_folder_comes_back_as_it_was_saved(base, tmp_path):
     for name in ("unet", "vae", "text_encoder"):
         part, (config, params) = getattr(back, name), given[name]
         assert part.config == config
-        found, saved = flatten_dict(part.params), flatten_dict(params)
-        assert found.keys() == saved.keys()
-        assert all(found[k].dtype == saved[k].dtype and np.array_equal(found[k], saved[k]) for k in saved)
+        result, saved = flatten_dict(part.params), flatten_dict(params)
+        assert result.keys() == saved.keys()
+        assert all(result[k].dtype == saved[k].dtype and np.array_equal(result[k], saved[k]) for k in saved)
     cast = load_part(tmp_path / "again", "unet", dtype=ml_dtypes.bfloat16)
     assert {a.dtype for a in jax.tree.leaves(cast.params)} == {np.dtype(ml_dtypes.bfloat16)}
 
@@ -316,7 +316,7 @@ def edit_json(path, **changes):
 def edit_unet(folder, change):
     tensors = {name: t.read().copy() for name, t in read_safetensors(folder / "unet/model.safetensors")[0].items()}
     change(tensors)
-    with open(folder / "unet/model.safetensors", "wb") as file:  # the own writer refuses NaN
+    with open(folder / "unet/model.safetensors", "wb") as file:  # save_folder refuses NaN
         import safetensors.numpy
 
         file.write(safetensors.numpy.save(tensors))

@@ -1,4 +1,4 @@
-"""Weights folders with tiny random models and the tokenizer of a few words, each made in a second."""
+"""Weights folders with tiny random models and a tokenizer of a few words, each written within a second."""
 
 import dataclasses
 import zlib
@@ -72,12 +72,12 @@ def random_params(config) -> dict:
 
 
 def make_base(path: Path, **sampling) -> Path:
-    """Write the folder; `sampling` are defaults other than SAMPLING's."""
+    """Writes the folder; `sampling` override the defaults in SAMPLING."""
     return make_stage(path, "base", **sampling)
 
 
 def make_stage(path: Path, stage: str, **sampling) -> Path:
-    """Write the folder of a stage; `sampling` are defaults other than SAMPLING's and LATER_SAMPLING's."""
+    """Writes the folder of a stage; `sampling` override the defaults in SAMPLING and LATER_SAMPLING's."""
     config = UNETS[stage]
     tokenizer = save_small_tokenizer(path.with_name(f"{path.name}-tokenizer"), WORDS, length=CONTEXT)
     save_folder(
@@ -95,7 +95,7 @@ def make_stage(path: Path, stage: str, **sampling) -> Path:
 
 
 def make_cascade(path: Path) -> Path:
-    """Write a folder with all three stages."""
+    """Writes a folder with all three stages."""
     for stage in UNETS:
         make_stage(path / stage, stage)
     return path

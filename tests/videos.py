@@ -11,7 +11,7 @@ HEIGHT, WIDTH = 96, 160
 
 
 def pan(seed, frames=24, *, height=HEIGHT, width=WIDTH, speed=3):
-    """A camera that pans over a landscape of its own colours, uint8 (T, H, W, 3); no two seeds look alike."""
+    """Frames of a camera that pans over a landscape, uint8 (T, H, W, 3). Every seed has different colours."""
     rng = np.random.default_rng(seed)
     wide = width + speed * frames
     spots = rng.integers(0, 256, (max(2, height // 12), wide // 12, 3), np.uint8)
@@ -22,12 +22,12 @@ def pan(seed, frames=24, *, height=HEIGHT, width=WIDTH, speed=3):
 
 
 def barred(frames, *, rows=16):
-    """The same between black bars."""
+    """Adds black bars."""
     return np.pad(frames, ((0, 0), (rows, rows), (0, 0), (0, 0)))
 
 
 def lettered(frames, text="SAMPLE (C) 2023"):
-    """The same under a text that stands."""
+    """Adds static text."""
     sheet = Image.new("L", (frames.shape[2], frames.shape[1]))
     ImageDraw.Draw(sheet).text((10, frames.shape[1] // 2), text, fill=255, font_size=16)
     mask = np.asarray(sheet)[..., None] / 255
@@ -63,7 +63,7 @@ def encode(path, frames, rate=24, *, codec="libx264", times=None, sound=False, c
 
 
 def turned(content):
-    """The bytes of an mp4 whose camera was turned clockwise: only its header says so."""
+    """The bytes of an mp4 from a camera turned clockwise, which only the header records."""
     one, zero, last = (value.to_bytes(4, "big") for value in (0x10000, 0, 0x40000000))
     identity = one + zero * 3 + one + zero * 3 + last
     clockwise = zero + one + zero + (0xFFFF0000).to_bytes(4, "big") + zero * 4 + last
@@ -72,9 +72,9 @@ def turned(content):
 
 
 def write_wild(folder):
-    """A folder as people have them: {file name: (caption, why it is dropped)}; "" = it is kept."""
+    """Writes a realistic folder. Returns {file name: (caption, reason for dropping it)}; "" = it is kept."""
     folder.mkdir(parents=True)
-    told = {}
+    expected = {}
 
     def add(name, content, reason="", caption=None):
         if isinstance(content, bytes):
@@ -83,7 +83,7 @@ def write_wild(folder):
         caption = f"the land of {name.partition('.')[0].replace('_', ' ')}" if caption is None else caption
         if caption:
             (folder / name).with_suffix(".txt").write_text(caption)
-        told[name] = (caption, reason)
+        expected[name] = (caption, reason)
 
     add("two_scenes.mp4", encode(folder / "two_scenes.mp4", np.concatenate([pan(1, 30), pan(2, 20)])))
     add("film_25.mov", encode(folder / "film_25.mov", pan(3), 25, sound=True))
@@ -120,4 +120,4 @@ def write_wild(folder):
     jpeg = io.BytesIO()
     Image.fromarray(pan(20, 1)[0]).save(jpeg, "jpeg")
     add("photo.mp4", jpeg.getvalue(), "unreadable")
-    return told
+    return expected

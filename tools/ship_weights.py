@@ -13,14 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lavie_jax.errors import UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.weights import folder_hash, load_folder, save_folder
 
 LIMITS = {"base": 24, "interpolation": 12, "vsr": 12}  # MiB, by stage
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="weights folder of a training run")
     parser.add_argument("destination", type=Path, help="weights folder to write")
     parser.add_argument("--share", type=Path, help="a weights folder that may have the same parts")

@@ -54,7 +54,7 @@ def main() -> None:
         print(f"A CPU build of {TORCH} was installed: the converter's tests run.")
     else:
         print(f"torch is not installed: {reason}. Tests that need it are skipped. To run them, install")
-        print(f"a CPU build of torch>=2.4 with {sys.executable} -m pip.")
+        print(f"a CPU build of torch>=2.6 with {sys.executable} -m pip.")
 
 
 if __name__ == "__main__":

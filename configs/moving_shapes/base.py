@@ -1,7 +1,7 @@
 """The base stage on Moving Shapes: joint image-video training (LaVie, section 3.2, Eq. 3) of the shipped model.
 
-An image model is inflated and trained on clips of 16 frames with images beside each, as in the paper with Stable
-Diffusion. Some shapes and colours occur in images only. In this order:
+An image model is inflated and trained on clips of 16 frames with images, as in the paper with Stable Diffusion. Some
+shapes and colours occur in images only. In this order:
 
     python train.py --config configs/moving_shapes/vae.py --workdir runs/vae
     python train.py --config configs/moving_shapes/image.py --workdir runs/image \\
@@ -82,7 +82,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.prompts = PROMPTS
 
     if mode == "cpu":
-        # The outermost level, of 16x16 positions, costs most on a CPU: a third of the width, and no attention.
+        # The outermost level, 16x16, is the most expensive on a CPU: a third of the width, and no attention.
         config.unet.block_out_channels, config.unet.attention_heads = (32, 64, 96), (2, 4, 4)
         config.unet.attention_levels = (False, True, True)
         config.unet.norm_num_groups = 8

@@ -4,7 +4,7 @@
         --config.vae_from=runs/vae/weights
     python train.py --config configs/moving_shapes/image.py:tiny --workdir runs/image-tiny    # a minute on a CPU
 
-It is the UNet of `base.py`, trained on images alone; its temporal layers exist and are not trained. Trained from
+It is the UNet of `base.py`, trained on images only; its temporal layers exist but are not trained. Trained from
 scratch on videos, the same network learned the backgrounds and then stalled.
 
 Modes as in `base.py`. Hardware, time and result: not measured.

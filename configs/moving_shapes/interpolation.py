@@ -36,7 +36,7 @@ def get_config(mode: str = "") -> ConfigDict:
     common.set_stage(config, "interpolation")
     config.init_from = "lavie_jax/assets/base" if mode == "cpu" else ""  # the shipped model has this size
     config.inflate = True  # init_from contains a base model, whose spatial weights are kept
-    config.train_text_encoder = mode == "tiny"  # without init_from there is no trained one
+    config.train_text_encoder = mode == "tiny"  # without init_from, the text encoder is untrained
     config.unet.in_channels = 8
     config.unet.spatial_attention = "sparse_causal"
     config.unet.temporal_attention = "after_ff"
@@ -49,7 +49,7 @@ def get_config(mode: str = "") -> ConfigDict:
         guidance=1.0,  # none: it would take twice the time, and the key frames determine the result
         frames=61,
         fps=32.0,
-        key_latents="mean",
+        key_latents="mode",
         prompt_suffix="",
         negative_prompt="",
     )

@@ -1,4 +1,4 @@
-"""Trains the motion embedding alone on Moving Shapes, between the image model and the base stage.
+"""Trains only the motion embedding on Moving Shapes, between the image model and the base stage.
 
     python train.py --config configs/moving_shapes/motion.py --workdir runs/motion \\
         --config.init_from=runs/image/weights
@@ -21,7 +21,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config = base.get_config(mode)
     config.regime = "motion_only"
     config.inflate = True  # init_from contains an image model: temporal attention starts at zero
-    config.train_text_encoder = mode == "tiny"  # without init_from there is no trained one
+    config.train_text_encoder = mode == "tiny"  # without init_from, the text encoder is untrained
     config.data.images = 0
     if mode != "tiny":
         # They span the time from the first to the last of the base stage's 16 frames.

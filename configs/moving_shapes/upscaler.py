@@ -4,7 +4,7 @@
         --config.vae_from=runs/vsr_vae/weights
     python train.py --config configs/moving_shapes/upscaler.py:tiny --workdir runs/upscaler-tiny  # a minute on a CPU
 
-It is the UNet of `vsr.py`, trained on images alone; its temporal layers exist and are not trained.
+It is the UNet of `vsr.py`, trained on images only; its temporal layers exist but are not trained.
 
 Modes as in `vsr.py`. Hardware, time and result of "cpu": docs/training_moving_shapes.md. The mode "" has not been run.
 """

@@ -1,6 +1,6 @@
 """Video super-resolution on Moving Shapes (LaVie, section 3.4): 256x256 frames from 64x64 ones.
 
-As in the paper, an image upscaler is trained first, and then the temporal layers alone, on clips and on images under a
+As in the paper, an image upscaler is trained first, and then only the temporal layers, on clips and on images under a
 moving camera.
 
     python train.py --config configs/moving_shapes/vsr_vae.py --workdir runs/vsr_vae \\
@@ -14,8 +14,8 @@ moving camera.
 Clips are patches of 128x128 from frames of 256x256. The network is conditioned on their low-resolution frames of 32x32,
 with noise added, and on the level of that noise. The UNet is small, because its levels have 16 times as many positions
 as the base stage's, and only the deepest level has attention. The prediction starts from a linear map of the
-low-resolution frame over neighbouring pixels (`low_res_skip`). With a map of each pixel alone, it was worse than
-bicubic enlargement after 2000 steps. The text encoder is that of the shipped base model.
+low-resolution frame over neighbouring pixels (`low_res_skip`). With a map of single pixels, it was worse than bicubic
+enlargement after 2000 steps. The text encoder comes from the shipped base model.
 
 Modes: "" for one GPU; "cpu" for 2 CPU cores; "tiny" (a minute on a CPU, from random weights). Hardware, time and result
 of "cpu": docs/training_moving_shapes.md. The mode "" has not been run.
@@ -34,7 +34,7 @@ def get_config(mode: str = "") -> ConfigDict:
     common.set_stage(config, "vsr")
     config.inflate = True  # init_from contains the image upscaler: temporal layers start as the identity
     config.regime = "joint" if mode == "tiny" else "temporal_only"
-    config.train_text_encoder = mode == "tiny"  # without init_from there is no trained one
+    config.train_text_encoder = mode == "tiny"  # without init_from, the text encoder is untrained
     if not mode:
         config.text_encoder = base.get_config("cpu").text_encoder  # the shipped one, in every mode
     common.set_fields(

@@ -4,12 +4,12 @@
     interpolation   prompt + key frames           -> 4 (K - 1) + 1 frames         sec. 3.3
     vsr             prompt + low-resolution clip  -> the clip at 4 times the size sec. 3.4
 
-What a stage does is in `lavie_jax/stages/`. Here is what all stages share: `running.py` takes samples through a stage,
-`denoising.py` takes latents from noise to data in windows, `model.py` has the networks on the devices.
+The stages are defined in `lavie_jax/stages/`. This package contains what they share: `running.py` runs a stage for many
+samples, `denoising.py` denoises latents in windows, `model.py` holds the networks on the devices.
 
 One stage's weights are on the devices at a time, and all samples go through a stage before the next one begins. A
 sample depends on its prompt, seed and settings: noise is keyed by the seed, so that batch and devices change a sample
-by rounding at most.
+only within rounding.
 """
 
 import importlib.metadata
@@ -32,8 +32,9 @@ from lavie_jax import parallel
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
-from lavie_jax.diffusion import make_sampler
-from lavie_jax.errors import UserError
+from lavie_jax.diffusion import late_start, make_sampler
+from lavie_jax.errors import UserError, user_path
+from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -64,14 +65,14 @@ def load(
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: see `default_dtype`.
-        devices: the devices to spread samples and windows over. Default: all of this process.
+        devices: the devices that share samples and windows. Default: all of this process.
         fsdp: the number of devices that each weight is split over, for models too large for one device.
 
     Raises:
         UserError: a folder is missing, incomplete, damaged or of another stage; a stage has no weights; `fsdp` does
             not divide the devices.
     """
-    _mesh(devices, fsdp)  # refused before anything is read
+    _mesh(devices, fsdp)  # raises before anything is read
     available = stage_folders(path, folders, stages)
     for stage in stages or ():
         if stage not in available:
@@ -81,7 +82,7 @@ def load(
 
 
 def _mesh(devices: Sequence[jax.Device] | None, fsdp: int) -> Mesh:
-    return parallel.make_mesh(fsdp=fsdp, devices=jax.local_devices() if devices is None else devices)
+    return parallel.make_mesh(fsdp=fsdp, devices=parallel.local_devices() if devices is None else devices)
 
 
 def stage_folders(
@@ -89,28 +90,28 @@ def stage_folders(
     folders: Mapping[str, str | os.PathLike] | None = None,
     stages: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """{stage: folder} of a weights folder, overridden by `folders`; see `load`.
+    """Returns {stage: folder} of a weights folder, overridden by `folders`; see `load`.
 
-    A folder of one stage counts as the only stage in `stages`, whatever it holds: loading it checks that.
+    If `stages` contains one stage, the folder of a single stage is assumed to be of that stage; loading checks it.
     """
     path = SHIPPED if path is None and not folders else path
     available = {}
     if path is not None:
-        path = Path(path)
+        path = user_path(path)
         available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
         if path == SHIPPED and not available:
             raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
         if (path / "config.json").exists() or not available:
             stage = stages[0] if stages and len(stages) == 1 else load_folder(path, params=False).stage
             if stage not in STAGES:
-                raise UserError(f"{path} holds a {stage}, which cannot make videos alone; {', '.join(STAGES)} can")
+                raise UserError(f"{path} contains a {stage}, not a stage that makes videos ({', '.join(STAGES)})")
             available = {stage: path}
-    available |= {stage: Path(folder) for stage, folder in (folders or {}).items()}
+    available |= {stage: user_path(folder) for stage, folder in (folders or {}).items()}
     return {stage: available[stage] for stage in STAGES if stage in available}
 
 
 def stage_folder(path: str | os.PathLike | None, stage: str) -> Path:
-    """The folder of one stage in a weights folder, or among the shipped models. Raises UserError when there is none."""
+    """Returns a stage's folder, inside `path` or among the shipped models. Raises UserError if there is none."""
     available = stage_folders(path, stages=(stage,))
     if stage not in available:
         raise _no_weights(stage, available)
@@ -136,17 +137,17 @@ def resolve_settings(
     given: Mapping[str, Mapping[str, Any]],
     clip: ClipInfo | None = None,
 ) -> dict[str, Settings]:
-    """{stage: its settings}; each stage starts from the clip of the one before.
+    """Returns {stage: settings}; each stage starts from the output of the previous one.
 
     Args:
-        weights: {stage: weights folder}, parameters or not.
-        stages: those to run, in order.
-        given: {stage: settings that override those of its weights}.
-        clip: the user's clip, which the first stage starts from.
+        weights: {stage: weights folder}; parameters are not needed.
+        stages: the stages to run, in order.
+        given: {stage: settings that override the defaults of its weights}.
+        clip: the user's clip that the first stage starts from.
 
     Raises:
         UserError: a stage has no weights, a setting belongs to a stage that is not run, is out of range or impossible
-            for its model, or a clip is longer than memory allows.
+            for its model, or a clip does not fit into memory.
     """
     for stage, values in given.items():
         if stage not in stages and (name := next((n for n, v in values.items() if v is not None), None)):
@@ -156,21 +157,29 @@ def resolve_settings(
         if stage not in weights:
             raise _no_weights(stage, weights)
         try:
-            settings[stage] = made = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
-            make_sampler(made.sampler, made.steps, weights[stage].schedule, made.spacing)
+            own = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
+            sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
-        clip = _output_of(made)
+        if _other_chain(own, weights[stage].sampling) and (warning := late_start(sampler)):
+            logging.warning("stage %s: %s", stage, warning)
+        settings[stage] = own
+        clip = _output_of(own)
     return settings
 
 
+def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:
+    """Whether the user chose other timesteps than the weights folder."""
+    return any(getattr(settings, name) != defaults.get(name) for name in ("sampler", "steps", "spacing"))
+
+
 def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], clip: ClipInfo | None) -> list[str]:
-    """Lines about clips that are padded on their way through the stages."""
+    """Returns warnings about clips that a stage has to pad."""
     lines = []
-    for stage, made in settings.items():
+    for stage, own in settings.items():
         if clip is not None:
             lines.append(padding_note(stage, clip, STAGES[stage].padding(weights[stage])))
-        clip = _output_of(made)
+        clip = _output_of(own)
     return [line for line in lines if line]
 
 
@@ -179,7 +188,7 @@ def _output_of(settings: Settings) -> ClipInfo:
 
 
 class Cascade:
-    """Prompts to videos, through the stages whose weights it holds."""
+    """Generates videos from prompts, or from clips, with the stages whose weights it holds."""
 
     def __init__(
         self,
@@ -197,7 +206,7 @@ class Cascade:
         self._model = None
 
     def model(self, stage: str) -> StageModel:
-        """A stage on the devices. It replaces the one before: small devices hold only one."""
+        """Returns a stage's networks on the devices. They replace the previous stage's: small devices hold only one."""
         if self._model is None or self._model.weights.stage != stage:
             self._model = None
             self._model = StageModel(self.weights[stage], dtype=self.dtype, mesh=self.mesh)
@@ -209,7 +218,7 @@ class Cascade:
         return self.model("base")
 
     def made_with(self) -> dict[str, str]:
-        """Versions, precision and hardware, for the record."""
+        """Library versions, dtype and hardware, for the JSON files of samples."""
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
         return {
             "lavie_jax": lavie_jax.__version__,
@@ -236,13 +245,13 @@ class Cascade:
             cascade("a red circle moving left", stages="base,vsr", steps=20, vsr={"steps": 10, "noise_level": 30})
 
         Args:
-            prompt: one for all samples, or one for each of B; likewise `seed` and `negative_prompt`.
-            stages: those to run, in order.
+            prompt: one for all samples, or one for each of B samples; the same holds for `seed` and `negative_prompt`.
+            stages: the stages to run, in order.
             seed: from 0 to 2^32 - 1.
-            negative_prompt: for the base stage; other stages have theirs in their settings.
-            clip: what the first stage starts from, where the stages begin with a later one.
+            negative_prompt: for the base stage; other stages take it as a setting.
+            clip: the clip that the first stage starts from, if `stages` begins with a later stage.
             batch_size: see `videos`.
-            progress: whether to show a bar for each stage.
+            progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
                 another stage as a mapping under its name. Omitted settings default to the weights folder's
                 config.json. `frames=1` makes images by the joint model's image path, without temporal attention.
@@ -257,7 +266,7 @@ class Cascade:
         clip_info = None
         if clip is not None:
             _check_clip(clip)
-            # the frame rate does not matter here: an array is returned without one
+            # the frame rate is not used: the result is an array
             clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
         resolved = resolve_settings(self.weights, stages, given, clip_info)
         if negative_prompt is not None and MAIN_STAGE not in stages:
@@ -269,11 +278,13 @@ class Cascade:
             Request(prompt=text, seed=check_seed(number), negative_prompt=other)
             for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
         ]
-        for line in padding_notes(self.weights, resolved, clip_info):
+        lines = padding_notes(self.weights, resolved, clip_info)
+        lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
+        for line in lines:
             logging.warning("%s", line)
-        for stage, made in resolved.items():
+        for stage, own in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
-            for line in text_warnings(tokenizer, [r.prompt + made.prompt_suffix for r in requests]):
+            for line in text_warnings(tokenizer, [r.prompt + own.prompt_suffix for r in requests]):
                 logging.warning("%s", line)
         return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
 
@@ -287,17 +298,34 @@ class Cascade:
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-        """Yields the requested videos in order, as the last stage makes them.
+        """Yields the requested videos in order, as soon as the last stage finishes each.
 
         Args:
             requests: one for each video.
             settings: {stage: settings} of the stages to run, from `resolve_settings`.
-            clip: what the first stage starts from, if it needs one.
-            caches: one for each request; they keep the stages' frames, and what they hold is not made again.
+            clip: the clip that the first stage starts from, if it needs one.
+            caches: one for each request; they store the stages' outputs, which are not computed again.
             batch_size: how many samples the base stage denoises together, rounded up to a multiple of the devices.
                 Default: one per device.
-            progress: whether to show a bar for each stage.
+            progress: whether to show a progress bar for each stage.
         """
+        videos = self._videos(requests, settings, clip, caches, batch_size, progress)
+        while True:
+            with parallel.usual_config():
+                video = next(videos, None)
+            if video is None:
+                return
+            yield video
+
+    def _videos(
+        self,
+        requests: Sequence[Request],
+        settings: Mapping[str, Settings],
+        clip: UInt8[np.ndarray, "frames h w 3"] | None,
+        caches: Sequence[MemoryCache] | None,
+        batch_size: int | None,
+        progress: bool,
+    ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         samples = [
@@ -318,7 +346,7 @@ class Cascade:
     def _stage(
         self, stage: str, samples: Sequence[Sample], settings: Settings, batch_size: int | None, progress: bool
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"] | None]:
-        """One stage of every sample, in order: cached, or made now; None where it is not needed."""
+        """Yields a stage's output for every sample: cached, or computed now; None if no later stage needs it."""
         missing = [sample for sample in samples if sample.needed and sample.cache.get(stage) is None]
         outputs = run_stage(self.model(stage), settings, missing, batch_size, progress) if missing else iter(())
         for sample in samples:
@@ -334,9 +362,9 @@ def _check_clip(clip: np.ndarray) -> None:
 
 
 def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
-    """Lines about the parts of `texts` that the model ignores.
+    """Returns warnings about parts of `texts` that the model ignores.
 
-    These are the ends of texts beyond its context, and words that a small model does not know.
+    These are the ends of texts longer than its context, and words that are not in a small model's vocabulary.
     """
     texts = dict.fromkeys(texts)
     length = tokens.context_length(tokenizer)
@@ -347,16 +375,18 @@ def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
     ]
     if unknown := dict.fromkeys(word for text in texts for word in tokens.unknown_words(tokenizer, text)):
         known = ", ".join(tokens.known_words(tokenizer))
-        lines.append(f"unknown to this small model, and ignored: {', '.join(unknown)}. It knows: {known}")
+        lines.append(
+            f"not in this small model's vocabulary, and ignored: {', '.join(unknown)}. Its vocabulary: {known}"
+        )
     return lines
 
 
 def _aligned(**values: object) -> Iterable[tuple]:
-    """One tuple for each sample: lists as they are, single values repeated."""
+    """Returns one tuple for each sample: the entries of lists, and single values repeated."""
     many = {n: v for n, v in values.items() if isinstance(v, Sequence | np.ndarray) and not isinstance(v, str)}
     lists = {n: list(v) for n, v in many.items()}
     lengths = {n: len(v) for n, v in lists.items()}
     count = max(lengths.values(), default=1)
     if 0 in lengths.values() or any(n != count for n in lengths.values()):
-        raise UserError(f"lists must have one length of at least 1, not {lengths}")
+        raise UserError(f"lists must be of equal length, at least 1, not {lengths}")
     return zip(*(lists.get(n, [v] * count) for n, v in values.items()))

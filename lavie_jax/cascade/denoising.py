@@ -21,7 +21,7 @@ from lavie_jax.diffusion import Sampler
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
-MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels a device up to which both guided halves share one UNet call
+MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels per device up to which both guidance halves share a UNet call
 MAX_UPDATE_PIXELS = 8 * 320 * 512  # latent pixels that a sampler updates at a time
 SAVE_EVERY = 5  # evaluations between two saved states
 
@@ -42,7 +42,7 @@ class Clip:
         noise_level: condition of the VSR stage.
         state: the sampler's state; None before the start.
         step: number of the next evaluation.
-        save: called with `step` and `state` now and then.
+        save: called with `step` and `state` every `SAVE_EVERY` evaluations.
     """
 
     text: Prompts
@@ -82,7 +82,7 @@ def denoise(
 ) -> None:
     """Runs the remaining evaluations of all clips; afterwards `state["x"]` is x0.
 
-    Clips that are furthest behind go first. States are saved every `SAVE_EVERY` evaluations and at the end.
+    Clips at the earliest step go first. States are saved every `SAVE_EVERY` evaluations and at the end.
 
     Args:
         model: the stage's networks and mesh.
@@ -106,7 +106,7 @@ def denoise(
 def _predictions(
     model: StageModel, clips: Sequence[Clip], i: int, plan: DenoisingPlan, on_window: Callable[[], None]
 ) -> list[Float[np.ndarray, "t h w c"]]:
-    """The prediction of evaluation i for each clip, blended over its windows."""
+    """Returns the prediction of evaluation i for each clip, blended over its windows."""
     blended = [np.zeros(clip.shape, np.float32) for clip in clips]
     rows = [(number, window) for number in range(len(clips)) for window in plan.windows]
     rows.sort(key=lambda row: row[1].shape, reverse=True)  # windows of one shape share a compiled program
@@ -159,12 +159,12 @@ def _predict_windows(
 
 
 def sequential_guidance(rows: int, window: Window) -> bool:
-    """Whether the two guided halves of a device's `rows` windows take two UNet calls, to save memory."""
+    """Whether the two guidance halves of a device's `rows` windows take two UNet calls, to save memory."""
     return rows * int(np.prod(window.shape)) > MAX_BATCHED_PIXELS
 
 
 def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
-    """The clip's state after its next evaluation, which gave `prediction`."""
+    """Returns the clip's state after its next evaluation, which returned `prediction`."""
 
     def update(frames):
         part = slice(frames.start, frames.stop)

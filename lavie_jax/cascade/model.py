@@ -31,7 +31,7 @@ BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
 
 
 class StageModel:
-    """One stage's networks and weights, which are whole on every device or split over the mesh axis `fsdp`."""
+    """A stage's networks and their weights, replicated on every device or split over the mesh axis `fsdp`."""
 
     def __init__(self, weights: Weights, *, dtype: DTypeLike, mesh: Mesh):
         self.weights, self.dtype, self.mesh = weights, dtype, mesh
@@ -43,9 +43,9 @@ class StageModel:
         self.vae_params = self._place(weights.vae, self.vae.dtype)
 
     def _place(self, part: Part, dtype: DTypeLike) -> dict:
-        places = parallel.shardings(part.params, self.mesh)
+        shardings = parallel.shardings(part.params, self.mesh)
         # Leaf by leaf: a small host cannot hold a copy of the whole model in another dtype.
-        return jax.tree.map(lambda p, place: parallel.put(np.asarray(p).astype(dtype), place), part.params, places)
+        return jax.tree.map(lambda p, s: parallel.put(np.asarray(p).astype(dtype), s), part.params, shardings)
 
     @property
     def device(self) -> jax.Device:
@@ -53,16 +53,16 @@ class StageModel:
         return self.mesh.devices.flat[0]
 
     def encode_text(self, texts: Sequence[str]) -> Prompts:
-        """Last hidden states of the text encoder for B texts.
+        """Returns the last hidden states of the text encoder for B texts.
 
         Each distinct text is encoded separately: they are few, and one compiled program serves any number of them.
         """
         ids, masks = tokens.tokenize_with_mask(self.tokenizer, list(dict.fromkeys(texts)))
-        known = self.text_encoder.config.vocab_size
-        if ids.max() >= known:
+        vocab_size = self.text_encoder.config.vocab_size
+        if ids.max() >= vocab_size:
             raise UserError(
-                f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {known} "
-                "tokens: they do not belong together"
+                f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {vocab_size} "
+                "tokens: one of them belongs to another model"
             )
         masks = masks if self.text_encoder.takes_mask else None
         hidden = [
@@ -74,15 +74,15 @@ class StageModel:
         return Prompts(np.concatenate(hidden)[rows], None if masks is None else masks[rows])
 
     def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Standard normal noise of a clip, keyed by its seed."""
+        """Returns standard normal noise for a clip, keyed by its seed."""
         return _normal(self._words(seed, stream), shape)[0]
 
     def frame_noise(
         self, seed: int, stream: int, frames: Sequence[int], shape: tuple[int, ...]
     ) -> Float[Array, "t ..."]:
-        """Standard normal noise of the frames with these indices, keyed by seed, stream and index.
+        """Returns standard normal noise for the frames with these indices, keyed by seed, stream and index.
 
-        A frame's noise is therefore the same however a clip is cut into windows.
+        A frame's noise therefore does not depend on the windows of a clip.
         """
         rows = self._words(seed, stream).repeat(len(frames), axis=0)
         return _normal(np.concatenate([rows, np.asarray(frames, np.uint32)[:, None]], axis=1), shape)
@@ -93,7 +93,7 @@ class StageModel:
     def encode(
         self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"] | None = None
     ) -> Float[np.ndarray, "t h w c"]:
-        """Scaled latents: a sample of each frame's posterior, with the standard normal `noise`, else its mode."""
+        """Returns scaled latents: a sample of each frame's posterior, given standard normal `noise`, else its mode."""
         if noise is None:
             factor, (count, height, width) = self.vae.config.factor, frames.shape[:3]
             shape = count, height // factor, width // factor, self.vae.config.latent_channels
@@ -108,7 +108,7 @@ class StageModel:
         return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]
 
     def decode(self, latents: Float[np.ndarray, "t h w c"]) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        """Frames of scaled latents, a few at a time and in order. Raises UserError when latents are not finite."""
+        """Yields the frames of scaled latents in order, a few at a time. Raises UserError if latents are not finite."""
         if not np.isfinite(latents).all():
             raise UserError("a sample became infinite or NaN during denoising: use a smaller guidance scale")
         factor, (count, height, width) = self.vae.config.factor, latents.shape[:3]
@@ -122,13 +122,13 @@ class StageModel:
             yield np.asarray(frames)[:wanted]
 
     def _spread(self, rows: np.ndarray, size: int) -> Array:
-        """Rows spread over the devices, padded to `size` by the last one, so that one program serves every piece."""
+        """Spreads rows over the devices, padded to `size` with the last one, so that all pieces use one program."""
         filled = np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)]) if len(rows) < size else rows
         return parallel.put(filled, parallel.batch_sharding(self.mesh))
 
 
 def networks(weights: Weights, dtype: DTypeLike) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """A stage's networks, which compute in `dtype` and have parameters of it."""
+    """Returns a stage's UNet, text encoder and VAE, computing in `dtype` (the VAE in the stage's `vae_dtype`)."""
     vae_dtype = STAGES[weights.stage].vae_dtype or dtype
     return (
         registry.module(weights.unet.config, dtype),
@@ -138,25 +138,28 @@ def networks(weights: Weights, dtype: DTypeLike) -> tuple[nn.Module, nn.Module, 
 
 
 def pieces(count: int, height: int, width: int, *, devices: int) -> list[tuple[slice, int]]:
-    """(frames, number of rows) of the pieces in which the devices' VAEs take `count` frames of `height` x `width`
-    pixels."""
+    """Splits `count` frames of `height` x `width` pixels into pieces that the devices' VAEs process at a time.
+
+    Returns:
+        (slice of the frames, number of rows with padding) of each piece.
+    """
     each = max(1, min(math.ceil(count / devices), VAE_PIXELS // (height * width)))
     size = each * devices
     return [(slice(i, i + size), size) for i in range(0, count, size)]
 
 
 def one_ahead(results: Iterator) -> Iterator:
-    """Yields each result after requesting the next one: devices compute that while the host fetches this."""
-    before = next(results, None)
+    """Yields each result after requesting the next one, so that the devices compute while the host fetches."""
+    previous = next(results, None)
     for result in results:
-        yield before
-        before = result
-    if before is not None:
-        yield before
+        yield previous
+        previous = result
+    if previous is not None:
+        yield previous
 
 
 def per_device(f, mesh: Mesh, *specs: PartitionSpec):
-    """`f` on every device, each with its own rows of the `BATCH` arguments. For use inside a jitted function.
+    """Runs `f` on every device with its own rows of the `BATCH` arguments, inside a jitted function.
 
     The compiler gathers weights that are split over `fsdp` layer by layer, where they are used.
     """
@@ -181,8 +184,8 @@ def _encode_text(
 
 
 def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise for each row of words. The generator and its variant are named, because a user's jax
-    configuration must not change a seed's sample."""
+    """Standard normal noise for each row of words. Generator, variant and seed are explicit, because a user's jax
+    configuration must not change samples."""
     with jax.threefry_partitionable(True):
         return _threefry_normal(words, shape=shape)
 
@@ -190,7 +193,8 @@ def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[A
 @functools.partial(jax.jit, static_argnames="shape")
 def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        key = jax.random.key(words[0], impl="threefry2x32")
+        # `jax.random.key` of a 32-bit seed, but for jax_random_seed_offset
+        key = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(words[0]), words[0]]), impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)
         return jax.random.normal(key, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""One stage for many samples: prepare, denoise, decode, finish. The work of an interrupted run is taken up again."""
+"""Runs one stage for many samples: prepare, denoise, decode, finish. Resumes the work of an interrupted run."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from lavie_jax.stages.stage import Stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sample to make. `negative_prompt` replaces that of the main stage's settings."""
+    """A sample to generate. `negative_prompt` replaces the setting of the main stage."""
 
     prompt: str
     seed: int
@@ -34,11 +34,11 @@ class Sample:
     """One sample in progress.
 
     Attributes:
-        request: what was asked for.
-        cache: where the stages' frames and states are kept.
+        request: the prompt, seed and negative prompt.
+        cache: stores the stages' frames and states.
         clip: the user's clip to start from, if any.
         previous: the stage whose output the next one starts from; None for the user's clip.
-        needed: whether the stage at hand has to be run for it.
+        needed: whether the current stage has to be run for it.
     """
 
     request: Request
@@ -49,14 +49,14 @@ class Sample:
 
     @property
     def source(self) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """The frames that the next stage starts from. They are opened anew: a process may have few open files."""
+        """The frames that the next stage starts from. They are reopened on each access, to keep few files open."""
         return self.clip if self.previous is None else self.cache.get(self.previous)
 
 
 def run_stage(
     model: StageModel, settings: Settings, samples: Sequence[Sample], batch_size: int | None, progress: bool
 ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-    """The stage's frames of every sample, in order, each as soon as it is in its cache."""
+    """Yields the stage's frames of every sample, in order, each as soon as it is in its cache."""
     stage, devices = model.stage, model.mesh.size
     rows = devices
     if stage.batched:
@@ -96,7 +96,7 @@ def run_stage(
 
 
 def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample]) -> list[Clip]:
-    """The samples' clips, at the step where an interrupted run stopped."""
+    """Returns the samples' clips, restored to the step at which an interrupted run stopped."""
     stage, clips = model.stage, []
     shape = stage.latent_shape(model.weights, settings)
     for sample in samples:
@@ -126,7 +126,7 @@ def _decoded(
     source: UInt8[np.ndarray, "t h w 3"] | None,
     progress: bool,
 ) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-    """The stage's output from its latents, a few frames at a time."""
+    """Yields the stage's output, decoded from latents a few frames at a time."""
     stage, start = model.stage, 0
     desc = f"{stage.name}: decoding"
     with tqdm(total=len(latents), unit="frame", desc=desc, leave=False, disable=not progress) as bar:

@@ -3,11 +3,11 @@
     python -m lavie_jax.curation --input videos --out shards
     python -m lavie_jax.curation --input videos --out shards --captions videos.csv --min-height 480 --workers 16
     python -m lavie_jax.curation --input videos --out latents --latents weights/base
-    python -m lavie_jax.curation --stills webdataset:data/laion --out stills --latents weights/base
+    python -m lavie_jax.curation --images webdataset:data/laion --out images --latents weights/base
 
 Cuts videos into scenes, drops scenes that are unsuitable for training, and writes the rest with their captions as
 ArrayRecord shards, with lists, a manifest and report.html. With --latents, the shards hold the outputs of a stage's
-frozen models for the clips, or for images (--stills). If interrupted, the same command resumes. docs/data.md describes
+frozen models for the clips, or for images (--images). If interrupted, the same command resumes. docs/data.md describes
 the filters. Needs PySceneDetect and matplotlib: pip install "lavie_jax[curation]".
 """
 
@@ -22,7 +22,7 @@ from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.pipeline import curate
 from lavie_jax.data.buckets import parse_sizes
-from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,15 +31,35 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", type=Path, metavar="FOLDER", help="folder of videos, searched recursively")
-    add("--stills", metavar="KIND:PATH", help="encode all images of this source instead of videos; needs --latents")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or that of an interrupted run")
+    add(
+        "--images",
+        type=user_location,
+        metavar="KIND:PATH",
+        help="encode all images of this source instead of videos; needs --latents",
+    )
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, or the folder of an interrupted run")
     add("--captions", type=Path, metavar="TABLE", help=".csv, .tsv or .jsonl (default: clip.txt beside clip.mp4)")
-    add("--captioner", metavar="FOLDER|MODULE:FUNCTION", help="captions the scenes that no given caption covers")
-    add("--aesthetic-clip", metavar="FOLDER", help="CLIP model for aesthetic scores")
-    add("--aesthetic-head", metavar="FILE", help="linear layers that map CLIP's image embedding to the score")
-    add("--latents", metavar="WEIGHTS", help="write latents and encoded captions, computed with this weights folder")
-    add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: that of WEIGHTS)")
-    add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: that of WEIGHTS)")
+    add(
+        "--captioner",
+        type=user_location,
+        metavar="FOLDER|MODULE:FUNCTION",
+        help="model or function that captions scenes without a given caption",
+    )
+    add("--aesthetic-clip", type=user_location, metavar="FOLDER", help="CLIP model for aesthetic scores")
+    add(
+        "--aesthetic-head",
+        type=user_location,
+        metavar="FILE",
+        help="linear layers that map CLIP's image embedding to the score",
+    )
+    add(
+        "--latents",
+        type=user_location,
+        metavar="WEIGHTS",
+        help="write latents and encoded captions, computed with this weights folder",
+    )
+    add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: from WEIGHTS)")
+    add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: from WEIGHTS)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
     filters = parser.add_argument_group("filters")
@@ -73,10 +93,10 @@ def _latent_job(args: argparse.Namespace) -> LatentJob | None:
 
 def _encode_images(args: argparse.Namespace) -> Outcome:
     if args.latents is None:
-        raise UserError("--stills needs --latents; training can read unencoded images directly (data.image_source)")
+        raise UserError("--images needs --latents; training can read unencoded images directly (data.image_source)")
     from lavie_jax.curation.images import encode_images  # loads jax, which worker processes do not need
 
-    return encode_images(args.stills, args.out, _latent_job(args), shard_clips=args.shard_clips)
+    return encode_images(args.images, args.out, _latent_job(args), shard_clips=args.shard_clips)
 
 
 def _summary(outcome: Outcome, out: Path) -> str:
@@ -94,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with one_line_errors():
         args = _parse(argv)
-        if (args.input is None) == (args.stills is None):
-            raise UserError("give either --input, a folder of videos, or --stills, captioned images")
-        if args.stills is None:
+        if (args.input is None) == (args.images is None):
+            raise UserError("give either --input, a folder of videos, or --images, captioned images")
+        if args.images is None:
             job, table = _job(args), args.captions
             outcome = curate(args.input, args.out, job, table=table, workers=args.workers, shard_clips=args.shard_clips)
         else:

@@ -106,7 +106,7 @@ def write_set(
 
 
 def _mark_duplicates(videos: Sequence[Video], work: Path, duplicate_bits: int) -> Segments:
-    """Returns every segment in order, with those that nearly repeat an earlier kept one marked as dropped."""
+    """Returns every segment in order, with near-duplicates of earlier kept ones marked as dropped."""
     marked: Segments = []
     index, names = HashIndex(max(duplicate_bits, 0)), []
     for video in videos:

@@ -39,10 +39,10 @@ def _resize(frame: UInt8[np.ndarray, "h w 3"], width: int, height: int) -> UInt8
 
 
 class HashIndex:
-    """An index of hashes that finds near ones without comparing with all.
+    """An index that finds similar hashes without comparing all of them.
 
     Two hashes that differ in at most k bits agree in at least one of k + 1 parts (pigeonhole principle). A clip is
-    therefore compared only with those that share a part, and no near-duplicate is missed.
+    therefore compared only with clips that share a part, and no near-duplicate is missed.
     """
 
     def __init__(self, max_bits: int):

@@ -83,7 +83,7 @@ def bars(frames: UInt8[np.ndarray, "t h w 3"]) -> Bars:
     """Returns the black bars that all frames share.
 
     A dark edge is a bar if it covers at least 2 % of the side and the picture begins abruptly along at least half of
-    its length. A bright object in a dark room therefore has no bars around it.
+    its length. The dark surroundings of a bright object are therefore not mistaken for bars.
     """
     luma = gray(frames)
     top, bottom = _dark_ends(luma)
@@ -113,7 +113,7 @@ def overlay(frames: UInt8[np.ndarray, "t h w 3"]) -> float | None:
 
     When the camera moves, edges of the scene move too. An edge may slide along itself and appear static, but only in
     one direction. The measure therefore counts squares in which edges in both directions are static in all frames. It
-    requires that at least half of the picture changes; in a still picture everything is static.
+    requires that at least half of the picture changes; in a motionless picture everything is static.
     """
     luma = gray(frames)
     if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK or (np.ptp(luma, axis=0) > 16).mean() < 0.5:

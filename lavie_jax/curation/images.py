@@ -1,4 +1,4 @@
-"""Computes latents of captioned images, which joint training shows beside clips. Only unreadable ones are left out."""
+"""Computes latents of captioned images, for joint training with clips. Only unreadable images are left out."""
 
 import concurrent.futures
 import functools
@@ -33,6 +33,7 @@ def encode_images(source: str, out: Path, job: LatentJob, *, shard_clips: int = 
     records = open_records(kind, path, medium="image", split="train", window=ClipWindow(frames=1), val_fraction=0.0)
     output.refuse_finished(out)
     encoder = LatentEncoder(job)
+    # "stills" is the name that interrupted runs of earlier versions stored.
     settings = {"stills": source, "shard_clips": shard_clips, "latents": encoder.settings()}
     with output.open_output(out, settings) as work:
         kept, unreadable = [], []

@@ -32,7 +32,7 @@ from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
 from lavie_jax.training.latents import check_stage, identity
 
-MAX_FRAMES = 16  # that a device encodes at a time; clips are padded to a multiple
+MAX_FRAMES = 16  # per device and call; clips are padded to a multiple of it
 
 
 class LatentEncoder:
@@ -54,7 +54,7 @@ class LatentEncoder:
         _check_sizes(self.sizes, self.fps, vae_part.config.factor)
         self.identity = identity(vae_part, text_part, folder.tokenizer_dir)
         self._tokenizer = tokens.load_tokenizer(folder.tokenizer_dir)
-        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._mesh = parallel.make_mesh(devices=parallel.local_devices())
         vae, text_encoder = VAE(vae_part.config), CLIPText(text_part.config)
 
         def encode(params, images):
@@ -70,8 +70,10 @@ class LatentEncoder:
         replicated = parallel.replicated(self._mesh)
         self._vae = parallel.put(_float32(vae_part.params), replicated)
         self._text = parallel.put(_float32(text_part.params), replicated)
+        # In full float32, once and for all epochs; TPUs multiply in bfloat16 unless told otherwise.
+        exact = jax.default_matmul_precision("highest")
         self._encode, self._decode, self._encode_text = (
-            parallel.on_mesh(jax.jit(f), self._mesh) for f in (encode, decode, encode_text)
+            parallel.on_mesh(exact(jax.jit(f)), self._mesh) for f in (encode, decode, encode_text)
         )
         self.text = functools.lru_cache(maxsize=1024)(self._text_of)  # the scenes of a video often share a caption
 
@@ -213,7 +215,7 @@ _POSITION = ("shard", "index", "sha256")
 
 
 def _read_rows(path: Path, name: str) -> list[dict] | None:
-    """Returns the records of a complete shard without their arrays; None if there is no such shard."""
+    """Returns the records of a complete shard without their arrays; None if the shard is missing or incomplete."""
     if not path.is_file():
         return None
     rows = []

@@ -31,7 +31,7 @@ def make_captioner(captioner: str | Captioner) -> Captioner:
     greedily, so that the same frame always gets the same caption. A function receives the sample frames of a scene.
 
     Raises:
-        UserError: it is none of these, or cannot be loaded.
+        UserError: `captioner` is something else, or cannot be loaded.
     """
     if callable(captioner):
         return captioner
@@ -80,7 +80,7 @@ def make_scorer(clip: Path, head: Path) -> Scorer:
     Raises:
         UserError: the folder does not hold a CLIP model, or the head does not fit it.
     """
-    from lavie_jax.weights.pretrained import read_weights_file
+    from lavie_jax.weights.reading import read_weights_file
 
     torch, transformers = _libraries(clip)
     layers = _linear_layers(head, {name: tensor.read() for name, tensor in read_weights_file(head).items()})
@@ -138,6 +138,6 @@ def _libraries(folder: Path):
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"captioning and scoring models need PyTorch: pip install 'torch>=2.4' ({error})") from error
+        raise UserError(f"captioning and scoring models need PyTorch: pip install 'torch>=2.6' ({error})") from error
     torch.set_num_threads(1)
     return torch, transformers

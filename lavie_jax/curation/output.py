@@ -1,11 +1,10 @@
 """The output folder of a run: its lists and manifest, and the lock and settings that make a run resumable.
 
 While a run is in progress, `OUT/.work` holds its lock, its settings and the results so far. The manifest is written
-last: a folder with one holds a finished set.
+last: it marks a finished set.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from absl import logging
+
 from lavie_jax.data import shards
 from lavie_jax.data.video_files import finished
-from lavie_jax.disk import is_full
+from lavie_jax.disk import flock, is_full
 from lavie_jax.errors import UserError
 
 MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
@@ -23,10 +24,10 @@ WORK = ".work"
 
 
 def refuse_finished(out: Path) -> None:
-    """Raises UserError if `out` holds a finished set."""
+    """Raises UserError if `out` contains a finished set."""
     if (out / MANIFEST).exists():
         shutil.rmtree(out / WORK, ignore_errors=True)  # left by a run that was killed after writing the manifest
-        raise UserError(f"{os.fspath(out)!r} holds a finished set: name another --out, or remove it")
+        raise UserError(f"{os.fspath(out)!r} contains a finished set: name another --out, or remove it")
 
 
 @contextlib.contextmanager
@@ -46,10 +47,11 @@ def open_output(out: Path, settings: dict[str, object]) -> Iterator[Path]:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {os.fspath(out)!r}: {error.strerror or 'is not a folder'}") from error
     with _full_disk_as_user_error(out), (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {os.fspath(out)!r}") from error
+        held = flock(lock)
+        if held is False:
+            raise UserError(f"another run is writing to {os.fspath(out)!r}")
+        if held is None:
+            logging.warning("%s is on a disk without flock: start one run in it at a time", os.fspath(out))
         _check_settings(work / "settings.json", json.loads(json.dumps(settings)))
         for partial in work.glob(".*-*"):  # left by a killed run
             shutil.rmtree(partial)

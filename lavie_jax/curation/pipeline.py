@@ -38,7 +38,7 @@ def curate(
         shard_clips: clips per shard.
 
     Raises:
-        UserError: before any work, if something is missing or inconsistent, or if `out` holds a finished set or one
+        UserError: before any work, if something is missing or inconsistent, or if `out` contains a finished set or one
             started with other settings.
     """
     if workers < 1 or shard_clips < 1:

@@ -12,7 +12,7 @@ from lavie_jax.data import video_files
 from lavie_jax.errors import UserError
 
 SIDE = 224  # pixels of the shorter side of sample frames; CLIP's input size
-SAMPLES = 16  # most samples of a scene, so that memory does not grow with its length
+SAMPLES = 16  # maximum number of samples of a scene, so that memory does not grow with its length
 _REACH = 2  # the detector compares a frame with this many on either side
 # A repeated frame is withheld from the detector, but at most this many in a row: withheld frames wait in memory.
 _MAX_REPEATS = 8
@@ -84,8 +84,8 @@ def _mark_cuts(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple
     def show(frame: np.ndarray) -> None:
         nonlocal shown
         # The frame rate given to the time code is irrelevant: cuts are read back as frame numbers.
-        found = detector.process_frame(timecode(shown, 30.0), np.ascontiguousarray(frame[:, :, ::-1]))  # BGR
-        cuts.update(cut.frame_num for cut in found)
+        detected = detector.process_frame(timecode(shown, 30.0), np.ascontiguousarray(frame[:, :, ::-1]))  # BGR
+        cuts.update(cut.frame_num for cut in detected)
         shown += 1
 
     def decided() -> Iterator[tuple[np.ndarray, bool]]:

@@ -1,4 +1,4 @@
-"""Curates one video: finds its scenes, judges each, and encodes those that are kept as clips.
+"""Curates one video: finds its scenes, judges each, and encodes the kept scenes as clips.
 
 A result is a folder that gets its final name when it is complete, so a result is either whole or absent.
 """
@@ -22,11 +22,11 @@ from lavie_jax.curation.filters import Bars, Thresholds
 from lavie_jax.curation.inputs import Video, caption_of
 from lavie_jax.curation.models import Captioner, Scorer
 from lavie_jax.data import video_files
+from lavie_jax.data.display import UnusableVideo
 from lavie_jax.data.records import one_line
 from lavie_jax.errors import UserError
 
 RESULT = "result.json"
-MAX_FPS = 250  # headers that claim more are wrong: browsers write 1000
 # A fast preset, because encoding dominates the run time. A key frame about every second, because training windows
 # start anywhere in a clip.
 X264 = {"crf": "18", "preset": "veryfast", "g": "24"}
@@ -34,6 +34,7 @@ X264 = {"crf": "18", "preset": "veryfast", "g": "24"}
 # In the order in which they are tested. A segment is counted under the first that applies.
 REASONS = (
     "unreadable",
+    *UnusableVideo.REASONS,
     "low resolution",
     "no caption",
     "short caption",
@@ -103,9 +104,10 @@ def curate_video(
     try:
         segments = list(_write_segments(judge, new_folder()))
     except UserError as error:
+        reason = error.reason if isinstance(error, UnusableVideo) else "unreadable"
         new_folder()
         detail = str(error).replace(os.fspath(video.path), video.name)  # independent of where the input folder is
-        segments = [Segment(start=0.0, end=0.0, reason="unreadable", detail=detail)]
+        segments = [Segment(start=0.0, end=0.0, reason=reason, detail=detail)]
     rows = [dataclasses.asdict(segment) for segment in segments]
     (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
@@ -116,7 +118,7 @@ def curate_video(
 
 
 def read_result(folder: Path) -> list[Segment] | None:
-    """Returns the segments stored in the folder of a video, or None if there is no complete result."""
+    """Returns the segments stored in the folder of a video, or None if it is missing or incomplete."""
     try:
         rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         for row in rows:
@@ -128,13 +130,13 @@ def read_result(folder: Path) -> list[Segment] | None:
 
 
 def _write_segments(judge: "_Judge", folder: Path) -> Iterator[Segment]:
-    """Yields every segment of a video in order, and writes the clips of those that are kept."""
+    """Yields every segment of a video in order, and writes the clips of kept ones."""
     path = judge.video.path
     info = video_files.video_info(path)
-    if info.fps > MAX_FPS:
-        raise UserError(f"the video {judge.video.name!r} says that it has {info.fps:g} frames a second")
+    if info.fps > video_files.MAX_FPS:
+        raise UserError(f"the video {judge.video.name!r} claims a rate of {info.fps:g} frames per second")
     whole = Segment(start=0.0, end=info.frames / info.fps, fps=info.fps)
-    size = video_files.stored_size(path)
+    size = video_files.shown_size(path)
     if dropped := judge.file(whole, size):
         yield dropped
         return
@@ -242,13 +244,10 @@ def _write_clip(path: Path, scene: scenes.Scene, segment: Segment, bars: Bars, c
     return dataclasses.replace(segment, file=clip.name, height=height, width=width)
 
 
-def _size_within(bars: Bars, small: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
-    """Returns (height, width) of the upright picture between the bars, at full size."""
-    upright = stored
-    if (small[0] < small[1]) != (stored[0] < stored[1]) and stored[0] != stored[1]:
-        upright = stored[::-1]  # the camera was rotated
-    full = _at_full_size(bars, small, upright)
-    return upright[0] - full.top - full.bottom, upright[1] - full.left - full.right
+def _size_within(bars: Bars, small: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Returns (height, width) of the picture between the bars, at full size."""
+    full = _at_full_size(bars, small, size)
+    return size[0] - full.top - full.bottom, size[1] - full.left - full.right
 
 
 def _at_full_size(bars: Bars, small: tuple[int, int], full: tuple[int, int]) -> Bars:

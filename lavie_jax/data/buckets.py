@@ -31,10 +31,10 @@ def size_name(size: Size) -> str:
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> int:
-    """Index of the bucket for a frame of (height, width) `size`.
+    """Returns the index of the bucket for a frame of (height, width) `size`.
 
-    The best bucket keeps most of the frame, when it is scaled to cover the bucket and then cropped. Of the buckets that
-    keep nearly as much, the result is the largest that needs no upscaling, or else the smallest.
+    The best bucket keeps most of the frame, when it is scaled to cover the bucket and then cropped. Among the buckets
+    that keep nearly as much, the result is the largest that does not need upscaling, or else the smallest.
     """
     rows, columns = size
     scales = [max(height / rows, width / columns) for height, width in buckets]

@@ -12,7 +12,7 @@ from lavie_jax.data.sources import MovingShapes, RecordSource, Source, open_reco
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError, suggest
 
-Part = tuple[str, str | None]  # (kind, path); a path of None stands for no such data
+Part = tuple[str, str | None]  # (kind, path); a path of None means no data of this medium
 
 
 def make_source(config: DataConfig, *, batch_size: int = 1) -> Source | Buckets:
@@ -23,7 +23,7 @@ def make_source(config: DataConfig, *, batch_size: int = 1) -> Source | Buckets:
         batch_size: examples per step, by which mixtures and buckets find the step of an example.
 
     Raises:
-        UserError: fields are wrong, or data cannot be read or does not exist.
+        UserError: fields are invalid, or data are missing or cannot be read.
     """
     check(config)
     if config.buckets:
@@ -106,7 +106,7 @@ def _kind(config: DataConfig, clips: Part, images: Part) -> str:
 
 
 def _paths(config: DataConfig, clips: Part, images: Part) -> tuple[str | None, str | None]:
-    """Paths of clips and images; None for the one that batches do not use."""
+    """Paths of clips and of images; None for a medium that batches do not contain."""
     image_path = images[1] if config.shows_images else None
     return clips[1] if config.frames or image_path is None else None, image_path
 
@@ -127,7 +127,7 @@ def _moving_shapes(config: DataConfig) -> MovingShapes:
 
 
 def clip_window(config: DataConfig) -> ClipWindow:
-    """The window of each clip that becomes an example."""
+    """Returns the window of a clip that becomes an example."""
     return ClipWindow(frames=config.frames, fps=config.fps, stride=config.stride)
 
 
@@ -174,7 +174,7 @@ def _latent_source(config: DataConfig, clips: str | None, images: str | None) ->
 
 
 def _check_set(config: DataConfig, latents: LatentSet, medium: str) -> None:
-    """Raises UserError for a set of latents that a config cannot be trained on."""
+    """Raises UserError for a set of latents that does not fit a config."""
     where = repr(str(latents.path))
     if medium == "video" and latents.medium == "image":
         raise UserError(f"{where} contains latents of images: pass it as data.image_path")

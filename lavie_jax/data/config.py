@@ -18,24 +18,25 @@ class DataConfig:
     """A batch: clips of T `frames` at `fps`, each with M `images`, of size (height, width), and their captions."""
 
     source: str = field(f"kind of the data: {', '.join(SOURCES)}", default="moving_shapes")
-    path: str | None = field("location of the clips", default=None)
-    image_source: str = field("kind of the images; empty is that of the clips", default="")
-    image_path: str | None = field("location of the images; None takes frames of the clips", default=None)
-    videos: tuple[str, ...] = field("clips of a mixture, each KIND:PATH or moving_shapes", default=())
+    path: str | None = field("location of the clips", default=None, path=True)
+    image_source: str = field("kind of the images; empty means the same kind as the clips", default="")
+    image_path: str | None = field("location of the images; None uses frames of the clips", default=None, path=True)
+    videos: tuple[str, ...] = field("clips of a mixture, each KIND:PATH or moving_shapes", default=(), path=True)
     image_parts: tuple[str, ...] = field(
-        "images of a mixture, each KIND:PATH or moving_shapes; empty takes frames of the clips", default=()
+        "images of a mixture, each KIND:PATH or moving_shapes; empty uses frames of the clips", default=(), path=True
     )
     video_weights: tuple[tuple[int, tuple[float, ...]], ...] = field(
-        "((step, (weight of each part, ...)), ...) of `videos`, each from its step on; empty weights them equally",
+        "((step, (weight of each part, ...)), ...): weights of `videos` from each step on; empty weights them equally",
         default=(),
     )
-    image_weights: tuple[tuple[int, tuple[float, ...]], ...] = field("likewise of `image_parts`", default=())
-    split: str = field("train or val; Moving Shapes has others", default="train", hidden=True)
-    frames: int = field("frames of a clip; 0 trains on images alone", default=16)
+    image_weights: tuple[tuple[int, tuple[float, ...]], ...] = field("the same for `image_parts`", default=())
+    split: str = field("train or val; Moving Shapes has further splits", default="train", hidden=True)
+    frames: int = field("frames of a clip; 0 trains on images only", default=16)
     fps: float | None = field("frames per second; None is each clip's own rate", default=8.0)
     stride: int = field("with fps=None, every stride-th frame is used", default=1)
     slowest_fps: float = field(
-        "Moving Shapes: each clip has a rate between this and fps, for more motion per frame; 0 is fps", default=0.0
+        "Moving Shapes: each clip has a rate from this to fps; low rates have more motion per frame; 0 means fps",
+        default=0.0,
     )
     images_from_clips: float = field(
         # So an image model learns the words of videos before it is inflated (AnimateDiff, arXiv 2307.04725, sec. 4.1).
@@ -47,36 +48,40 @@ class DataConfig:
     height: int = field("height of a frame or patch in pixels", default=64, low=1)
     width: int = field("width of a frame or patch in pixels", default=64, low=1)
     buckets: tuple[tuple[int, int], ...] = field(
-        "((height, width), ...), with height x width among them: clips keep the nearest shape, and each batch has one "
-        "size; empty gives all clips one size",
+        "((height, width), ...), including height x width: each clip uses the bucket nearest to its shape, and each "
+        "batch has one size; empty gives all clips one size",
         default=(),
     )
-    full_height: int = field("frames are scaled to this height and then cut to a patch; 0 cuts none", default=0, low=0)
-    full_width: int = field("frames are scaled to this width and then cut to a patch; 0 cuts none", default=0, low=0)
-    images: int = field("images beside each clip", default=0)
-    # How images train networks that take clips (LaVie, sec. 3.4).
+    full_height: int = field(
+        "frames are scaled to this height before a patch is cut; 0 cuts no patches", default=0, low=0
+    )
+    full_width: int = field(
+        "frames are scaled to this width before a patch is cut; 0 cuts no patches", default=0, low=0
+    )
+    images: int = field("images that accompany each clip", default=0)
+    # lets networks that need clips train on images (LaVie, sec. 3.4)
     handheld: float = field("fraction of the clips that are images under a moving camera", default=0.0, low=0, high=1)
     caption_drop: float = field(
         "probability that a caption is dropped, for classifier-free guidance", default=0.1, low=0, high=1
     )
     null_caption: str = field("replaces dropped captions; set by the stage", default="", hidden=True)
     detail_drop: float = field(
-        "Moving Shapes: probability that a caption omits the size, and that it omits the background",
+        "Moving Shapes: probability that a caption omits the size, and likewise the background",
         default=0.1,
         low=0,
         high=1,
     )
-    max_unreadable: int = field("different records that a process may skip before the run stops", default=1000, low=0)
+    max_unreadable: int = field("unreadable records that a process skips before the run stops", default=1000, low=0)
     seed: int = field("seed of the order, the crops and the dropped captions", default=0, low=0)
 
     @property
     def whole(self) -> tuple[int, int]:
-        """(H, W) of frames before they are cut."""
+        """(H, W) of frames before patches are cut."""
         return self.full_height or self.height, self.full_width or self.width
 
     @property
     def shows_images(self) -> bool:
-        """Whether batches contain images, beside clips or as clips."""
+        """Whether batches contain images, with clips or as clips."""
         return bool(self.images or self.handheld or not self.frames)
 
     @property
@@ -114,7 +119,9 @@ def check(config: DataConfig) -> None:
         raise UserError(f"slowest_fps must be above 0 and at most fps; given {config.slowest_fps} and {config.fps}")
     if config.source == "mixture":
         if not config.videos + config.image_parts or (config.frames and not config.videos):
-            raise UserError("a mixture needs data.videos, or data.image_parts for images alone: ('KIND:PATH', ...)")
+            raise UserError(
+                "a mixture needs data.videos, or data.image_parts to train on images only: ('KIND:PATH', ...)"
+            )
         mixture_parts(config)
     elif config.videos or config.image_parts or config.video_weights or config.image_weights:
         raise UserError(
@@ -138,7 +145,9 @@ def check_buckets(config: DataConfig) -> None:
             f"{size_name((config.height, config.width))}; given {', '.join(map(size_name, sizes))}"
         )
     if config.full_height or config.full_width:
-        raise UserError("buckets are of whole frames, full_height and full_width of patches: set one of them only")
+        raise UserError(
+            "buckets are sizes of whole frames, full_height and full_width are for patches: set only one of them"
+        )
     if config.source == "mixture":
         raise UserError("buckets need one source, whose clips are divided among them; given source='mixture'")
 
@@ -154,7 +163,7 @@ def _check_latents(config: DataConfig) -> None:
 
 
 def latent_paths(config: DataConfig) -> list[str]:
-    """The sets of latents that a config names. Its data are all latents, or none are."""
+    """Returns the sets of latents in a config: either all of its data are latents, or none."""
     return [path for kind, path in _kinds(config) if kind == LATENTS and path]
 
 
@@ -196,7 +205,7 @@ def mixture_parts(config: DataConfig) -> dict[str, tuple[tuple, mixture.Weights,
         sides["images"] = (images, config.image_weights, config.images_per_example, "image_weights")
     out = {}
     for name, (parts, weights, number, field_name) in sides.items():
-        if not parts:  # images alone
+        if not parts:  # images only
             out[name] = ((), ((0, ()),), number)
             continue
         weights = weights or ((0, (1.0,) * len(parts)),)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -10,17 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int
 
+from lavie_jax.data.display import Screen, check_header
 from lavie_jax.errors import UserError
+
+MAX_FPS = 250  # headers that claim more are not believed: browsers write 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """Number of frames, by the container's count or an estimate, and frames per second of a file."""
+    """What a file shows.
+
+    Attributes:
+        frames: number of frames, at `fps`, that can be decoded.
+        fps: frames per second.
+        start: time stamp in seconds of the first of them.
+    """
 
     frames: int
     fps: float
+    start: float = dataclasses.field(default=0.0, compare=False)
 
 
 def label_of(source: str | Path | bytes, name: str) -> str:
@@ -36,34 +47,133 @@ def opened(source: str | Path | bytes, name: str = "") -> Iterator[tuple]:
         UserError: it is not a video, or cannot be read.
     """
     import av  # PyAV is needed only to read or write video files
+    from av.stream import Disposition
 
     what = label_of(source, name)
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
-            if not container.streams.video:
+            # Cover art is a video stream too.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
                 raise UserError(f"{what} has no video stream")
             if container.format.name.endswith("_pipe") or container.format.name == "image2":
                 raise UserError(f"{what} is an image, not a video")
-            stream = container.streams.video[0]
+            stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
             stream.thread_count = 1  # the pipeline's workers are the parallelism
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"cannot read the video {what}: {error}") from error
 
 
-def _seconds(container, stream) -> float:
-    if stream.duration is not None:
-        return stream.duration * float(stream.time_base)
-    return (container.duration or 0) / 1_000_000
-
-
 def info_of(container, stream, what: str) -> VideoInfo:
-    """Reads length and rate from the header; `what` names the video in messages."""
-    rate = float(stream.average_rate or 0)
-    frames = stream.frames or round(_seconds(container, stream) * rate)
-    if not rate or not frames:
+    """Measures what can be shown, without decoding. Headers are not believed about their length.
+
+    They count frames that an edit list hides, sound that runs on, and the missing part of truncated files. The packets
+    at both ends are read instead, and all packets only where there is no plausible rate.
+
+    Args:
+        container: an open container.
+        stream: its video stream.
+        what: names the video in messages.
+
+    Raises:
+        UserError: nothing can be shown, or not as it is meant to be: HDR, interlaced.
+    """
+    check_header(stream, what)
+    base, rate = float(stream.time_base), float(stream.average_rate or 0)
+    first = next((packet for packet in _packets(container, stream) if packet.is_keyframe), None)
+    if first is None:
+        raise UserError(f"the video {what} has no frame that can be decoded")
+    start = first.dts if _lacks_times(container, stream) else _time_of(first)
+    if stream.start_time is not None:  # an edit list may start after a key frame
+        start = max(start, stream.start_time)
+
+    _seek_end(container, stream, start)
+    times, last = _shown_times(container, stream)
+    # FFmpeg guesses rates that a header lacks from the first packets. The last ones show whether that holds.
+    counted = not 0 < rate <= MAX_FPS or not _fits(times, base, rate)
+    if counted or not times:
+        _rewind(container, stream)
+        times, last = _shown_times(container, stream)
+        times = [time for time in times if time >= start]
+    if counted and len(times) > 1:
+        rate = _rate_of(times, base)
+        if 0.5 < last * base * rate < 1.5:
+            rate = len(times) / ((times[-1] - times[0] + last) * base)
+    if not times or not 0 < rate < math.inf:
         raise UserError(f"the video {what} does not contain its length")
-    return VideoInfo(frames, rate)
+    length = (times[-1] - start + last) * base if last and not counted else (times[-1] - start) * base + 1 / rate
+    return VideoInfo(max(1, round(length * rate)), rate, start * base)
+
+
+def _fits(times: list[int], base: float, rate: float) -> bool:
+    """Whether as many packets come in that time at `rate`, but for the rounding of time stamps."""
+    if len(times) < 5:
+        return True
+    length, expected = (times[-1] - times[0]) * base, (len(times) - 1) / rate
+    return abs(length - expected) <= max(_ALIKE * expected, 1.5 * base)
+
+
+def _rate_of(times: list[int], base: float) -> float:
+    """Mean number of packets per second."""
+    length = (times[-1] - times[0]) * base
+    return (len(times) - 1) / length if length else math.inf
+
+
+def _shown_times(container, stream) -> tuple[list[int], int]:
+    """(sorted times of the packets from here on that are shown and complete, duration of the last one)."""
+    decoding_order = _lacks_times(container, stream)
+    shown = sorted(
+        (packet.dts if decoding_order else _time_of(packet), packet.duration or 0)
+        for packet in _packets(container, stream)
+        if not (packet.is_discard or packet.is_corrupt)
+    )
+    return [time for time, _ in shown], shown[-1][1] if shown else 0
+
+
+_SEEKLESS = ("mpeg",)  # after a seek, MPEG program streams have wrong time stamps
+_UNINDEXED = ("mpeg", "mpegts")  # a seek to the end may miss the last frame
+_ALIKE = 0.02  # rates that differ by less are the same: time stamps are rounded
+_FAR = 1_000_000  # seconds: beyond the end of every file
+
+
+def _packets(container, stream) -> Iterator[Any]:
+    """Yields the packets of a stream from the current position on, but the empty one at the end."""
+    for packet in container.demux(stream):
+        if packet.size and _time_of(packet) is not None:
+            yield packet
+
+
+def _lacks_times(container, stream) -> bool:
+    """Whether only the order of decoding is known: AVI has no time stamps, and with B-frames FFmpeg's are wrong."""
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+
+
+def _time_of(packet) -> int | None:
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def _seek(container, stream, time: int) -> None:
+    container.seek(time, stream=stream, backward=True)
+
+
+def _seek_end(container, stream, start: int) -> None:
+    """Seeks to the last key frame; to the first packet where that is not possible."""
+    if container.format.name in _UNINDEXED:
+        _rewind(container, stream)
+    else:
+        _seek(container, stream, start + int(_FAR / float(stream.time_base)))
+
+
+def _rewind(container, stream) -> None:
+    """Seeks to the first packet, which may be before the first time that is shown."""
+    import av
+
+    start = stream.start_time or 0
+    try:
+        _seek(container, stream, start - int(_FAR / float(stream.time_base)))
+    except av.error.FFmpegError:
+        _seek(container, stream, start)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,34 +210,152 @@ def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[
     return np.floor(times * info.fps + 1e-3).astype(int)
 
 
-def upright(frame, *, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of a frame, scaled to (height, width), then rotated as its metadata asks."""
-    return np.rot90(frame.to_ndarray(format="rgb24", height=height, width=width), frame.rotation // 90)
-
-
 def too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
     """The error for a video with fewer frames than are wanted."""
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
 
-def numbered_frames(container, stream, info: VideoInfo, *, first: int) -> Iterator[tuple[int, Any]]:
-    """Yields (index, frame) from a key frame at or before index `first` on; index n is shown at n / fps."""
-    base, start, number = float(stream.time_base), stream.start_time or 0, -1
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
-        # AVI stores only the decoding order, and the time stamps that decoders derive are wrong. Frames arrive in
-        # display order, so the n-th gets the index of the n-th packet. A seek would lose some, so all are decoded.
-        indices: deque[int] = deque()
-        for packet in container.demux(stream):
-            if packet.size and packet.dts is not None:
-                indices.append(round((packet.dts - start) * base * info.fps))
-            for frame in packet.decode():
-                number = indices.popleft() if indices else number + 1
-                yield number, frame
+def numbered_frames(container, stream, info: VideoInfo, *, first: int, what: str) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) from an index at or before `first` on; index n is shown at n / fps.
+
+    Raises:
+        UserError: the frame at `first` cannot be decoded.
+    """
+    if _lacks_times(container, stream):
+        yield from _numbered_by_order(container, stream, info)
         return
-    container.seek(start + int(first / info.fps / base), stream=stream, backward=True)
-    for frame in container.decode(stream):
-        number = number + 1 if frame.pts is None else round((frame.pts - start) * base * info.fps)
-        yield number, frame
+    # The key frame before a frame does not suffice where frames refer across it (open GOPs), and some containers seek
+    # to a later one. Then the seek goes further back, at last to the start.
+    seconds, back = first / info.fps, 0.0
+    while True:
+        time = 0.0 if container.format.name in _SEEKLESS else max(0.0, seconds - back)
+        frames = _frames_from(container, stream, info, time=time, wanted=first)
+        head = next(frames, None)
+        if head is not None and head[0] <= first:
+            break
+        if not time:
+            if head is not None and head[0] > first + 1:
+                raise UserError(f"the video {what} has no frame that can be decoded at {seconds:g} s")
+            break
+        back = max(1.0, 2 * back)
+    if head is not None:
+        yield head
+        yield from frames
+
+
+def _frames_from(container, stream, info: VideoInfo, *, time: float, wanted: int) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) from the key frame before `time` on.
+
+    Nothing, if that key frame is later than index `wanted`. Frames shown before the key frame are left out: they refer
+    to frames before it.
+    """
+    base, number, key = float(stream.time_base), -1, None
+
+    def index_of(time_stamp: int) -> int:
+        return round((time_stamp * base - info.start) * info.fps)
+
+    decoder = _decoder_of(stream)
+    if time:
+        _seek(container, stream, round((info.start + time) / base))
+    else:
+        _rewind(container, stream)
+    for packet in container.demux(stream):
+        if key is None:
+            if not packet.is_keyframe:
+                continue
+            key = packet.pts
+            if time and key is not None and index_of(key) > wanted:
+                return
+        for frame in decoder.decode(packet):
+            if frame.pts is not None and key is not None and frame.pts < key:
+                continue
+            number = number + 1 if frame.pts is None else index_of(frame.pts)
+            yield number, frame
+
+
+def _decoder_of(stream) -> Any:
+    """The decoder of a stream. WebM keeps transparency beside the frames, where only libvpx looks for it."""
+    import av
+
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in _ALPHA_DECODERS:
+        return stream.codec_context
+    decoder = av.CodecContext.create(_ALPHA_DECODERS[stream.codec_context.name], "r")
+    decoder.extradata, decoder.thread_count = stream.codec_context.extradata, 1
+    return decoder
+
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+def _numbered_by_order(container, stream, info: VideoInfo) -> Iterator[tuple[int, Any]]:
+    """Yields (index, frame) of an AVI with B-frames.
+
+    AVI stores only the decoding order, and the time stamps that decoders derive are wrong. Frames arrive in display
+    order, so the n-th gets the index of the n-th packet. A seek would lose some, so all are decoded.
+    """
+    base, number = float(stream.time_base), -1
+    indices: deque[int] = deque()
+    _rewind(container, stream)
+    for packet in container.demux(stream):
+        if packet.size and packet.dts is not None:
+            indices.append(round((packet.dts * base - info.start) * info.fps))
+        for frame in packet.decode():
+            number = indices.popleft() if indices else number + 1
+            yield number, frame
+
+
+def timed_frames(container, stream, info: VideoInfo, what: str) -> Iterator[tuple[float, float, Any]]:
+    """Yields (start, end, frame) of all frames in display order, in seconds from the first on."""
+    base = float(stream.time_base)
+    for number, frame in numbered_frames(container, stream, info, first=0, what=what):
+        exact = frame.pts is not None and not _lacks_times(container, stream)
+        time = frame.pts * base - info.start if exact else number / info.fps
+        yield time, time + ((frame.duration or 0) * base or 1 / info.fps), frame
+
+
+def constant_rate(
+    times: Float[np.ndarray, "n"],  # noqa: F821
+    end: float,
+    rate: float,
+) -> tuple[Int[np.ndarray, " m"], float]:
+    """Finds a constant rate for frames that start at `times`, in seconds.
+
+    Args:
+        times: when each frame appears.
+        end: when the last one disappears.
+        rate: by the header.
+
+    Returns:
+        (indices of the frames to show, frames per second). All frames, once, where their times are those of a constant
+        rate; else the frame on screen at each time, at a rate with room for every frame where there is one.
+    """
+    times, count = np.maximum.accumulate(times - times[0]), len(times)
+    end = max(end, times[-1])
+    if count < 2 or not times[-1]:
+        return np.arange(count), rate
+    if np.abs(times * rate - np.arange(count)).max() <= _JITTER:
+        return np.arange(count), rate
+    fit = (count - 1) / times[-1]
+    if np.abs(times * fit - np.arange(count)).max() <= _JITTER:
+        return np.arange(count), float(fit)
+    steps = np.diff(times)
+    steps = steps[steps > 0]
+    usual = np.median(steps)
+    nominal = 1 / steps[np.abs(steps / usual - 1) <= 0.25].mean()
+    most = min(_MAX_RATE / nominal, _MAX_REPEATS * count / (end * nominal))
+    for fold in range(1, 1 + int(most)):
+        places = times * nominal * fold
+        if len(np.unique(np.round(places))) == count and np.abs(places - np.round(places)).max() <= _JITTER:
+            break
+    else:
+        fold = 1
+    rate = float(nominal * fold)
+    moments = np.arange(max(1, round(end * rate))) / rate
+    return np.searchsorted(times, moments + _JITTER / rate, side="right") - 1, rate
+
+
+_MAX_RATE, _MAX_REPEATS = 60, 8  # of resampled clips: frames per second, and times a frame is repeated on average
+_JITTER = 0.2  # frames: time stamps are rounded, often to milliseconds
 
 
 def frames_shown(stream, frame, info: VideoInfo) -> float:
@@ -139,15 +367,9 @@ def decode(container, stream, info: VideoInfo, *, start: float, frames: int, rat
     """Returns uint8 (T, H, W, 3), the frames shown at `frames` times, 1 / `rate` apart, from `start` seconds on."""
     wanted = shown_at(info, start=start, frames=frames, rate=rate)
     shown: list[np.ndarray] = []
-    size: dict[str, int] = {}  # if the stream changes its size, later frames are scaled to the first
+    pixels = Screen(stream, what)
     before, before_pixels, until = None, None, -1.0
-
-    def pixels(frame) -> np.ndarray:
-        if not size:
-            size.update(height=frame.height, width=frame.width)
-        return upright(frame, **size)
-
-    for number, frame in numbered_frames(container, stream, info, first=int(wanted[0])):
+    for number, frame in numbered_frames(container, stream, info, first=int(wanted[0]), what=what):
         frame_pixels = None
         # A variable rate skips indices: the previous frame is still shown.
         while len(shown) < len(wanted) and wanted[len(shown)] < number:

@@ -50,7 +50,7 @@ def open_folder(
     """Opens the records of a split.
 
     Args:
-        path: a folder, searched recursively, of files with a `.txt` of the same name beside each, or a `.json` with
+        path: a folder, searched recursively, of files with a `.txt` of the same name for each, or a `.json` with
             "caption"; or a table, whose file names are relative to its own folder.
         medium: kind of the files.
         split: "train" or "val".

@@ -1,12 +1,12 @@
 """Sets of latents: clips or images encoded by a stage's frozen models, which `lavie_jax.curation` computes once.
 
 A set is a folder with ArrayRecord shards for each frame size, `320x512/clips-00000.array_record`, `null_text.npy`, and
-a `manifest.json` that records the models. Besides its caption, a record has
+a `manifest.json` that records the models. In addition to its caption, a record has
 
     latents   float16 (T, h, w, 2 C): mean and standard deviation of the VAE's posterior of each frame, unscaled
     text      float16 (L, D): the caption's encoding by the text encoder
 
-The posterior is stored instead of a sample of it: training takes a new sample each time, as it does from pixels. The
+The posterior is stored instead of a sample, because training uses a new sample each time, as it does with pixels. The
 standard deviation is stored instead of its logarithm: rounding to float16 then changes a sample by at most one part in
 2048 of its mean and of its noise, and the range, 3e-7 to 22026, fits.
 """
@@ -27,7 +27,7 @@ from lavie_jax.data.records import VAL_FRACTION, Medium
 from lavie_jax.data.shards import ShardRecords
 from lavie_jax.data.sources import Item, first_readable
 from lavie_jax.data.video_files import ClipWindow, VideoInfo
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 
 MANIFEST, NULL_TEXT = "manifest.json", "null_text.npy"
 FORMAT = 1  # of the entry `latents` of a manifest
@@ -58,14 +58,15 @@ class LatentSet:
     made_from: str
 
 
-@functools.lru_cache(maxsize=16)  # a run opens the same one several times
+@functools.lru_cache(maxsize=16)  # a run opens the same set several times
 def open_set(path: str) -> LatentSet:
     """Opens the set in a folder.
 
     Raises:
-        UserError: there is none, it is incomplete, or it does not contain latents.
+        UserError: the set is missing or incomplete, or does not contain latents.
     """
-    folder = Path(path)
+    folder = user_path(path)
+    path = os.fspath(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"no finished set of latents in {path!r}: {MANIFEST} is missing. "
@@ -184,7 +185,9 @@ class LatentSource:
 
     def _item(self, record: LatentRecord, window: ClipWindow, place: float, rng: np.random.Generator) -> Item:
         if self.random_crop:
-            rng.random(2)  # of the crop of pixels: then the same captions are dropped, and the same frames used
+            rng.random(
+                2
+            )  # used for the crop of pixels: keeps dropped captions and windows equal to those of training on pixels
         info = VideoInfo(len(record.latents), self.fps)
         start = window.room(info) * place
         if start < 0:

@@ -6,7 +6,7 @@ the same motion at every resolution of one aspect ratio, and at every frame rate
 and 61 frames at 32 fps.
 
 Splits: `train` and `val` use the same (shape, colour, motion) combinations, `held_out` the one in eight that neither
-has, and `image_only` moves the shapes and colours that training has in images alone. Detectors of the attributes are in
+has, and `image_only` moves the shapes and colours that training has only in images. Detectors of the attributes are in
 `lavie_jax.evaluation.moving_shapes`.
 """
 
@@ -72,7 +72,7 @@ class Sample:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Mirrored into one wedge of 36 degrees beside the upward axis, every edge is the same straight line.
+    # Mirrored into one wedge of 36 degrees next to the upward axis, every edge is the same straight line.
     x, y = np.abs(x), -y
     cos, sin = np.float32(np.cos(np.pi / 5)), np.float32(np.sin(np.pi / 5))
     for side in (1, -1):

@@ -95,7 +95,7 @@ class Examples:
         example = {
             "caption": captions[0],
             "image_captions": captions[1:],
-            "skipped": [text for item in items for text in item.skipped],
+            "skipped": [skipped for item in items for skipped in item.skipped],
         }
         if self.encoded:
             texts = [item.text if keep else item.null_text for item, keep in zip(items, kept)]
@@ -139,8 +139,9 @@ def _in_thread(local: _LocalExamples, start: int) -> Iterator[dict]:
 
 
 def _ignore_ctrl_c(*_: int) -> None:
-    """Runs in each worker: Ctrl-C reaches the whole process group, but the run needs data until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Runs in each worker: signals reach the whole process group, but the run needs data until it has saved."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
@@ -261,7 +262,7 @@ def open_examples(config: DataConfig, *, batch_size: int) -> Examples:
     if config.split == "train":  # held-out clips may repeat within a batch
         _check_enough(config, source, batch_size)
     if isinstance(source, Buckets):
-        # A warning, so that a run shows what it compiles.
+        # a warning, so that it is shown by default
         logging.warning("buckets of split %s: %s; a program is compiled for each", config.split, source)
     return Examples(config, source, batch_size)
 
@@ -302,9 +303,9 @@ def batches(
         prefetch: number of batches that are prepared ahead.
 
     Returns:
-        An iterator of {`video` (B, T, H, W, 3) float32 in [-1, 1], `images` (B, M, H, W, 3) likewise, `tokens` (B, L)
-        int32, `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding adds bool
-        `token_mask` (B, L) and `image_token_mask` (B, M, L), True for real tokens. Sets of latents give float32
+        An iterator of {`video` (B, T, H, W, 3) uint8, `images` (B, M, H, W, 3) uint8, `tokens` (B, L) int32,
+        `image_tokens` (B, M, L) int32}, with B = the number of `rows`. A tokenizer with padding adds bool `token_mask`
+        (B, L) and `image_token_mask` (B, M, L), True for real tokens. Latents give float32
         `video_latents` (B, T, h, w, 2 C) and `text` (B, L, D) if T > 0, `image_latents` (B, M, h, w, 2 C) and
         `image_text` (B, M, L, D) if M > 0 (mean and standard deviation of posteriors, see `latents.py`). Closing it
         ends its thread and workers.
@@ -322,18 +323,18 @@ def batches(
 
 
 def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Generator[dict, None, None]:
-    """Passes batches through; logs changes of the mixture and skipped records, and limits their number."""
+    """Passes batches through. Logs changes of the mixture and skipped records, and limits the number of the latter."""
     seen: set[str] = set()
     shares: dict[str, float] = {}
     try:
         for step, batch in enumerate(raw, start_step):
             if shares != (now := mixture_weights(config, step)):
                 shares = now
-                # A warning, so that a run shows what it is trained on.
+                # a warning, so that it is shown by default
                 logging.warning("data from step %d: %s", step, ", ".join(f"{k} {v:.3g}" for k, v in shares.items()))
-            for text in (text for row in batch.pop("skipped") for text in row):
-                if text not in seen:
-                    seen.add(text)
+            for record, text in (skipped for row in batch.pop("skipped") for skipped in row):
+                if record not in seen:
+                    seen.add(record)
                     logging.warning("skipped record %d: %s", len(seen), text)
                 if len(seen) > config.max_unreadable:
                     raise UserError(
@@ -348,13 +349,16 @@ def _logged(raw: Iterator[dict], config: DataConfig, start_step: int) -> Generat
 def _arrays(
     raw: Generator[dict, None, None], ids: tokens.CachedTokens | None
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Converts pixels and latents to floats and captions to tokens: here, so that workers send bytes only."""
+    """Converts latents to floats and captions to tokens: here, so that workers send bytes only.
+
+    Pixels stay bytes on their way to the devices, which take a quarter of the bandwidth and memory of floats.
+    """
     try:
         for batch in raw:
             if "video" not in batch:  # latents, with encoded captions
                 yield {key: rows.astype(np.float32) for key, rows in batch.items() if isinstance(rows, np.ndarray)}
                 continue
-            out = {key: transforms.to_float(batch[key]) for key in ("video", "images")}
+            out = {key: batch[key] for key in ("video", "images")}
             if ids is not None:
                 count, images = batch["images"].shape[:2]
                 out["tokens"], mask = ids(batch["caption"])

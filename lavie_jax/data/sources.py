@@ -1,7 +1,7 @@
 """Data sources of clips and images: Moving Shapes, or records on disk.
 
-A source has `video(index, rng)` and `image(index, rng)`, which return uint8 pixels and a caption. They depend on their
-arguments alone, so that any process can compute any example. `len` is the number of different videos; an index may
+A source has `video(index, rng)` and `image(index, rng)`, which return uint8 pixels and a caption. They depend only
+on their arguments, so that any process can compute any example. `len` is the number of different videos; an index may
 exceed it.
 """
 
@@ -19,26 +19,34 @@ from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data.display import UnusableVideo, picture_pixels
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
 from lavie_jax.data.tars import TarRecords
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_location
 
 KINDS = ("video_folder", "array_record", "tfds", "webdataset")  # of records
-ATTEMPTS = 8  # records in a row that may be unreadable
+ATTEMPTS = 8  # to read a record: after as many unreadable ones in a row, the run stops
 _ENDLESS = 2**40
 
 
+class Skipped(NamedTuple):
+    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+
+    record: str
+    error: str
+
+
 class Item(NamedTuple):
-    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and errors of records skipped for it.
+    """A clip's `pixels` uint8 (T, H, W, 3), or an image's (H, W, 3), its caption, and the records skipped before it.
 
     Sets of latents have float16 (T, h, w, 2 C) instead of pixels, and encoded captions (L, D): see `latents.py`.
     """
 
     pixels: UInt8[np.ndarray, "*t h w 3"] | Float16[np.ndarray, "*t h w c"]
     caption: str
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     text: Float16[np.ndarray, "l d"] | None = None
     null_text: Float16[np.ndarray, "l d"] | None = None  # replaces `text` when the caption is dropped
 
@@ -70,8 +78,8 @@ class MovingShapes:
         images_from_clips: fraction of the images that are frames of clips.
         height: of the patch that is returned.
         width: of the patch that is returned.
-        whole: (height, width) of the frame that is rendered, if larger than the patch.
-        drop: probability that a caption omits the size, and that it omits the background.
+        whole: (height, width) of the rendered frame, if it is larger than the patch.
+        drop: probability that a caption omits the size, and likewise the background.
         seed: selects a disjoint range of indices.
     """
 
@@ -127,11 +135,11 @@ class MovingShapes:
 
 
 def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
-    """Decodes an image as a clip of one frame, rotated as its Exif data asks."""
+    """Decodes an image as a clip of one frame, as it is shown: see `display.picture_pixels`."""
     content = io.BytesIO(record.content) if isinstance(record.content, bytes) else record.content
     try:
         with Image.open(content) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[None]
+            return picture_pixels(ImageOps.exif_transpose(picture))[None]
     except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
 
@@ -195,26 +203,29 @@ def first_readable(records: Any, index: int, read: Callable[[Any], Item], *, kin
         records: a random-access sequence of what `read` takes.
         index: position in the shuffled order; epochs follow one another.
         read: decodes a record; raises UserError for one to skip.
-        kind: with `seed`, the key of the shuffle.
-        seed: with `kind`, the key of the shuffle.
+        kind: keys the shuffle, together with `seed`.
+        seed: keys the shuffle, together with `kind`.
 
     Raises:
         UserError: `ATTEMPTS` records in a row cannot be read.
     """
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     for attempt in range(ATTEMPTS):
-        epoch, place = divmod(index + attempt, len(records))
+        epoch, position = divmod(index + attempt, len(records))
+        name = ""
         try:
-            item = read(records[int(_epoch_order(len(records), kind, seed, epoch)[place])])
-        except UserError as error:
-            skipped.append(str(error))
+            record = records[int(_epoch_order(len(records), kind, seed, epoch)[position])]
+            name = record.name
+            item = read(record)
+        except (UserError, RecursionError) as error:  # JSON nested too deep
+            skipped.append(Skipped(name or str(error), str(error)))
             continue
         return item._replace(skipped=tuple(skipped))
-    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1]}")
+    raise UserError(f"{ATTEMPTS} records in a row cannot be read; the last: {skipped[-1].error}")
 
 
 def permutation(count: int, *key: object) -> Int[np.ndarray, "count"]:  # noqa: F821
-    """The numbers 0 to `count` - 1 in an order that depends on `key` alone."""
+    """Returns the numbers 0 to `count` - 1 in an order that depends only on `key`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).permutation(count)
 
@@ -245,6 +256,7 @@ def open_records(
     """
     if kind not in KINDS:
         raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
+    path = user_location(path)
     options = {"medium": medium, "split": split, "val_fraction": val_fraction}
     if kind == "array_record":
         return ShardRecords(path, **options)
@@ -256,10 +268,12 @@ def open_records(
     def long_enough(clip: Path) -> None:
         try:
             info = video_files.video_info(clip)
+        except UnusableVideo as error:
+            raise UserError(f"are {error.reason}: {error}") from error
         except UserError as error:
             raise UserError(f"cannot be read: {error}") from error
         if window.room(info) < 0:
             raise UserError(f"are shorter than {window}: {os.fspath(clip)!r}")
 
-    # Headers of separate files are read now, those of clips in shards when the clips are used.
+    # Headers of separate files are read now, headers of clips in shards when the clips are used.
     return open_folder(path, **options, check=long_enough if medium == "video" else None)

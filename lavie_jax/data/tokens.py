@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_LENGTH = 77  # for tokenizer folders without a length
@@ -77,14 +77,14 @@ def load_tokenizer(folder: str | Path):
     Raises:
         UserError: files are missing or cannot be read.
     """
-    folder = Path(folder)
-    # Without its files, CLIPTokenizer is silently empty.
+    folder = user_path(folder)
+    # Without these files, CLIPTokenizer silently has an empty vocabulary.
     if not (folder / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:
             raise UserError(f"no CLIP tokenizer in {os.fspath(folder)!r}: no {' and no '.join(missing)}")
     # Not AutoTokenizer, which imports torch. Imported here, so that the pipeline's workers load neither.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it warns that PyTorch is missing
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # otherwise transformers warns that PyTorch is missing
     from transformers import CLIPTokenizer
 
     try:
@@ -100,7 +100,7 @@ def context_length(tokenizer) -> int:
 
 
 def known_words(tokenizer) -> tuple[str, ...] | None:
-    """The words of a small tokenizer; None for one without a list of words."""
+    """Returns the words of a small tokenizer; None for a tokenizer without a list of words."""
     words = tokenizer.init_kwargs.get("words")
     return None if words is None else tuple(words)
 
@@ -136,7 +136,7 @@ def uses_mask(tokenizer) -> bool:
 def tokenize_with_mask(
     tokenizer, texts: Sequence[str]
 ) -> tuple[Int32[np.ndarray, "n l"], Bool[np.ndarray, "n l"] | None]:
-    """Token ids as of `tokenize`, and True for every token that is not padding; the mask is None for CLIP."""
+    """Returns the token ids of `tokenize`, and a mask that is True for real tokens; the mask is None for CLIP."""
     masked, length = uses_mask(tokenizer), context_length(tokenizer)
     if not texts:
         return np.zeros((0, length), np.int32), np.zeros((0, length), bool) if masked else None

@@ -5,7 +5,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 USUAL_FPS = 24.0
-CAMERA_REACH = 1 / 8  # of the shorter side: how far a hand-held camera moves
+CAMERA_REACH = 1 / 8  # fraction of the shorter side over which a hand-held camera moves
 CAMERA_RATES = 0.2, 1.0  # Hz, slowest and fastest
 
 
@@ -17,7 +17,7 @@ def resize_crop(
     rng: np.random.Generator | None,
     whole: tuple[int, int] = (0, 0),
 ) -> UInt8[np.ndarray, "t height width 3"]:
-    """Scales frames to cover both (height, width) and `whole`, and crops all of them alike to (height, width).
+    """Scales frames to cover both (height, width) and `whole`, and crops all of them equally to (height, width).
 
     The crop is chosen by `rng`; None takes the centre. Frames are never mirrored, as captions contain left and right.
     """

@@ -9,27 +9,33 @@ import os
 import textwrap
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.data.decoding import (
+    MAX_FPS as MAX_FPS,
+)
+from lavie_jax.data.decoding import (
     ClipWindow,
     VideoInfo,
+    constant_rate,
     decode,
     frames_shown,
     info_of,
     label_of,
     numbered_frames,
     opened,
+    timed_frames,
     too_short,
-    upright,
 )
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
+from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
 NPZ_FPS = 8.0  # of an .npz without a rate
@@ -69,16 +75,25 @@ def encode(
     `options` are libx264's, e.g. {"crf": "18"}. The same frames give the same bytes on every machine.
     """
     import av  # PyAV is needed only to read or write video files
+    from av.video.reformatter import Interpolation
 
+    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
     count = 0
     with av.open(os.fspath(path), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(65535)
         stream = container.add_stream("libx264", rate=rate, options={**SAME_EVERYWHERE, **options})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1  # for the same reason as SAME_EVERYWHERE
+        # Untagged, players would guess: BT.601 for small videos, BT.709 for large ones.
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+        colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED, "src_color_range": FULL}
         for frame in frames:
             count += 1
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", interpolation=exact, threads=1, **colours)
+            for packet in stream.encode(yuv):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -96,7 +111,7 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
         raise UserError(f"fps must be above 0; given {fps}")
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 needs frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
-    path = Path(path)
+    path = user_path(path)
     with finished(path) as temporary:
         encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"})
     return path
@@ -155,9 +170,21 @@ def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str,
 
 
 def video_info(source: str | Path | bytes, *, name: str = "") -> VideoInfo:
-    """Length and rate from the container's header, without decoding; `name` is for messages about bytes."""
+    """Length and rate of what can be shown; `name` is for messages about bytes.
+
+    Nothing is decoded, but the first frame where only frames contain whether they are interlaced.
+
+    Raises:
+        UserError: the file cannot be read, or is HDR or interlaced.
+    """
+    what = label_of(source, name)
     with opened(source, name) as (container, stream):
-        return info_of(container, stream, label_of(source, name))
+        info = info_of(container, stream, what)
+        if not declares_field_order(stream):
+            for _, frame in numbered_frames(container, stream, info, first=0, what=what):
+                check_frame(frame, what)
+                break
+        return info
 
 
 def read_window(
@@ -197,18 +224,14 @@ def read_video(
         return decode(container, stream, info, start=start, frames=frames, rate=rate, what=label_of(path, ""))
 
 
-def stored_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a video file as stored, before the rotation in its metadata."""
-    with opened(path) as (_, stream):
-        return stream.height, stream.width
-
-
 def shown_size(source: str | Path | bytes, *, name: str = "") -> tuple[int, int]:
     """(height, width) of a video as shown, from its first frame: the header does not contain the rotation."""
+    what = label_of(source, name)
     with opened(source, name) as (container, stream):
+        check_header(stream, what)
         for frame in container.decode(stream):
-            return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
-    raise UserError(f"the video {label_of(source, name)} has no frames")
+            return Screen(stream, what).shown_size(frame)
+    raise UserError(f"the video {what} has no frames")
 
 
 def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -222,60 +245,77 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
     what = label_of(path, "")
     with opened(path) as (container, stream):
         info = info_of(container, stream, what)
-        size: dict[str, int] = {}
+        pixels_of = Screen(stream, what, shorter_side=shorter_side)
         due, until, before = first, 0, None
-        for number, frame in numbered_frames(container, stream, info, first=first):
-            if not size:
-                zoom = min(1.0, shorter_side / min(frame.height, frame.width)) if shorter_side else 1.0
-                size = {"height": round(frame.height * zoom), "width": round(frame.width * zoom)}
+        for number, frame in numbered_frames(container, stream, info, first=first, what=what):
             if number > 2 * info.frames + 100:  # damaged time stamps would repeat one frame for hours
                 raise UserError(f"the video {what} has a frame at {number / info.fps:g} s, beyond its end")
             if before is not None and due < number:
-                pixels = upright(before, **size)
+                pixels = pixels_of(before)
                 for _ in range(due, number):  # shown until the next frame
                     yield pixels
                 due = number
             # Of several frames at one index, the last is shown.
             before, until = frame, number + max(1, round(frames_shown(stream, frame, info)))
         if before is not None and due < until:
-            pixels = upright(before, **size)
+            pixels = pixels_of(before)
             for _ in range(due, until):
                 yield pixels
 
 
-def read_clip(path: str | Path, *, max_bytes: float = math.inf) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
+def read_clip(
+    path: str | Path, *, max_bytes: float = math.inf, warn: Callable[[str], None] = logging.warning
+) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
     """Returns (all frames, frames per second) of a video file, or of an .npz with the arrays that `save_as` writes.
 
     They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is NPZ_FPS.
 
-    All frames are decoded, whatever their number in the header.
+    Varying frame times are resampled to one rate, so that each moment shows what the file shows then.
+
+    Args:
+        path: the file.
+        max_bytes: memory for the frames.
+        warn: is called with a line about each thing that is lost: sound, frames that are shown too briefly.
 
     Raises:
-        UserError: it is not a video, has no frames or no rate, or needs more than `max_bytes`.
+        UserError: it is not a video, has no frames or no rate, is HDR or interlaced, or needs more than `max_bytes`.
     """
+    path = user_path(path)
     name = os.fspath(path)
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f"the video {name!r} does not exist")
-    if Path(path).suffix.lower() == ".npz":
+    if path.suffix.lower() == ".npz":
         return _read_npz(path, max_bytes)
-    frames, size = [], {}
+    frames, times, ends = [], [], []
     with opened(path) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        for frame in container.decode(stream):
-            size = size or {"height": frame.height, "width": frame.width}
-            frames.append(upright(frame, **size))
-            if len(frames) * frames[0].nbytes > max_bytes:
-                height, width = frames[0].shape[:2]
-                seconds = max(1, int(len(frames) / 2 / (rate or 24)))
+        info = info_of(container, stream, repr(name))
+
+        def check_memory(count: int) -> None:
+            height, width = frames[0].shape[:2]
+            if count * frames[0].nbytes > max_bytes:
+                seconds = max(1, int(max_bytes / frames[0].nbytes / 2 / info.fps))
                 raise UserError(
-                    f"the video {name!r} has more frames of {height}x{width} than fit into memory, {len(frames)}. "
+                    f"the video {name!r} has more frames of {height}x{width} than fit into memory, {count}. "
                     f"Split it: ffmpeg -i {name} -f segment -segment_time {seconds} -reset_timestamps 1 part-%03d.mp4"
                 )
-    if not frames:
-        raise UserError(f"the video {name!r} has no frames")
-    if not rate > 0:
-        raise UserError(f"the video {name!r} does not contain its frame rate")
-    return np.stack(frames), rate
+
+        pixels_of = Screen(stream, repr(name))
+        for time, end, frame in timed_frames(container, stream, info, repr(name)):
+            frames.append(pixels_of(frame))
+            times.append(time)
+            ends.append(end)
+            check_memory(len(frames))
+        if not frames:
+            raise UserError(f"the video {name!r} has no frames")
+        if container.streams.audio:
+            warn(f"the sound of {name!r} is not kept")
+        shown, rate = constant_rate(np.array(times), ends[-1], info.fps)
+        check_memory(len(shown))
+    if not np.array_equal(shown, np.arange(len(frames))):
+        lost = len(frames) - len(np.unique(shown))
+        note = f"; {lost} of its {len(frames)} frames are shown too briefly and are left out" if lost else ""
+        warn(f"the frame times of {name!r} vary: it is shown as {len(shown)} frames at {rate:g} fps{note}")
+    return np.stack([frames[i] for i in shown]), rate
 
 
 def _read_npz(path: str | Path, max_bytes: float) -> tuple[np.ndarray, float]:

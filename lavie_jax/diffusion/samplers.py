@@ -19,7 +19,8 @@ A sampler never calls the network. It states the network's input and consumes th
 
 `i` counts network evaluations. The state is a small dict of arrays and `update` is a pure function, so a chain can be
 scanned with a traced `i`, or saved to disk between any two evaluations and resumed. Noise levels are written as
-abar = alpha^2 = 1 - sigma^2 (`schedule.py`); the chain's timesteps come from `spacing.py`.
+abar = alpha^2 = 1 - sigma^2 (`schedule.py`); the chain's timesteps come from `spacing.py`, and `make_sampler` from
+`making.py`.
 
 Coefficients are computed in float64 on the host (except DDPM's, see there) and applied in float32.
 """
@@ -32,20 +33,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from lavie_jax.diffusion.schedule import Schedule, split_prediction
-from lavie_jax.diffusion.spacing import SPACINGS, spaced_timesteps
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.diffusion.spacing import spaced_timesteps
 
 State = dict[str, Array | np.ndarray]
 Denoise = Callable[[ArrayLike, ArrayLike], Array]
-
-# A chain starts from pure noise, although x_t at its first timestep holds alpha_t x0. abar there may exceed that of the
-# last timestep by this much before make_sampler warns. Stable Diffusion's last timestep has 0.005 (arXiv 2305.08891).
-MAX_EXCESS_SIGNAL = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +55,7 @@ class Sampler:
         leading_offset: the offset of "leading" spacing.
         fractional: whether the network is evaluated at fractional timesteps.
         needs_noise: whether `update` takes fresh noise.
+        state_arrays: number of arrays in the state, each in the shape of x.
     """
 
     steps: int
@@ -69,6 +65,7 @@ class Sampler:
     leading_offset: ClassVar[int] = 0
     fractional: ClassVar[bool] = False
     needs_noise: ClassVar[bool] = False
+    state_arrays: ClassVar[int] = 1
 
     @property
     def evaluations(self) -> int:
@@ -273,6 +270,7 @@ class Heun(Euler):
     """
 
     default_spacing = "quadratic"
+    state_arrays = 3
 
     @property
     def evaluations(self) -> int:
@@ -312,6 +310,7 @@ class DPMSolver2M(Sampler):
     """
 
     default_spacing = "quadratic"
+    state_arrays = 2
 
     def init(self, noise):
         state = super().init(noise)
@@ -353,6 +352,8 @@ class UniPC(DPMSolver2M):
     estimate: rho_1 = 0 and rho_2 = 1/2 (UniC-1). The state keeps the corrected x_t and the last two estimates.
     """
 
+    state_arrays = 4
+
     def init(self, noise):
         state = super().init(noise)
         return {**state, "start": jnp.zeros_like(state["x"]), "previous_x0": jnp.zeros_like(state["x"])}
@@ -387,49 +388,6 @@ class UniPC(DPMSolver2M):
         )
 
 
-_SAMPLERS = {
-    "ddpm": DDPM,
-    "ddim": DDIM,
-    "euler": Euler,
-    "respaced_ddim": RespacedDDIM,
-    "heun": Heun,
-    "dpm++2m": DPMSolver2M,
-    "unipc": UniPC,
-}
-SAMPLERS = tuple(_SAMPLERS)
-
-
-def make_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None = None) -> Sampler:
-    """Returns the sampler called `name`, one of `SAMPLERS`.
-
-    Logs a warning if the chain starts far from the noisy end of the schedule.
-
-    Args:
-        name: one of `SAMPLERS`.
-        steps: number of steps; a step is one network evaluation, with heun two.
-        schedule: the schedule that the network was trained with.
-        spacing: one of `SPACINGS`; None is the sampler's own.
-
-    Raises:
-        UserError: an unknown name or spacing, a spacing that the sampler cannot take, or a number of steps that the
-            schedule or the sampler cannot do.
-    """
-    if name not in _SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}{suggest(name, SAMPLERS)}")
-    if not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
-        raise UserError(f"steps must be a whole number from 1 to {schedule.steps}, not {steps!r}")
-    kind = _SAMPLERS[name]
-    spacing = kind.default_spacing if spacing is None else spacing
-    if spacing not in SPACINGS:
-        raise UserError(f"unknown timestep spacing {spacing!r}{suggest(spacing, SPACINGS)}")
-    if spacing == "karras" and not kind.fractional:
-        takers = ", ".join(other for other in SAMPLERS if _SAMPLERS[other].fractional)
-        raise UserError(f"spacing 'karras' needs a sampler with fractional timesteps ({takers}), not {name}")
-    sampler = kind(steps, schedule, spacing)
-    _check_start(name, sampler)
-    return sampler
-
-
 def sample(
     sampler: Sampler,
     denoise: Denoise,
@@ -449,44 +407,6 @@ def sample(
         prediction = denoise(*sampler.model_input(state, i))
         state = sampler.update(state, i, prediction, noise_at(i) if sampler.needs_noise else None)
     return state["x"]
-
-
-def _starts_noisy(sampler: Sampler) -> bool:
-    """Whether the first timestep is in the noisy half of the schedule."""
-    return bool(sampler.step_timesteps[0] >= (sampler.schedule.steps - 1) / 2)
-
-
-def _excess_signal(sampler: Sampler) -> float:
-    """The signal's share of the variance at the first timestep, less that at the schedule's last."""
-    return float(sampler.levels[0] - sampler.schedule.alphas_cumprod[-1])
-
-
-def _check_start(name: str, sampler: Sampler) -> None:
-    """Refuses chains that return their own noise, and warns of those that start far below the last timestep."""
-    steps, schedule, first = sampler.steps, sampler.schedule, sampler.step_timesteps[0]
-    if not _starts_noisy(sampler):
-        longer = (dataclasses.replace(sampler, steps=n) for n in range(steps + 1, schedule.steps + 1))
-        least = next(other.steps for other in longer if _starts_noisy(other))
-        able = [n for n, kind in _SAMPLERS.items() if _starts_noisy(kind(steps, schedule, kind.default_spacing))]
-        raise UserError(
-            f"{name} cannot sample in {steps} step{'s' * (steps > 1)}: with {sampler.spacing!r} spacing it starts at "
-            f"timestep {first}, almost without noise, and would return noise. Use at least {least} steps, or a sampler "
-            f"that can: {', '.join(able)}"
-        )
-    if _excess_signal(sampler) > MAX_EXCESS_SIGNAL:
-        others = (dataclasses.replace(sampler, steps=n) for n in range(1, schedule.steps + 1))
-        good = [other.steps for other in others if _starts_noisy(other) and _excess_signal(other) <= MAX_EXCESS_SIGNAL]
-        nearest = min(good, key=lambda n: abs(n - steps))
-        _warn_once(
-            f"{name} with {steps} steps and {sampler.spacing!r} spacing starts at timestep {first} of "
-            f"{schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be signal but all of it is noise. "
-            f"{nearest} steps, or another sampler or spacing, start closer to the last timestep."
-        )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logging.warning("%s", message)
 
 
 def _at(i: int | Array, *tables: np.ndarray, dtype: DTypeLike = np.float32) -> tuple[ArrayLike, ...]:

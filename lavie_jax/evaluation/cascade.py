@@ -3,10 +3,10 @@
     python -m lavie_jax.evaluation.cascade --interpolation-weights DIR --vsr-weights DIR [--clips 16] [--json FILE]
 
 Interpolation generates 61 frames at 32 fps from every 4th of them, and 17 frames at 8 fps, with four times the motion
-per frame. The frames in between are compared, all passed through the stage's VAE: the model's, repeated key frames,
-linearly blended key frames, and the true frames, which are the upper bound. Super-resolution generates 256x256 frames
-from the means of 4x4 squares. Compared are the model, the model in LaVie's chunks of 8 frames, the model without its
-temporal layers, bicubic enlargement, and the true frames passed through the VAE.
+per frame. The frames in between are compared: the model's, repeated key frames, linearly blended key frames, and the
+true frames, which are the upper bound, all passed through the stage's VAE. Super-resolution generates 256x256 frames
+from the means of 4x4 squares. Its methods are the model, the model in LaVie's chunks of 8 frames, the model without
+its temporal layers, bicubic enlargement, and the true frames passed through the VAE.
 
 Uses clips 0, 1, ... of a split (`--split`, held_out by default), skipping those without motion. Clip i has seed
 `--seed` + i. The default weights are the shipped models.
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from einops import reduce
@@ -161,7 +160,7 @@ def compare(
     degrade: Callable[[Output], Clip],
     measure: Callable[[Clip, Clip], dict[str, float]],
 ) -> Table:
-    """Measures what each method makes of degraded clips, against the originals.
+    """Compares each method's output for degraded clips with the original clips.
 
     Args:
         degrade: computes a method's input from the true clip.
@@ -226,10 +225,10 @@ def _measure(args: argparse.Namespace, stages: Sequence[str]) -> dict:
     folders = {**cascade.stage_folders(), **{stage: folder for stage, folder in named.items() if folder}}
     for stage in stages:
         if stage not in folders:
-            raise UserError(f"no {stage} model is shipped: name a weights folder with --{stage}-weights")
+            raise UserError(f"no {stage} model is shipped: give a weights folder with --{stage}-weights")
     for stage in stages:
         logging.info("stage %s", stage)
-        pipe = cascade.load(folders={stage: folders[stage]}, devices=jax.local_devices())
+        pipe = cascade.load(folders={stage: folders[stage]})
         sampling, factor = pipe.weights[stage].sampling, pipe.weights[stage].vae.config.factor
         side = {name: sampling[name] - sampling[name] % (SCALE * factor) for name in ("height", "width")}
         lengths = {stage: (args.vsr_frames, sampling["fps"])}

@@ -10,7 +10,7 @@ Clip = UInt8[np.ndarray, "t h w 3"]
 
 
 def psnr(clip: Clip, true: Clip, where: Bool[np.ndarray, "t h w"] | None = None) -> float:
-    """Returns the peak signal-to-noise ratio in dB over all pixels, or those in `where`; inf if there is no error."""
+    """Returns the peak signal-to-noise ratio in dB over all pixels, or those in `where`; inf if they are equal."""
     error = np.square(clip.astype(np.float32) - true)
     mean = float((error if where is None else error[where]).mean())
     return float(10 * np.log10(255.0**2 / mean)) if mean else float("inf")

@@ -4,7 +4,7 @@
     python -m lavie_jax.evaluation.moving_shapes --truth                # the detectors, on true clips
     python -m lavie_jax.evaluation.moving_shapes --weights DIR --vae    # true clips reconstructed by DIR's VAE
 
-Captions are the full ones (with size and background) of clips 0, 1, ... of a split. Sample i has seed `--seed` + i.
+Captions are those of clips 0, 1, ... of a split, with size and background. Sample i has seed `--seed` + i.
 Splits: `val` (combinations seen in training), `held_out`, `image_only`, `image` (single images).
 """
 
@@ -75,7 +75,7 @@ def mistakes(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -
     table = {}
     for row, name in ROWS.items():
         pairs = [(getattr(d, name), getattr(a, name)) for d, a in zip(detected, attributes)]
-        wrong = Counter(f"{found}, not {right}" for found, right in pairs if found != right and right is not None)
+        wrong = Counter(f"{shown}, not {right}" for shown, right in pairs if shown != right and right is not None)
         table[row] = dict(wrong.most_common())
     return table
 

@@ -5,8 +5,8 @@
 The caption determines an attribute at the noise levels where x_t does not. The table has these columns, measured on
 true images and clips of `val`, with the same noise in all columns:
 
-    still, clip       mean squared error of the prediction for images and clips, with the true captions
-    least             lower bound of `still`: the error of the optimal prediction, see `least_loss`
+    image, clip       mean squared error of the prediction for images and clips, with the true captions
+    least             lower bound of `image`: the error of the optimal prediction, see `least_loss`
     colour, shape...  increase of the error of clips when this word of their captions is replaced by another;
                       0 = the model ignores it at this level
 """
@@ -53,7 +53,7 @@ Row = dict[str, float]
 
 
 def measure(model: StageModel, *, count: int, seed: int) -> dict[int, Row]:
-    """Returns {t: {"still", "least", "clip", and one entry per word of `WORDS`}}, means over `count` samples."""
+    """Returns {t: {"image", "least", "clip", and one entry per word of `WORDS`}}, means over `count` samples."""
     images = true_samples("image", count, model.weights.sampling)
     clips = true_samples("val", count, model.weights.sampling)
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def measure(model: StageModel, *, count: int, seed: int) -> dict[int, Row]:
     for t in tqdm(LEVELS, "levels", unit="level"):
         clip = loss(model, clip_x0, clip_eps, t, true_text, images=False)
         rows[t] = {
-            "still": loss(model, image_x0, image_eps, t, image_text, images=True),
+            "image": loss(model, image_x0, image_eps, t, image_text, images=True),
             "least": float(np.mean([least_loss(schedule, t, *args) for args in zip(image_x0, image_eps, candidates)])),
             "clip": clip,
         }

@@ -8,8 +8,9 @@ import itertools
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from einops import einsum, rearrange
+from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -100,7 +101,7 @@ class MotionEmbedding(nn.Module):
 
     Attention with relative positions cannot tell apart frames that look alike, and at high noise levels, where the
     motion of a clip is decided, all frames do. A word such as "left" determines a position only together with the
-    time; no two of the three factors carry information alone, so a network of sums gets no gradient at first. Hence
+    time; no two of the three factors carry information, so a network of sums gets no gradient at first. Hence
     the product. AnimateDiff (arXiv 2307.04725) and Stable Video Diffusion (arXiv 2311.15127) number the frames, video
     transformers their positions too (Latte, arXiv 2401.03048); LaVie does neither. Every axis runs from 0 to `SPAN`
     whatever its length, so that what was learned on short or small clips carries over to longer and larger ones.
@@ -137,7 +138,7 @@ class CaptionEmbedding(nn.Module):
 
     Every residual block scales and shifts its features by it, as class-conditional diffusion models do with their
     class (arXiv 2105.05233, sec. 3). The outline of a shape is a product of the caption and the position within the
-    shape, which cross-attention alone takes long to find.
+    shape, which cross-attention takes long to learn.
     """
 
     dtype: DTypeLike
@@ -173,9 +174,9 @@ def conditions_around(
 class KeyFrameEmbedding(nn.Module):
     """Embeds the key frames on both sides of each frame: (B, T, H, W, C_in) -> (B, T, H, W, features).
 
-    The interpolation stage gives each frame its nearest key frame; the other one reaches it through temporal attention
-    alone, which is spatially coarse and takes long to learn where to look. With both, and the position between them
-    from which of `BETWEEN_KEYS` are equal, interpolation becomes a matter of convolutions.
+    The interpolation stage gives each frame its nearest key frame; the other one reaches it only through
+    temporal attention, which is spatially coarse and takes long to learn where to look. With both, and the position
+    between them from which of `BETWEEN_KEYS` are equal, interpolation becomes a matter of convolutions.
     """
 
     dtype: DTypeLike
@@ -187,13 +188,14 @@ class KeyFrameEmbedding(nn.Module):
 
 
 class ConditionSkip(nn.Module):
-    """A linear prediction from x_t and the condition beside it: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
+    """A linear prediction from x_t and its condition: (B, F, H, W, C_in) -> (B, F, H, W, C_out).
 
     Key frames, or low-resolution frames, determine most of the output, but norms and gates pass an image through only
     approximately, which shows in plain backgrounds. So the network starts from this map and adds a correction. The map
     depends on the noise level, since the share of x0 in a v-prediction grows with the noise. EDM (arXiv 2206.00364,
-    sec. 5) has such a path for x_t alone. Computed in float32 whatever the dtype of the network. It reads x_t at each
-    pixel, and the condition in the neighborhood that `conditions_around` gathers.
+    sec. 5) has such a path for x_t only. The map is applied in float32 whatever the dtype of the network; its weights
+    have the dtype of all parameters, bfloat16 when an accelerator samples. It reads x_t at each pixel, and the
+    condition in the neighborhood that `conditions_around` gathers.
     """
 
     frames: tuple[int, ...] = (0,)
@@ -207,6 +209,8 @@ class ConditionSkip(nn.Module):
         around = conditions_around(x, features, frames=self.frames, reach=self.reach)
         around = around / (2 * self.reach + 1)  # neighbors are correlated, and Adam moves all their weights together
         inputs = jnp.concatenate([x[..., :features], around], axis=-1)
-        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix")
+        # In full precision, which TPUs leave only on request. The map is a small part of the network's products.
+        exact = {"precision": jax.lax.Precision.HIGHEST}
+        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix", **exact)
         matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
-        return einsum(inputs, matrix, "b f h w c, b f c d -> b f h w d")
+        return jnp.einsum("bfhwc,bfcd->bfhwd", inputs, matrix, **exact)

@@ -8,7 +8,7 @@ compute the same function and differ in memory and speed:
 * `blockwise`    online softmax over blocks of keys (arXiv 2112.05682); holds one block of scores at a time.
 * `flash`        the Pallas TPU kernel; requires sequence lengths that are multiples of 128, and no bias. On several
                  devices, call it with their mesh as the context (`jax.set_mesh`) or inside a `shard_map`.
-* `auto`         `flash` on a TPU where it fits, `blockwise` where the scores would be large, else `xla`.
+* `auto`         `flash` on a TPU where it fits, `blockwise` where a device's scores would be large, else `xla`.
 
 This module also has the rotary position embedding and the T5-style relative position bias of temporal attention.
 """
@@ -22,11 +22,11 @@ from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from lavie_jax.models.placement import HEADS_AXIS, batch_axes, can_place
+from lavie_jax.models.placement import HEADS_AXIS, batch_axes, can_place, rows_per_device
 
 KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
 FLASH_BLOCK = 128  # smallest block of the Pallas kernel, which rejects lengths that are not multiples of it
-LARGE_SCORES = 2**30  # bytes of float32 scores above which `auto` does not materialize them
+LARGE_SCORES = 2**30  # bytes of a device's float32 scores above which `auto` does not materialize them
 CPU_LOOP = 256  # tokens from which the `xla` kernel processes one head at a time on a CPU
 MOVES_ALONE = "moves_alone"  # name scope of products that only move data, which FLOP counts leave out
 BLOCK = 1024  # queries and keys per block in the blockwise kernel
@@ -88,7 +88,8 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
         return "xla"
     if _platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and can_place(batch):
         return "flash"
-    return "blockwise" if 4 * batch * heads * sq * sk > LARGE_SCORES else "xla"
+    # Shapes are global here, but a device materializes the scores of its own rows.
+    return "blockwise" if 4 * rows_per_device(batch) * heads * sq * sk > LARGE_SCORES else "xla"
 
 
 def _platform() -> str:

@@ -54,7 +54,7 @@ class GroupNorm(nn.Module):
     """Group normalization of (..., H, W, C), in float32.
 
     With `frames`, the input is (B, T+M, H, W, C). The statistics are computed over all frames of the video together, as
-    in the original, and over each image alone; in the original, images are part of the video's statistics. Without
+    in the original, and over each image separately; in the original, images are part of the video's statistics. Without
     `frames`, every image has its own statistics.
     """
 

@@ -22,7 +22,17 @@ def can_place(rows: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    return rows % math.prod(mesh.shape[axis] for axis in batch_axes(mesh)) == 0
+    return rows % _ways(mesh) == 0
+
+
+def rows_per_device(rows: int) -> int:
+    """Returns how many of a batch's rows each device has: all of them where they are not known to be divided."""
+    ways = _ways(jax.sharding.get_abstract_mesh())
+    return rows if rows % ways else rows // ways
+
+
+def _ways(mesh: AbstractMesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def split_by_rows(x: Array) -> Array:
@@ -33,8 +43,7 @@ def split_by_rows(x: Array) -> Array:
     With the inputs and outputs of every product sharded by batch, it gathers the weights instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = batch_axes(mesh)
-    ways = math.prod(mesh.shape[axis] for axis in axes)
+    axes, ways = batch_axes(mesh), _ways(mesh)
     if ways == 1 or x.shape[0] % ways:
         return x
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)  # whatever `tensor` shards

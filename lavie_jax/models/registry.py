@@ -1,8 +1,8 @@
 """The networks of the code base: one row for each, with its config, its module and example inputs.
 
-Whatever needs a network, its parameters' shapes or the type of its config asks here, so that a second text encoder
-or autoencoder is one more row of `NETWORKS`. A weights folder has one network for each of its parts (`PARTS`); the
-first row of a part is its default, which a folder need not name.
+All code that needs a network, the shapes of its parameters or the type of its config uses this registry, so adding a
+text encoder or an autoencoder takes one row of `NETWORKS`. A weights folder has one network for each of its parts
+(`PARTS`). The first row of a part is its default: folders with other networks name them in the part's config.json.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,19 @@ class Network:
     """A row of the registry.
 
     Attributes:
-        part: the part of a weights folder that the network can be.
+        part: the part of a weights folder that holds the network.
         config: the type of its config, a frozen dataclass with `from_dict` and `to_dict`.
         module: its Flax module, whose first two fields are the config and `dtype`.
         example_inputs: the smallest inputs of a config's network, as keyword arguments of its `__call__`.
-        shapeless: fields of the config that no parameter's shape depends on, with the value to trace them at.
+        traced_as: {field: value} of fields of the config that do not affect the parameters' shapes, as pairs. Configs
+            that differ only in these fields are traced once, with these values.
     """
 
     part: str
     config: type[Any]
     module: type[nn.Module]
     example_inputs: Callable[[Any], dict[str, jax.Array]]
-    shapeless: tuple[tuple[str, Any], ...] = ()
+    traced_as: tuple[tuple[str, Any], ...] = ()
 
 
 def _unet_inputs(config: UNetConfig) -> dict[str, jax.Array]:
@@ -62,35 +63,35 @@ def _text_inputs(config: CLIPTextConfig) -> dict[str, jax.Array]:
 
 NETWORKS = {
     "unet": Network("unet", UNetConfig, UNet, _unet_inputs),
-    # every checkpoint of a VAE in training has another scaling factor
-    "vae": Network("vae", VAEConfig, VAE, _vae_inputs, shapeless=(("scaling_factor", 1.0),)),
+    # the scaling factor changes in every checkpoint of a VAE in training
+    "vae": Network("vae", VAEConfig, VAE, _vae_inputs, traced_as=(("scaling_factor", 1.0),)),
     "clip_text": Network("text_encoder", CLIPTextConfig, CLIPText, _text_inputs),
 }
 PARTS = tuple(dict.fromkeys(row.part for row in NETWORKS.values()))  # unet, vae, text_encoder
 
 
 def networks_of(part: str) -> dict[str, Network]:
-    """The rows that can be a part of a weights folder, its default first."""
+    """Returns the rows of a part of a weights folder, its default first."""
     return {name: row for name, row in NETWORKS.items() if row.part == part}
 
 
 def default_network(part: str) -> str:
-    """The name of the network that a part is unless its config.json names another."""
+    """Returns the name of a part's network if its config.json does not name one."""
     return next(iter(networks_of(part)))
 
 
 def config_class(name: str) -> type[Any]:
-    """The type of a network's config; a part's name stands for its default network."""
+    """Returns the type of a network's config; the name of a part means its default network."""
     return NETWORKS[name if name in NETWORKS else default_network(name)].config
 
 
 def network_name(config: Config) -> str:
-    """The name of the network that `config` describes."""
+    """Returns the name of the network that `config` describes."""
     return next(name for name, row in NETWORKS.items() if row.config is type(config))
 
 
 def module(config: Config, dtype: DTypeLike = jnp.float32, **options: Any) -> nn.Module:
-    """Returns the network that `config` describes; `options` are more fields of its module, such as `remat`."""
+    """Returns the network that `config` describes; `options` are further fields of its module, such as `remat`."""
     return NETWORKS[network_name(config)].module(config, dtype, **options)
 
 
@@ -100,15 +101,14 @@ def example_inputs(config: Config) -> dict[str, jax.Array]:
 
 
 def init_params(config: Config, rng: jax.Array) -> dict[str, Any]:
-    """Returns freshly initialised float32 parameters, a nested dict. Slow to compile: call it where it has to run."""
+    """Returns randomly initialised float32 parameters, a nested dict. Slow: `abstract_params` is enough for shapes."""
     return module(config).init(rng, **example_inputs(config))["params"]
 
 
 def abstract_params(config: Config) -> dict[str, Any]:
-    """Returns the parameters' shapes, a nested dict of `jax.ShapeDtypeStruct`. Traced once per config, not computed."""
-    shapeless = dict(NETWORKS[network_name(config)].shapeless)
-    traced = _traced_params(replace(config, **shapeless))
-    return jax.tree.map(lambda leaf: leaf, traced)  # a copy, so that a caller's changes stay the caller's
+    """Returns the parameters' shapes, a nested dict of `jax.ShapeDtypeStruct`, traced once per config."""
+    traced = _traced_params(replace(config, **dict(NETWORKS[network_name(config)].traced_as)))
+    return jax.tree.map(lambda leaf: leaf, traced)  # a copy, because callers may modify it
 
 
 @lru_cache(maxsize=16)

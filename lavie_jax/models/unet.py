@@ -30,7 +30,7 @@ TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 
 class Conditioning(NamedTuple):
-    """The inputs of every block beside its features, for each item: the video, when there is one, then the images."""
+    """The inputs of every block in addition to its features, for each item: the video, if any, then the images."""
 
     temb: Float[Array, "b items e"]  # embedding of the timestep, and of the noise level in the super-resolution stage
     text: Float[Array, "b items l d"]
@@ -146,7 +146,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or v, or x0) in x_t, for a video and for images beside it.
+    """Predicts the noise (or v, or x0) in x_t, for a video and for images trained jointly with it.
 
     Attributes:
         config: the architecture.

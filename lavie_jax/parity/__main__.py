@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lavie_jax.errors import Parser, UserError
+from lavie_jax.parallel import local_devices
 from lavie_jax.parity.cases import read_case
 from lavie_jax.parity.judge import judge
 
@@ -22,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"no case matches {options.case!r} in {options.dir} (pairs of CASE.json and CASE.npz)")
         for path in paths:
             read_case(path)  # check all files before the first long run
+        local_devices()  # or one line about why there are none
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

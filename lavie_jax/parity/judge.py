@@ -1,4 +1,4 @@
-"""Runs a case and compares its outputs: norm(ours - golden) / norm(golden) of the worst one."""
+"""Runs a case and compares its outputs: norm(ours - golden) / norm(golden) of the least accurate output."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ def judge(case: Case) -> Result:
         error = errors[worst]
         if not error <= bound:  # also fails for NaN
             problem = f"{worst} exceeds the bound"
-    except Exception as reason:  # a case that fails must not stop the others
+    except Exception as reason:  # a failing case must not stop the others
         problem = first_line(reason)
     seconds = time.perf_counter() - start
     return Result(name=case.name, error=error, bound=bound, seconds=seconds, problem=problem)
@@ -61,5 +61,5 @@ def output_error(name: str, outputs: Arrays, case: Case) -> float:
     if name not in outputs:
         raise UserError(f"output {name} is not an output of a {case.kind}: {', '.join(outputs)}")
     if outputs[name].shape != golden.shape:
-        raise UserError(f"output {name} has shape {outputs[name].shape}, but the golden one {golden.shape}")
+        raise UserError(f"output {name} has shape {outputs[name].shape}, the golden output {golden.shape}")
     return relative_error(outputs[name], golden)

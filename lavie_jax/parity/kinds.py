@@ -47,13 +47,13 @@ def take(case: Case, name: str) -> jax.Array:
 def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPTextConfig) -> dict:
     """Generates and converts the parameters of the model that `config` describes, tensor by tensor.
 
-    `part` selects the converter's table: unet, vae or text_encoder.
+    `part`, one of unet, vae and text_encoder, selects the converter's table.
 
     Raises:
         UserError: names or shapes differ between the case's parameters and the model's; the first one is reported.
     """
 
-    def shape_only(shape):  # an array that takes no memory
+    def shape_only(shape):  # an array without memory of its own
         return np.broadcast_to(np.float32(0), shape)
 
     converted = {name: from_torch(part, name, shape_only(shape)) for name, shape in case.parameters.items()}
@@ -114,7 +114,7 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
     def guided(params, x, t):
         return denoiser(unet, params, text, null_text, condition, guidance=guidance)(x, t)
 
-    def denoise(x, t):  # float timesteps for every sampler, as Euler's are: one compilation
+    def denoise(x, t):  # float timesteps, as Euler needs, for all samplers: one compilation
         return guided(params, x, jnp.asarray(t, jnp.float32))
 
     def noise_at(i):
@@ -128,7 +128,7 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
 
 
 def run_base_sample(case: Case) -> Arrays:
-    """Samples the base stage with each sampler that the case has latents of."""
+    """Samples the base stage with each sampler for which the case has latents."""
     return run_trajectory(case, "base", sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
 
 

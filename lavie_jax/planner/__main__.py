@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, one_line_errors, suggest, user_location
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.sampling import sampling_program
 from lavie_jax.planner.subprocess import Make, measure_in_subprocess
@@ -88,7 +88,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
         prog="python -m lavie_jax.planner", description="Compile the real programs for a TPU, without a TPU.",
         epilog="--config.FIELD=VALUE changes a field of the config, as for train.py.", allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE.py[:MODE]", help="the config of a stage")
+    parser.add_argument("--config", type=user_location, metavar="FILE.py[:MODE]", help="the config of a stage")
     parser.add_argument("--topology", default="v5e:1x1", help=f"such as {', '.join(chips.EXAMPLES)}")
     parser.add_argument(
         "--slices", type=int, default=1, help="number of slices of that topology, over which `data` is split"
@@ -101,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
         "--code", action="store_true", help="compile completely, which takes far longer, for the size of the code"
     )
     parser.add_argument("--json", type=Path, help="add the rows to this file, replacing rows of the same programs")
-    parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md beside this file")
+    parser.add_argument("--tables", type=Path, metavar="JSON", help="write planner.md and memory.md next to this file")
     args, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if not re.match(r"--config\.[\w.]+=", word)]:
         raise UserError(f"unexpected argument {unknown[0]!r}; see --help")

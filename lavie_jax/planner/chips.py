@@ -34,7 +34,7 @@ class Chip:
         bidirectional figure.
       memory: HBM limit of a program in bytes, set by the compiler; less than is built in.
       axes: number of axes of a slice's torus.
-      options: what libtpu needs beside the name.
+      options: libtpu's options in addition to the name.
     """
 
     flops: float
@@ -84,7 +84,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
             "compiling for a TPU needs the package libtpu: pip install -e '.[tpu]', best in a separate environment, "
             "because with it jax looks for a TPU first (unless JAX_PLATFORMS=cpu)"
         )
-    # Leaves a TPU of this machine alone, and allows other processes that use libtpu.
+    # Does not use a TPU of this machine, and allows other processes that use libtpu.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -127,7 +127,7 @@ class Bound(NamedTuple):
 def bound(row: Mapping[str, Any], chip: Chip) -> Bound:
     """Estimates the roofline bound of a row (`measure.py`) whose program was compiled or planned. Not a measurement.
 
-    Arithmetic counts the traced FLOPs. Memory counts the bytes that the compiler says are read and written, which
+    Arithmetic counts the traced FLOPs. Memory counts the bytes read and written according to the compiler, which
     leaves out iterations of loops, but at least each argument and output once and each temporary byte twice. Links
     count the bytes of collectives, those of an all-reduce twice, as if all links of a chip were busy at once.
     """

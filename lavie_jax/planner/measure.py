@@ -39,7 +39,7 @@ def trace(program: Program) -> tuple[jax.stages.Lowered, Row]:
 
 
 def compiled(row: Row, lowered: jax.stages.Lowered, *, dump: str | None = None) -> Row:
-    """Compiles a program and completes its row; the compiler writes its memory plan into the folder `dump`."""
+    """Compiles a program and completes its row; with `dump`, the compiler writes its memory plan to that folder."""
     begin = time.perf_counter()
     try:
         program = lowered.compile(compiler_options={memory_plan.DUMP: dump} if dump else None)
@@ -83,7 +83,7 @@ def _with_memory(row: Row, parts: dict[str, int], text: str) -> Row:
 
 
 def bytes_needed(message: str) -> int | None:
-    """Parses the memory need from the compiler's out-of-memory message; None if it is not there."""
+    """Parses the memory need from the compiler's out-of-memory message; None if it is not in the message."""
     match = OUT_OF_MEMORY.search(message)
     if match is None:
         return None

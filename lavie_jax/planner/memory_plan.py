@@ -2,8 +2,8 @@
 
 Compiling for a TPU has two phases. The first one schedules operations and assigns their buffers; a full-size training
 step takes minutes of one core. The second one generates machine code: nine tenths of the time and most of the memory,
-of which the planner would only use the code's size. The compiler cannot be stopped between the two, but it can be told
-to dump its plan after the first (`DUMP`), and its process can be killed then.
+of which the planner would only use the code's size. The compiler cannot be stopped between the two, but an option makes
+it dump its plan after the first (`DUMP`), and its process can be killed then.
 """
 
 import re
@@ -23,7 +23,7 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
       memory: bytes {"arguments", "outputs", "donated", "temporary"}, as `compiled.memory_analysis()` counts them;
-        "outputs" includes those that reuse donated arguments. Constants count as code.
+        "outputs" includes outputs that reuse donated arguments. Constants count as code.
       program: the program as HLO text.
     """
 

@@ -1,4 +1,4 @@
-"""Programs of training and sampling, described by shapes alone, for devices that may not exist."""
+"""Programs of training and sampling, described by shapes only, for devices that may not exist."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """Returns the rows of a file, none if it does not exist. Refuses a file of another kind."""
+    """Returns the rows of a file, none if it does not exist. Raises UserError for a file of another kind."""
     results.check_path(path, KIND)
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
@@ -32,12 +32,12 @@ def total(row: Row) -> int | None:
 
 
 def fits(row: Row) -> bool:
-    """Returns whether everything that is on a chip while the program runs fits."""
+    """Returns whether the program fits together with everything else that is on the chip while it runs."""
     return row["fits"] and total(row) <= chips.parse(row["topology"])[0].memory
 
 
 def planned(row: Row) -> bool:
-    """Returns whether compiling ended at the memory plan, so that later results are not in the row."""
+    """Returns whether compilation ended at the memory plan, so that the row lacks the results of later phases."""
     return "plan" in row["seconds"]
 
 
@@ -55,7 +55,7 @@ def lines(row: Row) -> str:
         parts = [name for name in ("arguments", "outputs", "donated", "temporary", "code") if name in row]
         out.append("  the compiler's plan: " + ", ".join(f"{name} {gib(row[name])}" for name in parts))
     out.append(f"  {_verdict(row, chip)}" + (", without the size of the code (--code)" if planned(row) else ""))
-    out.append(f"  TFLOP per chip: {row['flops'] / 1e12:.3f} traced" + _compilers(row))
+    out.append(f"  TFLOP per chip: {row['flops'] / 1e12:.3f} traced" + _compiler_flops(row))
     if row["fits"]:
         out.append(f"  collectives: {collectives_text(row) or 'none'}")
         least = bound(row, chip)
@@ -72,7 +72,7 @@ def _verdict(row: Row, chip: chips.Chip) -> str:
     return f"total {gib(needs)} of {gib(limit)} GiB: {word}"
 
 
-def _compilers(row: Row) -> str:
+def _compiler_flops(row: Row) -> str:
     if "compiler_flops" not in row:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""The programs that sampling a stage runs on a chip, as `cascade/` compiles them, from shapes alone."""
+"""The programs that a chip runs to sample a stage, as `cascade/` compiles them, described by shapes only."""
 
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
     Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip.
 
     Raises:
-      UserError: an unknown stage, or a config of another one.
+      UserError: the stage is unknown, or the config is of another stage.
     """
     if stage not in STAGES:
         raise UserError(f"--sample: unknown stage {stage!r}{suggest(stage, STAGES)}")
     if config.stage != stage:
-        raise UserError(f"--sample {stage}: the config is of the stage {config.stage}; give configs/{stage}.py")
+        raise UserError(f"--sample {stage}: the config is for the stage {config.stage}; use configs/{stage}.py")
     weights = abstract_weights(config)
     mesh, dtype = parallel.make_mesh(devices=devices), default_dtype(devices)
     unet, text_encoder, vae = networks(weights, dtype)
@@ -48,11 +48,11 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
     }
     settings = STAGES[stage].resolve(weights, {}, STAGES[stage].default_clip(weights))
     step = _guided_step(weights, settings, (unet, text_encoder), params, mesh, rows)
-    return [step, *_vae_work(weights, settings, vae, params, mesh)]
+    return [step, *_vae_programs(weights, settings, vae, params, mesh)]
 
 
 def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int = 1) -> Program:
-    """Returns the one of `sampling_programs` with that name."""
+    """Returns the program of `sampling_programs` with this name."""
     return next(program for program in sampling_programs(config, stage, devices, rows) if program.name == name)
 
 
@@ -98,7 +98,7 @@ def _guided_step(
     )  # fmt: skip
 
 
-def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax.sharding.Mesh) -> list[Program]:
+def _vae_programs(weights: Weights, settings: Settings, vae, params: dict, mesh: jax.sharding.Mesh) -> list[Program]:
     stage = STAGES[weights.stage]
     factor, channels = weights.vae.config.factor, weights.vae.config.latent_channels
     sharding = parallel.batch_sharding(mesh)
@@ -124,7 +124,7 @@ def _vae_work(weights: Weights, settings: Settings, vae, params: dict, mesh: jax
 
 
 def abstract_weights(config: Any) -> Weights:
-    """Returns the weights folder that a config's training exports, with shapes as its float32 parameters."""
+    """Returns the weights that training with `config` exports, with shapes in place of the float32 parameters."""
     models = build.make_models(config, jnp.float32, 1.0)
     configs = {name: getattr(models, name).config for name in ("unet", "vae", "text_encoder")}
     parts = {name: Part(part, registry.abstract_params(part)) for name, part in configs.items()}

@@ -1,4 +1,4 @@
-"""The training step of a config as train.py compiles it, from shapes alone."""
+"""The training step of a config as train.py compiles it, described by shapes only."""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def abstract_batch(config: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         images = {"image_latents": (rows, data.images, *frame), "image_text": (rows, data.images, length, width)}
         shapes = (video if data.frames else {}) | (images if data.images else {})
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    pixels, ids = jnp.float32, jnp.int32
+    pixels, ids = jnp.uint8, jnp.int32
     shapes = {
         "video": ((rows, data.frames, data.height, data.width, 3), pixels),
         "images": ((rows, data.images, data.height, data.width, 3), pixels),

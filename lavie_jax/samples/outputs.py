@@ -1,7 +1,7 @@
-"""Files of samples: `OUT/{index:04d}-{slug}-{seed}.mp4`, and beside each a JSON from which it can be made again.
+"""Files of samples: `OUT/{index:04d}-{slug}-{seed}.mp4`, each with a JSON file that records how to reproduce it.
 
-The JSON's `request` determines the sample, its `made_with` records versions and hardware. An existing sample is not
-made again, and one that differs is overwritten only on request. Contact sheets are in `sheets.py`.
+The JSON's `request` determines the sample, and `made_with` records versions and hardware. Existing samples are
+skipped, and a sample of another request is only replaced with --overwrite. Contact sheets are in `sheets.py`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
 
@@ -40,19 +40,19 @@ def save_video(
         fps: frames per second.
 
     Returns:
-        The path of what was written.
+        The path of the file or folder.
 
     Raises:
         UserError: another ending, or odd sides in an mp4.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix[1:] not in FORMATS:
         raise UserError(f"{path}: unknown ending {path.suffix!r}{suggest(path.suffix[1:], FORMATS)}")
     return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps)
 
 
 def parse_formats(names: str) -> tuple[str, ...]:
-    """`"mp4,png"` as a tuple. Raises UserError for an unknown format, or none."""
+    """Parses `"mp4,png"` to a tuple. Raises UserError for an unknown format, or if there is none."""
     formats = tuple(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
     if not formats:
         raise UserError(f"format: none given. Allowed: {', '.join(FORMATS)}")
@@ -86,16 +86,16 @@ def make_request(
     negative_prompt: str | None = None,
     clip_hash: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines a sample, as JSON values.
+    """Returns everything that determines a sample, as JSON values.
 
-    `settings` and `hashes` (of the weights) are {stage: ...}. Those of the main stage are entries of the request, as in
-    a call and on the command line; those of another stage are under its name.
+    `settings` and `hashes` (of the weights) are {stage: ...}. The main stage's are entries of the
+    request itself, as in a call and on the command line; another stage's are under its name.
     """
     request = {"prompt": prompt, "seed": seed, "stages": list(settings)}
     if clip_hash is not None:
         request["input_sha256"] = clip_hash
-    for stage, made in settings.items():
-        values = {**made.to_dict(), "weights_sha256": hashes[stage]}
+    for stage, own in settings.items():
+        values = {**own.to_dict(), "weights_sha256": hashes[stage]}
         request |= values if STAGE_INFO[stage].main else {stage: values}
     if negative_prompt is not None:
         request["negative_prompt"] = negative_prompt
@@ -119,9 +119,9 @@ class Output:
     """The files of one sample.
 
     Attributes:
-        folder: where they are.
-        index: the position of its prompt among all.
-        formats: the requested ones.
+        folder: the folder of the files.
+        index: the index of the prompt.
+        formats: the requested formats.
         request: everything that determines the sample (`make_request`).
     """
 
@@ -141,11 +141,11 @@ class Output:
         return of_stage(self.request, self.request["stages"][-1])
 
     def cache(self, dtype: str) -> StageCache:
-        """The cache of the stages. Of the main stage alone, only the state is kept, until the sample is finished."""
+        """The cache of the stages. If only the main stage is run, it is removed when the sample is finished."""
         stages = self.request["stages"]
         records = {stage: {**up_to(self.request, stage), "dtype": dtype} for stage in stages}
-        alone = len(stages) == 1 and STAGE_INFO[stages[0]].main
-        return StageCache(self.folder / STAGES_FOLDER / self.stem, records, keep=not alone)
+        only_main = len(stages) == 1 and STAGE_INFO[stages[0]].main
+        return StageCache(self.folder / STAGES_FOLDER / self.stem, records, keep=not only_main)
 
     def path(self, ending: str) -> Path:
         """The file of a format, or the JSON. A video as PNGs is a folder."""
@@ -154,9 +154,9 @@ class Output:
         return self.folder / f"{self.stem}.{ending}"
 
     def to_make(self, *, overwrite: bool) -> tuple[str, ...]:
-        """The formats that are still to be written; () when the sample exists.
+        """Returns the formats that are still to be written; () if the sample exists.
 
-        Raises UserError when a file exists that this request would not make, unless `overwrite`.
+        Raises UserError if a file of another request exists, unless `overwrite`.
         """
         if overwrite:
             return self.formats
@@ -165,14 +165,14 @@ class Output:
         if not sidecar.exists():
             if existing:
                 raise UserError(
-                    f"{self.path(existing[0])} exists without a JSON that records how it was made; "
+                    f"{self.path(existing[0])} exists without a JSON file that records how it was generated; "
                     "choose another --out, or --overwrite"
                 )
             return self.formats
         stored = _read_request(sidecar)
         if stored is None:
             raise UserError(
-                f"{sidecar} exists but does not record how a sample was made; choose another --out, or --overwrite"
+                f"{sidecar} exists but does not record how a sample was generated; choose another --out, or --overwrite"
             )
         if (name := self._difference(stored)) is not None:
             raise UserError(
@@ -191,8 +191,8 @@ class Output:
     ) -> list[Path]:
         """Writes the JSON and `formats` of a video; returns the paths of the latter.
 
-        Every file is complete when its name appears. The JSON comes first: when a run is killed between the two, the
-        next one finds its own request and makes what is missing.
+        Every file is complete when its name appears. The JSON comes first: if a run is killed between the two, the
+        next run recognises its own request and writes the missing formats.
         """
         sidecar = {"format_version": SIDECAR_VERSION, "request": dict(self.request), "made_with": dict(made_with)}
         text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
@@ -212,10 +212,12 @@ class Output:
         return [self.path(name) for name in formats]
 
     def _remove_outdated(self) -> None:
-        """Removes what `--overwrite` replaces: all formats of another request. Beside the new JSON they would be taken
-        for this one's after a crash."""
+        """Removes all formats of another request, which `--overwrite` replaces.
+
+        After a crash they would be mistaken for files of this request.
+        """
         stored = _read_request(self.path("json")) if self.path("json").exists() else None
-        if stored is None:  # of unknown origin: formats that were not requested stay
+        if stored is None:  # unknown origin: keep formats that were not requested
             paths = [self.path(name) for name in self.formats]
         elif self._difference(stored) is None:
             paths = []
@@ -225,7 +227,7 @@ class Output:
             _remove(path)
 
     def read(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """The sample, from the most accurate of its files. Raises UserError when that is damaged."""
+        """Reads the sample from the most accurate of its files. Raises UserError if it is damaged."""
         path = next(path for name in ("npz", "png", "mp4", "gif") if (path := self.path(name)).exists())
         try:
             if path.suffix == ".npz":
@@ -236,11 +238,13 @@ class Output:
                 return np.stack([np.asarray(Image.open(page).convert("RGB")) for page in pages])
             return read_video(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read: delete it, and the same command makes it again") from error
+            raise UserError(
+                f"{path} cannot be read: delete it and run the same command to generate it again"
+            ) from error
 
 
 def _read_request(path: Path) -> dict[str, Any] | None:
-    """The request in a sample's JSON, None when it has none."""
+    """Returns the request in a sample's JSON, or None."""
     try:
         request = json.loads(path.read_text(encoding="utf-8"))["request"]
     except (ValueError, KeyError, TypeError):

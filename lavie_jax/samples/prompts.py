@@ -1,4 +1,4 @@
-"""Prompts from the command line and from txt, csv and jsonl files. Standard library only, so that errors come fast."""
+"""Prompts from the command line and from txt, csv and jsonl files. Standard library only, for a fast start."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import MAX_SEED
 from lavie_jax.text_files import read_delimited, read_text
 
-MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys a sample's noise
 FIELDS = ("prompt", "seed", "negative_prompt")
 _QUOTE = 'put a prompt with commas in "quotes"'
 _WHOLE = re.compile(r"\d+\.0*")
@@ -18,7 +18,7 @@ _WHOLE = re.compile(r"\d+\.0*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A caption to sample; None stands for the run's own seed or negative prompt."""
+    """A prompt to sample; None means the run's seed or negative prompt."""
 
     text: str
     seed: int | None = None

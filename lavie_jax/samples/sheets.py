@@ -1,4 +1,4 @@
-"""Contact sheets: the samples of a run on one page, the stages of a cascade below each other."""
+"""Contact sheets: the samples of a run on one page, with the stages of a cascade one below the other."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -11,9 +11,9 @@ from jaxtyping import UInt8
 from lavie_jax.data.video_files import contact_sheet
 
 COLUMNS = 7
-SIDE = 256  # pixels of a frame: a sheet of large frames would fill the host's memory
-DETAIL = 512  # pixels of an upscaled frame, which must not be shown smaller: large ones are cropped to the middle
-EMPTY = 250  # the sheet's white, for a moment at which a clip has no frame
+SIDE = 256  # maximum side of a frame in pixels: a sheet of large frames would fill the host's memory
+DETAIL = 512  # maximum side of an upscaled frame, which is cropped to the middle instead of scaled down
+EMPTY = 250  # the sheet's white, where a clip does not have a frame
 
 
 class ContactSheets:
@@ -30,7 +30,7 @@ class ContactSheets:
         return self.folder / f"{self.stem}.png"
 
     def add(self, clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]], prompt: str) -> None:
-        """Adds a sample: {name: frames} of its clips, from the one that it started from to the last stage's.
+        """Adds a sample: {name: frames} of its clips, from the input clip to the last stage's output.
 
         A single clip becomes a row under its prompt, several become a row each, at the same moments (`compared`).
         """
@@ -56,7 +56,7 @@ class ContactSheets:
 def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple[np.ndarray, str]]:
     """(frames, caption) of each clip, all at the same moments and enlarged by whole pixels to the size of the largest.
 
-    The sides of the clips are multiples of the smallest's. A row is empty at moments for which its clip has no frame.
+    The sides of the clips are multiples of the smallest's. A row is empty at moments without a frame of its clip.
     """
     times = moments([len(clip) for clip in clips.values()])
     small, large = ([pick(sides) for sides in zip(*(c.shape[1:3] for c in clips.values()))] for pick in (min, max))

@@ -1,7 +1,7 @@
-"""Intermediate results of a sample: every stage's frames, exact, and the state of an unfinished stage.
+"""Intermediate results of a sample: the lossless frames of every stage, and the state of an unfinished stage.
 
-`OUT/stages/{stem}/{stage}.npy` holds uint8 (T, H, W, 3), `{stage}.json` beside it the request that made it, and during
-denoising `{stage}.state.npz` the state. Every file is complete when its name appears, so that an interrupted run
+`OUT/stages/{stem}/{stage}.npy` contains frames, uint8 (T, H, W, 3), `{stage}.json` the request that they belong to, and
+`{stage}.state.npz` the state during denoising. Every file is complete when its name appears, so that an interrupted run
 resumes at the stage and step where it stopped. A cache of another request is refused.
 """
 
@@ -27,7 +27,7 @@ class MemoryCache:
         self.frames = {}
 
     def get(self, stage: str) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """A stage's frames; None when they are not finished."""
+        """Returns a stage's frames, or None if they are not finished."""
         return self.frames.get(stage)
 
     def put(
@@ -38,27 +38,27 @@ class MemoryCache:
         return self.frames[stage]
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(next step, arrays) of an unfinished stage, or None."""
+        """Returns (next step, arrays) of an unfinished stage, or None."""
         return None
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
-        """Stores the state that step `step` starts from."""
+        """Stores the state before step `step`."""
 
 
 class StageCache(MemoryCache):
     """A stage cache on disk.
 
     Attributes:
-        folder: where the files are.
+        folder: the folder of the files.
         records: {stage: everything that determines its frames, as JSON values}.
-        keep: whether anything is kept once the sample is finished (`clear`).
+        keep: whether `clear` keeps the files of a finished sample.
     """
 
     def __init__(self, folder: Path, records: Mapping[str, Mapping[str, Any]], *, keep: bool):
         self.folder, self.records, self.keep = folder, records, keep
 
     def check(self) -> None:
-        """Raises UserError when stored frames or states belong to another request."""
+        """Raises UserError if stored frames or states belong to another request."""
         for stage, record in self.records.items():
             path = self._path(stage, "json")
             if not path.exists():
@@ -69,7 +69,8 @@ class StageCache(MemoryCache):
                 stored = None
             if not isinstance(stored, dict):
                 raise UserError(
-                    f"{path} exists but does not record how its stage was made; choose another --out, or --overwrite"
+                    f"{path} exists but does not record how its stage was generated; choose another --out, or "
+                    "--overwrite"
                 )
             stored = complete(stored)
             if name := next((n for n in sorted({*stored, *record}) if stored.get(n) != record.get(n)), None):
@@ -79,7 +80,7 @@ class StageCache(MemoryCache):
                 )
 
     def get(self, stage: str) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """A stage's frames as a memory-mapped file, so that only what is accessed is read."""
+        """Returns a stage's frames as a memory-mapped array, or None if they are not finished."""
         path = self._path(stage, "npy")
         return np.load(path, mmap_mode="r") if path.exists() else None
 
@@ -98,7 +99,7 @@ class StageCache(MemoryCache):
         return self.get(stage)
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """(next step, arrays) of an unfinished stage; None when there is no readable state."""
+        """Returns (next step, arrays) of an unfinished stage, or None without a readable state."""
         try:
             with self._path(stage, "state.npz").open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
@@ -107,13 +108,13 @@ class StageCache(MemoryCache):
             return None
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
-        """Writes the state that step `step` starts from."""
+        """Writes the state before step `step`."""
         self._record(stage)
         with finished(self._path(stage, "state.npz")) as part, part.open("wb") as file:
             np.savez(file, step=step, **state)
 
     def clear(self) -> None:
-        """Removes what is not kept once the sample is finished."""
+        """Removes the files of a finished sample, unless `keep`."""
         if not self.keep:
             self.remove()
 
@@ -132,7 +133,7 @@ class StageCache(MemoryCache):
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.parent.rmdir()
-        except OSError:  # it holds the caches of other samples, or does not exist
+        except OSError:  # it contains caches of other samples, or does not exist
             pass
 
     def _record(self, stage: str) -> None:

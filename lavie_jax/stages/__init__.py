@@ -1,11 +1,11 @@
-"""The stages of the cascade, one file each: what each one starts from, feeds its UNet, and makes.
+"""The stages of the cascade, one file each, with their inputs and outputs.
 
     base            text                          -> 16 key frames               base.py            LaVie sec. 3.1, 3.2
     interpolation   text + key frames             -> 61 frames                   interpolation.py   LaVie sec. 3.3
     vsr             text + low-resolution frames  -> frames of 4 times the size  vsr.py             LaVie sec. 3.4
 
-`stage.py` documents the interface that they share, `settings.py` what may be set of each, `conditioning.py` how a
-UNet is called in training and in sampling, `windows.py` how a long clip is cut, `clips.py` what a clip is.
+`stage.py` documents their common interface and `settings.py` their sampling settings. `conditioning.py` calls the UNet
+in training and in sampling, `windows.py` splits long clips, and `clips.py` has the size, padding and memory of clips.
 A new stage is one file here and one entry of `settings.STAGE_INFO`.
 """
 

@@ -1,4 +1,4 @@
-"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text alone."""
+"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lavie_jax.stages.windows import Window, grid, whole
 
 
 class Base(Stage):
-    """16 key frames of 320x512 at 8 fps. One window holds all of the clip."""
+    """16 key frames of 320x512 at 8 fps. A clip is denoised in a single window."""
 
     name = "base"
     noise_number = 0
@@ -23,7 +23,7 @@ class Base(Stage):
     }  # fmt: skip
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True}
-    batched = True  # its windows are few and small: a device may take several
+    batched = True  # a clip is small enough that a device can take several
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: None) -> BaseSettings:

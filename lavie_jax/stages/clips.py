@@ -1,4 +1,4 @@
-"""Clips between the stages: their size and rate, padding to sides that a model can take, and the memory they need."""
+"""Clips between the stages: their size and rate, padding to sizes that a model supports, and memory requirements."""
 
 import contextlib
 import dataclasses
@@ -6,15 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from lavie_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipInfo:
-    """Size and rate of the clip that a stage starts from: the output of the stage before, or with `own` the user's."""
+    """Size and rate of a stage's input clip: the output of the previous stage or, with `own`, the user's clip."""
 
     frames: int
     height: int
@@ -30,7 +31,7 @@ def padded(frames: UInt8[np.ndarray, "t h w 3"], multiple: int) -> UInt8[np.ndar
 
 
 def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
-    """A line for the user when the clip has to be padded, None when not."""
+    """Returns a warning if the clip has to be padded, else None."""
     sides = [side + -side % multiple for side in (clip.height, clip.width)]
     if sides == [clip.height, clip.width]:
         return None
@@ -61,6 +62,19 @@ def free_memory() -> float:
     with contextlib.suppress(ValueError, OSError):  # elsewhere, all memory of the machine
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return float("inf")
+
+
+def pixels_to_float(pixels: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """uint8 pixels on the devices to float32 in [-1, 1], in exactly the bits of `to_float` in numpy.
+
+    Compilers turn x / 127.5 - 1 into other operations, with other bits on each device. Every such float is a multiple
+    n of 2^-24, and this computes n in integers. Floats are returned unchanged.
+    """
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
+        return pixels
+    x = pixels.astype(jnp.int32)
+    n = 131586 * x + (x >= 64) + (x >= 128) - 2**24  # 2 x 2^24 / 255 = 131586 x + 2 x / 255, rounded as float32 is
+    return n.astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def to_float(frames: Any) -> Any:

@@ -1,7 +1,7 @@
-"""How a stage calls its UNet: the pair of input and target of a training step, and the guided denoiser of sampling.
+"""Calls of a stage's UNet: with the input and target of a training step, and with guidance in sampling.
 
-Both take the same `Condition`, which a stage makes in `Stage.condition`. Latents are scaled, (B, T, h, w, C). Noise is
-an argument and never drawn inside a condition, so that a sample depends on its own seed alone.
+Both use the same `Condition`, from `Stage.condition`. Latents are scaled, (B, T, h, w, C). Noise is always an argument
+and never generated inside a condition, so that a sample depends only on its own seed.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from lavie_jax.models.vae import VAEConfig, sample_posterior
 
 
 class Condition(NamedTuple):
-    """Input of the UNet besides x_t, t and text."""
+    """Inputs of the UNet other than x_t, t and text."""
 
     concat: Float[Array, "b t h w c"] | None = None  # concatenated to x_t along the channels
     noise_level: Int[Array, " b"] | None = None  # of the low-resolution frames (super-resolution)
 
 
 class Text(NamedTuple):
-    """Encoded captions of the videos and of the images beside them; None where a batch has none.
+    """Encoded captions of the videos and of the images; None if the batch has no videos or no images.
 
-    The masks are True at tokens and False at padding. None stands for no padding, as in CLIP's captions.
+    The masks are True at tokens and False at padding. None means no padding, as in CLIP's captions.
     """
 
     video: Float[Array, "b l d"] | None
@@ -117,7 +117,7 @@ def denoiser(
         params: its parameters.
         text: encoded prompts.
         null_text: encoded negative or empty prompts.
-        condition: of the stage.
+        condition: the stage's condition.
         guidance: the guidance scale; 1 leaves out the unconditional half.
         rescale: see `guide`.
         image: for T = 1, takes the image path of the joint model, without temporal layers.

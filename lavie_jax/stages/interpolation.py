@@ -1,8 +1,8 @@
 """Temporal interpolation: K key frames to 4 (K - 1) + 1 frames (LaVie, sec. 3.3).
 
-The UNet sees the latents of the key frames, duplicated to the target frame rate, beside the noisy latents. Every frame
-is synthesised anew, the key frames too. 16 key frames make the 61 frames that the model is trained on; longer clips
-are denoised in windows of that length, which share key frames.
+The latents of the key frames, duplicated to the target frame rate, are concatenated to the noisy latents. All frames
+are generated, including the key frames. The model is trained on clips of 61 frames, from 16 key frames; longer clips
+are denoised in overlapping windows of that length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
+from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig
@@ -24,7 +25,7 @@ from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, 
 from lavie_jax.stages.windows import Window, grid, overlapping, whole
 
 KEY_FRAME_SPACING = 4  # frames from one key frame to the next
-WINDOW_KEYS, SHARED_KEYS = 16, 4  # key frames of a window, and those that it shares with the next
+WINDOW_KEYS, SHARED_KEYS = 16, 4  # key frames per window, and key frames shared with the next window
 
 
 def interpolated_length(key_frames: int) -> int:
@@ -51,7 +52,7 @@ class Interpolation(Stage):
     memory_advice = "a clip of a smaller height and width"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        """The released settings are for the released base's clips, these for the clips of `source`."""
+        """Adapts the released settings to the size, length and rate of the base model's clips, given in `source`."""
         base = {**BASE.sampling, **source}
         return {
             **self.sampling,
@@ -74,7 +75,7 @@ class Interpolation(Stage):
     def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
         """`key_latents` of frames 0, 4, 8, ...
 
-        They are samples of their own, not those of the targets: in sampling, too, the key frames are encoded again.
+        They are sampled independently of the target latents, because the key frames are encoded anew in sampling too.
         """
         keys = jax.tree.map(lambda x: x[..., ::KEY_FRAME_SPACING, :, :, :], clips)
         return {"key_latents": keys.sample(rng, vae)}
@@ -88,12 +89,12 @@ class Interpolation(Stage):
     # ---- sampling ----
 
     def default_clip(self, weights: StageWeights) -> ClipInfo:
-        made = weights.sampling
-        keys = (made["frames"] - 1) // KEY_FRAME_SPACING + 1
-        return ClipInfo(frames=keys, height=made["height"], width=made["width"], fps=made["fps"])
+        sampling = weights.sampling
+        keys = (sampling["frames"] - 1) // KEY_FRAME_SPACING + 1
+        return ClipInfo(frames=keys, height=sampling["height"], width=sampling["width"], fps=sampling["fps"])
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> InterpolationSettings:
-        """The rate is the weights' own after another stage; a user's clip keeps its duration."""
+        """The default frame rate is the weights', or, for a user's clip, the rate that keeps its duration."""
         if clip.frames < 2:
             raise UserError(f"interpolation needs at least 2 key frames, not {clip.frames}")
         size = {"frames": interpolated_length(clip.frames), "height": clip.height, "width": clip.width}
@@ -101,8 +102,9 @@ class Interpolation(Stage):
         if clip.own and given.get("fps") is None:
             size["fps"] = min(KEY_FRAME_SPACING * clip.fps, 1000)
         settings = InterpolationSettings.make(weights.sampling, {**given, **size})
-        # for each frame: its pixels, and in float32 at the latents' size state, prediction, new state and condition
-        latent = 4 * weights.unet.config.out_channels * 5 / weights.vae.config.factor**2
+        # bytes per frame: its pixels, and float32 arrays of latents: state, prediction, new state and condition
+        arrays = 2 * state_arrays(settings.sampler) + 2
+        latent = 4 * weights.unet.config.out_channels * arrays / weights.vae.config.factor**2
         check_memory(clip, 3 + KEY_FRAME_SPACING * (3 + latent))
         return settings
 
@@ -115,7 +117,7 @@ class Interpolation(Stage):
         return settings.frames, *sides, weights.unet.config.out_channels
 
     def windows(self, shape: Sequence[int], settings: InterpolationSettings) -> list[Window]:
-        """Windows start at key frames, so that each is a clip as in training."""
+        """Returns windows that start at key frames, as training clips do."""
         size, overlap = map(interpolated_length, (WINDOW_KEYS, SHARED_KEYS))
         return grid(overlapping(shape[0], size, overlap, stride=KEY_FRAME_SPACING), whole(shape[1]), whole(shape[2]))
 

@@ -1,7 +1,7 @@
-"""What may be set when a stage is sampled: a dataclass for each stage, a field for each setting. No jax.
+"""Sampling settings: a dataclass for each stage. This module does not import jax.
 
-The metadata of a field holds its range and its help text. The flags of `sample.py`, the checks of a call and of a
-weights folder all come from there.
+The metadata of a field contains its range and its help text. The flags of `sample.py` and the checks of arguments and
+weights folders are derived from it.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ class Flag(NamedTuple):
 class Settings:
     """Sampling settings that every stage has, and the size of its output.
 
-    What depends on the model is checked where the model is known: see `Stage.resolve` and `make_sampler`.
+    Limits that depend on the model are checked in `Stage.resolve` and `make_sampler`.
 
     Raises:
-        UserError: a value that no model can take.
+        UserError: a value is of the wrong type or out of range.
     """
 
     sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", metavar="NAME")
@@ -43,7 +43,7 @@ class Settings:
     steps: int = field("denoising steps", metavar="N", low=1)
     guidance: float = field("scale of classifier-free guidance; 1 disables it", metavar="X")
     guidance_rescale: float = field(
-        "0 to 1: how much of the contrast that a large guidance scale adds is removed",
+        "0 to 1: how far to undo the increase in contrast from a large guidance scale",
         metavar="X",
         default=0.0,
         low=0,
@@ -76,8 +76,11 @@ class Settings:
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Some settings, by name, as their types. Raises UserError for the first that is of another type or out of
-        range. None is not given."""
+        """Converts settings, {name: value}, to their types; None stands for a setting that is not given.
+
+        Raises:
+            UserError: a value is of the wrong type or out of range.
+        """
         kinds = types_of(cls)
         values = {n: v if v is None else convert(n, v, kinds[n]) for n, v in values.items()}
         check_rules(cls, values, label="{}")
@@ -90,7 +93,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseSettings(Settings):
-    """Settings of the base stage, which alone chooses the size of its clip."""
+    """Settings of the base stage, the only stage whose output size can be chosen."""
 
     frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
     height: int = field("height in pixels", metavar="H", low=1)
@@ -143,13 +146,13 @@ class VSRSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """What is known of a stage without its networks. The order of a cascade follows from it.
+    """Description of a stage that does not need its networks. The order of a cascade follows from it.
 
     Attributes:
         name: of the stage, and of its module in `lavie_jax/stages/`.
         settings: the dataclass of its sampling settings.
-        produces: the kind of clip that it makes.
-        consumes: the kinds of clip that it may start from; () for a stage that starts from the prompt alone.
+        produces: the kind of its output clip.
+        consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
             sample's JSON, and whether it takes the negative prompts of a prompt file.
     """
@@ -176,7 +179,7 @@ class StageInfo:
                 yield Flag(declared.name, f"--{flag}", kind, rule.metavar, text)
 
     def located(self, error: UserError) -> UserError:
-        """The error, with the stage's name in front where its settings have it in theirs."""
+        """Returns the error with the stage's name in front, except for the main stage."""
         return error if self.main else UserError(f"{self.name} stage: {error}")
 
 
@@ -193,14 +196,14 @@ MAIN_STAGE = next(name for name, info in STAGE_INFO.items() if info.main)
 
 
 def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ...]:
-    """`"base,vsr"`, or a sequence of names, as a tuple.
+    """Parses `"base,vsr"`, or a sequence of names, to a tuple.
 
     Args:
         names: stages in the order in which they are run.
-        own_clip: whether the user gives a clip to start from.
+        own_clip: whether the user provides an input clip.
 
     Raises:
-        UserError: a stage is unknown, cannot start from what the one before makes, or has nothing to start from.
+        UserError: a stage is unknown, cannot start from the output of the previous one, or has no input clip.
     """
     given = names.split(",") if isinstance(names, str) else names
     stages = tuple(name.strip() for name in given if name.strip())
@@ -212,13 +215,13 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
-                f"stages: {','.join(stages)} cannot be run in this order: {after} does not start from what {before} "
-                f"makes. Allowed order: {', '.join(STAGE_INFO)}"
+                f"stages: {','.join(stages)} cannot be run in this order: {after} cannot start from the output of "
+                f"{before}. Allowed order: {', '.join(STAGE_INFO)}"
             )
     first = STAGE_INFO[stages[0]]
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
-        raise UserError(f"stages: {first.name} starts from the prompt alone; your clip can go through {others}")
+        raise UserError(f"stages: {first.name} starts from the prompt only; your clip can go through {others}")
     if not own_clip and first.consumes:
         raise UserError(
             f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"
@@ -227,33 +230,33 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
 
 
 def check_derived(given: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
-    """Raises UserError when a setting that follows from the clip before the stage is given another value."""
+    """Raises UserError if a setting that the input clip determines is given another value."""
     for name, value in derived.items():
         if given.get(name) not in (None, value):
-            raise UserError(f"{name} follows from the clip that the stage starts from: {value}, not {given[name]}")
+            raise UserError(f"{name} is determined by the input clip: {value}, not {given[name]}")
 
 
 def complete(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's request as this version writes it: settings that an older version did not have take their defaults.
+    """Converts the request of an older sample to today's format.
 
-    Defaults reproduce what was done before the setting existed.
+    Settings that the older version did not have get their defaults, which reproduce its behaviour.
     """
-    made, stages = dict(request), request.get("stages")
+    completed, stages = dict(request), request.get("stages")
     for name, info in STAGE_INFO.items():
         fields = dataclasses.fields(info.settings)
         defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
         if info.main and isinstance(stages, list) and name in stages:
-            made = defaults | _renamed(made)
-        elif isinstance(made.get(name), Mapping):
-            made[name] = defaults | _renamed(made[name])
-    return made
+            completed = defaults | _renamed(completed)
+        elif isinstance(completed.get(name), Mapping):
+            completed[name] = defaults | _renamed(completed[name])
+    return completed
 
 
 _OLD_VALUES = {"key_latents": {"draw": "sample", "mean": "mode"}}  # {setting: {name until version 0.1: name now}}
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an older weights folder or sample under today's names."""
+    """Replaces values of settings in an older weights folder or sample by today's names for them."""
 
     def current(name: str, value: Any) -> Any:
         return _OLD_VALUES[name].get(value, value) if name in _OLD_VALUES and isinstance(value, str) else value

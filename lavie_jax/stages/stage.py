@@ -1,4 +1,4 @@
-"""The interface of a stage. Each file beside this one has a subclass of `Stage` and its instance `STAGE`."""
+"""The interface of a stage. The file of each stage contains a subclass of `Stage` and its instance `STAGE`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -31,7 +31,7 @@ LINEAR_BETAS = {"kind": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # not S
 
 @runtime_checkable
 class StageWeights(Protocol):
-    """What a stage reads of a weights folder (`weights.Weights`)."""
+    """The part of `weights.Weights` that a stage reads."""
 
     sampling: Mapping[str, Any]
     unet: Any  # with `config`
@@ -41,7 +41,7 @@ class StageWeights(Protocol):
 
 @runtime_checkable
 class LoadedStage(Protocol):
-    """What a stage needs to prepare a clip (`cascade.model.StageModel`)."""
+    """The part of `cascade.model.StageModel` that a stage needs to prepare a clip."""
 
     weights: StageWeights
 
@@ -63,22 +63,22 @@ class Stage:
 
     Attributes:
         name: see `StageInfo`.
-        noise_number: keys the stage's noise together with the seed. It never changes, so that a seed's sample does not.
+        noise_number: keys the stage's noise, together with the seed. It never changes, so that samples stay the same.
         sampling: the released sampling settings, which a new weights folder gets as its defaults.
         schedule: the noise schedule that the released model was trained with.
         low_res_schedule: the schedule of the noise on low-resolution frames, of a stage that has them.
         null_caption: the text that replaces a dropped caption in training.
         unet_fields: fields of `UNetConfig` in which the stage's UNet differs from the image model's.
-        condition_latents: how many latents the condition adds to the input channels of the UNet that is inflated.
-        image_model: the image model that the stage's UNet is inflated from; None where it is inflated from `inflates`.
-        image_channels: input channels of that image model beside the latent's.
-        inflates: the stage whose UNet is inflated, or None.
-        vae_defaults: fields that older published configurations of the stage's VAE leave out.
-        vae_dtype: dtype of the VAE's computation where it is not that of the other networks.
-        encodes_clip: whether the clip that it starts from goes through the VAE's encoder.
+        condition_latents: number of latents in the condition, for which an inflated UNet gets more input channels.
+        image_model: the image model that the stage's UNet is inflated from; None if it is inflated from another stage.
+        image_channels: input channels of that image model in addition to the latent's.
+        inflates: the stage that the UNet is inflated from, or None if it is inflated from an image model.
+        vae_defaults: values of fields that are missing in older published configurations of the stage's VAE.
+        vae_dtype: dtype of the VAE's computation if it differs from the other networks'.
+        encodes_clip: whether the input clip is encoded by the VAE.
         latents_suffice: whether sets of latents and encoded captions can replace pixels in training.
-        batched: whether several clips share a call of the UNet, as `batch_size` says.
-        memory_advice: what to make smaller when a device has too little memory.
+        batched: whether the UNet is called with `batch_size` clips at a time.
+        memory_advice: what to reduce when a device runs out of memory.
     """
 
     name: ClassVar[str]
@@ -101,36 +101,36 @@ class Stage:
 
     @property
     def info(self) -> StageInfo:
-        """Its settings' dataclass, and its position among the stages."""
+        """The stage's entry of `STAGE_INFO`: the dataclass of its settings, and what it consumes and produces."""
         return STAGE_INFO[self.name]
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What its weights folder contains."""
+        """Names of the parts of its weights folder."""
         return (*PARTS, "tokenizer", "scheduler", *(("low_res_scheduler",) if self.low_res_schedule else ()))
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        """The default sampling settings of a model that is inflated from one with the settings `source`."""
+        """Returns default sampling settings for a model that is inflated from one with the settings `source`."""
         return dict(self.sampling)
 
     # ---- training ----
 
     def check_training_frames(self, frames: int) -> None:
-        """Raises UserError for a number of frames that the stage cannot be trained on; 0 is images alone."""
+        """Raises UserError for a number of frames that the stage cannot be trained on; 0 means images only."""
 
     def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
-        """What `condition` takes, made from the frames that the stage is to produce.
+        """Returns the inputs of `condition`, computed from the target frames.
 
         Args:
-            clips: a clip, or images, of a batch.
+            clips: the target clips of a batch, or its images.
             vae: configuration of the VAE that encoded them.
-            rng: for the condition of these clips.
-            level_rng: for noise levels, which the clip and the images of a row share.
+            rng: key for the condition of these clips.
+            level_rng: key for the noise levels, which the clip and the images of a row share.
         """
         return {}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
-        """Input of the UNet besides x_t, t and text, in training and in sampling alike."""
+        """Returns the UNet's inputs other than x_t, t and text, for both training and sampling."""
         return Condition()
 
     def training_pair(
@@ -148,10 +148,10 @@ class Stage:
 
         Args:
             latents: T video frames, then M images.
-            inputs: what `condition` takes for the video, None when T = 0.
-            rng: of timesteps and noise.
+            inputs: the inputs of `condition` for the video, None when T = 0.
+            rng: key for timesteps and noise.
             images: M.
-            image_inputs: what `condition` takes for the images, as clips of one frame: (B, M, 1, ...), levels (B, M).
+            image_inputs: those for the images, as clips of one frame: (B, M, 1, ...), levels (B, M).
             schedule: overrides the stage's, for a model with other betas or another prediction type.
             sample_timesteps: overrides the uniform distribution. A video's frames share one timestep, every image has
                 its own.
@@ -185,7 +185,7 @@ class Stage:
     def _joint_condition(
         self, inputs: Mapping[str, Array] | None, image_inputs: Mapping[str, Array] | None
     ) -> Condition:
-        """The clip's condition followed by that of every image. A row has one noise level, that of its clip."""
+        """Concatenates the conditions of the clip and of all images. A row has one noise level, the one of its clip."""
         parts = [] if inputs is None else [self.condition(inputs)]
         if image_inputs:
             rows = next(iter(image_inputs.values())).shape[0]
@@ -201,14 +201,14 @@ class Stage:
     # ---- sampling ----
 
     def default_clip(self, weights: StageWeights) -> ClipInfo | None:
-        """The clip from which the stage makes one of its default size; None for a stage that starts from text."""
+        """Returns the input clip for an output of the default size; None for a stage that starts from text."""
         return None
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> Settings:
-        """The stage's settings: the weights' defaults, overridden by `given` and by what follows from the clip.
+        """Returns the stage's settings: the weights' defaults, overridden by `given` and the size and rate of the clip.
 
         Raises:
-            UserError: a setting that the model cannot be sampled with, or a clip that memory cannot hold.
+            UserError: a setting is impossible for the model, or the clip does not fit into memory.
         """
         raise NotImplementedError
 
@@ -217,27 +217,27 @@ class Stage:
         return False
 
     def padding(self, weights: StageWeights) -> int:
-        """What the sides of the clip that the stage starts from are padded to multiples of."""
+        """Returns the number that the height and width of the input clip are padded to multiples of."""
         return 1
 
     def latent_shape(self, weights: StageWeights, settings: Settings) -> tuple[int, int, int, int]:
-        """(T, h, w, C) of the latents to denoise, of padded frames."""
+        """Returns the shape (T, h, w, C) of the latents to denoise, including padding."""
         raise NotImplementedError
 
     def windows(self, shape: Sequence[int], settings: Settings) -> list[Window]:
-        """The windows that latents of `shape` (T, h, w, C) are denoised in."""
+        """Returns the windows in which latents of `shape` (T, h, w, C) are denoised."""
         raise NotImplementedError
 
     def prepare(
         self, model: LoadedStage, settings: Settings, seed: int, frames: UInt8[np.ndarray, "t H W 3"] | None
     ) -> tuple[Float[np.ndarray, "t h w c"] | None, int | None]:
-        """(concat, noise level) of the condition of one clip, made from the `frames` that the stage starts from."""
+        """Returns `concat` and `noise_level` of one clip's condition, computed from the frames of the input clip."""
         return None, None
 
     def noise(
         self, model: LoadedStage, seed: int, stream: int, frames: range, shape: tuple[int, int, int, int]
     ) -> Float[Array, "t h w c"]:
-        """Standard normal noise of some frames of latents of `shape`, keyed by seed, stream and frame index."""
+        """Returns standard normal noise for frames of latents of `shape`, keyed by seed, stream and frame index."""
         return model.frame_noise(seed, stream, frames, shape[1:])
 
     def finish(
@@ -247,5 +247,5 @@ class Stage:
         settings: Settings,
         frames: UInt8[np.ndarray, "t h w 3"] | None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
-        """Decoded frames, the first of which has index `start`, cropped to the size of the output."""
+        """Crops decoded frames to the output size; `start` is the index of the first one."""
         return decoded[:, : settings.height, : settings.width]

@@ -1,8 +1,9 @@
 """Video super-resolution: every frame at four times the size (LaVie, sec. 3.4).
 
-The UNet sees the low-resolution frames, noised, and the level of that noise. A clip is denoised as one: one noise field
-for all frames, and windows over time, where memory needs it over space too, whose predictions are blended at every
-step. LaVie's own way is available as well: independent chunks of 8 frames, which leave a cut after each.
+The UNet is conditioned on the low-resolution frames, to which noise is added, and on the level of that noise. A clip is
+denoised as a whole: its frames share one noise field, and the predictions in overlapping windows over time (and over
+space, for large frames) are blended at every step. LaVie's independent chunks of 8 frames, with a visible cut after
+each, are available too.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Int, UInt8
 
+from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig
@@ -25,7 +27,7 @@ from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derive
 from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, cut, grid, overlapping
 
-WHOLE_FRAME = 320 * 512  # low-resolution pixels up to which windows take whole frames, unless a tile is given
+WHOLE_FRAME = 320 * 512  # low-resolution pixels of the largest frames that are not tiled by default
 TILE = 384  # side of the tiles of larger frames
 TILE_OVERLAP = 4  # tiles share a quarter of their side
 
@@ -47,7 +49,7 @@ class VSR(Stage):
     image_channels = 3  # the low-resolution frame
     vae_defaults = {"scaling_factor": 0.08333}
     vae_dtype = jnp.float32  # the x4-upscaler's VAE overflows in half precision
-    latents_suffice = False  # it is trained on pixels, and on patches at random positions
+    latents_suffice = False  # training needs pixels, and patches at random positions
     memory_advice = "smaller windows: a smaller tile, or fewer window frames"
 
     # ---- training ----
@@ -55,9 +57,9 @@ class VSR(Stage):
     def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
         """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
-        Each low-resolution pixel is the mean of the square that it stands for. The paper does not give the
-        distribution of the levels. Here it is MAX_NOISE_LEVEL times the cube of a uniform number, because the levels
-        used in sampling are low: half of all are below 44, and the released model's default is 50. The images of a row
+        Each low-resolution pixel is the mean of the target pixels that it covers. The paper does not give the
+        distribution of the levels. Here it is MAX_NOISE_LEVEL times the cube of a uniform number. Half of these levels
+        are below 44, because sampling uses low levels: the released model's default is 50. The images of a row
         have the level of its clip, because the UNet takes one for each row.
         """
         low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=vae.factor, j=vae.factor)
@@ -76,12 +78,12 @@ class VSR(Stage):
     # ---- sampling ----
 
     def default_clip(self, weights: StageWeights) -> ClipInfo:
-        made, factor = weights.sampling, weights.vae.config.factor
-        sides = {name: made[name] // factor for name in ("height", "width")}
-        return ClipInfo(frames=made["frames"], fps=made["fps"], **sides)
+        sampling, factor = weights.sampling, weights.vae.config.factor
+        sides = {name: sampling[name] // factor for name in ("height", "width")}
+        return ClipInfo(frames=sampling["frames"], fps=sampling["fps"], **sides)
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> VSRSettings:
-        """The rate is the clip's."""
+        """The default frame rate is the clip's."""
         factor = weights.vae.config.factor
         size = {"frames": clip.frames, "height": factor * clip.height, "width": factor * clip.width}
         check_derived(given, size)
@@ -94,17 +96,17 @@ class VSR(Stage):
         most = min(weights.unet.config.num_class_embeds, self._low_res_schedule(weights).steps) - 1
         if settings.noise_level > most:
             raise UserError(f"noise_level must be from 0 to {most} for this model, not {settings.noise_level}")
-        # its own bytes, and in float32 noised frames, state (two arrays in some samplers), prediction and new state
-        check_memory(clip, 3 + 4 * (3 + 5 * weights.unet.config.out_channels))
+        # bytes per pixel: the clip, and in float32 noised frames, state, prediction and new state
+        arrays = 2 * state_arrays(settings.sampler) + 1
+        check_memory(clip, 3 + 4 * (3 + arrays * weights.unet.config.out_channels))
         return settings
 
     def _low_res_schedule(self, weights: StageWeights) -> Schedule:
         return weights.low_res_schedule or self.low_res_schedule
 
     def padding(self, weights: StageWeights) -> int:
-        return 2 ** (
-            len(weights.unet.config.block_out_channels) - 1
-        )  # the UNet halves the sides at every level but one
+        levels = len(weights.unet.config.block_out_channels)
+        return 2 ** (levels - 1)  # the UNet halves the sides between its levels
 
     def latent_shape(self, weights: StageWeights, settings: VSRSettings) -> tuple[int, int, int, int]:
         """Latents have the sides of the low-resolution frames."""
@@ -123,7 +125,7 @@ class VSR(Stage):
     def prepare(
         self, model: LoadedStage, settings: VSRSettings, seed: int, frames: UInt8[np.ndarray, "t H W 3"]
     ) -> tuple[Float[np.ndarray, "t H W 3"], int]:
-        """Adds noise to the low-resolution frames, a window's length at a time."""
+        """Adds noise to the low-resolution frames, `window_frames` of them at a time."""
         frames = padded(frames, self.padding(model.weights))
         size = settings.window_frames
         schedule, level = self._low_res_schedule(model.weights), np.int32(settings.noise_level)

@@ -1,1 +1,1 @@
-"""What `train.py` is made of: options, optimizer, step, EMA, checkpoints, metrics."""
+"""The parts of `train.py`: options, optimizer, step, EMA, checkpoints, metrics."""

@@ -21,6 +21,7 @@ from lavie_jax import weights
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
 from lavie_jax.models.vae import VAE, VAEConfig, sample_posterior
+from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task, check_same
 
@@ -110,9 +111,9 @@ def make_autoencoder_task(
 
 
 def all_frames(batch: Batch) -> Float[Array, "n h w c"]:
-    """Returns the frames of the videos and the images of a batch as one batch of images."""
+    """Returns the frames of the videos and the images of a batch as one batch of images in [-1, 1]."""
     parts = [batch[k] for k in ("video", "images") if k in batch and batch[k].shape[1]]
-    return jnp.concatenate([einops.rearrange(x, "b f h w c -> (b f) h w c") for x in parts])
+    return pixels_to_float(jnp.concatenate([einops.rearrange(x, "b f h w c -> (b f) h w c") for x in parts]))
 
 
 def detail(images: Float[Array, "n h w c"]) -> Float[Array, "n h w 1"]:

@@ -1,7 +1,6 @@
 """Builds the task that a config (`configs/`) describes: models, initial parameters, loss."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lavie_jax import weights
 from lavie_jax.data import moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
-from lavie_jax.diffusion.samplers import make_sampler
+from lavie_jax.diffusion import late_start, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
@@ -32,6 +31,7 @@ from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
 from lavie_jax.weights.inflate import TEMPORAL, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
+from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
 
 RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only test the code
 
@@ -108,9 +108,12 @@ def check_stage(config: Any) -> None:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
     try:
         settings = STAGES[config.stage].info.settings.make(sampling_defaults(config), {})
-        make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
+        sampler = make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
+    chosen = any(config.sampling.get(name) is not None for name in ("sampler", "steps", "spacing"))
+    if chosen and (warning := late_start(sampler)):
+        logging.warning("config group 'sampling': %s", warning)
     factor = models.vae.config.factor
     for height, width in data.sizes:
         if height % factor or width % factor:
@@ -198,6 +201,8 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
 def load_init(config: Any, scratch: Path) -> InitialWeights:
     """Reads the folders of `init_from`, `vae_from` and `text_from`, and builds a small tokenizer if none has one."""
     models = make_models(config, jnp.float32, 1.0)
+    if where := config.text_from or config.init_from:
+        _check_tokenizer(where, models.text_encoder.config)
     start_weights = _load_start(config, models) if config.init_from else None
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
@@ -207,7 +212,7 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
     elif start is not None:
         start["text_encoder"] = text
     if tokenizer is not None:  # a copy, because exports need it even if the original folder is gone by then
-        tokenizer = shutil.copytree(tokenizer, scratch / "initial tokenizer", dirs_exist_ok=True)
+        tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
         tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
@@ -219,11 +224,24 @@ def load_init(config: Any, scratch: Path) -> InitialWeights:
     return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
 
 
+def _check_tokenizer(where: str, text: CLIPTextConfig) -> None:
+    """Refuses a folder whose tokenizer returns tokens that its text encoder does not have, before weights are read."""
+    folder = part_dir(where, "tokenizer")
+    if folder.is_dir():
+        check_tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=where)
+
+
 def _load_start(config: Any, models: Models) -> weights.Weights:
     """Loads `init_from`; with `inflate`, converts its UNet to this stage's (LaVie sections 3.1, 3.3)."""
     where, wanted = config.init_from, models.unet.config
-    inflates = STAGES[config.stage].inflates if config.inflate else None
+    stage = STAGES[config.stage]
+    inflates = stage.inflates if config.inflate else None
     loaded = weights.load_folder(where, stage=inflates or config.stage, dtype=np.float32)
+    if stage.low_res_schedule and loaded.low_res_schedule and loaded.low_res_schedule != stage.low_res_schedule:
+        raise UserError(
+            f"{where} has the low_res_schedule {loaded.low_res_schedule}, but the stage {config.stage} is trained with "
+            f"{stage.low_res_schedule}: start from a folder that has this one."
+        )
     unet, params = loaded.unet.config, loaded.unet.params
     if inflates:
         check_same(unet.image_config(), wanted.image_config(), where, ignore="in_channels")  # inflation adds some
@@ -261,7 +279,7 @@ def _load_text(config: Any, models: Models, start: weights.Weights | None) -> tu
 def _load_vae(config: Any, models: Models, start: weights.Weights | None) -> weights.Part:
     """Loads the VAE of `vae_from`, or else of `init_from`."""
     if config.vae_from == RANDOM:
-        logging.warning("vae_from = 'random': the VAE is untrained, which is of use only for testing the code")
+        logging.warning("vae_from = 'random': the VAE is untrained, which is only useful for testing the code")
         return weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae.config))
     if not config.vae_from and start is None:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")

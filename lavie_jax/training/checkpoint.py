@@ -24,13 +24,14 @@ from jax.experimental import multihost_utils
 
 from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
+from lavie_jax.training import changes
 from lavie_jax.training.config import complete
-from lavie_jax.training.optimizer import merge
+from lavie_jax.training.optimizer import merge, updates_done
 from lavie_jax.training.state import start_untrained
 from lavie_jax.training.step import UNTRAINED, Task
 
-# Beside the fields of the config: hashes of parameters that every start reads again, from folders that may have
-# changed. Checkpoints of before the second one are resumed without its check.
+# In addition to the fields of the config: hashes of parameters that every start reads again, from folders that may have
+# changed. Older checkpoints lack the second hash and are resumed without this check.
 FROZEN = "SHA-256 of the frozen models"
 FROZEN_PART = "SHA-256 of the untrained parameters in init_from"
 HASHES = (FROZEN, FROZEN_PART)
@@ -42,7 +43,7 @@ IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encod
 # Counters of the process, not of the run: they start again when a run resumes.
 TRANSIENT = ("skipped",)
 
-# In the JSON: absent from checkpoints of before, whose "params" and "ema" have the untrained parameters too.
+# In the JSON: absent from older checkpoints, whose "params" and "ema" have the untrained parameters too.
 TRAINED_ONLY = "trained_only"
 
 # Orbax's commit marks of a step directory, its state and its JSON.
@@ -144,7 +145,7 @@ class Checkpoints:
         """Restores the checkpoint of a step.
 
         Args:
-          step: one of the steps that there are.
+          step: the step of an existing checkpoint.
           abstract: what was saved, as ShapeDtypeStructs with shardings.
           config: the `identity` of this run.
           untrained: {UNTRAINED: shapes of all untrained parameters}, or {}: checkpoints of earlier versions contain
@@ -152,6 +153,8 @@ class Checkpoints:
 
         Returns:
           Arrays in the structure of `abstract`.
+
+        Logs a line about other fields that differ and what follows.
 
         Raises:
           UserError: the checkpoint belongs to another model or run (the message names the field that differs), or
@@ -171,6 +174,9 @@ class Checkpoints:
         for now, before in self._aside.items():
             logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
+        line = changes.describe(step, recorded, config, updates=int(updates_done(state["opt_state"])))
+        if line and jax.process_index() == 0:
+            logging.warning("%s", line)
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
         return state | {k: parallel.put(np.zeros(x.shape, x.dtype), x.sharding) for k, x in counters.items()}
 

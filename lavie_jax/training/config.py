@@ -12,7 +12,7 @@ from lavie_jax import weights
 from lavie_jax.data.config import DataConfig
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.fields import check_rules, convert, field, settable, types_of
+from lavie_jax.fields import MAX_SEED, check_rules, convert, expanded, field, settable, types_of
 from lavie_jax.models.attention import KERNELS
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import REMAT
@@ -46,12 +46,12 @@ class RunConfig:
     stage: str = field("the model that is trained", choices=(VAE_STAGE, *STAGE_INFO))
     steps: int = field("number of updates", low=1)
     batch: int = field("examples per update, over all devices", low=1)
-    seed: int = field("seed of the initial parameters and of the noise", default=0)
-    init_from: str = field("weights folder to start from; empty starts from random weights", default="")
+    seed: int = field("seed of the initial parameters and of the noise", default=0, low=0, high=MAX_SEED)
+    init_from: str = field("weights folder to start from; empty starts from random weights", default="", path=True)
 
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(
-        "of the computation; auto is bfloat16 on accelerators and float32 on CPUs",
+        "dtype of the computation; auto is bfloat16 on accelerators and float32 on CPUs",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -64,7 +64,7 @@ class RunConfig:
     attention_kernel: str = field(
         "implementation of attention",
         default="auto",
-        choices=tuple(name for name in KERNELS if name != "flash"),  # does not take the 77 tokens of a text
+        choices=tuple(name for name in KERNELS if name != "flash"),  # does not support the 77 tokens of a text
     )
     regime: str = field("parameters and data that are trained (paper, appendix D)", default="joint", choices=REGIMES)
     ema_decay: float = field("decay of the average of the parameters", default=0.9999, low=0, below=1)
@@ -73,7 +73,7 @@ class RunConfig:
     cpu_devices: int = field("devices that a CPU is split into; 2 are faster than 1 on 2 cores", default=0, low=0)
     distributed: bool = field("train on all hosts of a pod together", default=False)
     workers: int = field("processes that prepare data; 0 uses a thread", default=0, low=0)
-    peak_tflops: float = field("of a device, to log utilization; 0 looks up TPUs", default=0.0, low=0)
+    peak_tflops: float = field("peak TFLOP/s of a device, to log utilization; 0 looks up TPUs", default=0.0, low=0)
 
     log_every: int = field("steps between lines of metrics.jsonl", default=50, low=1)
     held_out_every: int = field("steps between measurements of the held-out loss", default=500, low=1)
@@ -84,7 +84,7 @@ class RunConfig:
     keep_every: int = field("checkpoints at multiples of this step are kept; 0 keeps none", default=0, low=0)
     sample_every: int = field("steps between sample grids, a multiple of checkpoint_every", default=500, low=1)
     prompts: tuple[str, ...] = field("prompts of the sample grids; empty writes no grids", default=())
-    tensorboard: bool = field("write TensorBoard events beside metrics.jsonl", default=False)
+    tensorboard: bool = field("write TensorBoard events in addition to metrics.jsonl", default=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,10 @@ class StageRunConfig(RunConfig):
     inflate: bool = field(
         "init_from contains an image model, or, for interpolation, a base model, that becomes this stage", default=False
     )
-    vae_from: str = field("weights folder with the VAE; empty uses init_from, random an untrained VAE", default="")
-    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="")
+    vae_from: str = field(
+        "weights folder with the VAE; empty uses init_from, random an untrained VAE", default="", path=True
+    )
+    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="", path=True)
     train_text_encoder: bool = field("train the text encoder with the UNet", default=False)
 
 
@@ -138,17 +140,17 @@ def defaults(stage: str) -> dict[str, Any]:
     values: dict[str, Any] = {"stage": stage}
     for group, kinds in field_types(stage).items():
         cls = group_classes(stage)[group] if group else run_class(stage)
-        found = {name: None if group == "sampling" else settable(cls)[name].default for name in kinds}
-        found = {name: value for name, value in found.items() if value is not dataclasses.MISSING}
+        given = {name: None if group == "sampling" else settable(cls)[name].default for name in kinds}
+        given = {name: value for name, value in given.items() if value is not dataclasses.MISSING}
         if group:
-            values[group] = found
+            values[group] = given
         else:
-            values |= found
+            values |= given
     return values
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recorded config of an older run as this version writes it.
+    """Converts the recorded config of an older run to today's format.
 
     Fields that the older version did not have get their defaults, and renamed fields their new names. Only groups that
     are present are completed, and the config of an unknown stage is returned unchanged.
@@ -174,13 +176,14 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     stage = values.get("stage")
     if not isinstance(stage, str):
-        raise UserError("the config sets no `stage`.")
+        raise UserError("the config does not set `stage`.")
     types, filled = field_types(stage), defaults(stage)
     for name, value in values.items():
         if name not in types and name not in types[""]:
             raise UserError(f"unknown config field {name!r}{suggest(name, [*types[''], *filter(None, types)])}")
         if name not in types:
-            filled[name] = convert(f"config field {name!r}", value, types[""][name])
+            value = convert(f"config field {name!r}", value, types[""][name])
+            filled[name] = expanded(settable(run_class(stage))[name], value)
         elif value is None and name in NETWORKS:
             filled[name] = None
         else:
@@ -190,10 +193,11 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
                 full = f"{name}.{inner}"
                 if inner not in types[name]:
                     raise UserError(f"unknown config field {full!r}{suggest(inner, types[name])}")
-                filled[name][inner] = convert(f"config field {full!r}", one, types[name][inner])
+                one = convert(f"config field {full!r}", one, types[name][inner])
+                filled[name][inner] = expanded(settable(group_classes(stage)[name])[inner], one)
     for name in types[""]:
         if name not in filled:
-            raise UserError(f"the config sets no {name!r}.")
+            raise UserError(f"the config does not set {name!r}.")
     return filled
 
 
@@ -217,7 +221,7 @@ def read_networks(config: Any) -> None:
             raise UserError(f"{name}=None reads the architecture from a weights folder: set init_from.")
         if name == "unet" and config.inflate:
             raise UserError("unet=None reads the architecture from init_from, which inflate=True changes: set unet.")
-        found = weights.load_part(folder, name, params=False).config.to_dict()
+        architecture = weights.load_part(folder, name, params=False).config.to_dict()
         kinds = field_types(config.stage)[name]
-        values = {key: convert(f"{folder}: {name}.{key}", found[key], kind) for key, kind in kinds.items()}
+        values = {key: convert(f"{folder}: {name}.{key}", architecture[key], kind) for key, kind in kinds.items()}
         config[name] = type(config)(values)

@@ -1,8 +1,8 @@
 """Training the UNet of a stage: joint image-video fine-tuning (LaVie section 3.2, Eq. 3).
 
 The VAE is frozen and encodes inside the step: one sample of its posterior per image, or the mode. The text encoder is
-frozen too, except on Moving Shapes, where a small one is trained with the UNet. `stages/` has what a stage feeds its
-UNet and how that is computed from a batch, `diffusion/loss.py` the loss.
+frozen too, except on Moving Shapes, where a small one is trained with the UNet. `stages/` defines the inputs
+of a stage's UNet and computes them from a batch, `diffusion/loss.py` has the loss.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
+from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import EncodedClips, Text, TrainingPair
 from lavie_jax.stages.stage import Stage
 from lavie_jax.training.optimizer import check_number
@@ -81,7 +82,7 @@ class StageLoss:
     train_text_encoder: bool
 
     def init(self, rng: jax.Array) -> Any:
-        """Returns random parameters, those of the temporal layers included even if there are no videos."""
+        """Returns random parameters, including the temporal layers' even if there are no videos."""
         names = ("unet", "text_encoder") if self.train_text_encoder else ("unet",)
         networks = {name: getattr(self.models, name) for name in names}
         rngs = dict(zip(("unet", "text_encoder"), jax.random.split(rng)))
@@ -137,6 +138,7 @@ class StageLoss:
             return EncodedClips(None, mean, 2 * jnp.log(std))
         kinds = {"video": self.frames, "images": self.images}
         pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
+        pixels = pixels_to_float(pixels)
         return EncodedClips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
 
     def _text(self, params: Any, frozen: Any, batch: Batch) -> Text:

@@ -14,6 +14,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
 from lavie_jax.training.checkpoint import array_hash
 from lavie_jax.weights.folder import Part, hash_dir
+from lavie_jax.weights.tokenizer_files import FILES
 
 
 def identity(vae: Part, text_encoder: Part, tokenizer: Path) -> dict[str, str]:
@@ -25,7 +26,7 @@ def identity(vae: Part, text_encoder: Part, tokenizer: Path) -> dict[str, str]:
     return {
         "vae": _hash(unscaled, vae.params),
         "text_encoder": _hash(text_encoder.config.to_dict(), text_encoder.params),
-        "tokenizer": hash_dir(tokenizer),
+        "tokenizer": hash_dir(tokenizer, only=FILES),
     }
 
 

@@ -1,6 +1,5 @@
 """A lock that allows one run at a time in a workdir."""
 
-import fcntl
 import json
 import math
 import os
@@ -9,11 +8,14 @@ import threading
 import time
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
+from lavie_jax import disk
 from lavie_jax.errors import UserError
 
 BEAT = 10.0  # seconds between heartbeats
@@ -24,36 +26,59 @@ class Lock:
     """Holds `workdir/lock` during a run; the first process holds it for all processes of the run.
 
     The file contains host and process. On one host the kernel releases it when the process dies for any reason. Locks
-    of other hosts, on a shared disk, are stale when they were not touched for a minute.
+    of other hosts, on a shared disk, are stale when they were not touched for a minute. On a disk without flock, which
+    is warned of, a lock of this host is stale when its process is gone or did not touch it either.
 
     Raises:
-      UserError: another run uses `workdir`.
+      UserError: another run uses `workdir`, or it cannot be written.
     """
 
     def __init__(self, workdir: Path):
         self._path = workdir / "lock"
         self._file: TextIOWrapper | None = None
         self._stopped = threading.Event()
-        problem = self._take() if jax.process_index() == 0 else ""
+        problem = self._try() if jax.process_index() == 0 else ""
         if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(bool(problem))):
             problem = problem or f"--workdir {workdir} is in use by another run: see the first host's message."
         if problem:
             raise UserError(problem)
 
-    def _take(self) -> str:
+    def _try(self) -> str:
         """Takes the lock. Returns an error message, or "" on success."""
         self._made_workdir = not self._path.parent.exists()
+        existed = self._path.exists()
+        try:
+            return self._take()
+        except OSError as error:
+            if not existed:
+                self._path.unlink(missing_ok=True)
+                self._remove_new_workdir()
+            return f"--workdir {self._path.parent} cannot be locked: {error}"
+
+    def _take(self) -> str:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("a+")
-        while not (free := _flock(file)) or not _is(file, self._path):
-            if not free:
-                problem = self._in_use(_holder(file))
-                file.close()
-                return problem
-            file.close()  # a run has just ended and removed its lock
-            file = self._path.open("a+")
+        try:
+            while (free := disk.flock(file)) is False or not _is(file, self._path):
+                if free is False:
+                    problem = self._in_use(_holder(file))
+                    file.close()
+                    return problem
+                file.close()  # a run has just ended and removed its lock
+                file = self._path.open("a+")
+        except OSError:
+            file.close()
+            raise
         holder = _holder(file)
         silent = time.time() - self._path.stat().st_mtime
+        if free is None:
+            if holder.get("host") == platform.node() and silent < STALE and _alive(holder.get("pid")):
+                file.close()
+                return f"{self._in_use(holder)} If that process is another program, delete {self._path}."
+            logging.warning(
+                "%s is on a disk without flock: two runs that start in it at the same moment do not notice each other",
+                self._path.parent,
+            )
         if holder.get("host", platform.node()) != platform.node() and silent < STALE:
             file.close()
             left = math.ceil(STALE - silent)
@@ -90,16 +115,23 @@ class Lock:
         self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
-        if self._made_workdir and not any(self._path.parent.iterdir()):
+        self._remove_new_workdir()
+
+    def _remove_new_workdir(self) -> None:
+        if self._made_workdir and self._path.parent.is_dir() and not any(self._path.parent.iterdir()):
             self._path.parent.rmdir()
 
 
-def _flock(file: TextIOWrapper) -> bool:
-    """Tries to lock the file. Returns whether this process holds it now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _alive(pid: Any) -> bool:
+    """Whether a process of this host runs that is not this one."""
+    if not isinstance(pid, int) or pid == os.getpid():
         return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
     return True
 
 

@@ -62,7 +62,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 class EventFiles:
-    """Writes event files in `directory` for `tensorboard --logdir`, beside those of earlier parts of the run."""
+    """Writes event files in `directory` for `tensorboard --logdir`, next to those of earlier parts of the run."""
 
     def __init__(self, directory: Path, *, step: int):
         # Imported here: only runs that write event files need the package.

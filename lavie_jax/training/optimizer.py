@@ -15,7 +15,7 @@ from lavie_jax.errors import UserError, suggest
 
 # LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on images and videos
 # (best), the whole UNet on videos only (it forgets), the temporal layers only (poor). "motion_only" is ours: the motion
-# embedding alone, before the rest (see `models.additions.MotionEmbedding`).
+# embedding only, before the rest (see `models.additions.MotionEmbedding`).
 REGIMES = ("joint", "video_only", "temporal_only", "motion_only")
 
 KINDS = ("adamw", "muon")
@@ -45,7 +45,7 @@ class OptimizerConfig:
 
 
 def check_number(name: str, value: float, *, low: float, below: float = math.inf) -> None:
-    """Refuses a config's number that is below `low`, not below `below`, or not finite."""
+    """Raises UserError unless `low` <= `value` < `below`."""
     if not low <= value < below:
         limit = "" if below == math.inf else f" and below {below}"
         raise UserError(f"config field {name!r} must be finite, at least {low}{limit}; given {value}.")
@@ -74,8 +74,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Makes the optimizer: clipping by global norm, then AdamW or Muon; weight decay of kernels only.
 
     Muon (K. Jordan 2024; arXiv 2502.16982) equalises the singular values of a kernel's update, so that directions that
-    few examples ask for are learnt beside those of all examples. Its updates are scaled to AdamW's usual size, so that
-    one learning rate fits both. Parameters other than inner kernels stay with Adam.
+    matter to few examples are learned as fast as those that matter to all. Its updates are scaled to AdamW's usual
+    size, so that one learning rate fits both. Parameters other than inner kernels use Adam.
     """
     rate = learning_rate(config, steps)
     if config.kind == "adamw":

@@ -1,8 +1,8 @@
 """The command line of train.py: a config file, and `--config.FIELD=VALUE` for any field of a run.
 
 `--config FILE.py:MODE` calls `get_config("MODE")` of that file, which returns an `ml_collections.ConfigDict`. Fields
-that it leaves out have their defaults, and every field can be set, whatever the file shows: its type is that of the
-dataclass in `training/config.py`. Below the script there are only dataclasses and plain values.
+that it leaves out have their defaults. The command line can set every field, also those that the file leaves out; types
+come from the dataclasses in `training/config.py`.
 """
 
 import functools
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lavie_jax
-from lavie_jax.errors import UserError, check_folder, suggest
-from lavie_jax.fields import describe, parse_text, rule_of, settable
-from lavie_jax.stages.settings import MAIN_STAGE
+from lavie_jax.errors import UserError, check_folder, suggest, user_path
+from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
+from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training.config import (
     NETWORKS,
     check_values,
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     read_networks(config)
     return Arguments(
         config=config,
-        workdir=Path(flags["workdir"]).expanduser(),
+        workdir=user_path(flags["workdir"]),
         restore_step=None if restore_step is None else int(restore_step),
         profile="profile" in flags,
     )
@@ -101,15 +101,17 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check(config: Any, workdir: Path) -> None:
-    """Checks, before anything expensive, the fields of a run and that its workdir can be written.
+    """Checks the fields of a run, and that its workdir can be written, before anything expensive.
 
     Raises:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
-    check_values(config)
-    if config.prompts and config.stage != MAIN_STAGE:
+    check_values(config.to_dict())
+    from_text = [name for name, info in STAGE_INFO.items() if not info.consumes]
+    if config.prompts and config.stage not in from_text:
         raise UserError(
-            f"prompts are sampled from models of the stage {MAIN_STAGE}; this config's stage is {config.stage!r}."
+            f"prompts are sampled by stages that start from text ({', '.join(from_text)}), not by {config.stage!r}: "
+            "set prompts=()."
         )
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
@@ -133,7 +135,7 @@ def load(spec: str) -> Any:
         UserError: the file is missing, fails, or returns something other than the config of a run.
     """
     name, _, mode = spec.partition(":")
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         raise UserError(f"config file {name} does not exist; see the files under configs/.")
     if importlib.util.find_spec("ml_collections") is None:
@@ -196,8 +198,9 @@ def override(config: Any, field: str, text: str) -> None:
     node = config[group] if group else config
     if node is None:
         raise UserError(f"config field {field!r}: {group} is None, so that it is read from init_from")
+    declared = settable(group_classes(config.stage)[group] if group else run_class(config.stage))[leaf]
     with node.ignore_type():
-        node[leaf] = parse_text(f"config field {field!r}", text, types[group][leaf])
+        node[leaf] = expanded(declared, parse_text(f"config field {field!r}", text, types[group][leaf]))
 
 
 def help_text(argv: Sequence[str] = ()) -> str:

@@ -6,7 +6,7 @@
              the parameters of the trained networks that are not trained, in float32.
 
 Untrained parameters come from `init_from` again when a run resumes. Without `init_from` they are random, and a
-checkpoint contains them, because another version of jax or another device may draw other numbers.
+checkpoint contains them, because another version of jax or another device may generate other numbers.
 """
 
 from typing import Any

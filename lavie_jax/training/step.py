@@ -132,8 +132,8 @@ def make_update(
 ) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
     """Makes the function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
 
-    A loss or gradient that is not finite changes only the counters. The randomness of a step depends on (seed, step)
-    alone: a resumed run repeats an uninterrupted one, on any number of devices.
+    A loss or gradient that is not finite changes only the counters. The randomness of a step depends only on (seed,
+    step): a resumed run repeats an uninterrupted one, on any number of devices.
 
     Args:
       task: what is trained.

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from lavie_jax.weights.safetensors_io import Tensor
 
 PREFIXES = {  # part -> prefix of its names
@@ -17,11 +19,8 @@ PREFIXES = {  # part -> prefix of its names
 }
 
 IGNORED = re.compile(
-    r"^(model_ema\..*"  # the EMA; diffusers also converted the weights themselves
-    r"|first_stage_model\.loss\..*"  # the discriminator that trained the autoencoder
-    r"|cond_stage_model\.logit_scale"
-    r"|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"  # schedule buffers
-    r"|lvlb_weights|logvar|scale_factor)$"
+    r"^(first_stage_model\.loss\..*"  # the discriminator that trained the autoencoder
+    r"|cond_stage_model\.logit_scale)$"
 )
 
 HEADS = 8  # of Stable Diffusion 1.x, at every level
@@ -117,11 +116,24 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             unknown.append(name)
         else:
             parts[part][name.removeprefix(PREFIXES[part])] = tensor
-    sizes = Sizes(_unet_layers(parts["unet"]), _count(parts["vae"], r"^encoder\.down\.(\d+)\."))
-    renamed = {
-        part: {rename(part, name, sizes): tensor for name, tensor in of_part.items()} for part, of_part in parts.items()
-    }
-    return renamed, unknown
+    return {part: rename_part(part, of_part) for part, of_part in parts.items()}, unknown
+
+
+def rename_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Maps the names of a part, without its prefix, to diffusers' names."""
+    sizes = Sizes(
+        unet_layers=_unet_layers(tensors) if part == "unet" else 0,
+        vae_levels=_count(tensors, r"^encoder\.down\.(\d+)\."),
+    )
+    return {rename(part, name, sizes): tensor for name, tensor in tensors.items()}
+
+
+def scale_factor(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns the VAE's scaling factor as a field of its config, for checkpoints that store one."""
+    stored = next((t for name, t in tensors.items() if name.rpartition(".")[2] == "scale_factor"), None)
+    if stored is None or stored.shape not in ((), (1,)):
+        return {}
+    return {"scaling_factor": float(str(np.asarray(stored.read(), np.float32).reshape(())))}  # the shortest decimal
 
 
 def rename(part: str, name: str, sizes: Sizes) -> str:

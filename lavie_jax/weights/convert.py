@@ -5,6 +5,7 @@ Everything is checked before anything is written, and only one tensor at a time 
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.transformer import ROTARY_WIDTH
 from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
-from lavie_jax.weights.pretrained import Pretrained, PretrainedPart, read_pretrained, read_weights_file
+from lavie_jax.weights.pretrained import Pretrained, PretrainedPart, read_pretrained, read_unet_file
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
+from lavie_jax.weights.tokenizer_files import check_tokenizer
 from lavie_jax.weights.torch_files import import_torch, write_torch
 
 SCHEDULER_FIELDS = ("num_train_timesteps", "prediction_type")  # taken from the pretrained model; betas are not
@@ -36,6 +39,7 @@ class Imported:
     tensors: dict[str, Tensor]
     dialect: str
     problems: list[str]
+    notes: tuple[str, ...] = ()
 
     @property
     def part(self) -> tuple[Any, dict[str, Tensor]]:
@@ -50,31 +54,79 @@ def import_stage(
     unet_file: Path,
     pretrained: Path,
     tokenizer: Path | None = None,
+    vae: Path | None = None,
+    ema: bool = True,
     share: Path | None = None,
     overwrite: bool = False,
-) -> None:
+) -> list[str]:
     """Writes a weights folder from a LaVie checkpoint and the image model that it was trained from.
 
     Args:
         stage: the stage of the checkpoint.
         out: the weights folder to write.
-        unet_file: the LaVie checkpoint.
+        unet_file: the LaVie checkpoint: a file, the index of a sharded one, or the folder with either.
         pretrained: a diffusers folder, or a CompVis checkpoint, which needs `tokenizer`.
         tokenizer: folder of the tokenizer; by default that of `pretrained`.
+        vae: file or folder of another VAE than that of `pretrained`.
+        ema: whether to use moving averages of the weights, where a file has both.
         share: see `save_folder`.
         overwrite: see `save_folder`.
 
+    Returns:
+        Notes on what was read of the files, for the user.
+
     Raises:
-        UserError: tensors are missing, unexpected, of the wrong shape (all are listed), or have NaN. Then nothing is
-            written.
+        UserError: tensors are missing, unexpected, of the wrong shape (they are counted and listed), or have NaN; or a
+            file is of another kind. Then nothing is written.
     """
     check_new_folder(out, overwrite=overwrite)
-    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False)
+    unet = read_unet_file(unet_file, ema=ema)
+    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False, vae=vae, ema=ema)
     parts = import_image_parts(source, stage)
-    config = video_config(unet_config(source.unet_config), stage, parts["vae"].config.latent_channels)
-    parts["unet"] = import_part("unet", PretrainedPart(unet_file, {}, read_weights_file(unet_file)), config)
+    latents = parts["vae"].config.latent_channels
+    image = unet_config(source.unet_config)
+    check_image_model(pretrained, stage, image, latents)
+    _check_stage(unet, stage, latents)
+    parts["unet"] = import_part("unet", unet, video_config(image, stage, latents))
     refuse([line for part in parts.values() for line in part.problems] + list(source.unknown))
     save(stage, out, parts, source, share=share, overwrite=overwrite)
+    return [note for part in parts.values() for note in part.notes]
+
+
+# Published image models by the number of their UNet's input channels.
+IMAGE_MODELS = {9: "inpainting", 8: "editing by instructions (InstructPix2Pix)", 7: "upscaling", 5: "depth maps"}
+
+
+def check_image_model(path: Path, stage: Stage, unet: UNetConfig, latent_channels: int) -> None:
+    """Raises UserError unless the stage starts from this kind of model: not, for instance, from one for inpainting."""
+    channels, levels = latent_channels + stage.image_channels, stage.low_res_schedule is not None
+    if (unet.in_channels, unet.num_class_embeds is not None) != (channels, levels):
+        has = "with" if unet.num_class_embeds is not None else "without"
+        use = f" (a model for {IMAGE_MODELS[unet.in_channels]})" if unet.in_channels in IMAGE_MODELS else ""
+        raise UserError(
+            f"{path} has a UNet with {unet.in_channels} input channels{use}, {has} noise levels; the stage "
+            f"{stage.name} starts from {stage.image_model or STAGES[stage.inflates].image_model}: {channels} channels, "
+            f"with{'' if levels else 'out'} them."
+        )
+
+
+def _check_stage(unet: PretrainedPart, stage: Stage, latent_channels: int) -> None:
+    """Raises UserError for the UNet of an image model, and for the checkpoint of another stage."""
+    first = unet.tensors.get("conv_in.weight")
+    if first is None or first.ndim != 4:
+        return
+    if not any(re.search(r"temp", name) for name in unet.tensors):
+        raise UserError(
+            f"{unet.file} is the UNet of an image model, without temporal layers: convert_torch.py inflate makes a "
+            "video model of one to train from."
+        )
+    by_channels = {s.name: latent_channels * (1 + s.condition_latents) + s.image_channels for s in STAGES.values()}
+    others = [name for name, channels in by_channels.items() if channels == first.shape[1]]
+    if first.shape[1] != by_channels[stage.name] and others:
+        raise UserError(
+            f"{unet.file} is a checkpoint of the stage {others[0]} ({first.shape[1]} input channels, not "
+            f"{by_channels[stage.name]}): give --stage {others[0]}, and that stage's image model with --pretrained."
+        )
 
 
 def import_image_parts(source: Pretrained, stage: Stage) -> dict[str, Imported]:
@@ -110,7 +162,7 @@ def import_part(part: str, source: PretrainedPart, config) -> Imported:
         return names.get(path, name), torch_view.shape
 
     problems += compare(str(source.file), config, {path: t.shape for path, t in tensors.items()}, shown)
-    return Imported(config, tensors, dialect, problems)
+    return Imported(config, tensors, dialect, problems, source.notes)
 
 
 def save(
@@ -123,6 +175,13 @@ def save(
     overwrite: bool,
 ) -> None:
     """Writes checked parts, with the schedules of the published model where it has them."""
+    text = parts["text_encoder"].config
+    check_tokenizer(
+        source.tokenizer,
+        vocab_size=text.vocab_size,
+        length=text.max_position_embeddings,
+        owner=source.text_encoder.file,
+    )
     scheduler = {key: source.scheduler[key] for key in SCHEDULER_FIELDS if key in source.scheduler}
     schedule = Schedule.from_json(stage.schedule.to_json() | scheduler)
     low_res = stage.low_res_schedule

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 
 from flax.traverse_util import flatten_dict
@@ -11,6 +12,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.registry import Config, abstract_params
 from lavie_jax.weights.names import is_buffer
 
+SHOWN = 20  # misfits that a message lists
 Shapes = Mapping[str, tuple[int, ...]]  # {path: shape}
 
 
@@ -41,7 +43,7 @@ def compare(
     given: Mapping[str, tuple[int, ...]],
     shown: Callable[[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = our_name,
 ) -> list[str]:
-    """Returns one line for each difference between the shapes in a file and those that `config` needs.
+    """Returns one line for each difference between the shapes in a file and the shapes that `config` needs.
 
     Buffers are ignored.
 
@@ -67,7 +69,27 @@ def compare(
 
 
 def refuse(lines: list[str]) -> None:
-    """Raises one UserError with all `lines`, if there are any."""
-    if lines:
-        count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
+    """Raises one UserError with the number of `lines`, if there are any, and the first of each kind."""
+    if not lines:
+        return
+    count = "1 tensor does" if len(lines) == 1 else f"{len(lines)} tensors do"
+    if len(lines) <= SHOWN:
         raise UserError(f"{count} not fit; nothing was written:\n  " + "\n  ".join(lines))
+    groups: dict[str, list[int]] = {}
+    for i, line in enumerate(lines):
+        groups.setdefault(_kind(line), []).append(i)
+    counts = ", ".join(f"{len(group)} {kind}" for kind, group in groups.items())
+    in_turn = sorted((position, i) for group in groups.values() for position, i in enumerate(group))
+    shown = [lines[i] for i in sorted(i for _, i in in_turn[:SHOWN])]
+    raise UserError(
+        f"{count} not fit ({counts}); nothing was written:\n  "
+        + "\n  ".join([*shown, f"and {len(lines) - SHOWN} more"])
+    )
+
+
+def _kind(line: str) -> str:
+    """The kind of a misfit, for their counts."""
+    match = re.search(r": (missing|unexpected) |^(missing|unexpected) | (is missing)", line)
+    if match is None:
+        return "of another shape"
+    return "unexpected" if "unexpected" in match[0] else "missing"

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, check_folder, suggest
+from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
 from lavie_jax.stages import STAGES
 from lavie_jax.text_files import read_text
@@ -36,11 +36,12 @@ from lavie_jax.weights.safetensors_io import (
     read_safetensors,
     write_safetensors,
 )
+from lavie_jax.weights.tokenizer_files import copy_tokenizer
 
 FORMAT_VERSION = 1
 CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
 MODEL_FILE = "model.safetensors"
-# Fields of a part's config.json beside those of the network's config:
+# Fields of a part's config.json in addition to the network's config:
 FINGERPRINT = "fits"  # see `expected.fingerprint`
 NETWORK = "network"  # the network's name in the registry; absent for the part's default network
 
@@ -81,7 +82,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         UserError: the folder is missing, incomplete, truncated or of another stage; a tensor is missing, unexpected,
             of the wrong shape, or has NaN or Inf; or the parts do not belong together.
     """
-    path = Path(path)
+    path = user_path(path)
     config = _read_config(path, stage)
     contents = CONTENTS[config["stage"]]
     for name in contents:
@@ -119,7 +120,7 @@ def load_part(path: str | Path, part: str, *, dtype=None, params: bool = True) -
     known_to_fit = read_json(where.with_name("config.json")).get(FINGERPRINT) == fingerprint(config, shapes)
     if lines := [] if known_to_fit else compare(str(where), config, shapes):
         more = f" and {len(lines) - 1} more like this" if len(lines) > 1 else ""
-        raise UserError(f"{lines[0]}{more}. The file does not belong to the config.json beside it.")
+        raise UserError(f"{lines[0]}{more}. The file does not belong to its config.json.")
     if not params:
         return Part(config, {})
     arrays, quiet = {}, sum(t.nbytes for t in tensors.values()) < SHOW_PROGRESS_FROM
@@ -159,7 +160,7 @@ def _network_fields(config: Config, part: str) -> dict[str, Any]:
 
 def part_dir(path: str | Path, part: str) -> Path:
     """Returns the folder of a part of a weights folder, which config.json may place elsewhere."""
-    path = Path(path)
+    path = user_path(path)
     return _part_dir(path, _read_config(path, None), part)
 
 
@@ -239,7 +240,7 @@ def save_folder(
         vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
             to write.
         sampling: the stage's sampling defaults.
-        tokenizer: a folder to copy, or a transformers tokenizer.
+        tokenizer: a folder whose tokenizer files are copied, or a transformers tokenizer.
         schedule, low_res_schedule: noise schedules.
         share: a weights folder; parts that are the same there are referred to instead of repeated.
         dialects: the naming dialect of each part's PyTorch file, for the export.
@@ -256,13 +257,15 @@ def save_folder(
         raise ValueError(f"a folder of stage {stage!r} has {CONTENTS[stage]}, but {sorted(present)} were given")
     check_new_folder(path, overwrite=overwrite)
     if share is not None:
-        _read_config(Path(share), None)
-    with new_folder(Path(path)) as folder:
+        share = user_path(share)
+        _read_config(share, None)
+    path = user_path(path)
+    with new_folder(path) as folder:
         for name, value in given.items():
             if value is not None:
                 _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
         config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
-        if share is not None and (parts := _same_parts(folder, Path(share), Path(path))):
+        if share is not None and (parts := _same_parts(folder, share, path)):
             config["parts"] = parts
         write_json(folder / "config.json", config)
 
@@ -273,7 +276,7 @@ def _write_part(folder: Path, value, dialect: str) -> None:
         folder.mkdir()
         write_json(folder / "scheduler_config.json", value.to_json())
     elif isinstance(value, str | Path):
-        shutil.copytree(value, folder)
+        copy_tokenizer(value, folder)
     elif hasattr(value, "save_pretrained"):
         value.save_pretrained(folder)
     else:
@@ -315,7 +318,7 @@ def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
 
     With `overwrite`, it may replace a weights folder or an empty folder, and nothing else.
     """
-    path = Path(path)
+    path = user_path(path)
     check_new_file(path, overwrite=overwrite)
     if os.path.lexists(path) and not (
         path.is_dir() and (not any(path.iterdir()) or "format_version" in _read_if_json(path / "config.json"))
@@ -329,7 +332,7 @@ def _read_if_json(path: Path) -> dict:
 
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     """Raises UserError when an output cannot or must not be written at `path`."""
-    path = Path(path)
+    path = user_path(path)
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} already exists; remove it, choose another name, or pass --overwrite.")
     check_folder(path.parent, f"{path}")
@@ -370,8 +373,8 @@ def recover_folder(path: Path) -> None:
 
 
 def folder_hash(path: str | Path) -> str:
-    """Returns the SHA-256, in hex, of a weights folder's config and of all files of its parts, wherever they are."""
-    path = Path(path)
+    """Returns the SHA-256, in hex, of a weights folder's config and of the files of its parts, wherever they are."""
+    path = user_path(path)
     config = _read_config(path, None)
     settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
     digest = hashlib.sha256(settings.encode())
@@ -383,10 +386,18 @@ def folder_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def hash_dir(folder: Path) -> str:
-    """Returns the SHA-256 of the names and contents of all files in a folder."""
+def hash_dir(folder: Path, only: Collection[str] | None = None) -> str:
+    """Returns the SHA-256 of the names and contents of all files in a folder, but for hidden ones.
+
+    File managers, editors and version control leave hidden files, which are not part of a model.
+
+    Args:
+        folder: the folder.
+        only: the names of the files that count; None for all.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    files = (p for p in folder.rglob("*") if not any(name.startswith(".") for name in p.relative_to(folder).parts))
+    for file in sorted(p for p in files if p.is_file() and (only is None or p.name in only)):
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())

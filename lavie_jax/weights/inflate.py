@@ -1,6 +1,6 @@
 """Inflates an image UNet, or the base UNet, to a stage's UNet to start training from (LaVie sec. 3.1, 3.3, 3.4).
 
-Spatial parameters are copied. Temporal ones are new, and those that write into the residual stream start at zero, so
+Spatial parameters are copied. Temporal ones are new, and outputs into the residual stream start at zero, so
 that the video model first does to each frame what the image model does. The original zeroes only the weights of some of
 them; here their biases and `resblock_temporal.conv2` are zero too.
 """
@@ -18,6 +18,7 @@ from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.convert import (
     Imported,
+    check_image_model,
     import_image_parts,
     import_part,
     save,
@@ -29,6 +30,7 @@ from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, re
 from lavie_jax.weights.names import ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
+from lavie_jax.weights.tokenizer_files import check_tokenizer
 
 TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that image models do not have
 
@@ -40,33 +42,26 @@ def inflate_pretrained(
     pretrained: Path,
     tokenizer: Path | None = None,
     seed: int = 0,
+    vae: Path | None = None,
+    ema: bool = True,
     share: Path | None = None,
     overwrite: bool = False,
-) -> None:
+) -> list[str]:
     """Writes a weights folder of stage "base" (from Stable Diffusion) or "vsr" (from the x4-upscaler) to train from.
 
-    The arguments and errors are those of `import_stage`; `seed` is that of the new parameters.
+    The arguments, notes and errors are those of `import_stage`; `seed` is that of the new parameters.
     """
     check_new_folder(out, overwrite=overwrite)
-    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True)
+    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True, vae=vae, ema=ema)
     parts = import_image_parts(source, stage)
-    image = import_part("unet", source.unet, unet_config(source.unet_config))
+    config = unet_config(source.unet_config)
+    check_image_model(pretrained, stage, config, parts["vae"].config.latent_channels)
+    image = import_part("unet", source.unet, config)
     refuse([line for part in (image, *parts.values()) for line in part.problems] + list(source.unknown))
-    _check_kind(pretrained, stage, image.config, parts["vae"].config.latent_channels)
     config = video_config(image.config, stage, parts["vae"].config.latent_channels)
-    parts["unet"] = Imported(config, inflate(image.tensors, config, seed=seed), image.dialect, [])
+    parts["unet"] = Imported(config, inflate(image.tensors, config, seed=seed), image.dialect, [], image.notes)
     save(stage, out, parts, source, share=share, overwrite=overwrite)
-
-
-def _check_kind(pretrained: Path, stage: Stage, unet: UNetConfig, latent_channels: int) -> None:
-    """Raises UserError unless the stage starts from this kind of model: not, for instance, from one for inpainting."""
-    channels, levels = latent_channels + stage.image_channels, stage.low_res_schedule is not None
-    if (unet.in_channels, unet.num_class_embeds is not None) != (channels, levels):
-        has = "with" if unet.num_class_embeds is not None else "without"
-        raise UserError(
-            f"{pretrained} has a UNet with {unet.in_channels} input channels, {has} noise levels; the stage "
-            f"{stage.name} starts from {stage.image_model}: {channels} channels, with{'' if levels else 'out'} them."
-        )
+    return [note for part in parts.values() for note in part.notes]
 
 
 def inflate_stage(
@@ -85,6 +80,8 @@ def inflate_stage(
     for name in PARTS:
         config, tensors, metadata = read_part(source, name)
         parts[name], dialects[name] = (config, tensors), metadata.get("dialect", "diffusers")
+    text, tokenizer = weights.text_encoder.config, part_dir(source, "tokenizer")
+    check_tokenizer(tokenizer, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=source)
     source_config, tensors = parts["unet"]
     config = video_config(source_config.image_config(), stage, weights.vae.config.latent_channels)
     spatial = {path: t for path, t in tensors.items() if not TEMPORAL.search(path)}
@@ -94,7 +91,7 @@ def inflate_stage(
         stage=stage.name,
         sampling=stage.sampling_from(weights.sampling),
         **parts,
-        tokenizer=part_dir(source, "tokenizer"),
+        tokenizer=tokenizer,
         schedule=weights.schedule,
         share=share,
         dialects=dialects,

@@ -10,9 +10,9 @@ import re
 import shutil
 from pathlib import Path
 
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, user_path
 from lavie_jax.models.registry import PARTS
-from lavie_jax.weights.pretrained import MODEL_FILES
+from lavie_jax.weights.reading import SHARD, candidates
 
 HUB = "hub:"
 PLACE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
@@ -31,7 +31,7 @@ def get(place: str, downloads: str | Path, *, sha256: str = "") -> Path:
     Raises:
         UserError: there is nothing at `place`, the download fails, or a hash differs.
     """
-    path = _from_hub(place, Path(downloads)) if place.startswith(HUB) else Path(place).expanduser()
+    path = _from_hub(place, user_path(downloads)) if place.startswith(HUB) else user_path(place)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a path, or {HUB}OWNER/NAME for an image model on the hub")
     check_sha256(path, sha256)
@@ -41,9 +41,9 @@ def get(place: str, downloads: str | Path, *, sha256: str = "") -> Path:
 def discard(place: str, downloads: str | Path) -> None:
     """Deletes a converted original: a file, or a download. Folders of the user are never deleted."""
     if place.startswith(HUB):
-        shutil.rmtree(_folder(_parsed(place), Path(downloads)), ignore_errors=True)
-    elif Path(place).expanduser().is_file():
-        Path(place).expanduser().unlink()
+        shutil.rmtree(_folder(_parsed(place), user_path(downloads)), ignore_errors=True)
+    elif user_path(place).is_file():
+        user_path(place).unlink()
 
 
 def check_sha256(path: Path, given: str) -> None:
@@ -94,10 +94,19 @@ def _from_hub(place: str, downloads: Path) -> Path:
 
 def wanted(files: list[str]) -> list[str]:
     """Selects the files of an image model that conversion reads: the best of each part but the UNet, and small ones."""
-    available = set(files)
-    best = [
-        next((name for file in MODEL_FILES[part] if (name := f"{part}/{file}") in available), None)
-        for part in PARTS
-        if part != "unet"  # the video model has its own
-    ]
-    return sorted(filter(None, best)) + sorted(name for name in files if SMALL_FILES.fullmatch(name))
+    available, best = set(files), []
+    for part in PARTS:
+        name = next((name for file in candidates(part) if (name := f"{part}/{file}") in available), None)
+        if part == "unet" or name is None:  # the video model has its own UNet
+            continue
+        best.append(name)
+        if name.endswith(".json"):  # the index of a sharded model
+            best += [shard for shard in files if _is_shard(shard, name)]
+    return sorted(best) + sorted(name for name in files if SMALL_FILES.fullmatch(name))
+
+
+def _is_shard(name: str, index: str) -> bool:
+    """Whether a file is a shard of the model with this index: in its folder, in its format and precision."""
+    kinds = (".safetensors", ".bin", "fp16")
+    same_kind = all((kind in name) == (kind in index) for kind in kinds)
+    return SHARD.fullmatch(name) is not None and Path(name).parent == Path(index).parent and same_kind

@@ -6,6 +6,7 @@ package with numpy, this reader supports bfloat16 and maps the file, and this wr
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lavie_jax.errors import UserError
+from lavie_jax.weights.file_kinds import MAX_SAFETENSORS_HEADER
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -23,7 +25,6 @@ DTYPES = {
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 << 20  # the reference implementation's limit
 CHUNK = 1 << 20  # elements checked at a time, which fit in the processor's cache
 SHOW_PROGRESS_FROM = 256 << 20  # bytes; smaller files take no noticeable time
 
@@ -90,7 +91,7 @@ def _read_header(path: Path, size: int) -> dict:
         if len(length_bytes) < 8:
             raise UserError(f"{broken}: it has only {size} bytes.")
         (length,) = struct.unpack("<Q", length_bytes)
-        if length > MAX_HEADER:
+        if length > MAX_SAFETENSORS_HEADER:
             raise UserError(f"{broken}: its header would have {length} bytes.")
         text = file.read(length)
     if len(text) < length:
@@ -101,6 +102,10 @@ def _read_header(path: Path, size: int) -> dict:
         end = 0
         for info in entries:
             if info["dtype"] not in DTYPES:
+                if re.match(r"F\d", str(info["dtype"])):  # float8, float4, ...
+                    raise UserError(
+                        f"{path} is quantized ({info['dtype']}): give the float16, bfloat16 or float32 file."
+                    )
                 raise UserError(f"{path}: dtype {info['dtype']!r} is not supported. Allowed: {', '.join(DTYPES)}")
             nbytes = int(np.prod(info["shape"], dtype=np.int64)) * DTYPES[info["dtype"]].itemsize
             if info["data_offsets"] != [end, end + nbytes]:

@@ -11,12 +11,15 @@ import _compat_pickle
 import pickle
 import pickletools
 import re
+import tarfile
+import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +27,11 @@ import numpy as np
 from lavie_jax.errors import UserError
 from lavie_jax.weights.safetensors_io import DTYPES, Tensor
 
-WEIGHT_KEYS = ("ema", "state_dict")  # where checkpoints have their weights, if not at the top level
+# Where checkpoints have their weights, if not at the top level.
+EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "params_ema", "ema_weights")
+WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "module", "params", "weights", "unet", "net", "generator")
+INNER_KEYS = ("state_dict", "module", "model", "shadow", "shadow_params")  # of a trainer's object below those
+OLDEST = (2, 6)  # earlier versions of PyTorch can run code of a legacy file in spite of weights_only
 LEGACY_PICKLES = 4  # magic number, protocol, system, data; followed by storage keys and raw bytes
 
 # Stand-ins would make these harmless too, but no legitimate checkpoint contains them.
@@ -37,30 +44,78 @@ HOSTILE_FUNCTIONS = {"io.open", "_io.open", "codecs.open"} | {
 }
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """Reads the weights of a PyTorch file, under `ema` or `state_dict` or at its top level.
+def read_torch(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """Reads the weights of a PyTorch file, under one of the usual keys or at its top level.
 
     Zip files are mapped, and tensors are read when needed; old files (before PyTorch 1.6) are loaded into memory.
 
+    Args:
+        path: the file, whose format `file_kinds` has checked.
+        ema: whether to prefer moving averages where the file has both them and the weights.
+
+    Returns:
+        The tensors by name, and notes for the user.
+
     Raises:
-        UserError: the file is damaged, malicious, or without weights, or torch is not installed.
+        UserError: the file is damaged, malicious, or without weights, or torch is missing or too old.
     """
     torch = import_torch()
-    is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
-        if not is_zip and file.read(4) == b"PK\x03\x04":
-            raise UserError(f"{path} is truncated: its table of contents is missing. Copy it again.")
+        is_zip = file.read(4) == b"PK\x03\x04"  # as torch.load decides; zipfile would also accept a zip after a pickle
+    if is_zip and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated: its table of contents is missing. Copy it again.")
+    if not is_zip and tarfile.is_tarfile(path):  # torch.load would unpack it
+        raise UserError(f"{path} is a tar archive, not PyTorch weights.")
     loaded = _load(torch, path, is_zip)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} contains a {type(loaded).__name__}, not a dict of weights (save model.state_dict()).")
-    for key in WEIGHT_KEYS:
-        if isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    weights = {str(k): _as_tensor(torch, path, k, v) for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    found, notes = _find_weights(torch, loaded, ema)
+    weights = {str(k): _as_tensor(torch, path, k, v) for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not weights:
-        raise UserError(f"{path} has no tensors, neither at its top level nor under {' or '.join(WEIGHT_KEYS)}.")
-    return weights
+        if "param_groups" in loaded:
+            raise UserError(f"{path} is an optimizer's state: give the weights.")
+        keys = f" ({', '.join(map(str, list(loaded)[:8]))})" if loaded else ""
+        raise UserError(
+            f"{path} has no tensors at its top level{keys} nor under one of {', '.join(EMA_KEYS + WEIGHT_KEYS)}."
+        )
+    return weights, notes
+
+
+def _find_weights(torch, loaded: dict, ema: bool) -> tuple[dict, list[str]]:
+    """Returns the dict of tensors in a checkpoint, and notes where it has both averages and weights."""
+    found = {}
+    for key in (*EMA_KEYS, *WEIGHT_KEYS):
+        for inner in _nested(loaded.get(key)):
+            if _has_tensors(torch, inner):
+                found[key] = inner
+                break
+    averages, raw = ([key for key in keys if key in found] for keys in (EMA_KEYS, WEIGHT_KEYS))
+    order = averages + raw if ema else raw + averages
+    if not order:
+        return loaded, []
+    notes = []
+    if averages and raw:
+        other = (raw if ema else averages)[0]
+        hint = "; --no-ema chooses the latter" if ema else ""
+        notes.append(f"used the weights under {order[0]!r}, not those under {other!r}{hint}")
+    elif not ema:
+        notes += [f"has only moving averages, under {key!r}" for key in averages[:1]]
+    elif raw and (unnamed := next((key for key in EMA_KEYS if loaded.get(key)), None)):
+        notes.append(f"used the weights under {raw[0]!r}: the moving averages under {unnamed!r} have no names")
+    return found[order[0]], notes
+
+
+def _nested(value: Any) -> Iterator[dict]:
+    """Yields a dict and those under `INNER_KEYS` in it, three levels deep."""
+    for _ in range(3):
+        if not isinstance(value, dict):
+            return
+        yield value
+        value = next((value[key] for key in INNER_KEYS if isinstance(value.get(key), dict)), None)
+
+
+def _has_tensors(torch, values: dict) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.ndim for value in values.values())
 
 
 def import_torch():
@@ -71,6 +126,9 @@ def import_torch():
         raise UserError(
             "PyTorch is needed to read and write .pt, .bin and .ckpt files: pip install 'lavie_jax[convert]'"
         ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < OLDEST:
+        raise UserError(f"PyTorch {torch.__version__} is too old to read checkpoints safely: pip install 'torch>=2.6'")
     return torch
 
 
@@ -81,8 +139,8 @@ def _load(torch, path: Path, is_zip: bool):
     while True:
         stand_ins = [_stand_in(name, containers.get(name)) for name in foreign]
         try:
-            with _allowed(torch, stand_ins):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+            with torch.serialization.safe_globals(stand_ins), _path_for_torch(path) as given:
+                return torch.load(given, map_location="cpu", weights_only=True, mmap=is_zip or None)
         except Exception as error:  # a damaged pickle can raise anything
             name = next((n for n in foreign if f"<class '{n}'>" in str(error) and n not in containers), None)
             if name is None:
@@ -91,15 +149,15 @@ def _load(torch, path: Path, is_zip: bool):
 
 
 @contextmanager
-def _allowed(torch, classes: list[type]) -> Iterator[None]:
-    """Lets torch.load build `classes` (PyTorch 2.4 has no `safe_globals` yet)."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(classes)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+def _path_for_torch(path: Path) -> Iterator[Path]:
+    """Yields the path, or a link to it where its ending would make torch.load choose another reader."""
+    if path.suffix != ".safetensors":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "weights.pt"
+        link.symlink_to(path.resolve())
+        yield link  # a mapped file stays mapped without its link
 
 
 def _foreign_globals(path: Path, is_zip: bool) -> list[str]:
@@ -164,6 +222,8 @@ def _stand_in(name: str, container: type | None) -> type:
 def _as_tensor(torch, path: Path, name: str, tensor) -> Tensor:
     dtypes = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values() if dtype.name != "bool"}
     dtypes[torch.bool] = np.dtype(bool)
+    if tensor.is_quantized or "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
+        raise UserError(f"{path} is quantized ({name} is {tensor.dtype}): give the float16, bfloat16 or float32 file.")
     if tensor.dtype not in dtypes or tensor.layout is not torch.strided:
         raise UserError(f"{path}: {name} is a {tensor.dtype} tensor ({tensor.layout}), which is not supported.")
 

@@ -1,0 +1,110 @@
+"""Samplers by name: `make_sampler`, and checks of where a chain starts.
+
+A chain starts from pure noise, although x_t at its first timestep holds alpha_t x0. Chains that start almost without
+noise are refused, because they return the noise that they were given; `late_start` describes those that start far
+below the last timestep.
+"""
+
+import dataclasses
+
+from lavie_jax.diffusion.samplers import DDIM, DDPM, DPMSolver2M, Euler, Heun, RespacedDDIM, Sampler, UniPC
+from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.diffusion.spacing import SPACINGS
+from lavie_jax.errors import UserError, suggest
+
+# abar at the first timestep may exceed that of the schedule's last by this much before `late_start` says so. Stable
+# Diffusion's last timestep has 0.005 (arXiv 2305.08891).
+MAX_EXCESS_SIGNAL = 0.02
+
+_SAMPLERS = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "euler": Euler,
+    "respaced_ddim": RespacedDDIM,
+    "heun": Heun,
+    "dpm++2m": DPMSolver2M,
+    "unipc": UniPC,
+}
+SAMPLERS = tuple(_SAMPLERS)
+
+
+def make_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None = None) -> Sampler:
+    """Returns the sampler called `name`, one of `SAMPLERS`.
+
+    Args:
+        name: one of `SAMPLERS`.
+        steps: number of steps; a step is one network evaluation, with heun two.
+        schedule: the schedule that the network was trained with.
+        spacing: one of `SPACINGS`; None is the sampler's own.
+
+    Raises:
+        UserError: an unknown name or spacing, a spacing that the sampler cannot take, or a number of steps that the
+            schedule or the sampler cannot do, such as those that start almost without noise.
+    """
+    kind = _kind(name)
+    if not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
+        raise UserError(f"steps must be a whole number from 1 to {schedule.steps}, not {steps!r}")
+    spacing = kind.default_spacing if spacing is None else spacing
+    if spacing not in SPACINGS:
+        raise UserError(f"unknown timestep spacing {spacing!r}{suggest(spacing, SPACINGS)}")
+    if spacing == "karras" and not kind.fractional:
+        takers = ", ".join(other for other in SAMPLERS if _SAMPLERS[other].fractional)
+        raise UserError(f"spacing 'karras' needs a sampler with fractional timesteps ({takers}), not {name}")
+    sampler = kind(steps, schedule, spacing)
+    _check_start(name, sampler)
+    return sampler
+
+
+def state_arrays(name: str) -> int:
+    """Returns the number of arrays in the state of the sampler called `name`, each in the shape of x.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return _kind(name).state_arrays
+
+
+def _kind(name: str) -> type[Sampler]:
+    if name not in _SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}{suggest(name, SAMPLERS)}")
+    return _SAMPLERS[name]
+
+
+def _starts_noisy(sampler: Sampler) -> bool:
+    """Whether the first timestep is in the noisy half of the schedule."""
+    return bool(sampler.step_timesteps[0] >= (sampler.schedule.steps - 1) / 2)
+
+
+def _excess_signal(sampler: Sampler) -> float:
+    """The signal's share of the variance at the first timestep, less that at the schedule's last."""
+    return float(sampler.levels[0] - sampler.schedule.alphas_cumprod[-1])
+
+
+def _check_start(name: str, sampler: Sampler) -> None:
+    """Refuses chains that return their own noise."""
+    steps, schedule, first = sampler.steps, sampler.schedule, sampler.step_timesteps[0]
+    if not _starts_noisy(sampler):
+        longer = (dataclasses.replace(sampler, steps=n) for n in range(steps + 1, schedule.steps + 1))
+        least = next(other.steps for other in longer if _starts_noisy(other))
+        able = [n for n, kind in _SAMPLERS.items() if _starts_noisy(kind(steps, schedule, kind.default_spacing))]
+        raise UserError(
+            f"{name} cannot sample in {steps} step{'s' * (steps > 1)}: with {sampler.spacing!r} spacing it starts at "
+            f"timestep {first}, almost without noise, and would return noise. Use at least {least} steps, or a sampler "
+            f"that can: {', '.join(able)}"
+        )
+
+
+def late_start(sampler: Sampler) -> str | None:
+    """Returns a warning about a chain that starts far below the schedule's last timestep, or None."""
+    steps, schedule = sampler.steps, sampler.schedule
+    if _excess_signal(sampler) <= MAX_EXCESS_SIGNAL:
+        return None
+    others = (dataclasses.replace(sampler, steps=n) for n in range(1, schedule.steps + 1))
+    good = [other.steps for other in others if _starts_noisy(other) and _excess_signal(other) <= MAX_EXCESS_SIGNAL]
+    nearest = min(good, key=lambda n: abs(n - steps))
+    name = next(name for name, kind in _SAMPLERS.items() if kind is type(sampler))
+    return (
+        f"{name} with {steps} steps and {sampler.spacing!r} spacing starts at timestep {sampler.step_timesteps[0]} of "
+        f"{schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be signal but all of it is noise. "
+        f"{nearest} steps, or another sampler or spacing, start closer to the last timestep."
+    )
