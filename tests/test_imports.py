@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
-HELPERS = {"disk", "errors", "fields", "results"}
+HELPERS = {"disk", "errors", "fields", "results", "text_files"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
@@ -19,12 +19,13 @@ MAY_IMPORT = {
     **dict.fromkeys(HELPERS, set()),
     **dict.fromkeys(GROUND, set()),
     "flops": {"models"},
+    "estimate": {"models", "stages"},
     "stages": {"models", "diffusion"},
     "weights": {"models", "diffusion", "stages"},
     "samples": {"data", "stages"},
-    "cascade": CORE | {"samples"},
-    "training": CORE | {"flops"},
-    **dict.fromkeys(SATELLITES, CORE | {"flops", "samples", "cascade", "training"}),
+    "cascade": CORE | {"estimate", "samples"},
+    "training": CORE | {"estimate", "flops"},
+    **dict.fromkeys(SATELLITES, CORE | {"estimate", "flops", "samples", "cascade", "training"}),
     "__init__": CORE | {"samples", "cascade"},
 }
 MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
