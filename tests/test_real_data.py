@@ -278,10 +278,11 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path):
     free = len(os.listdir("/proc/self/fd")) + 60
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
-        found = opened("array_record", tmp_path)
-        found.reader._most = 20
+        found, again = opened("array_record", tmp_path), opened("array_record", tmp_path / "*")
         order = np.random.default_rng(0).permutation(300)
         assert [found[int(i)].caption for i in order] == [f"clip {i}" for i in order]
+        assert [again[int(i)].caption for i in order] == [f"clip {i}" for i in order]
+        assert len(os.listdir("/proc/self/fd")) < free - 10
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -473,3 +474,21 @@ def test_the_members_of_a_tar_are_those_that_tarfile_finds(tmp_path, tar_format)
         assert [[tuple(m) for m in archive] for archive in tar_members.archives(file)] == [expected]
         if tar_format != tarfile.GNU_FORMAT:
             assert [tuple(m) for m in tar_members._plain(file, 0)[0]] == expected
+
+
+@pytest.mark.parametrize(("ending", "codec", "form"), [("ts", "libx264", "mpegts"), ("mpg", "mpeg2video", "mpeg")])
+def test_windows_of_files_without_an_index_show_the_right_frames(tmp_path, ending, codec, form):
+    import av
+
+    path = tmp_path / f"a.{ending}"
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 12
+        for i in range(100):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 + 2 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for start in (0, 7, 31, 50, 96):
+        frames = video_files.read_window(path, ClipWindow(frames=4, fps=25), place=(start + 0.01) / 96)
+        shown = (frames.mean((1, 2, 3)) - 20) / 2
+        np.testing.assert_allclose(shown, np.arange(start, start + 4), atol=1.6)

@@ -4,21 +4,16 @@ A record is {"video": encoded clip} or {"image": encoded image} with a "caption"
 writes shards, `write_tfds` converts them to a TFDS data set.
 """
 
-import collections
-import concurrent.futures
 import functools
 import itertools
 import json
 import os
-import resource
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from lavie_jax.data.records import (
     VAL_FRACTION,
@@ -31,6 +26,7 @@ from lavie_jax.data.records import (
     shard_files,
     split_of_hashes,
 )
+from lavie_jax.data.shard_readers import Readers
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 
@@ -55,7 +51,7 @@ class ShardRecords:
         val_fraction: float = VAL_FRACTION,
     ):
         self.medium = medium
-        self.reader = _Readers(shard_files(path, SUFFIX))
+        self.reader = Readers(shard_files(path, SUFFIX))
         self.paths, self.starts = self.reader.paths, self.reader.starts
         _check_schema(self.reader, medium)
         self.indices = split_of_hashes(self._split_hashes(), split, val_fraction)
@@ -134,67 +130,6 @@ def _listed_sources(path: Path, mtime: int) -> dict[str, tuple[np.ndarray, np.nd
     }
 
 
-class _Readers:
-    """Random access to the records of many shards, of which a bounded number is open at a time in each process.
-
-    Attributes:
-        paths: the shards.
-        starts: position of the first record of each shard, and at the end the number of records.
-    """
-
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = [os.fspath(path) for path in paths]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            counts = pool.map(_count, self.paths)
-            counts = list(tqdm(counts, "shards", len(paths), disable=len(paths) < 500, leave=False))
-        self.starts = np.cumsum([0, *counts])
-        self._setup()
-
-    def _setup(self) -> None:
-        self._lock = threading.Lock()
-        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._most = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "starts": self.starts}  # each process opens its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._setup()
-
-    def __getitem__(self, place: int) -> bytes:
-        if not 0 <= place < self.starts[-1]:
-            raise IndexError(place)
-        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
-        with self._lock:
-            reader = self._open.get(shard)
-            if reader is None:
-                reader = self._open[shard] = _open(self.paths[shard], "readahead_buffer_size:0", 32768)
-            self._open.move_to_end(shard)
-            # A reader that is dropped here closes its file once no thread reads from it.
-            while len(self._open) > self._most:
-                self._open.popitem(last=False)
-        return reader.read([int(place - self.starts[shard])])[0]
-
-
-def _open(path: str, options: str = "", buffer: int | None = None) -> Any:
-    from array_record.python import array_record_module  # part of grain; needed only for shards
-
-    more = {} if buffer is None else {"file_reader_buffer_size": buffer}
-    return array_record_module.ArrayRecordReader(path, options=options, **more)
-
-
-def _count(path: str) -> int:
-    """Number of records of a shard."""
-    try:
-        reader = _open(path)
-        count = reader.num_records()
-        reader.close()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the shard {path!r} is truncated or damaged: {error}. Remove it.") from error
-    return count
-
-
 def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
     """All fields of the record at `place`."""
     try:
@@ -235,7 +170,7 @@ def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
     return Record(name, one_line(caption), content)
 
 
-def _check_schema(reader: _Readers, medium: str) -> None:
+def _check_schema(reader: Readers, medium: str) -> None:
     """Raises UserError unless the first record of every shard has the same fields, with caption and medium."""
     first = None
     for path, start, end in zip(reader.paths, reader.starts, reader.starts[1:]):
