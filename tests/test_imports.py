@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "stages": {"models", "diffusion"},
     "weights": {"models", "diffusion", "stages"},
     "samples": {"data", "stages"},
-    "cascade": CORE | {"samples"},
-    "training": CORE | {"flops"},
+    "estimate": {"models", "stages"},
+    "cascade": CORE | {"samples", "estimate"},
+    "training": CORE | {"flops", "estimate"},
     **dict.fromkeys(SATELLITES, CORE | {"flops", "samples", "cascade", "training"}),
     "__init__": CORE | {"samples", "cascade"},
 }

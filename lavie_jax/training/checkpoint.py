@@ -174,7 +174,8 @@ class Checkpoints:
         for now, before in self._aside.items():
             logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
-        line = changes.describe(step, recorded, config, updates=int(updates_done(state["opt_state"])))
+        updates = int(updates_done(state["opt_state"])) if "opt_state" in state else step
+        line = changes.describe(step, recorded, config, updates=updates)
         if line and jax.process_index() == 0:
             logging.warning("%s", line)
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
