@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
@@ -26,7 +27,7 @@ from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
 from lavie_jax.training import changes
 from lavie_jax.training.config import complete
-from lavie_jax.training.optimizer import merge, updates_done
+from lavie_jax.training.optimizer import merge
 from lavie_jax.training.state import start_untrained
 from lavie_jax.training.step import UNTRAINED, Task
 
@@ -174,7 +175,8 @@ class Checkpoints:
         for now, before in self._aside.items():
             logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
-        line = changes.describe(step, recorded, config, updates=int(updates_done(state["opt_state"])))
+        counts = optax.tree_utils.tree_get_all_with_path(state.get("opt_state"), "count")
+        line = changes.describe(step, recorded, config, updates=int(counts[0][1]) if counts else step)
         if line and jax.process_index() == 0:
             logging.warning("%s", line)
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
