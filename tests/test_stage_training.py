@@ -194,9 +194,7 @@ def test_super_resolution_starts_from_its_own_noise_schedule_only(tmp_path):
     build._load_start(config, build.make_models(config, jnp.float32, 1.0))
     file = folder / "low_res_scheduler/scheduler_config.json"
     file.write_text(file.read_text().replace("0.02", "0.015"))
-    with pytest.raises(
-        UserError, match="low_res_schedule .*beta_end=0.015.* but the stage vsr is trained"
-    ):
+    with pytest.raises(UserError, match="low_res_schedule .*beta_end=0.015.* but the stage vsr is trained"):
         build._load_start(config, build.make_models(config, jnp.float32, 1.0))
 
 
