@@ -2,7 +2,7 @@
 # make check          lint, type check and the fast tests; run it before every commit
 # make test           the test suite
 # make heavy-test     tests that are too slow for `make test`: more meshes, stages and tiny configs (10 minutes)
-# make crash-test     kill a small training run at 20 random moments, also inside saves; the result must not change
+# make crash-test     kill a small training run at 50 random moments, also inside saves and on two hosts; the result must not change
 # make lint           ruff: rules and formatting
 # make typecheck      ty: names, attributes, imports and the arguments of calls
 # make parity-full    reproduce every golden case, including the full-size models (10 GB of memory, minutes)

@@ -21,8 +21,8 @@ add in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
 
 import dataclasses
 import gc
-import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -40,9 +40,10 @@ from lavie_jax import cascade, disk, flops, parallel
 from lavie_jax.data import pipeline, video_files
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
-from lavie_jax.errors import one_line_errors
+from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.estimate import training_warning
 from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options
+from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
 from lavie_jax.weights.folder import recover_folder
@@ -69,21 +70,46 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Command line                                                                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     timer = metrics.StepTimer()
-    config, workdir, restore_step, profile = options.parse(argv)
-    options.check(config, workdir)
+    arguments, problem = None, None
+    try:
+        arguments = options.parse(argv)
+    except UserError as error:
+        if not options.is_distributed(argv):
+            raise
+        problem = error  # the other hosts must hear of it
+    parallel.initialise(
+        cpu_devices=arguments.config.cpu_devices if arguments else 0,
+        distributed=arguments is None or arguments.config.distributed,
+    )
+    hosts = Hosts()
+    with hosts.leave_together(divergence.Diverged):
+        with hosts.agreed():
+            if problem is not None:
+                raise problem
+            options.check(arguments.config, arguments.workdir)
+        train(arguments, hosts, timer, cleanup)
+
+
+def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, cleanup: ExitStack) -> None:
+    """Runs the training that the parsed command line describes; see `main`."""
+    config, workdir, restore_step, profile = arguments
     logging.set_verbosity(logging.WARNING)  # Orbax logs a lot
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Devices                                                                          │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    parallel.initialise(cpu_devices=config.cpu_devices, distributed=config.distributed)
     parallel.keep_compiled_programs()
     first = jax.process_index() == 0  # only this host writes files
-    cleanup.callback(lock.Lock(workdir).release)
-    if first:
-        recover_folder(workdir / "weights")  # after a kill during an export
-    mesh = parallel.make_mesh(**config.mesh)
-    parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
+    with hosts.agreed():
+        if first:
+            held = lock.Lock(workdir)
+            cleanup.callback(held.release)
+            hosts.before_leaving(held.release)
+            recover_folder(workdir / "weights")  # after a kill during an export
+    hosts.check_shared(workdir)
+    with hosts.agreed():
+        mesh = parallel.make_mesh(**config.mesh)
+        parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
     accelerator = jax.default_backend() != "cpu"
     if first and (warning := training_warning(config, jax.default_backend())):
         logging.warning("%s", warning)
@@ -94,23 +120,30 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # │ Data: opened before gigabytes of weights are read                                │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     data = build.data_config(config)
-    examples, held_out_examples = (
-        pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
-    )
-    rows = parallel.local_rows(config.batch, mesh)  # the rows of each batch that this host loads
-    if jax.process_count() > 1:
-        fingerprints = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
-        parallel.check_hosts_are_consistent(options.facts(config) | fingerprints)
+    facts = {}
+    with hosts.agreed():
+        examples, held_out_examples = (
+            pipeline.open_examples(fields, batch_size=config.batch) for fields in (data, build.held_out_data(data))
+        )
+        rows = parallel.local_rows(config.batch, mesh)  # the rows of each batch that this host loads
+        if jax.process_count() > 1:
+            facts = {"data": examples.fingerprint(), "held-out data": held_out_examples.fingerprint()}
+            facts |= options.facts(config) | {"--restore-step": restore_step}
+    parallel.check_hosts_are_consistent(facts)
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Task: models, loss, initial parameters                                           │
     # └──────────────────────────────────────────────────────────────────────────────────┘
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-    task, tokenizer_dir = build.make_task(config, dtype, scratch)
-    identity = checkpoint.identity(config.to_dict(), task)
-    if jax.process_count() > 1:
-        start = checkpoint.array_hash(task.start or {})
-        parallel.check_hosts_are_consistent({"frozen models": identity[checkpoint.FROZEN], "initial parameters": start})
+    hosts.before_leaving(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    with hosts.agreed():
+        resumed = workdir / "weights" if checkpoint.steps(workdir / "checkpoints") else None
+        task, tokenizer_dir = build.make_task(config, dtype, scratch, resumed)
+        identity = checkpoint.identity(config.to_dict(), task)
+        facts = {"frozen models": identity[checkpoint.FROZEN]}
+        if jax.process_count() > 1 and not resumed:
+            facts["initial parameters"] = checkpoint.array_hash(task.start or {})
+    parallel.check_hosts_are_consistent(facts)
     optimizer_config = optimizer.OptimizerConfig(**config.optimizer)
     tx = optimizer.make_optimizer(optimizer_config, config.steps)
     learning_rate = optimizer.learning_rate(optimizer_config, config.steps)
@@ -118,10 +151,11 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Batches: their position is the step of the newest checkpoint                     │
     # └──────────────────────────────────────────────────────────────────────────────────┘
-    tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
-    held_out_weights = held_out_examples.held_out_weights(config.held_out_batches)
-    with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
-        held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in held_out_weights]
+    with hosts.agreed():
+        tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
+        held_out_weights = held_out_examples.held_out_weights(config.held_out_batches)
+        with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
+            held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in held_out_weights]
     checkpoints = checkpoint.Checkpoints(
         workdir / "checkpoints",
         keep=config.keep_checkpoints,
@@ -170,13 +204,15 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), parallel.replicated(mesh)),
     )
     update = parallel.on_mesh(update, mesh)
-    held_out_losses = parallel.on_mesh(jax.jit(make_held_out(task), out_shardings=parallel.replicated(mesh)), mesh)
+    held_out_losses = parallel.on_mesh(
+        jax.jit(make_held_out(task, accumulate=config.accumulate), out_shardings=parallel.replicated(mesh)), mesh
+    )
 
     def held_out() -> dict[str, float]:
         """Returns losses of the EMA on held-out batches, at fixed timesteps with fixed noise."""
         rngs = [jax.random.fold_in(jax.random.key(HELD_OUT_SEED), i) for i in range(len(held_out_batches))]
-        rows = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
-        return metrics.mean(rows, held_out_weights)
+        values = [held_out_losses(state["ema"], frozen, b, r) for b, r in zip(held_out_batches, rngs)]
+        return metrics.mean(values, held_out_weights)
 
     def export(measured: Mapping[str, float]) -> bool:
         """Writes the EMA as a weights folder. Returns False on all hosts but the first, and if the disk is full."""
@@ -192,7 +228,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     # └──────────────────────────────────────────────────────────────────────────────────┘
     stop = StopRequest(multi_host=jax.process_count() > 1)
     monitor = divergence.DivergenceMonitor(
-        workdir / "diverged", config=identity, dtype=dtype.name, limit=config.skip_limit
+        workdir / "diverged", config=identity, dtype=dtype.name, limit=config.skip_limit, rows=rows
     )
     tracer = metrics.Profile(workdir / "profile" if profile and first else None, first=step + 3)
     cleanup.callback(tracer.close)
@@ -216,8 +252,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         shapes = tuple((name, x.shape) for name, x in batch.items())
         placed = parallel.put_batch(batch, mesh)
         if compiles := shapes not in programs:
-            arguments = (task, state["params"], frozen, placed, mesh)
-            programs[shapes] = step_flops(*arguments, accumulate=config.accumulate) if peak else 0.0
+            traced = (task, state["params"], frozen, placed, mesh)
+            programs[shapes] = step_flops(*traced, accumulate=config.accumulate) if peak else 0.0
             if data.buckets:
                 sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
                 say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {sizes}")
@@ -248,21 +284,20 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
             if writer:
                 writer.write(step, values)
 
-        if stopped:  # saved first, because a preempted machine may be shut down before the rest is done
-            checkpoints.save(step, state | random, identity, held_out=math.inf)
+        if save:  # first: the machine may be gone, or its memory full, before the rest is done
+            checkpoints.save(step, state | random, identity)
+        if stopped:
             checkpoints.settle()
         if save or step % config.held_out_every == 0:
             measured = held_out()
             if writer:
                 writer.write(step, {f"held_out/{name}": value for name, value in measured.items()})
         if save:
-            if not stopped:
-                checkpoints.save(step, state | random, identity, held_out=measured[task.judged_by])
+            checkpoints.measured(step, measured[task.judged_by])
             exported = export(measured)
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
-            with disk.tolerate_full_disk("samples/"):
-                grid = workdir / "samples" / f"{step:08d}.png"
-                write_sample_grid(workdir / "weights", config.stage, config.prompts, grid)
+            grid = workdir / "samples" / f"{step:08d}.png"
+            if write_sample_grid(workdir / "weights", config.stage, config.prompts, grid):
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
             timer.resume()
@@ -284,10 +319,20 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
         print(digest, flush=True)
 
 
-def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> None:
-    """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each."""
-    videos = cascade.load(weights)(list(prompts), stages=(stage,), seed=0)
-    video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
+def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> bool:
+    """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each.
+
+    Returns False if that fails, for lack of memory or because numbers are not finite: no grid is worth a run.
+    """
+    try:
+        with disk.tolerate_full_disk("samples/") as written:
+            videos = cascade.load(weights)(list(prompts), stages=(stage,), seed=0)
+            video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
+        return bool(written)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        logging.error("no sample grid %s (%s: %s). Training continues.", path.name, type(error).__name__, reason)
+        return False
 
 
 def say(text: str) -> None:

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Wrong input of a user; the message contains what was given, what is allowed, and what to do."""
 
 
+class AgreedError(UserError):
+    """An error that all hosts of a run raise, so that each of them may end in its own time."""
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """A hint with the nearest name and all allowed ones: `"; did you mean 'ddim'? Allowed: ddim, ddpm"`."""
     allowed = sorted(allowed)

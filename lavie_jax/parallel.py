@@ -12,6 +12,7 @@ EMA, whose paths end in the parameter's path.
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,9 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lavie_jax.errors import UserError, check_folder, user_location, user_path
+from lavie_jax.errors import AgreedError, UserError, check_folder, user_location, user_path
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -133,9 +134,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Returns how many groups of devices share the rows of a batch: `tensor` has all rows on each of its devices."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch(batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
     """Refuses a global batch that the devices, the accumulation steps or the hosts do not divide."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if accumulate < 1 or batch < 1 or batch % (ways * accumulate):
         raise UserError(
             f"batch={batch} cannot be split over {ways} batch devices x accumulate={accumulate}: "
@@ -202,11 +208,11 @@ def check_hosts_are_consistent(facts: Mapping[str, Any]) -> None:
 
     names = sorted(facts)
     if not same([names]).all():
-        raise UserError("the hosts differ in the fields of their configs: start all with the same code and command.")
+        raise AgreedError("the hosts differ in the fields of their configs: start all with the same code and command.")
     consistent = same([facts[name] for name in names])
     if differ := [name for name, is_same in zip(names, consistent) if not is_same]:
         own = ", ".join(f"{name} = {str(facts[name])[:100]}" for name in differ[:5])
-        raise UserError(
+        raise AgreedError(
             f"the hosts differ in {', '.join(differ)}; on host {jax.process_index()}: {own}. Start all with the same "
             "code, command and data."
         )

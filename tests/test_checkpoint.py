@@ -43,7 +43,8 @@ def abstract(mesh) -> dict:
 def saved(path, steps, keep=2, held_out=None, **policy):
     checkpoints = checkpoint.Checkpoints(path, keep=keep, **policy)
     for step in steps:
-        checkpoints.save(step, state(step), CONFIG, held_out=held_out[step] if held_out else 1.0)
+        checkpoints.save(step, state(step), CONFIG)
+        checkpoints.measured(step, held_out[step] if held_out else 1.0)
     checkpoints.close()
 
 
@@ -65,7 +66,7 @@ def read(path, **options):
 
 def test_the_newest_are_kept_and_can_be_restored_on_another_mesh(tmp_path):
     saved(tmp_path, [1, 2, 3])
-    assert {p.name for p in tmp_path.iterdir()} == {"2", "3"}
+    assert {p.name for p in tmp_path.iterdir()} == {"2", "3", "held_out.json"}
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() == 3
     mesh = parallel.make_mesh(data=4, fsdp=2)
@@ -84,7 +85,19 @@ def test_best_newest_and_every_nth_are_kept_across_a_restart(tmp_path):
     saved(tmp_path, [6, 7], **policy)
     assert kept(tmp_path) == {3, 4, 7}
     saved(tmp_path, [8], **{**policy, "held_out": {8: 0.5}})
-    assert kept(tmp_path) == {4, 8}
+    assert kept(tmp_path) == {3, 4, 8}  # 8 was measured after it was saved, and so after others were deleted
+    saved(tmp_path, [9], **{**policy, "held_out": {9: 3.0}})
+    assert kept(tmp_path) == {4, 8, 9}
+
+
+def test_held_out_losses_of_earlier_versions_are_read_from_the_checkpoints(tmp_path):
+    saved(tmp_path, [1, 2], keep=2, held_out={1: 0.5, 2: 3.0})
+    for step, held_out in ((1, 0.5), (2, 3.0)):
+        (tmp_path / f"{step}/metrics").mkdir()
+        (tmp_path / f"{step}/metrics/metrics").write_text(json.dumps({"held_out": held_out}))
+    (tmp_path / "held_out.json").unlink()
+    saved(tmp_path, [3], keep=1, best=1, held_out={3: 2.0})
+    assert kept(tmp_path) == {1, 3}
 
 
 def half_copied(step):
@@ -160,15 +173,15 @@ def noise(seed):
 
 def test_a_full_disk_loses_the_new_checkpoint_and_no_older_one(small_disk):
     checkpoints = checkpoint.Checkpoints(small_disk / "checkpoints", keep=1)
-    checkpoints.save(1, noise(1), CONFIG, held_out=1.0)
+    checkpoints.save(1, noise(1), CONFIG)
     assert checkpoints.settle()
     (small_disk / "other").write_bytes(bytes(3 << 20))
     for step in (2, 3):
-        checkpoints.save(step, noise(step), CONFIG, held_out=1.0)
+        checkpoints.save(step, noise(step), CONFIG)
         assert not checkpoints.settle()
         assert checkpoints.latest() == 1 and kept(small_disk / "checkpoints") == {1}
     (small_disk / "other").unlink()
-    checkpoints.save(4, noise(4), CONFIG, held_out=1.0)
+    checkpoints.save(4, noise(4), CONFIG)
     assert checkpoints.settle() and kept(small_disk / "checkpoints") == {4}
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.replicated(parallel.make_mesh())), noise(4)
@@ -182,7 +195,7 @@ def test_a_full_disk_loses_the_new_checkpoint_and_no_older_one(small_disk):
 def test_a_save_that_fails_for_another_reason_stops_the_run(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     with pytest.raises(ValueError, match="step"):
-        checkpoints.save(1, {"step": object()}, CONFIG, held_out=1.0)
+        checkpoints.save(1, {"step": object()}, CONFIG)
         checkpoints.settle()
     checkpoints.close()
 

@@ -136,8 +136,8 @@ OTHER_FILES = {
     "ONNX": raw(b"\x08\x07\x12\x07pytorch\x1a\x05" + b"2.1.0" + bytes(100)),
     "msgpack": raw(b"\x82\xa7encoder\x81\xa4conv\xc7" + bytes(100)),
     "(msgpack)": raw(b"\xde\x00\x20\xd9\x30" + b"k" * 48 + bytes(100)),
-    "is damaged|not a PyTorch": raw(b"PK\x05\x06" + bytes(18)),
-    "too short|not a PyTorch": raw(b"\x08"),
+    "an empty zip archive": raw(b"PK\x05\x06" + bytes(18)),
+    "not a PyTorch|not a safetensors": raw(b"\x08"),
     "PNG picture": raw(b"\x89PNG\r\n\x1a\n" + bytes(100)),
     "not a PyTorch file": raw(pickle.dumps({"a": 1}, protocol=4)),
     "truncated": lambda path: path.write_bytes(ZIPPED[: len(ZIPPED) // 2]),
@@ -216,6 +216,7 @@ def write_shards(folder, stem="diffusion_pytorch_model", suffix=".safetensors", 
 )
 def test_sharded_models_are_read(stem, suffix, index, tmp_path):
     index = write_shards(tmp_path / "unet", stem, suffix, index)
+    assert find_weights(index.parent, "unet" if stem.startswith("diffusion") else "text_encoder") == index
     shard = sorted(index.parent.glob(f"{stem}-*"))[1]
     for given in (index, index.parent, shard):
         read, notes = read_weights(given)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lavie_jax import parallel
+from lavie_jax import parallel, random
 from lavie_jax.training import divergence, optimizer
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import Task, make_update, step_rng
@@ -19,7 +19,7 @@ def toy_task(rows_to_loss) -> Task:
 
     def loss(params, frozen, batch, rng):
         value = jnp.square(params["kernel"]).sum() * rows_to_loss(batch["x"]).mean()
-        return value, {"noise": jax.random.normal(rng)}
+        return value, {"noise": random.normal(rng, batch["x"].shape).mean()}
 
     init = lambda rng: {"kernel": jnp.arange(1.0, 4.0)}  # noqa: E731
     return Task(init=init, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None)
@@ -106,7 +106,19 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp
     assert back["step"] == 5 and same(learnt(back), learnt(state))
     again, losses = update(back, {}, batch)
     assert losses["skipped"] == 1 and np.isnan(losses["loss"])
-    assert losses["noise"] == jax.random.normal(step_rng(3, 5))
+    assert losses["noise"] == jax.jit(lambda: jax.random.normal(step_rng(3, 5), (4,)).mean())()
+
+
+def test_the_batch_of_a_dump_is_in_the_order_of_its_rows(tmp_path, monkeypatch):
+    """On a 4x4 slice of v5e, the first host has rows 0, 1, 6 and 15."""
+    whole, state = {"x": np.arange(8.0)}, {"w": jnp.ones(2)}
+    for host, rows in enumerate([[0, 1, 6], [2, 7], [3, 4, 5]]):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        with monkeypatch.context() as one:  # the state is saved once, by the first
+            one.setattr(divergence.ocp.StandardCheckpointer, "save", lambda *_, **__: (tmp_path).mkdir(exist_ok=True))
+            divergence.dump(tmp_path, 3, state, {"x": whole["x"][rows]}, {"processes": 3}, indices=rows)
+    monkeypatch.setattr(divergence.ocp.StandardCheckpointer, "restore", lambda *_, **__: {})
+    np.testing.assert_array_equal(divergence.load(tmp_path, {})[1]["x"], whole["x"])
 
 
 def test_waiting_detects_a_skipped_step_immediately(tmp_path):

@@ -325,3 +325,16 @@ def test_the_shipped_models_can_be_loaded():
             assert read_json(part_dir(folder, part) / "config.json")["fits"] == fingerprint(config, shapes), (
                 "ship it again"
             )
+
+
+def test_only_a_chosen_chain_that_starts_late_is_warned_of(weights, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(cascade.logging, "warning", lambda text, *args: warnings.append(text % args))
+    own = weights["vsr"].sampling | {"sampler": "ddim", "steps": 2, "spacing": None}
+    vsr = {"vsr": dataclasses.replace(weights["vsr"], sampling=own)}
+    clip = ClipInfo(frames=3, height=16, width=16, fps=8)
+    cascade.resolve_settings(vsr, ("vsr",), {}, clip)
+    cascade.resolve_settings(vsr, ("vsr",), {"vsr": {"steps": 2}}, clip)
+    assert not warnings
+    cascade.resolve_settings(vsr, ("vsr",), {"vsr": {"steps": 501}}, clip)
+    assert len(warnings) == 1 and "stage vsr: ddim with 501 steps" in warnings[0]

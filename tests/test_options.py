@@ -213,3 +213,11 @@ def test_values_of_files_are_converted_by_type():
     for value, kind in ((True, int), (1, bool), ("1", float), (None, int), ((1,), tuple[int, int])):
         with pytest.raises(UserError, match="f takes"):
             convert("f", value, kind)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_of_training_have_the_range_of_seeds_of_sampling(seed):
+    values = run_config.defaults("base") | {"steps": 1, "batch": 1}
+    run_config.check_values(values | {"seed": 2**32 - 1})
+    with pytest.raises(UserError, match=f"'seed' must be from 0 to 4294967295, not {seed}"):
+        run_config.check_values(values | {"seed": seed})

@@ -109,6 +109,18 @@ def test_frames_are_encoded_on_the_devices_of_their_rows(monkeypatch):
     assert in_parts < 0.6 * temporary_bytes(encode, params, frames, data=8)
 
 
+def test_the_tensor_axis_does_not_split_the_frames_to_encode(monkeypatch):
+    """Each of its devices has all rows: eight devices, two of which share the rows, encode two frames at a time."""
+    vae, frames = VAE(VAEConfig(block_out_channels=(16,), norm_num_groups=4, patch_size=2)), zeros(8, 6, 32, 32, 3)
+    params = jax.eval_shape(vae.init, jax.random.key(0), zeros(8, 32, 32, 3))["params"]
+    monkeypatch.setattr(diffusion, "VAE_PIXELS", 8 * 32 * 32)
+    with jax.set_mesh(parallel.make_mesh(data=2, tensor=4)):
+        program = str(
+            jax.make_jaxpr(lambda params, frames: diffusion.encode_frames(vae, params, frames))(params, frames)
+        )
+    assert "length=3" in program
+
+
 def test_put_and_gather_are_inverse_under_any_sharding():
     mesh = parallel.make_mesh(data=2, fsdp=4)
     tree = {"a": {"kernel": np.arange(64.0, dtype=np.float32).reshape(4, 16)}, "b": np.float32(3)}

@@ -26,7 +26,7 @@ from lavie_jax.planner.measure import bytes_needed, compiled, planned, trace
 from lavie_jax.planner.programs import Program, bytes_per_chip, placed
 from lavie_jax.planner.sampling import sampling_program, sampling_programs
 from lavie_jax.planner.subprocess import measure_in_subprocess
-from lavie_jax.planner.training import abstract_batch, abstract_init, training_program
+from lavie_jax.planner.training import abstract_batch, abstract_init, held_out_program, training_program
 from lavie_jax.training import build, options
 from lavie_jax.training.state import abstract_params
 from lavie_jax.training.step import step_flops
@@ -320,6 +320,18 @@ def test_the_training_program_has_the_shapes_of_its_config():
     assert 909.1e6 * 4 / 8 < parameters < 1.01 * 909.1e6 * 4 / 8  # all but norms and biases are split
     assert moments == pytest.approx(2 * parameters, rel=1e-3)
     assert {x.dtype for x in jax.tree.leaves(program.arguments[1])} == {jnp.dtype("bfloat16")}
+
+
+def test_held_out_batches_and_losses_are_planned():
+    """The batches stay on the devices during training, and the state does while held-out losses are computed."""
+    config = options.load("configs/base.py:tiny")
+    config.held_out_batches, config.accumulate = 3, 2
+    step, held_out = (make(config, jax.devices(), 2) for make in (training_program, held_out_program))
+    assert len(step.beside) == 3 and step.beside[0] == step.arguments[2]
+    state, batch = step.arguments[0], bytes_per_chip(step.arguments[2])
+    beside = sum(bytes_per_chip(state[name]) for name in ("params", "opt_state")) + 2 * batch
+    assert bytes_per_chip(held_out.beside) == beside
+    assert held_out.trace().out_info["video_loss"].shape == ()
 
 
 @pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])

@@ -273,6 +273,22 @@ def test_a_record_that_fails_at_many_times_is_counted_once(tmp_path, caplog, mon
     assert "skipped record 2: " in caplog.text and "skipped record 3: " not in caplog.text
 
 
+def test_a_sidecar_nested_too_deep_is_skipped():
+    import json
+
+    from lavie_jax.data.records import Record
+    from lavie_jax.data.sources import Item, first_readable
+
+    class Deep(list):
+        def __getitem__(self, index):
+            return json.loads("[" * 100_000) if index else super().__getitem__(index)
+
+    records = Deep([Record("good", "a clip", b"")] * 2)
+    for index in range(2):
+        item = first_readable(records, index, lambda record: Item(np.zeros(0), record.caption), kind="video", seed=0)
+        assert item.caption == "a clip"
+
+
 # ---- how a file is to be shown ----
 
 
@@ -572,6 +588,16 @@ def test_each_moment_of_an_input_shows_what_the_file_shows_then(tmp_path):
         assert indices(frames[: len(due)], clip) == due.tolist()
         assert len(frames) / rate == pytest.approx(times[-1], rel=0.05)
         assert f"the frame times of {str(path)!r} vary" in lines[-1]
+
+
+def test_dropped_frames_of_a_camera_are_repeated(tmp_path):
+    clip, kept, lines = moving(60), np.delete(np.arange(60), [7, 23, 24, 41]), []
+    path = tmp_path / "a.mp4"
+    path.write_bytes(write(clip[kept], times=kept / 30, rate=30))
+    frames, rate = video_files.read_clip(path, warn=lines.append)
+    shown = np.array([max(kept[kept <= i]) for i in range(60)])
+    assert rate == 30 and indices(frames, clip) == shown.tolist()
+    assert "left out" not in lines[0]
 
 
 def test_frames_lost_to_a_constant_rate_are_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Training inputs of the stages, initial weights, and learning from video files."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import EncodedClips
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL
-from lavie_jax.training import build, diffusion, optimizer, options
+from lavie_jax.training import build, checkpoint, diffusion, optimizer, options
 from lavie_jax.training.state import abstract_params, make_state
 from lavie_jax.training.step import make_update
 from lavie_jax.weights.names import ZERO_AT_FIRST
@@ -196,6 +197,28 @@ def test_super_resolution_starts_from_its_own_noise_schedule_only(tmp_path):
     file.write_text(file.read_text().replace("0.02", "0.015"))
     with pytest.raises(UserError, match="low_res_schedule .*beta_end=0.015.* but the stage vsr is trained"):
         build._load_start(config, build.make_models(config, jnp.float32, 1.0))
+
+
+def test_a_resumed_run_reads_only_frozen_models_and_its_first_folder_may_be_gone(tmp_path):
+    """The UNet, which is trained as a whole, is in the checkpoint; the rest is in the weights that the run exported."""
+    base, exported = make_base(tmp_path / "base"), tmp_path / "run" / "weights"
+    config, scratch = small_config("interpolation", base), [tmp_path / name for name in ("new", "again")]
+    for folder in scratch:
+        folder.mkdir()
+    new, _ = build.make_task(config, jnp.float32, scratch[0])
+    shutil.copytree(base, exported)
+    for file in (base / "unet", exported / "unet"):
+        shutil.rmtree(file)  # nobody reads them
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(base)
+        again, tokenizer = build.make_task(config, jnp.float32, scratch[1], resumed=exported)
+        assert abstract_params(again) == abstract_params(new)
+        assert checkpoint.identity({}, again) == checkpoint.identity({}, new)
+        assert same_tokenizer(tokenizer, exported)
+    config.regime, config.data.images = "temporal_only", 0
+    with pytest.raises(UserError, match="base does not exist"):  # spatial parameters are not in the checkpoint
+        build.make_task(config, jnp.float32, scratch[1], resumed=exported)
 
 
 @pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +18,16 @@ import optax
 import pytest
 from flax import traverse_util
 
-from lavie_jax import parallel
+from lavie_jax import parallel, random
 from lavie_jax.data import pipeline
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
+from lavie_jax.models.vae import VAEConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.training import autoencoder, build, diffusion, optimizer, options
 from lavie_jax.training.state import abstract_params, init_state, make_state, place_frozen
-from lavie_jax.training.step import UNTRAINED, Task, make_update, update_ema
+from lavie_jax.training.step import UNTRAINED, Task, make_gradients, make_held_out, make_update, step_rng, update_ema
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +43,7 @@ def toy_task(regime: str = "joint", images_only: bool = False) -> Task:
         x = batch["x"] @ unet["conv"]["kernel"] + unet["attn_temporal"]["bias"]
         x += unet["motion_embedding_temporal"]["bias"]
         value = jnp.square(x - frozen["target"]).mean()
-        return value, {"noise": jax.random.normal(rng)}
+        return value, {"noise": random.normal(rng, x.shape).mean()}
 
     bias = {"bias": jnp.ones(2)}
     params = {"unet": {"conv": {"kernel": jnp.ones((3, 2))}, "attn_temporal": bias, "motion_embedding_temporal": bias}}
@@ -61,7 +64,78 @@ def one_update(task: Task, *, accumulate: int = 1, tx=None):
 def test_accumulated_parts_give_the_update_of_the_whole_batch():
     (whole, losses), (parts, part_losses) = one_update(toy_task()), one_update(toy_task(), accumulate=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, parts)
-    np.testing.assert_allclose(losses["loss"], part_losses["loss"], rtol=1e-6)
+    for name in ("loss", "noise"):
+        np.testing.assert_allclose(losses[name], part_losses[name], rtol=1e-6)
+
+
+class Linear:
+    """Stands for any network: the output is linear in the input, and depends on each of its numbers."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def clone(self, **_):
+        return self
+
+    def apply(self, params, x, t=None, text=None, method="", **more):
+        y = x * params["params"]["scale"] + 0.1 * x.mean(axis=(-3, -2), keepdims=True)
+        if method == "encode":
+            small = einops.reduce(y, "... (h i) (w j) c -> ... h w c", "mean", i=2, j=2)
+            return small, jnp.tanh(small)
+        if method == "decode":
+            return jnp.repeat(jnp.repeat(y, 2, axis=-2), 2, axis=-3)
+        shift = more.get("noise_level", t) + more["image_t"].sum(axis=1)
+        return y[..., :3] * (1 + shift / 1000)[:, None, None, None, None]
+
+
+def drawing_task(stage: str) -> Task:
+    """Returns the task of a stage or of the VAE, of which every kind of random number is drawn."""
+    vae = VAEConfig(latent_channels=3, block_out_channels=(8, 8), norm_num_groups=4)
+    if stage == "vae":
+        task = autoencoder.make_autoencoder_task(
+            vae, autoencoder.AutoencoderLoss(crop=4, kl=1.0), side=(8, 8), dtype=jnp.float32
+        )
+        return dataclasses.replace(task, init=lambda _: {"scale": jnp.ones(3)})
+    models = object.__new__(diffusion.Models)  # whose types are checked
+    for name, value in (("unet", Linear(None)), ("vae", Linear(vae)), ("schedule", Schedule())):
+        object.__setattr__(models, name, value)
+    losses = diffusion.StageLoss(
+        stage=STAGES[stage], models=models, frames=5, images=2, train_text_encoder=False,
+        loss=diffusion.DiffusionLoss(min_snr_gamma=5.0, logit_normal=(0.0, 1.0) if stage == "base" else ()),
+    )  # fmt: skip
+    return Task(
+        init=lambda _: {"unet": {"scale": jnp.ones(9)[: 3 + 3 * (stage != "base")]}}, start=None,
+        frozen={"vae": {"scale": jnp.ones(3)}}, loss=losses.train, held_out=losses.held_out, export=lambda *_: None,
+        judged_by="video_loss",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["vae", "base", "interpolation", "vsr"])
+def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, monkeypatch):
+    """Each row has the same noise, timesteps and crops in 1, 2 and 4 parts; so it is with held-out losses."""
+    monkeypatch.setattr(autoencoder, "VAE", lambda config, dtype: Linear(config))
+    encode = lambda vae, params, frames: vae.apply({"params": params}, frames, method="encode")  # noqa: E731
+    monkeypatch.setattr(diffusion, "encode_frames", encode)
+    task, rng = drawing_task(stage), np.random.default_rng(0)
+    params, frames = task.init(None), {"video": 5, "images": 2}
+    batch = {name: rng.uniform(-1, 1, (4, n, 8, 8, 3)).astype(np.float32) for name, n in frames.items()}
+    if stage != "vae":
+        batch |= {"text": np.zeros((4, 1, 1), np.float32), "image_text": np.zeros((4, 2, 1, 1), np.float32)}
+    trained, untrained = task.split(params)
+    arguments = trained, {**task.frozen, UNTRAINED: untrained}, batch, step_rng(0, 7)
+
+    def run(accumulate):
+        functions = make_gradients(task, accumulate=accumulate), make_held_out(task, accumulate=accumulate)
+        (grads, losses), held_out = (jax.device_get(jax.jit(f)(*arguments)) for f in functions)
+        return {**grads, **losses}, held_out
+
+    whole, other = run(1), jax.jit(task.loss)(params, task.frozen, batch, step_rng(0, 8))[0]
+    assert not np.isclose(whole[0]["loss"], other, rtol=1e-3)  # it draws
+    for accumulate in (2, 4):
+        for values, expected in zip(run(accumulate), whole):
+            assert values.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_allclose(values[name], value, rtol=1e-4, atol=1e-5, err_msg=f"{name} {accumulate}")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +392,42 @@ def test_fields_that_may_be_none_are_unset_on_the_command_line():
     assert (config.data.path, config.data.image_path, config.data.fps) == (None, None, None)
     options.override(config, "init_from", "")
     assert config.init_from == ""
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("the samples are not finite"), MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")]
+)
+def test_a_sample_grid_that_fails_is_logged_and_nothing_else(error, tmp_path, monkeypatch, caplog):
+    import train
+
+    def load(folder):
+        raise error
+
+    monkeypatch.setattr(train.cascade, "load", load)
+    assert not train.write_sample_grid(tmp_path, ["a red circle"], tmp_path / "00000010.png")
+    assert f"no sample grid 00000010.png ({type(error).__name__}" in caplog.text and "Training continues" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_command_line_still_tells_whether_there_are_other_hosts():
+    words = ["--config=nowhere.py", "--config.stepz=3"]
+    assert options.is_distributed([*words, "--config.distributed=True"])
+    assert options.is_distributed([*words, "--config.distributed", "true"])
+    assert not options.is_distributed(words) and not options.is_distributed([*words, "--config.distributed=False"])
+
+
+def test_hosts_compare_the_package_the_script_and_the_configs(tmp_path, monkeypatch):
+    config = options.load(str(ROOT / "configs/moving_shapes/vae.py:tiny"))
+    for name in ("lavie_jax/__init__.py", "train.py", "configs/base.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    monkeypatch.setattr(options.lavie_jax, "__file__", str(tmp_path / "lavie_jax/__init__.py"))
+    codes = [options.facts(config)["code"]]
+    for name in ("lavie_jax/__init__.py", "train.py", "configs/base.py"):
+        (tmp_path / name).write_text("changed")
+        codes.append(options.facts(config)["code"])
+    assert len(set(codes)) == 4
 
 
 def test_prompts_are_refused_where_nothing_can_be_sampled(tmp_path):

@@ -221,6 +221,12 @@ def test_the_hash_follows_the_content(base, copy, tmp_path):
     assert not (tmp_path / "shared/vae").exists()  # referred to, not repeated
     assert folder_hash(tmp_path / "shared") == folder_hash(base)
     assert load_folder(tmp_path / "shared").text_encoder.config == given["text_encoder"][0]
+    for hidden in (".DS_Store", "unet/._model.safetensors", "vae/.nfs0001", "tokenizer/.git/config"):
+        (copy / hidden).parent.mkdir(exist_ok=True)
+        (copy / hidden).write_text("x")
+    assert folder_hash(copy) == folder_hash(base)
+    save_folder(tmp_path / "exported", **as_given(copy))
+    assert not list((tmp_path / "exported").rglob(".*"))
     file = copy / "unet/model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -1,10 +1,13 @@
 """Kills a small training run repeatedly, and checks that the result equals that of an uninterrupted run.
 
-    python tools/crash_test.py [--kills 20] [--seed 0]
+    python tools/crash_test.py [--kills 50] [--host-kills 2] [--seed 0]
 
 Every kill is a SIGKILL during startup, between training steps, or during a save. After each, the run must resume from
 the latest complete checkpoint. At the end, the SHA-256 of the parameters and the losses of all steps must equal those
 of an uninterrupted run. `make crash-test` runs this script, and tests/test_crash.py a shorter version.
+
+`--host-kills` of the kills are in a run of two processes, which train together as two hosts do. One of them is killed,
+and the other must end by itself within half a minute.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 MOMENTS = ("start", "training", "save")
 EVERY = 4  # steps between checkpoints
 TIMEOUT = 600.0  # seconds for one process
+ALONE = 30.0  # seconds in which a host must end after the other was killed
 
 
 def start(
@@ -102,6 +107,49 @@ def survive(workdir: Path, kills: Sequence[str], *, steps: int, seed: int) -> st
     return finish(start(workdir, steps), workdir)
 
 
+def start_hosts(workdir: Path, steps: int) -> list[subprocess.Popen]:
+    """Starts two processes that train together; their output is in `workdir`.* and in `workdir`-second.*"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    return [
+        start(
+            workdir, steps, log=log, env={**shared, "JAX_PROCESS_ID": str(i)}, **{"distributed": True, "mesh.fsdp": 2}
+        )
+        for i, log in enumerate((workdir, workdir.with_name(f"{workdir.name}-second")))
+    ]
+
+
+def finish_hosts(hosts: Sequence[subprocess.Popen], workdir: Path) -> str:
+    """Waits for a run of two processes and returns the parameter hash that the first one prints."""
+    digest = finish(hosts[0], workdir)
+    finish(hosts[1], workdir.with_name(f"{workdir.name}-second"))
+    return digest
+
+
+def survive_on_hosts(workdir: Path, kills: Sequence[str], *, steps: int, seed: int) -> tuple[str, float]:
+    """Kills one of two hosts at these moments, the second one first, and then lets the run finish.
+
+    Returns:
+      The run's hash, and the longest time in seconds that the other host took to end.
+    """
+    rng, longest = random.Random(seed), 0.0
+    for i, moment in enumerate(tqdm(kills, desc="kills of a host", unit="kill")):
+        before, hosts = newest(workdir), start_hosts(workdir, steps)
+        victim, other = hosts[1 - i % 2], hosts[i % 2]
+        kill(victim, workdir, moment, rng)
+        killed = time.monotonic()
+        try:
+            other.wait(ALONE)
+        except subprocess.TimeoutExpired:
+            other.kill()
+            raise SystemExit(f"a host still runs {ALONE:.0f} s after the other was killed during {moment}") from None
+        longest = max(longest, time.monotonic() - killed)
+        if newest(workdir) < before:
+            raise SystemExit(f"killed during {moment}: checkpoint {newest(workdir)} after {before}")
+    return finish_hosts(start_hosts(workdir, steps), workdir), longest
+
+
 def check(workdir: Path, before: int, moment: str) -> None:
     """Checks after a kill that the run resumed from the right checkpoint, lost none, and raised no error."""
     log = workdir.with_suffix(".err").read_text()
@@ -114,21 +162,34 @@ def check(workdir: Path, before: int, moment: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: %(default)s)")
+    parser.add_argument("--host-kills", type=int, default=2, help="of them on two processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: %(default)s)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     # Every third kill targets a save, which random moments rarely hit.
-    kills = ["save" if i % 3 == 1 else rng.choice(MOMENTS[:2]) for i in range(args.kills)]
-    steps = 4 * EVERY * (args.kills + 1)
+    alone = args.kills - args.host_kills
+    kills = ["save" if i % 3 == 1 else rng.choice(MOMENTS[:2]) for i in range(alone)]
+    host_kills = ["save" if i % 2 else "training" for i in range(args.host_kills)]
+    steps, host_steps = (4 * EVERY * (count + 1) for count in (alone, args.host_kills))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "compiled")  # for the child processes
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
         expected = finish(start(whole, steps), whole)
         actual = survive(parts, kills, steps=steps, seed=args.seed)
         if actual != expected or losses(parts) != losses(whole) or len(losses(whole)) != steps:
-            raise SystemExit(f"parameters after {args.kills} kills: {actual}; of an uninterrupted run: {expected}")
-    print(f"{args.kills} kills ({', '.join(kills)}) did not change the result: {actual}")
+            raise SystemExit(f"parameters after {alone} kills: {actual}; of an uninterrupted run: {expected}")
+        print(f"{alone} kills ({', '.join(kills)}) did not change the result: {actual}")
+        if host_kills:
+            whole, parts = Path(folder) / "whole-hosts", Path(folder) / "parts-hosts"
+            expected = finish_hosts(start_hosts(whole, host_steps), whole)
+            actual, longest = survive_on_hosts(parts, host_kills, steps=host_steps, seed=args.seed)
+            if actual != expected or losses(parts) != losses(whole):
+                raise SystemExit(f"parameters after kills of a host: {actual}; of an uninterrupted run: {expected}")
+            print(
+                f"{args.host_kills} kills of one of two hosts ({', '.join(host_kills)}) did not change the result: "
+                f"{actual}; the other host ended after at most {longest:.1f} s"
+            )
 
 
 if __name__ == "__main__":

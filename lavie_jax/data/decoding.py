@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from lavie_jax.data.display import Screen, check_header
 from lavie_jax.errors import UserError
@@ -311,51 +311,6 @@ def timed_frames(container, stream, info: VideoInfo, what: str) -> Iterator[tupl
         exact = frame.pts is not None and not _lacks_times(container, stream)
         time = frame.pts * base - info.start if exact else number / info.fps
         yield time, time + ((frame.duration or 0) * base or 1 / info.fps), frame
-
-
-def constant_rate(
-    times: Float[np.ndarray, "n"],  # noqa: F821
-    end: float,
-    rate: float,
-) -> tuple[Int[np.ndarray, " m"], float]:
-    """Finds a constant rate for frames that start at `times`, in seconds.
-
-    Args:
-        times: when each frame appears.
-        end: when the last one disappears.
-        rate: by the header.
-
-    Returns:
-        (indices of the frames to show, frames per second). All frames, once, where their times are those of a constant
-        rate; else the frame on screen at each time, at a rate with room for every frame where there is one.
-    """
-    times, count = np.maximum.accumulate(times - times[0]), len(times)
-    end = max(end, times[-1])
-    if count < 2 or not times[-1]:
-        return np.arange(count), rate
-    if np.abs(times * rate - np.arange(count)).max() <= _JITTER:
-        return np.arange(count), rate
-    fit = (count - 1) / times[-1]
-    if np.abs(times * fit - np.arange(count)).max() <= _JITTER:
-        return np.arange(count), float(fit)
-    steps = np.diff(times)
-    steps = steps[steps > 0]
-    usual = np.median(steps)
-    nominal = 1 / steps[np.abs(steps / usual - 1) <= 0.25].mean()
-    most = min(_MAX_RATE / nominal, _MAX_REPEATS * count / (end * nominal))
-    for fold in range(1, 1 + int(most)):
-        places = times * nominal * fold
-        if len(np.unique(np.round(places))) == count and np.abs(places - np.round(places)).max() <= _JITTER:
-            break
-    else:
-        fold = 1
-    rate = float(nominal * fold)
-    moments = np.arange(max(1, round(end * rate))) / rate
-    return np.searchsorted(times, moments + _JITTER / rate, side="right") - 1, rate
-
-
-_MAX_RATE, _MAX_REPEATS = 60, 8  # of resampled clips: frames per second, and times a frame is repeated on average
-_JITTER = 0.2  # frames: time stamps are rounded, often to milliseconds
 
 
 def frames_shown(stream, frame, info: VideoInfo) -> float:

@@ -24,7 +24,6 @@ from lavie_jax.data.decoding import (
 from lavie_jax.data.decoding import (
     ClipWindow,
     VideoInfo,
-    constant_rate,
     decode,
     frames_shown,
     info_of,
@@ -35,6 +34,7 @@ from lavie_jax.data.decoding import (
     too_short,
 )
 from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
+from lavie_jax.data.frame_times import constant_rate
 from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
@@ -248,7 +248,7 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
         pixels_of = Screen(stream, what, shorter_side=shorter_side)
         due, until, before = first, 0, None
         for number, frame in numbered_frames(container, stream, info, first=first, what=what):
-            if number > 2 * info.frames + 100:  # damaged time stamps would repeat one frame for hours
+            if number > 2 * (stream.frames or info.frames) + 100:  # damaged times would repeat one for hours
                 raise UserError(f"the video {what} has a frame at {number / info.fps:g} s, beyond its end")
             if before is not None and due < number:
                 pixels = pixels_of(before)
@@ -290,10 +290,10 @@ def read_clip(
     with opened(path) as (container, stream):
         info = info_of(container, stream, repr(name))
 
-        def check_memory(count: int) -> None:
+        def check_memory(count: int, fps: float) -> None:
             height, width = frames[0].shape[:2]
             if count * frames[0].nbytes > max_bytes:
-                seconds = max(1, int(max_bytes / frames[0].nbytes / 2 / info.fps))
+                seconds = max(1, int(max_bytes / frames[0].nbytes / 2 / fps))
                 raise UserError(
                     f"the video {name!r} has more frames of {height}x{width} than fit into memory, {count}. "
                     f"Split it: ffmpeg -i {name} -f segment -segment_time {seconds} -reset_timestamps 1 part-%03d.mp4"
@@ -304,13 +304,13 @@ def read_clip(
             frames.append(pixels_of(frame))
             times.append(time)
             ends.append(end)
-            check_memory(len(frames))
+            check_memory(len(frames), info.fps)
         if not frames:
             raise UserError(f"the video {name!r} has no frames")
         if container.streams.audio:
             warn(f"the sound of {name!r} is not kept")
         shown, rate = constant_rate(np.array(times), ends[-1], info.fps)
-        check_memory(len(shown))
+        check_memory(len(shown), rate)
     if not np.array_equal(shown, np.arange(len(frames))):
         lost = len(frames) - len(np.unique(shown))
         note = f"; {lost} of its {len(frames)} frames are shown too briefly and are left out" if lost else ""

@@ -11,11 +11,11 @@ from typing import Any
 
 import einops
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lavie_jax import random
 from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention
 from lavie_jax.models.config import check_positive, config_from_dict
@@ -115,10 +115,10 @@ class VAE(nn.Module):
 
 
 def sample_posterior(
-    mean: Float[Array, "*b h w C"], logvar: Float[Array, "*b h w C"], rng: jax.Array
+    mean: Float[Array, "*b h w C"], logvar: Float[Array, "*b h w C"], rng: random.Key
 ) -> Float[Array, "*b h w C"]:
     """Samples z = mean + exp(logvar / 2) eps from the encoder's posterior."""
-    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape, mean.dtype)
+    return mean + jnp.exp(0.5 * logvar) * random.normal(rng, mean.shape)
 
 
 class Encoder(nn.Module):

@@ -11,7 +11,7 @@ from lavie_jax.errors import Parser, UserError, one_line_errors, suggest, user_l
 from lavie_jax.planner import chips, report, tables
 from lavie_jax.planner.sampling import sampling_program
 from lavie_jax.planner.subprocess import Make, measure_in_subprocess
-from lavie_jax.planner.training import training_program
+from lavie_jax.planner.training import held_out_program, training_program
 from lavie_jax.results import check_path
 from lavie_jax.stages import STAGES
 from lavie_jax.training import options
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("nothing fits" if best is None else f"best: {best[0]} rows per chip, remat {best[1]}")
         else:
             fits(args.per_chip_batch, config.remat)
+            make = functools.partial(held_out_program, config, per_chip_batch=args.per_chip_batch)
+            _record(args, make, "held-out", args.per_chip_batch, config.remat)
 
 
 def search(fits: Callable[[int, str], bool], first: int) -> tuple[int, str] | None:
@@ -117,7 +119,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     if args.sample and args.search:
         raise UserError("--search is for training: leave it out with --sample")
     if args.program and not args.sample:
-        raise UserError("--program goes with --sample: training has only one program")
+        raise UserError("--program goes with --sample: both programs of training are planned")
     chips.parse(args.topology)
     check_path(args.json, report.KIND)
     args.changed = {word[len("--config.") :].partition("=")[0]: word.partition("=")[2] for word in rest}

@@ -1,10 +1,12 @@
-"""The training step of a config as train.py compiles it, described by shapes only."""
+"""The training step and the held-out losses of a config as train.py compiles them, described by shapes only."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from lavie_jax import parallel
 from lavie_jax.data.config import latent_paths
@@ -15,7 +17,19 @@ from lavie_jax.planner.programs import Program, mesh_of, placed
 from lavie_jax.stages import STAGES
 from lavie_jax.training import build, optimizer
 from lavie_jax.training.state import abstract_frozen, abstract_state
-from lavie_jax.training.step import make_update
+from lavie_jax.training.step import Task, make_held_out, make_update
+
+
+class _Run(NamedTuple):
+    """What both programs of a run share: its task, and the shapes that are on the devices all the time."""
+
+    task: Task
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    state: dict[str, Any]
+    frozen: dict[str, Any]
+    rows: dict[str, jax.ShapeDtypeStruct]
+    note: str
 
 
 def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int) -> Program:
@@ -24,6 +38,56 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     Raises:
       UserError: a stage without a UNet, a mesh that does not fit the devices, a batch that does not divide.
     """
+    run = _run(config, devices, per_chip_batch)
+    update = make_update(
+        run.task, run.tx, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate,
+        skip_limit=config.skip_limit,
+    )  # fmt: skip
+    shardings = jax.tree.map(lambda x: x.sharding, run.state)
+    return Program(
+        name="training step",
+        function=jax.jit(update, donate_argnums=0, out_shardings=(shardings, parallel.replicated(run.mesh))),
+        arguments=(run.state, run.frozen, run.rows),
+        mesh=run.mesh,
+        context=True,
+        held=_held(run),
+        beside=(run.rows,) * config.held_out_batches,
+        note=run.note,
+    )
+
+
+def held_out_program(config: Any, devices: list[jax.Device], per_chip_batch: int) -> Program:
+    """Describes the held-out losses of one batch, beside the state of the run and the other held-out batches.
+
+    Raises:
+      UserError: as `training_program`.
+    """
+    run = _run(config, devices, per_chip_batch)
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), parallel.replicated(run.mesh))
+    function = make_held_out(run.task, accumulate=config.accumulate)
+    return Program(
+        name="held-out losses",
+        function=jax.jit(function, out_shardings=parallel.replicated(run.mesh)),
+        arguments=(run.state["ema"], run.frozen, run.rows, key),
+        mesh=run.mesh,
+        context=True,
+        held=_held(run),
+        beside=(run.state["params"], run.state["opt_state"], *(run.rows,) * (config.held_out_batches - 1)),
+        note=run.note,
+    )
+
+
+def _held(run: _Run) -> dict[str, Any]:
+    return {
+        "parameters": run.state["params"],
+        "optimizer": run.state["opt_state"],
+        "ema": run.state["ema"],
+        "frozen": run.frozen,
+        "batch": run.rows,
+    }
+
+
+def _run(config: Any, devices: list[jax.Device], per_chip_batch: int) -> _Run:
     if config.stage not in STAGES:
         raise UserError(
             f"the planner supports the cascade's stages, not {config.stage!r}{suggest(config.stage, STAGES)}"
@@ -38,27 +102,9 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     state = abstract_state(task, tx, mesh)
     frozen = abstract_frozen(task, mesh, dtype, models=not latent_paths(build.data_config(config)))
     rows = placed(abstract_batch(config, batch), parallel.batch_sharding(mesh))
-    update = make_update(
-        task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate,
-        skip_limit=config.skip_limit,
-    )  # fmt: skip
-    shardings = jax.tree.map(lambda x: x.sharding, state)
     data = config.data
-    return Program(
-        name="training step",
-        function=jax.jit(update, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh))),
-        arguments=(state, frozen, rows),
-        mesh=mesh,
-        context=True,
-        held={
-            "parameters": state["params"],
-            "optimizer": state["opt_state"],
-            "ema": state["ema"],
-            "frozen": frozen,
-            "batch": rows,
-        },
-        note=f"{batch} x ({data.frames} frames + {data.images} images) of {data.height}x{data.width}",
-    )
+    note = f"{batch} x ({data.frames} frames + {data.images} images) of {data.height}x{data.width}"
+    return _Run(task, tx, mesh, state, frozen, rows, note)
 
 
 def abstract_init(config: Any) -> build.InitialWeights:

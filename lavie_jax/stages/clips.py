@@ -65,15 +65,16 @@ def free_memory() -> float:
 
 
 def pixels_to_float(pixels: Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """uint8 pixels on the devices to float32 in [-1, 1], in exactly the bits of `to_float` in numpy.
+    """uint8 pixels on the devices to float32 in [-1, 1], in exactly the bits of `data.transforms.to_float`.
 
-    Compilers turn x / 127.5 - 1 into other operations, with other bits on each device. Every such float is a multiple
-    n of 2^-24, and this computes n in integers. Floats are returned unchanged.
+    Compilers fuse x * (1 / 127.5) - 1, with other bits on each device. Every such float is a multiple n of 2^-24, and
+    this computes n in integers. Floats are returned unchanged.
     """
     if jnp.issubdtype(pixels.dtype, jnp.floating):
         return pixels
     x = pixels.astype(jnp.int32)
-    n = 131586 * x + (x >= 64) + (x >= 128) - 2**24  # 2 x 2^24 / 255 = 131586 x + 2 x / 255, rounded as float32 is
+    rounding = (x >= 48).astype(jnp.int32) + (x >= 96) + 2 * (x >= 192) - 2 * (x == 255)  # that of float32
+    n = 131586 * x + rounding - 2**24  # 2 x / 255 = (131586 x + 2 x / 255) 2^-24
     return n.astype(jnp.float32) * jnp.float32(2**-24)
 
 

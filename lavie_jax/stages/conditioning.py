@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from lavie_jax import random
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.vae import VAEConfig, sample_posterior
@@ -60,7 +61,7 @@ class EncodedClips(NamedTuple):
         """The same clips with zero posterior variance, so that every sample equals the mean."""
         return self._replace(logvar=jnp.full_like(self.logvar, -jnp.inf))
 
-    def sample(self, rng: Array, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
+    def sample(self, rng: random.Key, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
         """Scaled latents: one sample of the posterior of every frame."""
         return sample_posterior(self.mean, self.logvar, rng) * vae.scaling_factor
 
@@ -85,12 +86,12 @@ def frame_timesteps(t: Int[Array, " b"], image_t: Int[Array, "b m"], frames: int
     return jnp.concatenate([jnp.broadcast_to(t[:, None], (t.shape[0], frames)), image_t], axis=1)
 
 
-SampleTimesteps = Callable[[Array, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
+SampleTimesteps = Callable[[random.Key, tuple[int, ...]], Array]  # (rng, shape) -> int32 timesteps
 
 
 def uniform_timesteps(schedule: Schedule) -> SampleTimesteps:
     """Samples every timestep with the same probability (Eq. 2)."""
-    return lambda rng, shape: jax.random.randint(rng, shape, 0, schedule.steps)
+    return lambda rng, shape: random.integers(rng, shape, 0, schedule.steps)
 
 
 def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, "b frames h w c"]:

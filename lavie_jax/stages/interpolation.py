@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
+from lavie_jax import random
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
@@ -72,7 +73,9 @@ class Interpolation(Stage):
                 f"{KEY_FRAME_SPACING} (K - 1) + 1 frames, such as {low} or {low + KEY_FRAME_SPACING}."
             )
 
-    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+    def training_inputs(
+        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+    ) -> dict[str, Array]:
         """`key_latents` of frames 0, 4, 8, ...
 
         They are sampled independently of the target latents, because the key frames are encoded anew in sampling too.

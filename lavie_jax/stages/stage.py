@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.registry import PARTS
 from lavie_jax.models.vae import VAEConfig
@@ -118,7 +119,9 @@ class Stage:
     def check_training_frames(self, frames: int) -> None:
         """Raises UserError for a number of frames that the stage cannot be trained on; 0 means images only."""
 
-    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+    def training_inputs(
+        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+    ) -> dict[str, Array]:
         """Returns the inputs of `condition`, computed from the target frames.
 
         Args:
@@ -137,7 +140,7 @@ class Stage:
         self,
         latents: Float[Array, "b frames h w c"],
         inputs: Mapping[str, Array] | None,
-        rng: Array,
+        rng: random.Key,
         *,
         images: int = 0,
         image_inputs: Mapping[str, Array] | None = None,
@@ -158,10 +161,10 @@ class Stage:
         """
         schedule = schedule or self.schedule
         sample_timesteps = sample_timesteps or uniform_timesteps(schedule)
-        t_rng, image_rng, noise_rng = jax.random.split(rng, 3)
+        t_rng, image_rng, noise_rng = random.split(rng, 3)
         batch = latents.shape[0]
         t, image_t = sample_timesteps(t_rng, (batch,)), sample_timesteps(image_rng, (batch, images))
-        eps = jax.random.normal(noise_rng, latents.shape)
+        eps = random.normal(noise_rng, latents.shape)
         return self.training_pair_at(latents, inputs, t, image_t, eps, image_inputs=image_inputs, schedule=schedule)
 
     def training_pair_at(

@@ -17,6 +17,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Int, UInt8
 
+from lavie_jax import random
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
@@ -54,7 +55,9 @@ class VSR(Stage):
 
     # ---- training ----
 
-    def training_inputs(self, clips: EncodedClips, vae: VAEConfig, rng: Array, level_rng: Array) -> dict[str, Array]:
+    def training_inputs(
+        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+    ) -> dict[str, Array]:
         """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
         Each low-resolution pixel is the mean of the target pixels that it covers. The paper does not give the
@@ -64,9 +67,9 @@ class VSR(Stage):
         """
         low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=vae.factor, j=vae.factor)
         lead = low_res.shape[:-4]
-        level = (jax.random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
+        level = (random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
         level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)
-        return {"low_res": low_res, "low_res_noise": jax.random.normal(rng, low_res.shape), "noise_level": level}
+        return {"low_res": low_res, "low_res_noise": random.normal(rng, low_res.shape), "noise_level": level}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
         """From `low_res` (B, T, H, W, 3) in [-1, 1], `low_res_noise` of the same shape, standard normal, and

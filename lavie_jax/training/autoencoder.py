@@ -5,9 +5,9 @@ how much its neighbourhood differs from the colour of the image's border.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -17,10 +17,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lavie_jax import weights
+from lavie_jax import random, weights
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
-from lavie_jax.models.vae import VAE, VAEConfig, sample_posterior
+from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task, check_same
@@ -74,21 +74,22 @@ def make_autoencoder_task(
     def init(rng: jax.Array) -> Any:
         return vae.init(rng, **registry.example_inputs(config))["params"]
 
-    def train_loss(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
-        crop_rng, rng = jax.random.split(rng)
-        images = all_frames(batch)
+    def train_loss(params: Any, frozen: Any, batch: Batch, rng: random.Key) -> tuple[jax.Array, Losses]:
+        crop_rng, rng = random.split(rng)
+        images, rows = all_frames(batch), Rows.of(batch)
         if loss.crop:
-            images = crop_detail(images, loss.crop, crop_rng)
-        values, _ = _evaluate(params, images, rng)
+            images = crop_detail(images, loss.crop, crop_rng, rows)
+        values, _ = _evaluate(params, images, rows, rng)
         return values["reconstruction"] + loss.kl * values["kl"], values
 
-    def held_out(params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
-        values, latents = _evaluate(params, all_frames(batch), rng)
-        return {**values, "latent_std": latents.std()}
+    def held_out(params: Any, frozen: Any, batch: Batch, rng: random.Key) -> Losses:
+        values, latents = _evaluate(params, all_frames(batch), Rows.of(batch), rng)
+        return {**values, "latent_mean": latents.mean(), "latent_std": latents.std()}
 
-    def _evaluate(params: Any, images: Array, rng: jax.Array) -> tuple[Losses, Array]:
+    def _evaluate(params: Any, images: Array, rows: Rows, rng: random.Key) -> tuple[Losses, Array]:
         mean, logvar = vae.apply({"params": params}, images, method="encode")
-        latents = sample_posterior(mean, logvar, rng)
+        eps = rows.draw(rng, lambda key, count: jax.random.normal(key, (count, *mean.shape[1:])))
+        latents = mean + jnp.exp(0.5 * logvar) * eps
         error = vae.apply({"params": params}, latents, method="decode") - images
         weight = detail_weight(images, loss.detail)
         values = {
@@ -106,8 +107,51 @@ def make_autoencoder_task(
 
     return Task(
         init=init, start=start, frozen={}, loss=train_loss, held_out=held_out, export=export,
-        judged_by="reconstruction",
+        average=average_of_parts, judged_by="reconstruction",
     )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """The frames of a batch: those of the clips of all rows, then the images of all rows.
+
+    Attributes:
+      count: of rows.
+      frames: of the clip of a row.
+      images: of a row.
+    """
+
+    count: int
+    frames: int
+    images: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Rows":
+        """Returns the rows of `batch`."""
+        frames, images = (batch[k].shape[1] if k in batch else 0 for k in ("video", "images"))
+        return cls(next(iter(batch.values())).shape[0], frames, images)
+
+    def draw(self, key: random.Key, draw: Callable[[Array, int], Array]) -> Array:
+        """Returns the random numbers of all frames; `draw(key, frames)` returns those of as many frames."""
+
+        def by_row(key: Array, count: int) -> Array:
+            every = draw(key, count * (self.frames + self.images))
+            video, images = jnp.split(every, [count * self.frames])
+            parts = [(video, self.frames), (images, self.images)]
+            return jnp.concatenate([einops.rearrange(x, "(b n) ... -> b n ...", n=n) for x, n in parts if n], axis=1)
+
+        each = random.rows(key, self.count, by_row)
+        video, images = jnp.split(each, [self.frames], axis=1)
+        return jnp.concatenate([einops.rearrange(x, "b f ... -> (b f) ...") for x in (video, images)])
+
+
+def average_of_parts(values: Losses) -> Losses:
+    """Returns the values of a batch from those of its parts, (parts,): means of what is a mean over frames."""
+    means = {name: x.mean() for name, x in values.items()}
+    means["psnr"] = -10.0 * jnp.log10((10.0 ** (-values["psnr"] / 10.0)).mean())
+    if "latent_std" in values:
+        square = jnp.square(values["latent_std"]) + jnp.square(values["latent_mean"] - means["latent_mean"])
+        means["latent_std"] = jnp.sqrt(square.mean())
+    return means
 
 
 def all_frames(batch: Batch) -> Float[Array, "n h w c"]:
@@ -133,13 +177,21 @@ def detail_weight(images: Float[Array, "n h w c"], extra: float) -> Float[Array,
     return weight / weight.mean(axis=(1, 2, 3), keepdims=True)
 
 
-def crop_detail(images: Float[Array, "n h w c"], side: int, rng: jax.Array) -> Float[Array, "n s s c"]:
-    """Returns a square of each image, centred up to half its side away from a random pixel with detail."""
+def crop_detail(
+    images: Float[Array, "n h w c"], side: int, rng: random.Key, rows: Rows | None = None
+) -> Float[Array, "n s s c"]:
+    """Returns a square of each image, centred up to half its side away from a random pixel with detail.
+
+    `rows` are those of the batch that the images are from; None for images that are a row each.
+    """
     height, width = images.shape[1:3]
-    pixel_rng, shift_rng = jax.random.split(rng)
+    rows = rows or Rows(len(images), 0, 1)
+    pixel_rng, shift_rng = random.split(rng)
     weight = einops.rearrange(detail(images), "n h w 1 -> n (h w)") + 1e-3
-    pixel = jax.random.categorical(pixel_rng, jnp.log(weight))
-    shift = jax.random.randint(shift_rng, (2, len(images)), -side, 1)
+    # A sample of the categorical distribution, by the Gumbel-max trick, and as `jax.random.categorical` takes it.
+    gumbel = rows.draw(pixel_rng, lambda key, count: jax.random.gumbel(key, (count, height * width)))
+    pixel = jnp.argmax(gumbel + jnp.log(weight), axis=-1)
+    shift = rows.draw(shift_rng, lambda key, count: jax.random.randint(key, (2, count), -side, 1).T).T
     # Shifted by up to half a side around the pixel, then clipped to the frame.
     top = jnp.clip(pixel // width + shift[0], 0, height - side)
     left = jnp.clip(pixel % width + shift[1], 0, width - side)

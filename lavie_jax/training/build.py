@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.training import diffusion, latents
+from lavie_jax.training import diffusion, latents, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
+from lavie_jax.training.config import init_folder
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
@@ -53,13 +54,15 @@ class InitialWeights:
     tokenizer: Path
 
 
-def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path | None]:
+def make_task(config: Any, dtype: DTypeLike, scratch: Path, resumed: Path | None = None) -> tuple[Task, Path | None]:
     """Makes the task of a config.
 
     Args:
       config: the ConfigDict of a run.
       dtype: dtype of the computation.
       scratch: an existing folder for the tokenizer.
+      resumed: the weights folder that a run with a checkpoint has exported. Parameters that the checkpoint has are not
+        read again, and frozen models are read from there if `init_from` is gone. None = a new run.
 
     Returns:
       The task, and its tokenizer's folder (None for a VAE).
@@ -76,7 +79,7 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
                 AutoencoderLoss(**_plain(config.loss)),
                 side=(config.data.height, config.data.width),
                 dtype=dtype,
-                init_from=config.init_from,
+                init_from="" if resumed else config.init_from,
             ),
             None,
         )
@@ -84,7 +87,7 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path) -> tuple[Task, Path 
         raise UserError(f"unknown stage {config.stage!r}{suggest(config.stage, ('vae', *STAGES))}")
     check_stage(config)
     sets = [open_set(path) for path in latent_paths(data_config(config))]  # refused before weights are read
-    init = load_init(config, scratch)
+    init = load_init(config, scratch, resumed)
     if sets:
         _check_latents(sets, config, init)
     return stage_task(config, dtype, init), init.tokenizer
@@ -198,12 +201,19 @@ def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
     )
 
 
-def load_init(config: Any, scratch: Path) -> InitialWeights:
-    """Reads the folders of `init_from`, `vae_from` and `text_from`, and builds a small tokenizer if none has one."""
+def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> InitialWeights:
+    """Reads the folders of `init_from`, `vae_from` and `text_from`, and builds a small tokenizer if none has one.
+
+    With `resumed`, see `make_task`, a UNet that is trained as a whole is not read: `start` has its shapes.
+    """
     models = make_models(config, jnp.float32, 1.0)
-    if where := config.text_from or config.init_from:
+    if where := config.text_from or (config.init_from if resumed is None else ""):
         _check_tokenizer(where, models.text_encoder.config)
-    start_weights = _load_start(config, models) if config.init_from else None
+    start_weights = None
+    if config.init_from and resumed is not None and _trains_all(config, models):
+        start_weights = _load_frozen(config, models, resumed)
+    elif config.init_from:
+        start_weights = _load_start(config, models)
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
     start, frozen = None if start_weights is None else {"unet": start_weights.unet.params}, {"vae": vae.params}
@@ -256,7 +266,35 @@ def _load_start(config: Any, models: Models) -> weights.Weights:
     return dataclasses.replace(loaded, unet=weights.Part(wanted, params))
 
 
-def _load_text(config: Any, models: Models, start: weights.Weights | None) -> tuple[Any, Path | None]:
+def _trains_all(config: Any, models: Models) -> bool:
+    """Returns whether the run trains every parameter of the UNet."""
+    params = {"unet": registry.abstract_params(models.unet.config)}
+    return not optimizer.split(params, regime=config.regime, images_only=data_config(config).frames == 0)[1]
+
+
+def _load_frozen(config: Any, models: Models, resumed: Path) -> "_Start":
+    """Loads from `init_from` what a resumed run needs beside its checkpoint."""
+    folder = init_folder(config.init_from, resumed)
+    if folder != Path(config.init_from):
+        logging.warning("init_from = %s does not exist: frozen models are read from %s", config.init_from, folder)
+    return _Start(
+        weights.Part(models.unet.config, registry.abstract_params(models.unet.config)),
+        weights.load_part(folder, "text_encoder", dtype=np.float32),
+        part_dir(folder, "tokenizer"),
+        weights.load_part(folder, "vae", dtype=np.float32) if not config.vae_from else None,
+    )
+
+
+class _Start(NamedTuple):
+    """The parts of `weights.Weights` that training starts from."""
+
+    unet: weights.Part
+    text_encoder: weights.Part
+    tokenizer_dir: Path
+    vae: weights.Part | None
+
+
+def _load_text(config: Any, models: Models, start: weights.Weights | _Start | None) -> tuple[Any, Path | None]:
     """Loads the text encoder of `text_from` or `init_from`.
 
     Returns:
@@ -276,7 +314,7 @@ def _load_text(config: Any, models: Models, start: weights.Weights | None) -> tu
     return part.params, tokenizer
 
 
-def _load_vae(config: Any, models: Models, start: weights.Weights | None) -> weights.Part:
+def _load_vae(config: Any, models: Models, start: weights.Weights | _Start | None) -> weights.Part:
     """Loads the VAE of `vae_from`, or else of `init_from`."""
     if config.vae_from == RANDOM:
         logging.warning("vae_from = 'random': the VAE is untrained, which is only useful for testing the code")

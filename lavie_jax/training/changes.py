@@ -30,10 +30,12 @@ def describe(step: int, before: Mapping[str, Any], now: Mapping[str, Any], *, up
         return None
     fields = ", ".join(f"{name} = {_short(new[name])} (was {_short(old[name])})" for name in changed)
     parts = [f"resuming at step {step} with another config: {fields}.", *_rate(before, now, updates)]
-    return " ".join([*parts, *_position(step, before.get("batch"), now["batch"])])
+    return " ".join([*parts, *_position(step, before.get("batch"), now.get("batch"))])
 
 
 def _rate(before: Mapping[str, Any], now: Mapping[str, Any], updates: int) -> list[str]:
+    if not all("optimizer" in config and "steps" in config for config in (before, now)):
+        return []
     old, new = (
         float(learning_rate(OptimizerConfig(**config["optimizer"]), config["steps"])(updates))
         for config in (before, now)
@@ -41,9 +43,9 @@ def _rate(before: Mapping[str, Any], now: Mapping[str, Any], updates: int) -> li
     return [f"The learning rate of the next update is {new:.3g} instead of {old:.3g}."] if old != new else []
 
 
-def _position(step: int, old: int | None, new: int) -> list[str]:
+def _position(step: int, old: int | None, new: int | None) -> list[str]:
     """The position in the data is the step, so that another batch moves it."""
-    if old is None or old == new:
+    if old is None or new is None or old == new:
         return []
     seen, start = step * old, step * new
     what = f"{seen - start} of them come again" if new < old else f"the next {start - seen} are left out"

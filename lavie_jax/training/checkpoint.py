@@ -6,17 +6,19 @@ position is the step. Saves are asynchronous and atomic: a run killed during a s
 mistaken for a checkpoint. An incomplete step directory is therefore a copy that was cut short, and is refused by name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
@@ -26,7 +28,7 @@ from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
 from lavie_jax.training import changes
 from lavie_jax.training.config import complete
-from lavie_jax.training.optimizer import merge, updates_done
+from lavie_jax.training.optimizer import merge
 from lavie_jax.training.state import start_untrained
 from lavie_jax.training.step import UNTRAINED, Task
 
@@ -46,6 +48,8 @@ TRANSIENT = ("skipped",)
 # In the JSON: absent from older checkpoints, whose "params" and "ema" have the untrained parameters too.
 TRAINED_ONLY = "trained_only"
 
+HELD_OUT = "held_out.json"  # beside the checkpoints: {step: held-out loss}, which is measured after a save
+
 # Orbax's commit marks of a step directory, its state and its JSON.
 MARKS = ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
 # Newer versions of Orbax write these too: all of them, or none.
@@ -56,6 +60,11 @@ def identity(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Returns the config with the hashes of all parameters that a resumed run reads from folders again."""
     hashes = {FROZEN: array_hash(task.frozen), FROZEN_PART: array_hash(start_untrained(task))}
     return dict(config) | hashes
+
+
+def steps(path: Path) -> list[int]:
+    """Returns the steps of the checkpoints under `path`, complete or not, in order."""
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
 
 
 class Checkpoints:
@@ -86,15 +95,12 @@ class Checkpoints:
         _all_hosts("checkpoints: set aside")
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(keep)]
+        self._held_out = _read_held_out(self._path)
         if best:  # as one policy of several: alone it would delete the newest
-            policies.append(
-                managers.BestN(get_metric_fn=_badness, reverse=True, n=best, keep_checkpoints_without_metrics=False)
-            )
+            policies.append(_Best(best, self._held_out))
         if every:
             policies.append(managers.EveryNSteps(every))
         self._options = ocp.CheckpointManagerOptions(
-            best_fn=_badness,
-            best_mode="min",
             preservation_policy=managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
@@ -105,20 +111,30 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, config: Mapping[str, Any], *, held_out: float) -> None:
+    def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
         """Starts a save; the caller may donate `state` at once.
 
-        `held_out` is infinite for a step that was not measured, which is never among the best. A full disk is not an
-        error: it is logged, earlier checkpoints stay, and the next save tries again.
+        A full disk is not an error: it is logged, earlier checkpoints stay, and the next save tries again.
         """
+        self._held_out.pop(step, None)
         self.settle()
         self._failed = False
         meta = {"step": step, "config": config, TRAINED_ONLY: True}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_lasting(state)), meta=ocp.args.JsonSave(meta))
         try:
-            self._manager.save(step, args=args, metrics={"held_out": held_out}, force=True)
+            self._manager.save(step, args=args, force=True)
         except Exception as error:
             self._give_up(error)
+
+    def measured(self, step: int, held_out: float) -> None:
+        """Records the held-out loss of a step that was saved. A step without is never among the best."""
+        self._held_out[step] = held_out
+        there = {str(k): v for k, v in self._held_out.items() if k in {*self._manager.all_steps(), step}}
+        if jax.process_index() == 0:
+            partial = self._path / f"{HELD_OUT}.new"
+            with disk.tolerate_full_disk(HELD_OUT):
+                partial.write_text(json.dumps(there, indent=2) + "\n")
+                partial.replace(self._path / HELD_OUT)
 
     def settle(self) -> bool:
         """Waits for the save under way. Returns False if the last one failed because the disk is full."""
@@ -174,7 +190,8 @@ class Checkpoints:
         for now, before in self._aside.items():
             logging.warning("checkpoint %s is not used any more; renamed to %s", before, now.name)
         self._aside.clear()
-        line = changes.describe(step, recorded, config, updates=int(updates_done(state["opt_state"])))
+        counts = optax.tree_utils.tree_get_all_with_path(state.get("opt_state"), "count")
+        line = changes.describe(step, recorded, config, updates=int(counts[0][1]) if counts else step)
         if line and jax.process_index() == 0:
             logging.warning("%s", line)
         counters = {k: abstract[k] for k in TRANSIENT if k in abstract}
@@ -226,9 +243,28 @@ def _like(shape: Any, tree: Any) -> Any:
     return traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(shape)})
 
 
-def _badness(metrics: Mapping[str, float]) -> float:
-    value = metrics["held_out"]
-    return value if np.isfinite(value) else np.inf
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+    """Preserves the `count` checkpoints of the lowest finite losses in {step: held-out loss}; the newer of equals."""
+
+    def __init__(self, count: int, held_out: Mapping[int, float]):
+        self._count, self._held_out = count, held_out
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        losses = {one.step: self._held_out.get(one.step, np.inf) for one in checkpoints}
+        order = sorted((value, -step) for step, value in losses.items() if np.isfinite(value))
+        best = {-step for _, step in order[: self._count]}
+        return [one.step in best for one in checkpoints]
+
+
+def _read_held_out(path: Path) -> dict[int, float]:
+    """Returns {step: held-out loss} of the checkpoints under `path`; earlier versions wrote it into each of them."""
+    losses = {}
+    for file in path.glob("*/metrics/metrics"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            losses[int(file.parents[1].name)] = float(json.loads(file.read_text())["held_out"])
+    with contextlib.suppress(OSError, ValueError):  # none yet
+        losses |= {int(step): float(value) for step, value in json.loads((path / HELD_OUT).read_text()).items()}
+    return losses
 
 
 def _other_run(step: int, difference: str) -> UserError:
@@ -257,20 +293,20 @@ def _replaced(path: Path, restore_step: int | None) -> dict[int, str]:
 
     Orbax takes any directory whose name is a number for a checkpoint.
     """
-    steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
-    missing = {s: _missing(path / str(s)) for s in steps}
-    complete = [s for s in steps if not missing[s]]
-    wanted = restore_step if restore_step is not None else max(steps, default=None)
+    there = steps(path)
+    missing = {s: _missing(path / str(s)) for s in there}
+    complete = [s for s in there if not missing[s]]
+    wanted = restore_step if restore_step is not None else max(there, default=None)
     if wanted is not None and wanted not in complete:
         others = [s for s in complete if restore_step is not None or s < wanted]
-        if wanted not in steps:
+        if wanted not in there:
             raise UserError(f"there is no checkpoint {path / str(wanted)}. {_alternatives(others)}")
         raise UserError(
             f"the checkpoint {path / str(wanted)} is incomplete, perhaps a copy that was cut short: it has no "
             f"{', no '.join(missing[wanted])}. {_alternatives(others)}"
         )
     newer = {s: "newer" for s in complete if s > wanted}
-    return newer | {s: "incomplete" for s in steps if missing[s]}
+    return newer | {s: "incomplete" for s in there if missing[s]}
 
 
 def _missing(step: Path) -> list[str]:

@@ -6,6 +6,7 @@ networks, and `sampling`. Config files (`configs/`) start from `defaults` and ch
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lavie_jax import weights
@@ -207,8 +208,15 @@ def check_values(values: Mapping[str, Any]) -> None:
     check_rules(MeshConfig, values["mesh"], "config field 'mesh.{}'")
 
 
-def read_networks(config: Any) -> None:
+def init_folder(folder: str, resumed: Path) -> Path:
+    """Returns the weights folder that a run starts from, or, if it is gone, the one that it has exported."""
+    return resumed if not Path(folder).is_dir() and resumed.is_dir() else Path(folder)
+
+
+def read_networks(config: Any, resumed: Path) -> None:
     """Replaces each network group that is None by the architecture in the weights folder that the run starts from.
+
+    `resumed` is the folder that the run has exported if it is not new; it is read if `init_from` is gone.
 
     Raises:
         UserError: no folder is given for the network, or the UNet in it is to be inflated.
@@ -221,6 +229,8 @@ def read_networks(config: Any) -> None:
             raise UserError(f"{name}=None reads the architecture from a weights folder: set init_from.")
         if name == "unet" and config.inflate:
             raise UserError("unet=None reads the architecture from init_from, which inflate=True changes: set unet.")
+        if folder == config.init_from:
+            folder = init_folder(folder, resumed)
         architecture = weights.load_part(folder, name, params=False).config.to_dict()
         kinds = field_types(config.stage)[name]
         values = {key: convert(f"{folder}: {name}.{key}", architecture[key], kind) for key, kind in kinds.items()}

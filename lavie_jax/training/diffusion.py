@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from lavie_jax import weights
+from lavie_jax import parallel, random, weights
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
@@ -88,9 +88,9 @@ class StageLoss:
         rngs = dict(zip(("unet", "text_encoder"), jax.random.split(rng)))
         return {k: net.init(rngs[k], **registry.example_inputs(net.config))["params"] for k, net in networks.items()}
 
-    def train(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Losses]:
+    def train(self, params: Any, frozen: Any, batch: Batch, rng: random.Key) -> tuple[jax.Array, Losses]:
         """Returns the loss at random timesteps, and its parts."""
-        input_rng, pair_rng = jax.random.split(rng)
+        input_rng, pair_rng = random.split(rng)
         latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         schedule = self.models.schedule
         pair = self.stage.training_pair(
@@ -99,12 +99,12 @@ class StageLoss:
         )  # fmt: skip
         return self._losses(params, pair, self._text(params, frozen, batch))
 
-    def held_out(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
+    def held_out(self, params: Any, frozen: Any, batch: Batch, rng: random.Key) -> Losses:
         """Returns the losses at each of the fixed timesteps, with the same noise every time, and their means."""
-        input_rng, noise_rng = jax.random.split(rng)
+        input_rng, noise_rng = random.split(rng)
         latents, inputs, image_inputs = self._encode(frozen, batch, input_rng)
         text = self._text(params, frozen, batch)
-        eps = jax.random.normal(noise_rng, latents.shape)
+        eps = random.normal(noise_rng, latents.shape)
 
         def at(step: Array) -> Losses:
             t = jnp.full((latents.shape[0],), step)
@@ -118,12 +118,12 @@ class StageLoss:
         each = {f"{k}_t{t}": v[i] for k, v in by_t.items() for i, t in enumerate(self.loss.held_out_timesteps)}
         return {**{k: v.mean() for k, v in by_t.items()}, **each}
 
-    def _encode(self, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[Array, dict | None, dict | None]:
+    def _encode(self, frozen: Any, batch: Batch, rng: random.Key) -> tuple[Array, dict | None, dict | None]:
         """Returns latents of the frames and the images, and the inputs of their conditions. No gradient."""
         vae, make_inputs = self.models.vae, self.stage.training_inputs
         clips = self._clips(frozen, batch)
         every = clips.without_variance() if self.loss.posterior_mean else clips
-        latent_rng, video_rng, image_rng, level_rng = jax.random.split(rng, 4)
+        latent_rng, video_rng, image_rng, level_rng = random.split(rng, 4)
         latents = every.sample(latent_rng, vae.config)
         video, images = every.select(slice(None, self.frames)), every.select(slice(self.frames, None), None)
         inputs = make_inputs(video, vae.config, video_rng, level_rng) if self.frames else None
@@ -221,7 +221,7 @@ def encode_frames(
 
     batch, count, height, width, _ = frames.shape
     mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.size  # that share the rows
+    devices = jax.device_count() if mesh.empty else parallel.batch_ways(mesh)  # that share the rows
     at_once = max(1, VAE_PIXELS * devices // (batch * height * width))
     parts = -(-count // at_once)
     if parts == 1:
@@ -267,8 +267,8 @@ def timestep_distribution(schedule: Schedule, loss: DiffusionLoss) -> conditioni
         return conditioning.uniform_timesteps(schedule)
     mean, scale = loss.logit_normal
 
-    def sample(rng: jax.Array, shape: tuple[int, ...]) -> Array:
-        fraction = jax.nn.sigmoid(mean + scale * jax.random.normal(rng, shape))
+    def sample(rng: random.Key, shape: tuple[int, ...]) -> Array:
+        fraction = jax.nn.sigmoid(mean + scale * random.normal(rng, shape))
         return jnp.clip((fraction * schedule.steps).astype(jnp.int32), 0, schedule.steps - 1)
 
     return sample

@@ -44,10 +44,13 @@ class DivergenceMonitor:
       config: the `checkpoint.identity` of the run.
       dtype: dtype of the computation.
       limit: skipped steps in a row, the `skip_limit` of `step.make_update`.
+      rows: indices, in the batch, of this process's rows (`parallel.local_rows`); None = all rows.
     """
 
-    def __init__(self, directory: Path, *, config: Mapping[str, Any], dtype: str, limit: int):
-        self._directory, self._limit = directory, limit
+    def __init__(
+        self, directory: Path, *, config: Mapping[str, Any], dtype: str, limit: int, rows: Sequence[int] | None = None
+    ):
+        self._directory, self._limit, self._rows = directory, limit, rows
         self._about = {"config": dict(config), "dtype": dtype, "processes": jax.process_count()}
         self._in_flight: deque = deque()
 
@@ -70,7 +73,7 @@ class DivergenceMonitor:
             if int(skipped) >= self._limit:
                 path = self._directory / str(step)
                 with disk.tolerate_full_disk(f"{path}") as written:
-                    dump(path, step, state, rows, self._about)
+                    dump(path, step, state, rows, self._about, indices=self._rows)
                 again = (
                     f" To list what is not finite: python -m lavie_jax.training.divergence {path}" if written else ""
                 )
@@ -81,15 +84,26 @@ class DivergenceMonitor:
                 )
 
 
-def dump(path: Path, step: int, state: dict, rows: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+def dump(
+    path: Path,
+    step: int,
+    state: dict,
+    rows: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    *,
+    indices: Sequence[int] | None = None,
+) -> None:
     """Writes the inputs of the update to `step`: `batch-P.npz` of process P, `state/` (Orbax), `about` as config.json.
 
+    `indices` are those of the rows in the batch; None = 0, 1, ...
     `state` may be that of a later step if all steps since were skipped. Must be called on every host.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute() / "state", {k: v for k, v in state.items() if k != "skipped"}, force=True)
     named = {f"batch/{name}": x for name, x in rows.items()}
-    np.savez(path / f"batch-{jax.process_index()}.npz", step=step - 1, **named)
+    count = len(next(iter(rows.values())))
+    indices = np.arange(count) if indices is None else np.asarray(indices)
+    np.savez(path / f"batch-{jax.process_index()}.npz", step=step - 1, rows=indices, **named)
     if jax.process_index() == 0:
         (path / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -104,6 +118,10 @@ def load(path: Path, abstract: dict) -> tuple[dict, dict[str, np.ndarray]]:
     parts = [np.load(file) for file in sorted(path.glob("batch-*.npz"), key=lambda p: int(p.stem.split("-")[1]))]
     names = [name for name in parts[0] if name.startswith("batch/")]
     batch = {name.removeprefix("batch/"): np.concatenate([part[name] for part in parts]) for name in names}
+    # A host's rows need not be consecutive. Dumps of earlier versions, without indices, are read host by host.
+    if all("rows" in part for part in parts):
+        order = np.argsort(np.concatenate([part["rows"] for part in parts]), kind="stable")
+        batch = {name: x[order] for name, x in batch.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path.absolute() / "state", {k: v for k, v in abstract.items() if k != "skipped"})
     return {**state, "step": jnp.int32(parts[0]["step"]), "skipped": jnp.int32(0)}, batch

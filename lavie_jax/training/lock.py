@@ -10,10 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from lavie_jax import disk
 from lavie_jax.errors import UserError
@@ -23,7 +20,7 @@ STALE = 60.0  # seconds without one after which a run on another host counts as 
 
 
 class Lock:
-    """Holds `workdir/lock` during a run; the first process holds it for all processes of the run.
+    """Holds `workdir/lock` during a run; on several hosts, the first one holds it for all.
 
     The file contains host and process. On one host the kernel releases it when the process dies for any reason. Locks
     of other hosts, on a shared disk, are stale when they were not touched for a minute. On a disk without flock, which
@@ -37,10 +34,7 @@ class Lock:
         self._path = workdir / "lock"
         self._file: TextIOWrapper | None = None
         self._stopped = threading.Event()
-        problem = self._try() if jax.process_index() == 0 else ""
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(bool(problem))):
-            problem = problem or f"--workdir {workdir} is in use by another run: see the first host's message."
-        if problem:
+        if problem := self._try():
             raise UserError(problem)
 
     def _try(self) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 import lavie_jax
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
@@ -32,6 +34,10 @@ USAGE = (
     "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...] "
     "[--restore-step N] [--profile]"
 )
+# Settings of jax, from its environment variables, that change the numbers of a run.
+JAX_SETTINGS = (
+    "jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64", "jax_default_matmul_precision",
+)  # fmt: skip
 FLAGS = ("config", "workdir", "restore-step", "profile")
 
 
@@ -71,13 +77,20 @@ def parse(argv: Sequence[str]) -> Arguments:
     config = load(flags["config"])
     for field, text in overrides.items():
         override(config, field, text)
-    read_networks(config)
+    workdir = user_path(flags["workdir"])
+    read_networks(config, workdir / "weights")
     return Arguments(
         config=config,
-        workdir=user_path(flags["workdir"]),
+        workdir=workdir,
         restore_step=None if restore_step is None else int(restore_step),
         profile="profile" in flags,
     )
+
+
+def is_distributed(argv: Sequence[str]) -> bool:
+    """Returns whether the command line, which may be wrong otherwise, asks for several hosts."""
+    words = [word for arg in argv for word in arg.split("=", 1)]
+    return any(pair == ("--config.distributed", "true") for pair in zip(words, (word.lower() for word in words[1:])))
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:
@@ -233,12 +246,17 @@ def fields(config: Any, prefix: str = "") -> list[str]:
 
 def facts(config: Any) -> dict[str, Any]:
     """{name: value} of everything that hosts training together must share: all fields, the code, library versions."""
-    root, code = Path(lavie_jax.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    root, code = Path(lavie_jax.__file__).parents[1], hashlib.sha256()
+    # The package, and beside it, in a clone of the repository, the scripts and the configs.
+    files = [*(root / "lavie_jax").rglob("*.py"), *(root / "configs").rglob("*.py"), root / "train.py"]
+    for path in sorted(path for path in files if path.is_file()):
         code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     values = {name: functools.reduce(lambda node, key: node[key], name.split("."), config) for name in fields(config)}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    return {f"config.{name}": value for name, value in values.items()} | {"code": code.hexdigest()} | versions
+    settings = {name: getattr(jax.config, name) for name in JAX_SETTINGS}
+    return (
+        {f"config.{name}": value for name, value in values.items()} | {"code": code.hexdigest()} | versions | settings
+    )
 
 
 def _nearest(field: str, types: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from lavie_jax import parallel
+from lavie_jax import parallel, random
 from lavie_jax.errors import UserError
 from lavie_jax.flops import count_flops
 from lavie_jax.training import optimizer
@@ -25,6 +24,11 @@ Batch = Mapping[str, jax.Array]
 Losses = dict[str, jax.Array]
 
 UNTRAINED = "untrained"  # in `frozen`: the parameters of the trained networks that this run does not train
+
+
+def mean_of_parts(values: Losses) -> Losses:
+    """Returns the mean of each value over the parts of a batch."""
+    return {name: x.mean() for name, x in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,14 @@ class Task:
       init: rng -> params, float32.
       start: params (numpy) to start from instead of `init`; None = from scratch.
       frozen: parameters of other networks that the loss needs.
-      loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch.
-      held_out: (params, frozen, batch, rng) -> {name: value}, deterministic.
+      loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch. `rng` is a `random.Key`: all
+        that is drawn for a row must be drawn by `lavie_jax/random.py`, so that it does not depend on the parts that a
+        batch is processed in.
+      held_out: (params, frozen, batch, rng) -> {name: value}, deterministic, with the same `rng`.
       plain_loss: `loss` without rematerialisation; None = the same.
       export: (path, params in numpy, held-out values) writes a weights folder.
+      average: {name: (parts,)} -> {name: value} of the batch from those of its parts, for the values of `loss` and
+        `held_out`; by default their means.
       judged_by: the held-out value by which checkpoints are compared; lower is better.
       regime: which parameters are trained, see `training/optimizer.py`.
       images_only: whether the batches contain no video.
@@ -51,10 +59,11 @@ class Task:
     init: Callable[[jax.Array], Any]
     start: Any
     frozen: Any
-    loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Losses]]
-    held_out: Callable[[Any, Any, Batch, jax.Array], Losses]
+    loss: Callable[[Any, Any, Batch, random.Key], tuple[jax.Array, Losses]]
+    held_out: Callable[[Any, Any, Batch, random.Key], Losses]
     export: Callable[[Path, Any, Mapping[str, float]], None]
-    plain_loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Losses]] | None = None
+    plain_loss: Callable[[Any, Any, Batch, random.Key], tuple[jax.Array, Losses]] | None = None
+    average: Callable[[Losses], Losses] = mean_of_parts
     judged_by: str = "loss"
     regime: str = "joint"
     images_only: bool = False
@@ -86,10 +95,11 @@ def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Ba
     """Makes the function (trained, frozen, batch, rng) -> (gradients by path, mean losses and the gradients' norm).
 
     The batch is processed in `accumulate` parts, one after the other, and their gradients are averaged: the memory of
-    one part, the gradients of the whole batch.
+    one part, the gradients of the whole batch. Random numbers do not depend on the number of parts, so that losses and
+    gradients differ by rounding alone.
     """
 
-    def gradients(flat: dict, frozen: Any, batch: Batch, rng: jax.Array):
+    def gradients(flat: dict, frozen: Any, batch: Batch, rng: random.Key):
         def loss(flat):
             return task.loss(task.join(unflatten_dict(flat, sep="/"), frozen), frozen, batch, rng)
 
@@ -99,19 +109,13 @@ def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Ba
     def accumulated(flat: dict, frozen: Any, batch: Batch, rng: jax.Array):
         if accumulate == 1:
             return gradients(flat, frozen, batch, rng)
-        # Part i takes every accumulate-th row, so that each device works on its own rows in every part.
-        parts = {k: einops.rearrange(x, "(b a) ... -> a b ...", a=accumulate) for k, x in batch.items()}
 
         def body(total, i):
-            part = {k: x[i] for k, x in parts.items()}
-            out = gradients(flat, frozen, part, jax.random.fold_in(rng, i))
-            return jax.tree.map(jnp.add, total, out), None
+            grads, losses = gradients(flat, frozen, *part(batch, rng, i, accumulate))
+            return jax.tree.map(jnp.add, total, grads), losses
 
-        first = {k: x[0] for k, x in parts.items()}
-        shapes = jax.eval_shape(gradients, flat, frozen, first, rng)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(body, zeros, jnp.arange(accumulate))
-        return jax.tree.map(lambda x: x / accumulate, total)
+        total, losses = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, flat), jnp.arange(accumulate))
+        return jax.tree.map(lambda x: x / accumulate, total), task.average(losses)
 
     def with_norm(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
         grads, losses = accumulated(flatten_dict(trained, sep="/"), frozen, batch, rng)
@@ -181,9 +185,25 @@ def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float) -> Any:
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
 
 
-def make_held_out(task: Task) -> Callable[[Any, Any, Batch, jax.Array], Losses]:
-    """Makes the function (trained, frozen, batch, rng) -> the task's held-out values."""
-    return lambda trained, frozen, batch, rng: task.held_out(task.join(trained, frozen), frozen, batch, rng)
+def part(batch: Batch, rng: jax.Array, index: jax.Array, parts: int) -> tuple[Batch, random.PartKey]:
+    """Returns one of the `parts` of a batch, and the key of its random numbers."""
+    return {k: random.part_of(x, index, parts) for k, x in batch.items()}, random.PartKey(rng, index, parts)
+
+
+def make_held_out(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Batch, jax.Array], Losses]:
+    """Makes the function (trained, frozen, batch, rng) -> the task's held-out values.
+
+    The batch is processed in as many parts as in training, because a whole one may not fit.
+    """
+
+    def held_out(trained: Any, frozen: Any, batch: Batch, rng: jax.Array) -> Losses:
+        params = task.join(trained, frozen)
+        if accumulate == 1:
+            return task.held_out(params, frozen, batch, rng)
+        each = lambda i: task.held_out(params, frozen, *part(batch, rng, i, accumulate))  # noqa: E731
+        return task.average(jax.lax.map(each, jnp.arange(accumulate)))
+
+    return held_out
 
 
 def step_flops(task: Task, trained: Any, frozen: Any, batch: Any, mesh: Mesh, *, accumulate: int = 1) -> float:

@@ -27,6 +27,7 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (  # start of a file, what it is, wh
     (b"\xfd7zXZ\x00", "compressed with xz", UNPACK),
     (b"BZh", "compressed with bzip2", UNPACK),
     (b"\x04\x22\x4d\x18", "compressed with lz4", UNPACK),
+    (b"PK\x05\x06", "an empty zip archive", "download or copy it again"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"Rar!", "a RAR archive", UNPACK),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras or TensorFlow)", EXPORTED),
@@ -114,9 +115,8 @@ def _check_other_bytes(path: Path, head: bytes) -> None:
     """Raises UserError for text, and for binary formats that have no fixed magic number."""
     if head[4:8] == b"TFL3":
         raise _other(path, SUFFIXES[".tflite"], EXPORTED)
-    if (
-        head[0] == 0x08 and len(head) > 2 and 0 < head[1] < 0x40 and head[2] in b"\x12\x1a\x22\x3a\x42"
-    ):  # its version, then a known field
+    version, field = head[1:2], head[2:3]
+    if head[0] == 0x08 and b"\x00" < version < b"\x40" and field and field in b"\x12\x1a\x22\x3a\x42":
         raise _other(path, SUFFIXES[".onnx"], EXPORTED)
     small_map, large_map = 0x80 < head[0] < 0x90, head[0] in (0xDE, 0xDF)
     key = {True: head[1:2], False: head[3:4] if head[0] == 0xDE else head[5:6]}[small_map]

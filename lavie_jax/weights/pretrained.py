@@ -190,12 +190,10 @@ def read_vae(path: Path, own: Mapping[str, Any], ema: bool) -> PretrainedPart:
         tensors = compvis.rename_part("vae", tensors)
     scale = {"scaling_factor": own["scaling_factor"]} if "scaling_factor" in own else {}
     beside = path.with_name("config.json")
+    described = read_json(beside) if path.is_file() and beside.is_file() else {}
     try:
-        if path.is_file() and beside.is_file() and "latent_channels" in read_json(beside):
-            config = read_json(beside)
-        else:
-            config = compvis.config_from_shapes("vae", tensors)
-    except (KeyError, ValueError, IndexError) as error:
+        config = described if "latent_channels" in described else compvis.config_from_shapes("vae", tensors)
+    except (KeyError, IndexError) as error:
         what = other_part(tensors)
         reason = f"it is {what}" if what and what != "a VAE" else f"{error.args[0]} is missing"
         raise UserError(f"{path} is not a VAE of Stable Diffusion: {reason}.") from error

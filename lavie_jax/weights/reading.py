@@ -45,11 +45,9 @@ def find_weights(folder: Path, part: str, *, ema: bool = True) -> Path | None:
     if not ema:
         stem = MODEL_FILES[part][0].partition(".")[0]
         names = [f"{stem}.non_ema.safetensors", f"{stem}.non_ema.bin", *names]
-    broken = next(
-        (folder / name for name in names if (folder / name).is_symlink() and not (folder / name).exists()), None
-    )
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None and broken is not None:
+    files = [folder / name for name in names]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None and (broken := next((file for file in files if file.is_symlink()), None)):
         raise UserError(f"{broken} is a broken link: its file is missing; download the model again.")
     return found
 
