@@ -482,9 +482,9 @@ def test_modules_import_each_other_in_one_direction():
     "words, message",
     [
         (("--input", "nowhere"), "--input 'nowhere' is not a folder"),
-        (("--input", "bare"), "no .mp4, .webm, .mkv, .mov, .avi in 'bare'"),
+        (("--input", "bare"), "no video (.mp4, .webm, .mkv, .mov, .avi, ...) in 'bare'"),
         (("--captions", "none.csv"), "no table 'none.csv'"),
-        (("--captions", "wrong.csv"), "has the columns film, words; needed are"),
+        (("--captions", "wrong.csv"), "has the columns film, words; it needs a file"),
         (("--captions", "times.csv"), "start must be a number of seconds; given 'noon'"),
         (("--out", "in/out"), "lies in the input folder"),
         (("--out", "full"), "is not empty (it contains file)"),

@@ -60,7 +60,7 @@ def find_videos(folder: Path, table: Path | None) -> list[Video]:
     left_out.warn(len(paths) + len(left_out))
     folders.warn_unindexed(paths)
     if not paths:
-        raise UserError(f"no {', '.join(VIDEO_SUFFIXES)} in {os.fspath(folder)!r} or its subfolders")
+        raise UserError(f"no video ({', '.join(VIDEO_SUFFIXES[:5])}, ...) in {os.fspath(folder)!r} or its subfolders")
     if table is None:
         videos = [_video(path, folder, _sidecar_caption(beside.get(path.with_suffix(""), {}))) for path in paths]
     else:
