@@ -63,8 +63,8 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     """Runs the training that the command line describes, and prints the SHA-256 of the parameters.
 
     Args:
-      argv: the command line, without the name of the program.
-      cleanup: closes whatever is open (a checkpoint being written, data workers), however training ends.
+        argv: the command line, without the name of the program.
+        cleanup: closes whatever is open (a checkpoint being written, data workers), however training ends.
     """
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Command line                                                                     │

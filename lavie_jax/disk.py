@@ -29,7 +29,7 @@ def tolerate_full_disk(what: str) -> Iterator[Written]:
     """Logs a full disk instead of raising it, around a write that the next interval repeats.
 
     Yields:
-      An object that is true after the block if the block completed.
+        An object that is true after the block if the block completed.
     """
     written = Written()
     try:

@@ -24,11 +24,11 @@ def peak_flops(mesh: Mesh, tflops: float) -> float:
     """Peak FLOP/s of all devices of a mesh together.
 
     Args:
-      mesh: the devices.
-      tflops: peak of one device in TFLOP/s; 0 = look it up in `PEAKS`.
+        mesh: the devices.
+        tflops: peak of one device in TFLOP/s; 0 = look it up in `PEAKS`.
 
     Returns:
-      FLOP/s, or 0 if the devices are not in `PEAKS`.
+        FLOP/s, or 0 if the devices are not in `PEAKS`.
     """
     return mesh.size * (tflops * 1e12 or PEAKS.get(KINDS.get(mesh.devices.flat[0].device_kind, ""), 0.0))
 

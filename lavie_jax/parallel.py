@@ -55,8 +55,8 @@ def make_mesh(
     Only `data` spans TPU slices, because the network between them is slow.
 
     Raises:
-      UserError: the product of the axes is not the number of devices; they do not fit a TPU's torus; `data` is not a
-        multiple of the slices.
+        UserError: the product of the axes is not the number of devices; they do not fit a TPU's torus; `data` is not a
+            multiple of the slices.
     """
     if devices is None:
         local_devices()  # or one line about why there are none
@@ -246,7 +246,7 @@ def local_devices() -> list[jax.Device]:
     """Returns the devices of this process, after a first computation on each.
 
     Raises:
-      UserError: a device is absent, or taken by another process; the message has jax's reason.
+        UserError: a device is absent, or taken by another process; the message has jax's reason.
     """
     try:
         devices = jax.local_devices()
@@ -266,15 +266,15 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
     """Configures jax. Must be called before anything uses its devices.
 
     Args:
-      cpu_devices: split the host CPU into this many jax devices; 0 = do not split it. On two cores, training on two
-        devices is faster than on one device with two threads.
-      distributed: connect to the other hosts. TPU pods and Slurm are detected; elsewhere
-        JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.
+        cpu_devices: split the host CPU into this many jax devices; 0 = do not split it. On two cores, training on two
+            devices is faster than on one device with two threads.
+        distributed: connect to the other hosts. TPU pods and Slurm are detected; elsewhere
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.
 
     Settings of jax that would change a run are reset, so that it resumes equally in any environment.
 
     Raises:
-      UserError: the other hosts cannot be found, or the devices cannot be used.
+        UserError: the other hosts cannot be found, or the devices cannot be used.
     """
     for name, value in CONFIG.items():
         if (given := getattr(jax.config, name)) != value:

@@ -131,7 +131,7 @@ def survive_on_hosts(workdir: Path, kills: Sequence[str], *, steps: int, seed: i
     """Kills one of two hosts at these moments, the second one first, and then lets the run finish.
 
     Returns:
-      The run's hash, and the longest time in seconds that the other host took to end.
+        The run's hash, and the longest time in seconds that the other host took to end.
     """
     rng, longest = random.Random(seed), 0.0
     for i, moment in enumerate(tqdm(kills, desc="kills of a host", unit="kill")):

@@ -172,7 +172,7 @@ def _grain(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
     yield from _in_thread(local, step)
 
 
-def _start_workers(local: _LocalExamples, start: int, workers: int) -> Iterator[dict]:
+def _start_workers(local: _LocalExamples, start: int, workers: int) -> Any:
     try:
         import grain  # needed only with workers
     except ImportError as error:

@@ -103,7 +103,7 @@ def _by_tarfile(file: BinaryIO, start: int) -> tuple[list[Member], int]:
     members = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            tar.members = []  # tarfile would keep them all
+            tar.members = []  # tarfile would keep them all  # ty: ignore[missing-attribute]
             if member.isreg() and not member.issparse():
                 members.append(Member(member.name, member.offset_data, member.size))
         # tarfile stops at a truncated or damaged header as if it were the end; the true end is a block of zeros.

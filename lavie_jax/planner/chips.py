@@ -28,13 +28,13 @@ class Chip:
     """Specifications of a chip from Google's documentation (docs.cloud.google.com/tpu/docs).
 
     Attributes:
-      flops: peak bfloat16 FLOP/s.
-      memory_bandwidth: bytes per second to and from HBM.
-      link_bandwidth: bytes per second that it can send to its neighbours over all links together: half of the
-        bidirectional figure.
-      memory: HBM limit of a program in bytes, set by the compiler; less than is built in.
-      axes: number of axes of a slice's torus.
-      options: libtpu's options in addition to the name.
+        flops: peak bfloat16 FLOP/s.
+        memory_bandwidth: bytes per second to and from HBM.
+        link_bandwidth: bytes per second that it can send to its neighbours over all links together: half of the
+            bidirectional figure.
+        memory: HBM limit of a program in bytes, set by the compiler; less than is built in.
+        axes: number of axes of a slice's torus.
+        options: libtpu's options in addition to the name.
     """
 
     flops: float
@@ -76,7 +76,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     """Returns devices to compile for, one per chip; programs cannot run on them.
 
     Raises:
-      UserError: a topology that is unknown or that libtpu refuses; libtpu is not installed.
+        UserError: a topology that is unknown or that libtpu refuses; libtpu is not installed.
     """
     chip, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None:

@@ -22,9 +22,9 @@ class MemoryPlan(NamedTuple):
     """The plan of one program, on one device.
 
     Attributes:
-      memory: bytes {"arguments", "outputs", "donated", "temporary"}, as `compiled.memory_analysis()` counts them;
-        "outputs" includes outputs that reuse donated arguments. Constants count as code.
-      program: the program as HLO text.
+        memory: bytes {"arguments", "outputs", "donated", "temporary"}, as `compiled.memory_analysis()` counts them;
+            "outputs" includes outputs that reuse donated arguments. Constants count as code.
+        program: the program as HLO text.
     """
 
     memory: dict[str, int]

@@ -17,15 +17,15 @@ class Program:
     """A jitted function of the real code, and its arguments.
 
     Attributes:
-      name: what it does, for a table.
-      function: the jitted function.
-      arguments: positional arguments, ShapeDtypeStructs with shardings.
-      static: keyword arguments, which are static.
-      mesh: the mesh of the devices.
-      context: whether it is called in the context of the mesh, as by `parallel.on_mesh`.
-      held: {name: tree}, parts of the arguments that are reported separately.
-      beside: trees that stay on the devices while the program runs without using them.
-      note: what its size depends on.
+        name: what it does, for a table.
+        function: the jitted function.
+        arguments: positional arguments, ShapeDtypeStructs with shardings.
+        static: keyword arguments, which are static.
+        mesh: the mesh of the devices.
+        context: whether it is called in the context of the mesh, as by `parallel.on_mesh`.
+        held: {name: tree}, parts of the arguments that are reported separately.
+        beside: trees that stay on the devices while the program runs without using them.
+        note: what its size depends on.
     """
 
     name: str

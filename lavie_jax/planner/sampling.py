@@ -28,7 +28,7 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
     Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip.
 
     Raises:
-      UserError: the stage is unknown, or the config is of another stage.
+        UserError: the stage is unknown, or the config is of another stage.
     """
     if stage not in STAGES:
         raise UserError(f"--sample: unknown stage {stage!r}{suggest(stage, STAGES)}")

@@ -24,14 +24,14 @@ def measure_in_subprocess(make: Make, topology: str, slices: int = 1, *, code: b
     """Returns a row of `measure`.
 
     Args:
-      make: devices -> the program; picklable.
-      topology: see `chips.parse`.
-      slices: number of slices of that topology.
-      code: compile completely; otherwise the row lacks what is known only at the end.
+        make: devices -> the program; picklable.
+        topology: see `chips.parse`.
+        slices: number of slices of that topology.
+        code: compile completely; otherwise the row lacks what is known only at the end.
 
     Raises:
-      UserError: raised by `make` or `chips.devices`; the process was killed, most likely for lack of memory.
-      RuntimeError: the process failed; its traceback is on stderr.
+        UserError: raised by `make` or `chips.devices`; the process was killed, most likely for lack of memory.
+        RuntimeError: the process failed; its traceback is on stderr.
     """
     ours, theirs = multiprocessing.Pipe()
     with tempfile.TemporaryDirectory(prefix="planner-") as folder:

@@ -36,7 +36,7 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     """Describes the update of a stage's config with `per_chip_batch` rows per chip that the mesh splits the batch over.
 
     Raises:
-      UserError: a stage without a UNet, a mesh that does not fit the devices, a batch that does not divide.
+        UserError: a stage without a UNet, a mesh that does not fit the devices, a batch that does not divide.
     """
     run = _run(config, devices, per_chip_batch)
     update = make_update(
@@ -60,7 +60,7 @@ def held_out_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     """Describes the held-out losses of one batch, beside the state of the run and the other held-out batches.
 
     Raises:
-      UserError: as `training_program`.
+        UserError: as `training_program`.
     """
     run = _run(config, devices, per_chip_batch)
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), parallel.replicated(run.mesh))

@@ -50,14 +50,14 @@ def make_autoencoder_task(
     """Makes the task of `configs/moving_shapes/vae.py`. Images and video frames of a batch count the same.
 
     Args:
-      config: the architecture; its `scaling_factor` is replaced by 1 / std of the latents at export.
-      loss: settings of the loss.
-      side: (H, W) of the frames.
-      dtype: dtype of the computation.
-      init_from: a weights folder whose VAE to start from, or "".
+        config: the architecture; its `scaling_factor` is replaced by 1 / std of the latents at export.
+        loss: settings of the loss.
+        side: (H, W) of the frames.
+        dtype: dtype of the computation.
+        init_from: a weights folder whose VAE to start from, or "".
 
     Raises:
-      UserError: sizes that do not fit the VAE; another architecture in `init_from`.
+        UserError: sizes that do not fit the VAE; another architecture in `init_from`.
     """
     for name, length in (("height", side[0]), ("width", side[1]), ("loss.crop", loss.crop)):
         if length % config.factor:
@@ -115,9 +115,9 @@ class Rows(NamedTuple):
     """The frames of a batch: those of the clips of all rows, then the images of all rows.
 
     Attributes:
-      count: of rows.
-      frames: of the clip of a row.
-      images: of a row.
+        count: of rows.
+        frames: of the clip of a row.
+        images: of a row.
     """
 
     count: int

@@ -42,10 +42,10 @@ class InitialWeights:
     """The parameters that a stage's training starts from, in numpy.
 
     Attributes:
-      start: {"unet": ..., "text_encoder": ... if trained}; None = random.
-      frozen: {"vae": ..., "text_encoder": ... if not trained}.
-      scaling_factor: of the VAE in `frozen`.
-      tokenizer: the tokenizer's folder.
+        start: {"unet": ..., "text_encoder": ... if trained}; None = random.
+        frozen: {"vae": ..., "text_encoder": ... if not trained}.
+        scaling_factor: of the VAE in `frozen`.
+        tokenizer: the tokenizer's folder.
     """
 
     start: Any
@@ -58,17 +58,17 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path, resumed: Path | None
     """Makes the task of a config.
 
     Args:
-      config: the ConfigDict of a run.
-      dtype: dtype of the computation.
-      scratch: an existing folder for the tokenizer.
-      resumed: the weights folder that a run with a checkpoint has exported. Parameters that the checkpoint has are not
-        read again, and frozen models are read from there if `init_from` is gone. None = a new run.
+        config: the ConfigDict of a run.
+        dtype: dtype of the computation.
+        scratch: an existing folder for the tokenizer.
+        resumed: the weights folder that a run with a checkpoint has exported. Parameters that the checkpoint has are not
+            read again, and frozen models are read from there if `init_from` is gone. None = a new run.
 
     Returns:
-      The task, and its tokenizer's folder (None for a VAE).
+        The task, and its tokenizer's folder (None for a VAE).
 
     Raises:
-      UserError: fields that contradict each other; folders that are missing or contain another model.
+        UserError: fields that contradict each other; folders that are missing or contain another model.
     """
     if config.stage == "vae":
         if latent_paths(data_config(config)):
@@ -298,7 +298,7 @@ def _load_text(config: Any, models: Models, start: weights.Weights | _Start | No
     """Loads the text encoder of `text_from` or `init_from`.
 
     Returns:
-      Its parameters and its tokenizer's folder; (None, None) for one that is trained from scratch.
+        Its parameters and its tokenizer's folder; (None, None) for one that is trained from scratch.
     """
     if config.text_from:
         if start is not None or config.train_text_encoder:

@@ -19,10 +19,10 @@ def describe(step: int, before: Mapping[str, Any], now: Mapping[str, Any], *, up
     """Returns a line about a run that resumes with another config, or None if nothing of consequence differs.
 
     Args:
-      step: the step that the run resumes at.
-      before: the config that the checkpoint was written with, as JSON values.
-      now: the config of this run, as JSON values.
-      updates: number of updates done, by which the learning rate is scheduled.
+        step: the step that the run resumes at.
+        before: the config that the checkpoint was written with, as JSON values.
+        now: the config of this run, as JSON values.
+        updates: number of updates done, by which the learning rate is scheduled.
     """
     old, new = (flatten_dict({k: v for k, v in x.items() if k not in HARMLESS}, sep=".") for x in (before, now))
     changed = [name for name in new if name in old and old[name] != new[name]]

@@ -71,15 +71,15 @@ class Checkpoints:
     """The checkpoints under `path`: the newest `keep`, the `best` of them, and every `every`-th step.
 
     Args:
-      path: their directory.
-      keep: how many of the newest are kept, at least 1.
-      best: how many more are kept for their low `held_out`, however old.
-      every: multiples of this step are never deleted; 0 = none.
-      restore_step: go back to this step; newer checkpoints are renamed, not deleted, and renamed back if it cannot be
-        restored. None = the newest.
+        path: their directory.
+        keep: how many of the newest are kept, at least 1.
+        best: how many more are kept for their low `held_out`, however old.
+        every: multiples of this step are never deleted; 0 = none.
+        restore_step: go back to this step; newer checkpoints are renamed, not deleted, and renamed back if it cannot be
+            restored. None = the newest.
 
     Raises:
-      UserError: the checkpoint to resume from is missing or incomplete; the message lists the others.
+        UserError: the checkpoint to resume from is missing or incomplete; the message lists the others.
     """
 
     def __init__(self, path: Path, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
@@ -161,20 +161,20 @@ class Checkpoints:
         """Restores the checkpoint of a step.
 
         Args:
-          step: the step of an existing checkpoint.
-          abstract: what was saved, as ShapeDtypeStructs with shardings.
-          config: the `identity` of this run.
-          untrained: {UNTRAINED: shapes of all untrained parameters}, or {}: checkpoints of earlier versions contain
-            them, and are read too.
+            step: the step of an existing checkpoint.
+            abstract: what was saved, as ShapeDtypeStructs with shardings.
+            config: the `identity` of this run.
+            untrained: {UNTRAINED: shapes of all untrained parameters}, or {}: checkpoints of earlier versions contain
+                them, and are read too.
 
         Returns:
-          Arrays in the structure of `abstract`.
+            Arrays in the structure of `abstract`.
 
         Logs a line about other fields that differ and what follows.
 
         Raises:
-          UserError: the checkpoint belongs to another model or run (the message names the field that differs), or
-            its files are damaged (the message lists the older steps).
+            UserError: the checkpoint belongs to another model or run (the message names the field that differs), or
+                its files are damaged (the message lists the older steps).
         """
         meta = self._read(step, meta=ocp.args.JsonRestore()).meta
         # As JSON, in which tuples are lists, and with defaults for fields that an older version did not have.

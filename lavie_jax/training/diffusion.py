@@ -173,12 +173,12 @@ def make_diffusion_task(
     """Makes the task of every config except the VAE's.
 
     Args:
-      losses: the stage, its networks, and the contents of a batch.
-      regime: see `optimizer.REGIMES`.
-      start: parameters to start from, or None.
-      frozen: parameters of "vae", and of "text_encoder" if that is not trained.
-      sampling: sampling settings for the exported weights folder.
-      tokenizer: the tokenizer for the exported weights folder, see `weights.save_folder`.
+        losses: the stage, its networks, and the contents of a batch.
+        regime: see `optimizer.REGIMES`.
+        start: parameters to start from, or None.
+        frozen: parameters of "vae", and of "text_encoder" if that is not trained.
+        sampling: sampling settings for the exported weights folder.
+        tokenizer: the tokenizer for the exported weights folder, see `weights.save_folder`.
     """
     models, timesteps = losses.models, losses.loss.held_out_timesteps
     if not all(0 <= t < models.schedule.steps for t in timesteps):

@@ -40,11 +40,11 @@ class DivergenceMonitor:
     """Stops a run that skips too many steps in a row, and dumps the last of them.
 
     Args:
-      directory: where a dump is written.
-      config: the `checkpoint.identity` of the run.
-      dtype: dtype of the computation.
-      limit: skipped steps in a row, the `skip_limit` of `step.make_update`.
-      rows: indices, in the batch, of this process's rows (`parallel.local_rows`); None = all rows.
+        directory: where a dump is written.
+        config: the `checkpoint.identity` of the run.
+        dtype: dtype of the computation.
+        limit: skipped steps in a row, the `skip_limit` of `step.make_update`.
+        rows: indices, in the batch, of this process's rows (`parallel.local_rows`); None = all rows.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class DivergenceMonitor:
         """Must be called after every update; waits for the devices if they are more than `AHEAD` steps behind.
 
         Args:
-          step: number of updates done.
-          skipped: the update's output of that name.
-          rows: this process's rows of the batch.
-          state: the state after the update, with random untrained parameters if there are any.
-          wait: wait for this step too.
+            step: number of updates done.
+            skipped: the update's output of that name.
+            rows: this process's rows of the batch.
+            state: the state after the update, with random untrained parameters if there are any.
+            wait: wait for this step too.
 
         Raises:
-          Diverged: the limit is reached; the last skipped step was written to `directory/STEP`.
+            Diverged: the limit is reached; the last skipped step was written to `directory/STEP`.
         """
         self._in_flight.append((step, skipped, rows))
         while len(self._in_flight) > (0 if wait else AHEAD):
@@ -112,8 +112,8 @@ def load(path: Path, abstract: dict) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns (state, whole batch) of a dump: `update(state, frozen, batch)` repeats the step.
 
     Args:
-      path: a folder written by `dump`.
-      abstract: the state as ShapeDtypeStructs with shardings.
+        path: a folder written by `dump`.
+        abstract: the state as ShapeDtypeStructs with shardings.
     """
     parts = [np.load(file) for file in sorted(path.glob("batch-*.npz"), key=lambda p: int(p.stem.split("-")[1]))]
     names = [name for name in parts[0] if name.startswith("batch/")]

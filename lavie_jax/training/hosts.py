@@ -62,7 +62,7 @@ class Hosts:
         """Encloses work that may fail on some hosts; must not contain collectives. Waits for all hosts at its end.
 
         Raises:
-          AgreedError: a host raised an error in the block; it is that of this host, or else of the first that has one.
+            AgreedError: a host raised an error in the block; it is that of this host, or else of the first that has one.
         """
         if not self._client:
             yield
@@ -88,7 +88,7 @@ class Hosts:
         """Refuses a `folder` that is not the same on all hosts. The first host must have created it.
 
         Raises:
-          AgreedError: another host does not see a file that the first one writes.
+            AgreedError: another host does not see a file that the first one writes.
         """
         if not self._client:
             return

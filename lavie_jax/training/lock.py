@@ -27,7 +27,7 @@ class Lock:
     is warned of, a lock of this host is stale when its process is gone or did not touch it either.
 
     Raises:
-      UserError: another run uses `workdir`, or it cannot be written.
+        UserError: another run uses `workdir`, or it cannot be written.
     """
 
     def __init__(self, workdir: Path):

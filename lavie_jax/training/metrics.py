@@ -154,8 +154,8 @@ class StepTimer:
         """Returns averages since the last report, and `goodput`, the share of wall time spent in steps since the start.
 
         Args:
-          batch: clips of a step.
-          peak: peak FLOP/s of the devices, or 0 if unknown.
+            batch: clips of a step.
+            peak: peak FLOP/s of the devices, or 0 if unknown.
         """
         values = {"goodput": self._in_steps / (time.monotonic() - self._born)}
         if self._steps:

@@ -67,8 +67,8 @@ def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, seed
     """Makes the arrays of a new run.
 
     Returns:
-      The state, and {UNTRAINED: parameters} if some are not trained and were initialised at random: they belong into
-      `frozen` and into checkpoints. Otherwise {}.
+        The state, and {UNTRAINED: parameters} if some are not trained and were initialised at random: they belong into
+        `frozen` and into checkpoints. Otherwise {}.
     """
 
     def create(init: Any) -> tuple[dict, dict]:
@@ -91,10 +91,10 @@ def place_frozen(task: Task, mesh: Mesh, dtype: DTypeLike, *, models: bool = Tru
     """Puts what the update reads on the devices, except untrained parameters that are initialised at random.
 
     Args:
-      task: what is trained.
-      mesh: the devices.
-      dtype: dtype of the computation, to which frozen models are cast.
-      models: whether the frozen models are needed: not by a run on latents, which were made with them.
+        task: what is trained.
+        mesh: the devices.
+        dtype: dtype of the computation, to which frozen models are cast.
+        models: whether the frozen models are needed: not by a run on latents, which were made with them.
     """
     frozen = jax.tree.map(lambda x: np.asarray(x, dtype), dict(task.frozen)) if models else {}
     frozen |= start_untrained(task)

@@ -40,20 +40,20 @@ class Task:
     below. An adapter is a third kind of parameters in `params` that `split` trains.
 
     Attributes:
-      init: rng -> params, float32.
-      start: params (numpy) to start from instead of `init`; None = from scratch.
-      frozen: parameters of other networks that the loss needs.
-      loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch. `rng` is a `random.Key`: all
-        that is drawn for a row must be drawn by `lavie_jax/random.py`, so that it does not depend on the parts that a
-        batch is processed in.
-      held_out: (params, frozen, batch, rng) -> {name: value}, deterministic, with the same `rng`.
-      plain_loss: `loss` without rematerialisation; None = the same.
-      export: (path, params in numpy, held-out values) writes a weights folder.
-      average: {name: (parts,)} -> {name: value} of the batch from those of its parts, for the values of `loss` and
-        `held_out`; by default their means.
-      judged_by: the held-out value by which checkpoints are compared; lower is better.
-      regime: which parameters are trained, see `training/optimizer.py`.
-      images_only: whether the batches contain no video.
+        init: rng -> params, float32.
+        start: params (numpy) to start from instead of `init`; None = from scratch.
+        frozen: parameters of other networks that the loss needs.
+        loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch. `rng` is a `random.Key`: all
+            that is drawn for a row must be drawn by `lavie_jax/random.py`, so that it does not depend on the parts that a
+            batch is processed in.
+        held_out: (params, frozen, batch, rng) -> {name: value}, deterministic, with the same `rng`.
+        plain_loss: `loss` without rematerialisation; None = the same.
+        export: (path, params in numpy, held-out values) writes a weights folder.
+        average: {name: (parts,)} -> {name: value} of the batch from those of its parts, for the values of `loss` and
+            `held_out`; by default their means.
+        judged_by: the held-out value by which checkpoints are compared; lower is better.
+        regime: which parameters are trained, see `training/optimizer.py`.
+        images_only: whether the batches contain no video.
     """
 
     init: Callable[[jax.Array], Any]
@@ -140,13 +140,13 @@ def make_update(
     step): a resumed run repeats an uninterrupted one, on any number of devices.
 
     Args:
-      task: what is trained.
-      tx: the optimizer; it receives the trained parameters as a flat dict.
-      seed: seed of the run.
-      ema_decay: see `update_ema`.
-      accumulate: see `make_gradients`.
-      skip_limit: after this many skipped steps in a row all later ones are skipped too, so that the state stays as it
-        was when training broke down.
+        task: what is trained.
+        tx: the optimizer; it receives the trained parameters as a flat dict.
+        seed: seed of the run.
+        ema_decay: see `update_ema`.
+        accumulate: see `make_gradients`.
+        skip_limit: after this many skipped steps in a row all later ones are skipped too, so that the state stays as it
+            was when training broke down.
     """
     gradients = make_gradients(task, accumulate=accumulate)
 
@@ -176,10 +176,10 @@ def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float) -> Any:
     The warm-up of d makes an early average follow the parameters instead of their random initialisation.
 
     Args:
-      ema: tree like `params`, float32.
-      params: the parameters after update number `step`.
-      step: number of updates done, from 0.
-      decay: the final decay, such as 0.9999; 0 = no averaging.
+        ema: tree like `params`, float32.
+        params: the parameters after update number `step`.
+        step: number of updates done, from 0.
+        decay: the final decay, such as 0.9999; 0 = no averaging.
     """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)
