@@ -15,6 +15,7 @@ import queue
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging

@@ -61,8 +61,8 @@ def make_task(config: Any, dtype: DTypeLike, scratch: Path, resumed: Path | None
         config: the ConfigDict of a run.
         dtype: dtype of the computation.
         scratch: an existing folder for the tokenizer.
-        resumed: the weights folder that a run with a checkpoint has exported. Parameters that the checkpoint has are not
-            read again, and frozen models are read from there if `init_from` is gone. None = a new run.
+        resumed: the weights folder that a run with a checkpoint has exported. Parameters that the checkpoint has are
+            not read again, and frozen models are read from there if `init_from` is gone. None = a new run.
 
     Returns:
         The task, and its tokenizer's folder (None for a VAE).

@@ -62,7 +62,7 @@ class Hosts:
         """Encloses work that may fail on some hosts; must not contain collectives. Waits for all hosts at its end.
 
         Raises:
-            AgreedError: a host raised an error in the block; it is that of this host, or else of the first that has one.
+            AgreedError: a host raised an error in the block; it is this host's, or else that of the first with one.
         """
         if not self._client:
             yield

@@ -44,8 +44,8 @@ class Task:
         start: params (numpy) to start from instead of `init`; None = from scratch.
         frozen: parameters of other networks that the loss needs.
         loss: (params, frozen, batch, rng) -> (loss, {name: value}), means over the batch. `rng` is a `random.Key`: all
-            that is drawn for a row must be drawn by `lavie_jax/random.py`, so that it does not depend on the parts that a
-            batch is processed in.
+            that is drawn for a row must be drawn by `lavie_jax/random.py`, so that it does not depend on the parts
+            that a batch is processed in.
         held_out: (params, frozen, batch, rng) -> {name: value}, deterministic, with the same `rng`.
         plain_loss: `loss` without rematerialisation; None = the same.
         export: (path, params in numpy, held-out values) writes a weights folder.
