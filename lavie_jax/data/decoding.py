@@ -91,7 +91,8 @@ def info_of(container, stream, what: str) -> VideoInfo:
     _seek_end(container, stream, start)
     times, last = _shown_times(container, stream)
     # FFmpeg guesses rates that a header lacks from the first packets. The last ones show whether that holds.
-    counted = not 0 < rate <= MAX_FPS or not _fits(times, base, rate)
+    exact = container.format.name.startswith("mov")  # the mean of all frames
+    counted = not 0 < rate <= MAX_FPS or not (exact or _fits(times, base, rate))
     if counted or not times:
         _rewind(container, stream)
         times, last = _shown_times(container, stream)
