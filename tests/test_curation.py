@@ -29,7 +29,7 @@ from lavie_jax.curation import duplicates, filters, pipeline, scenes, video
 from lavie_jax.curation.inputs import Caption, caption_of, find_videos
 from lavie_jax.curation.job import CurationJob
 from lavie_jax.data import pipeline as data_pipeline
-from lavie_jax.data import shards, sources, video_files
+from lavie_jax.data import shard_readers, sources, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
 from lavie_jax.stages.clips import pixels_to_float
@@ -70,8 +70,8 @@ def digests_of(out):
 
 def records_of(out):
     """Returns the fields of every record, in order."""
-    reader, _ = shards._open(sorted(out.glob("*.array_record")))
-    return [msgpack.unpackb(reader[i]) for i in range(len(reader))]
+    readers = shard_readers.Readers(sorted(out.glob("*.array_record")))
+    return [msgpack.unpackb(readers[i]) for i in range(readers.starts[-1])]
 
 
 def clip_of(record, tmp_path):

@@ -244,7 +244,7 @@ def test_wrong_settings_are_refused(case, weights):
 def test_a_clip_that_exceeds_memory_is_refused_with_advice(weights, monkeypatch):
     monkeypatch.setattr(clips, "free_memory", lambda: 1e6)
     cascade.resolve_settings(weights, ["vsr"], {}, info(10))
-    with pytest.raises(UserError, match=r"1000 frames of 16x24 .* at most 2\d frames .* -segment_time 5 "):
+    with pytest.raises(UserError, match=r"1000 frames of 16x24 .* at most 41 frames .* -segment_time 8 "):
         cascade.resolve_settings(weights, ["vsr"], {}, info(1000))
 
 

@@ -639,5 +639,5 @@ def test_the_command_prints_what_of_an_input_is_lost(tmp_path, capsys):
 def test_an_array_too_large_for_memory_is_refused_unread(tmp_path):
     path = video_files.save_as(moving(10), tmp_path / "a", "npz", fps=8)
     assert len(video_files.read_clip(path, max_bytes=10 * 64 * 96 * 3)[0]) == 10
-    with pytest.raises(UserError, match="more frames than fit into memory, 10"):
+    with pytest.raises(UserError, match="does not fit into memory: store fewer frames"):
         video_files.read_clip(path, max_bytes=10 * 64 * 96 * 3 - 1)

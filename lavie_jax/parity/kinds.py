@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
+from jax.typing import ArrayLike
 
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError, suggest
@@ -190,7 +191,7 @@ def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]
     return np.asarray(end), np.asarray(timesteps)
 
 
-def gaussian_denoiser(schedule: Schedule, x: jax.Array, t: jax.Array) -> jax.Array:
+def gaussian_denoiser(schedule: Schedule, x: ArrayLike, t: ArrayLike) -> ArrayLike:
     """Returns the optimal prediction for Gaussian data with mean 0.3 and variance 0.25."""
     a = float(schedule.alphas_cumprod[round(float(t[0]))])
     signal, noise = math.sqrt(a), math.sqrt(1 - a)
