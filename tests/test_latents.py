@@ -295,9 +295,10 @@ def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
         config.inflate = False  # the weights are of the stage itself
     wanted, moved, shapes = trained(pixels, tmp_path, learn)
     result, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), result, wanted)
+    # the clips are encoded once more than the frames that became latents
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=4e-3), result, wanted)
     assert np.linalg.norm(moved_by_latents - moved) <= 5e-3 * np.linalg.norm(moved) and moved.any() == learn
-    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-3)  # the measure distinguishes batches
+    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=4e-3)  # the measure distinguishes batches
     assert latent_shapes == shapes
 
 
@@ -386,14 +387,14 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(latent_set, tmp_path, m
     [
         ({"path": None}, "needs a path"),
         ({"path": "nowhere"}, "no finished set of latents in 'nowhere'"),
-        ({"path": "CLIPS"}, "holds encoded clips, not latents: use the data source array_record"),
-        ({"path": "IMAGES"}, "holds latents of pictures: name it as data.image_path"),
-        ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "all latents, or none of them"),
-        ({"handheld": 0.5}, "handheld is for pixels"),
-        ({"full_height": 32, "full_width": 48}, "full_height is for pixels"),
-        ({"height": 32}, "has latents of 16x24; the config asks for 32x24"),
-        ({"fps": 24.0}, "data.fps = 24: .* has latents of 16 frames a second"),
-        ({"null_caption": "None"}, "dropped captions are '', not 'None'"),
+        ({"path": "CLIPS"}, "contains encoded clips, not latents: use data.source=array_record"),
+        ({"path": "IMAGES"}, "contains latents of images: pass it as data.image_path"),
+        ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "must all be latents, or none"),
+        ({"handheld": 0.5}, "handheld needs pixels"),
+        ({"full_height": 32, "full_width": 48}, "full_height needs pixels"),
+        ({"height": 32}, "has latents of 16x24; the config sets 32x24"),
+        ({"fps": 24.0}, "data.fps = 24: .* has latents at 16 fps"),
+        ({"null_caption": "None"}, "null caption is '', not 'None'"),
         ({"frames": 60}, "records in a row cannot be read"),
     ],
 )
@@ -407,7 +408,7 @@ def test_settings_that_need_pixels_are_refused(change, message, latent_set, clip
 @pytest.mark.parametrize(
     "stage, message",
     [
-        ("base", "captions as encoded by a frozen text encoder"),
+        ("base", "were encoded by a frozen text encoder"),
         ("vsr", "stage 'vsr' is trained on pixels"),
         ("vae", "a VAE is trained on pixels"),
     ],
@@ -421,10 +422,10 @@ def test_runs_that_need_pixels_or_words_are_refused(stage, message, tmp_path, mo
 
 
 def test_a_set_that_is_not_whole_is_refused(latent_set, tmp_path):
-    for name, message in (("16x24/clips-00001.array_record", "cut short or changed"), ("null_text.npy", "is missing")):
+    for name, message in (("16x24/clips-00001.array_record", "truncated or changed"), ("null_text.npy", "is missing")):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(latent_set, copy)
-        if "cut" in message:
+        if "truncated" in message:
             (copy / name).write_bytes((copy / name).read_bytes()[:-10])
         else:
             (copy / name).unlink()
