@@ -391,14 +391,14 @@ def test_a_mesh_or_a_batch_that_does_not_fit_is_refused():
         training_program(config, jax.devices(), 1)
     with pytest.raises(UserError, match="cascade's stages"):
         training_program(options.load("configs/moving_shapes/vae.py"), jax.devices(), 1)
-    with pytest.raises(UserError, match="give configs/vsr.py"):
+    with pytest.raises(UserError, match="use configs/vsr.py"):
         sampling_programs(options.load("configs/base.py"), "vsr", jax.devices())
 
 
 # ---- with libtpu, which `make test` installs next to the environment (tools/libtpu_for_tests.py) ----
 
 # Bytes of one v5e chip without the code, planned by jax 0.10.2 and libtpu 0.0.42.1; tests fail if they grow by a tenth.
-COMMITTED = {"tiny decode": 1_622_016, "tiny step": 30_968_832, "block": 2_723_685_376}
+COMMITTED = {"tiny decode": 1_622_016, "tiny step": 19_184_640, "block": 2_723_685_376}
 
 
 @pytest.fixture

@@ -404,7 +404,7 @@ def test_a_sample_grid_that_fails_is_logged_and_nothing_else(error, tmp_path, mo
         raise error
 
     monkeypatch.setattr(train.cascade, "load", load)
-    assert not train.write_sample_grid(tmp_path, ["a red circle"], tmp_path / "00000010.png")
+    assert not train.write_sample_grid(tmp_path, "base", ["a red circle"], tmp_path / "00000010.png")
     assert f"no sample grid 00000010.png ({type(error).__name__}" in caplog.text and "Training continues" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -460,9 +460,9 @@ BAD = [
     (["--config.steps=1e999"], "takes a whole number"),
     (["--config.keep_checkpoints=0"], "at least 1"),
     (["--config.sampling.sampler=dimm"], "did you mean 'ddim'"),
-    (["--config.sampling.steps=0"], "group 'sampling': steps: a whole number of at least 1"),
+    (["--config.sampling.steps=0"], "group 'sampling': steps must be at least 1"),
     (["--config.sampling.steps=1001"], "group 'sampling': steps must be a whole number from 1 to 1000"),
-    (["--config.sampling.guidance=1e999"], "group 'sampling': guidance: a finite number"),
+    (["--config.sampling.guidance=1e999"], "group 'sampling': guidance must be finite"),
     (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
     (["--steps=3"], "unknown flag --steps"),
