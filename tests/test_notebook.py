@@ -71,7 +71,7 @@ def test_every_cell_runs_with_the_shipped_cascade_and_reuses_its_results(tmp_pat
     assert done.returncode == 0, done.stderr
     paths = shown(done)
     assert stages_of(paths) == [*tiny.UNETS, *tiny.UNETS]
-    assert paths[:3] == paths[3:] and done.stdout.count("1 of 1 samples are in") == 3
+    assert paths[:3] == paths[3:] and done.stdout.count("1 of 1 samples exist in") == 3
     base, interpolation, vsr = paths[:3]
     shapes = [read_video(path).shape for path in (base, interpolation, vsr)]
     assert shapes == [(4, 32, 32, 3), (13, 32, 32, 3), (13, 128, 128, 3)]
