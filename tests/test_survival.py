@@ -103,10 +103,10 @@ def test_a_full_disk_stops_the_run_only_at_its_end(run, tmp_path, monkeypatch, c
             with pytest.raises(checkpoint.Unsaved, match="the disk is full: the run is at step 6"):
                 run(disk / "run")
         assert "the disk is full. Training continues" in caplog.text
-        assert [p.name for p in (disk / "run/checkpoints").iterdir()] == ["2"]
+        assert {p.name for p in (disk / "run/checkpoints").iterdir()} == {"2", checkpoint.HELD_OUT}
         (disk / "other").unlink()
         run(disk / "run", "--profile")
-        assert {p.name for p in (disk / "run/checkpoints").iterdir()} == {"4", "6"}
+        assert {p.name for p in (disk / "run/checkpoints").iterdir()} == {"4", "6", checkpoint.HELD_OUT}
         assert {row["step"] for row in lines(disk / "run") if "loss" in row} == {1, 2, 3, 4, 5, 6}
         assert {"goodput", "step_seconds_p50", "step_seconds_p95", "data_wait"} <= set(lines(disk / "run")[-2])
         assert list((disk / "run/profile").rglob("*.xplane.pb"))

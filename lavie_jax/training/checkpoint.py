@@ -133,8 +133,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             partial = self._path / f"{HELD_OUT}.new"
             with disk.tolerate_full_disk(HELD_OUT):
-                partial.write_text(json.dumps(there, indent=2) + "\n")
-                partial.replace(self._path / HELD_OUT)
+                try:
+                    partial.write_text(json.dumps(there, indent=2) + "\n")
+                    partial.replace(self._path / HELD_OUT)
+                finally:
+                    partial.unlink(missing_ok=True)
 
     def settle(self) -> bool:
         """Waits for the save under way. Returns False if the last one failed because the disk is full."""
