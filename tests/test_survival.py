@@ -73,7 +73,7 @@ def test_the_logged_learning_rate_is_the_applied_one(run, tmp_path, monkeypatch)
     def with_nan(rows, mesh):
         calls.append(rows)
         if len(calls) == 3:  # the first is the held-out batch
-            rows = {k: v * np.float32(np.nan) if v.dtype == np.float32 else v for k, v in rows.items()}
+            rows = {k: v * np.float32(np.nan) if v.dtype == np.uint8 else v for k, v in rows.items()}
         return put(rows, mesh)
 
     monkeypatch.setattr(parallel, "put_batch", with_nan)
