@@ -100,6 +100,10 @@ def image_sets(base, tmp_path_factory):
     records.insert(4, {"image": b"no picture", "caption": "a blue square"})
     shards.write_shards(records, root / "mixed")
     command.main(["--images", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
+    listed = [json.loads(line) for line in (root / "out/clips.jsonl").read_text().splitlines()]
+    (shard,) = (root / "pictures").glob("*.array_record")
+    rows = [{"shard": shard.name, "index": i, "source": row["source"]} for i, row in enumerate(listed)]
+    (root / "pictures/clips.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # the same split
     return root / "pictures", root / "out"
 
 
@@ -295,10 +299,9 @@ def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
         config.inflate = False  # the weights are of the stage itself
     wanted, moved, shapes = trained(pixels, tmp_path, learn)
     result, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
-    # the clips are encoded once more than the frames that became latents
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=4e-3), result, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), result, wanted)
     assert np.linalg.norm(moved_by_latents - moved) <= 5e-3 * np.linalg.norm(moved) and moved.any() == learn
-    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=4e-3)  # the measure distinguishes batches
+    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-3)  # the measure distinguishes batches
     assert latent_shapes == shapes
 
 
