@@ -18,9 +18,9 @@ ANCHORS = {
     "compvis": ("model.diffusion_model.input_blocks.0.0.weight",),
     "compvis vae": ("encoder.down.0.block.0.conv1.weight",),
 }
-# Modules of torch.compile, FSDP and DeepSpeed that stand anywhere in a name.
+# Modules of torch.compile, FSDP and DeepSpeed, which can be anywhere in a name.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# The rest of a whole pipeline, which is no part of the one asked for.
+# Other modules of a whole pipeline, by the part that was asked for.
 OTHER_MODULES = {
     "unet": ("vae.", "first_stage_model.", "text_encoder.", "cond_stage_model."),
     "vae": ("loss.",),  # the discriminator that trained it
