@@ -7,7 +7,17 @@ below the last timestep.
 
 import dataclasses
 
-from lavie_jax.diffusion.samplers import DDIM, DDPM, DPMSolver2M, Euler, Heun, RespacedDDIM, Sampler, UniPC
+from lavie_jax.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    DPMSolver2M,
+    Euler,
+    Heun,
+    RespacedDDIM,
+    RespacedDDPM,
+    Sampler,
+    UniPC,
+)
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.diffusion.spacing import SPACINGS
 from lavie_jax.errors import UserError, suggest
@@ -21,6 +31,7 @@ _SAMPLERS = {
     "ddim": DDIM,
     "euler": Euler,
     "respaced_ddim": RespacedDDIM,
+    "respaced_ddpm": RespacedDDPM,
     "heun": Heun,
     "dpm++2m": DPMSolver2M,
     "unipc": UniPC,

@@ -34,7 +34,7 @@ class Settings:
         UserError: a value is of the wrong type or out of range.
     """
 
-    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", metavar="NAME")
+    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, respaced_ddpm, dpm++2m or unipc", metavar="NAME")
     spacing: str | None = field(
         "spacing of the timesteps: leading, trailing, linspace, quadratic or karras (default: the sampler's own)",
         metavar="NAME",
@@ -101,6 +101,22 @@ class BaseSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictionSettings(Settings):
+    """Settings of prediction: the size of its clips, which may start from text alone, and what is given of them."""
+
+    frames: int = field("number of frames of a segment, the known ones included", metavar="T", low=1)
+    height: int = field("height in pixels", metavar="H", low=1)
+    width: int = field("width in pixels", metavar="W", low=1)
+    known_frames: int = field("number of last frames of the clip before that are given", metavar="N", default=4, low=1)
+    known_latents: str = field(
+        "latents of the known frames: a sample of the VAE's posterior, as in SEINE, or its mode",
+        metavar="NAME",
+        default="sample",
+        choices=("sample", "mode"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolationSettings(Settings):
     """Settings of temporal interpolation."""
 
@@ -153,6 +169,7 @@ class StageInfo:
         settings: the dataclass of its sampling settings.
         produces: the kind of its output clip.
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
+        clip_optional: whether it can start from the prompt alone, although it consumes clips.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
             sample's JSON, and whether it takes the negative prompts of a prompt file.
     """
@@ -161,7 +178,13 @@ class StageInfo:
     settings: type[Settings]
     produces: str
     consumes: tuple[str, ...] = ()
+    clip_optional: bool = False
     main: bool = False
+
+    @property
+    def from_text(self) -> bool:
+        """Whether it can start from the prompt alone."""
+        return self.clip_optional or not self.consumes
 
     def option(self, setting: str) -> str:
         """The name of a setting among those of all stages: `steps` of the main stage, `vsr-steps` of another."""
@@ -188,10 +211,14 @@ STAGE_INFO = {
     info.name: info
     for info in (
         StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
+        StageInfo(
+            name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
+            clip_optional=True,
+        ),
         StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
         StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),
     )
-}
+}  # fmt: skip
 MAIN_STAGE = next(name for name, info in STAGE_INFO.items() if info.main)
 
 
@@ -212,6 +239,8 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
             raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
     if not stages:
         raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
+    if repeated := next((name for name in stages if stages.count(name) > 1), None):
+        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
@@ -222,7 +251,7 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
         raise UserError(f"stages: {first.name} starts from the prompt only; your clip can go through {others}")
-    if not own_clip and first.consumes:
+    if not own_clip and not first.from_text:
         raise UserError(
             f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"
         )
