@@ -141,14 +141,12 @@ class Prediction(Stage):
                 )
 
     def segments(self, settings: PredictionSettings) -> list[Segment]:
-        repeated = settings.known_frames
-        starts = np.cumsum([0, *settings.segment_lengths()[:-1]]) - repeated  # of all segments but the first
-        first = [] if settings.clip_frames else [Segment()]
-        return first + [
-            Segment(index=index, start=int(start), repeated=repeated)
-            for index, start in enumerate(starts)
-            if index > 0
-        ]
+        segments, start = [], 0
+        for index, length in enumerate(settings.segment_lengths()):
+            repeated = settings.known_frames if index else 0
+            segments.append(Segment(index=index, start=start - repeated, repeated=repeated))
+            start += length
+        return segments[1:] if settings.clip_frames else segments
 
     def latent_shape(self, weights: StageWeights, settings: PredictionSettings) -> tuple[int, int, int, int]:
         factor = weights.vae.config.factor
