@@ -73,7 +73,7 @@ class Segment:
     repeated: int = 0
 
 
-Known = Mapping[int, UInt8[np.ndarray, "_h _w 3"]]  # pictures of any size, by the index of their frame
+Known = Mapping[int, np.ndarray]  # pictures, uint8 (H, W, 3) of any size, by the index of their frame
 
 
 class Stage:
