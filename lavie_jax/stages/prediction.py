@@ -8,9 +8,12 @@ known frames are generated too: the result shows the model's rendering of them, 
 A long video is a sequence of segments. The last frames of a segment, as decoded, are the first known ones of the next.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import repeat
@@ -19,11 +22,10 @@ from jaxtyping import Array, Float, UInt8
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.base import STAGE as BASE
 from lavie_jax.stages.clips import ClipInfo, check_sides, fitted, to_float
-from lavie_jax.stages.conditioning import Condition, EncodedClips
-from lavie_jax.stages.settings import PredictionSettings, check_derived
+from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
+from lavie_jax.stages.settings import KnownFrames, PredictionSettings, check_derived
 from lavie_jax.stages.stage import (
     CONDITION_STREAM,
     LINEAR_BETAS,
@@ -58,6 +60,24 @@ def masked_clip(
     return clip, mask
 
 
+def draw_masks(key: Array, rows: int, frames: int, known: KnownFrames) -> Float[Array, "rows frames"]:
+    """Returns masks of training clips, 0 where a frame is known, whose modes have the weights `known`."""
+    mode_key, count_key, order_key, share_key = jax.random.split(key, 4)
+    mode = jax.random.categorical(mode_key, jnp.log(jnp.asarray(known.weights, jnp.float32)), shape=(rows, 1))
+    few = jnp.floor(frames / 2 * jax.random.uniform(count_key, (rows, 1)) ** 2)  # N - 1
+    index, uniform = jnp.arange(frames), jax.random.uniform(order_key, (rows, frames))
+    each_side = jnp.floor(few / 2)  # N / 2 - 1, at least one on each side
+    modes = {
+        "first": index <= few,
+        "first_and_last": (index <= each_side) | (index >= frames - 1 - each_side),
+        "share": jnp.argsort(jnp.argsort(uniform, axis=1), axis=1) <= few,
+        "uniform": uniform < jax.random.uniform(share_key, (rows, 1)),
+        "none": jnp.zeros((rows, frames), bool),
+    }
+    by_mode = jnp.stack([modes[field.name] for field in dataclasses.fields(known)])
+    return 1.0 - jnp.take_along_axis(by_mode, mode[None], axis=0)[0]
+
+
 class Prediction(Stage):
     """16 frames of 320x512 at 8 fps, any of which may be known."""
 
@@ -84,9 +104,26 @@ class Prediction(Stage):
     # ---- training ----
 
     def training_inputs(
-        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+        self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
-        raise NotImplementedError
+        """`mask` and `masked_latents` of modes that the clips draw (`KnownFrames`); nothing of an image is known.
+
+        The latents are sampled independently of the target's, because known frames are encoded anew in sampling too.
+        """
+        lead, count = clips.mean.shape[:-4], clips.mean.shape[-4]
+        mask_rng, latent_rng = random.split(rng)
+        if len(lead) > 1:  # images, as clips of one frame
+            mask = jnp.ones((*lead, count))
+        else:
+            mask = random.rows(
+                mask_rng, lead[0], functools.partial(draw_masks, frames=count, known=setup.options["known"])
+            )
+        unknown = mask[..., None, None, None] > 0.5
+        grey = jax.tree.map(lambda x: x[0, 0], setup.grey)
+        masked = EncodedClips(
+            None, jnp.where(unknown, grey.mean, clips.mean), jnp.where(unknown, grey.logvar, clips.logvar)
+        )
+        return {"mask": mask, "masked_latents": masked.sample(latent_rng, setup.vae)}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
         """From `mask` (B, T), 1 = to be generated, and `masked_latents` (B, T, h, w, C), those of grey frames too."""

@@ -210,6 +210,36 @@ class VSRSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownFrames:
+    """Which frames of a training clip are known to the prediction stage: relative weights of the modes.
+
+    SEINE's distribution is not published; the defaults are our choice. Each clip draws a mode and then, where the mode
+    has one, the number N of known frames: of T frames, 1 + T u^2 / 2 rounded down, with u uniform in [0, 1), so that
+    few known frames are the most frequent.
+    """
+
+    first: float = field("weight of: the first N frames are known (image to video, continuation)", default=0.5, low=0)
+    first_and_last: float = field(
+        "weight of: the first and the last frames are known, N / 2 each (transition)", default=0.2, low=0
+    )
+    share: float = field("weight of: N frames at random positions are known", default=0.1, low=0)
+    uniform: float = field(
+        "weight of: each frame is known with a probability that is drawn for the clip", default=0.05, low=0
+    )
+    none: float = field("weight of: no frame is known (text to video)", default=0.15, low=0)
+
+    def __post_init__(self):
+        check_rules(type(self), dataclasses.asdict(self), label="config field 'known.{}'")
+        if not sum(self.weights) > 0:
+            raise UserError("config group 'known': all weights are 0: set one of them to a positive number.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights in the order of the fields."""
+        return dataclasses.astuple(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """Description of a stage that does not need its networks. The order of a cascade follows from it.
 
@@ -218,6 +248,7 @@ class StageInfo:
         settings: the dataclass of its sampling settings.
         produces: the kind of its output clip.
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
+        training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
         takes_known: whether frames of its output can be given, as pictures or as the end of its input clip. The output
             continues that clip, where other stages show the same moments again.
@@ -229,6 +260,7 @@ class StageInfo:
     settings: type[Settings]
     produces: str
     consumes: tuple[str, ...] = ()
+    training: Mapping[str, type] = dataclasses.field(default_factory=dict)
     clip_optional: bool = False
     takes_known: bool = False
     main: bool = False
@@ -265,7 +297,7 @@ STAGE_INFO = {
         StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
         StageInfo(
             name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
-            clip_optional=True, takes_known=True,
+            clip_optional=True, takes_known=True, training={"known": KnownFrames},
         ),
         StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
         StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),

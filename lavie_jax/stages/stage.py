@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.registry import PARTS
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.conditioning import (
     Condition,
+    ConditionSetup,
     EncodedClips,
     SampleTimesteps,
     TrainingPair,
@@ -147,13 +147,13 @@ class Stage:
         """Raises UserError for a number of frames that the stage cannot be trained on; 0 means images only."""
 
     def training_inputs(
-        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+        self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
         """Returns the inputs of `condition`, computed from the target frames.
 
         Args:
             clips: the target clips of a batch, or its images.
-            vae: configuration of the VAE that encoded them.
+            setup: the VAE's configuration, and what only some stages need.
             rng: key for the condition of these clips.
             level_rng: key for the noise levels, which the clip and the images of a row share.
         """
