@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="videos that the base stage denoises together (default: one per device)",
+        help="videos that base and prediction denoise together (default: one per device)",
     )
     add(
         "--weights",

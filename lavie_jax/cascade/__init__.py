@@ -315,8 +315,8 @@ class Cascade:
             settings: {stage: settings} of the stages to run, from `resolve_settings`.
             clip: the clip that the first stage starts from, if it needs one.
             caches: one for each request; they store the stages' outputs, which are not computed again.
-            batch_size: how many samples the base stage denoises together, rounded up to a multiple of the devices.
-                Default: one per device.
+            batch_size: how many samples a stage with small clips denoises together, rounded up to a multiple of the
+                devices. Default: one per device.
             progress: whether to show a progress bar for each stage.
         """
         videos = self._videos(requests, settings, clip, caches, batch_size, progress)

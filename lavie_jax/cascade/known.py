@@ -23,6 +23,8 @@ def check_known(settings: Mapping[str, Settings], clip: ClipInfo | None, known: 
         able = ", ".join(stage for stage, info in STAGE_INFO.items() if info.takes_known)
         raise UserError(f"frames are given, which {','.join(settings)} cannot take: put {able} among the stages")
     for index, picture in known.items():
+        if not isinstance(index, int | np.integer) or isinstance(index, bool):
+            raise UserError(f"known frames are given by their index, a whole number, not {index!r}")
         if getattr(picture, "dtype", None) != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
             raise UserError(f"known frame {index} must be an array of uint8 (H, W, 3)")
         if not picture.size:

@@ -94,7 +94,8 @@ class Prediction(Stage):
     image_model = None
     inflates = "base"
     encodes_clip = True
-    memory_advice = "fewer frames, or a smaller height and width"
+    batched = True
+    memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """Adapts the released settings to the size, length and rate of the base model's clips, given in `source`."""
