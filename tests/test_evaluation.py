@@ -1,4 +1,4 @@
-"""The detectors, the measures of generated videos, and the commands that report them."""
+"""Detectors, measures of generated videos, and the commands that report them."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def test_detectors_are_right_on_true_clips(split):
 
 
 def blurred(clip):
-    """Softens edges and adds noise, like a small autoencoder."""
+    """Softens edges and adds noise, as a small autoencoder does."""
     soft = clip.astype(np.float32)
     for axis in (1, 2):
         soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
@@ -93,10 +93,10 @@ def test_an_empty_clip_shows_nothing():
     assert detect(np.random.default_rng(0).integers(120, 136, (4, 64, 64, 3), dtype=np.uint8)).shape == "nothing"
 
 
-def test_standard_errors_and_chance():
+def test_scores_have_standard_errors_and_chance_level_for_other_captions():
     true = samples("val", 60)
     attributes = [s.attributes for s in true]
-    shifted = attributes[1:] + attributes[:1]  # every clip is compared with another's caption
+    shifted = attributes[1:] + attributes[:1]  # compares every clip with another clip's attributes
     table = evaluation.score(shifted, attributes)
     assert table["all"]["accuracy"] == 0 and table["shape"]["accuracy"] < 0.45
     for cell in table.values():
@@ -105,7 +105,7 @@ def test_standard_errors_and_chance():
         assert cell["stderr"] == pytest.approx((p * (1 - p) / 60) ** 0.5)
 
 
-def test_mistakes_are_named_and_counted():
+def test_mistakes_are_counted_by_kind():
     clip = clip_of(motion="up")
     attributes = [dataclasses.replace(detect(clip), motion=motion) for motion in ("left", "up", "down", "left")]
     wrong = evaluation.mistakes([detect(clip)] * 4, attributes)
@@ -185,7 +185,7 @@ def test_the_box_of_an_object_contains_it_with_a_margin():
     assert not fidelity.object_box(np.full((2, 8, 8, 3), 7, np.uint8)).any()
 
 
-def test_repeated_and_blended_key_frames():
+def test_key_frames_are_repeated_or_blended():
     """For a ramp over time, linear blending restores the ramp and repeating gives a staircase."""
     ramp = np.broadcast_to(np.arange(0, 34, 2, dtype=np.uint8)[:, None, None, None], (17, 4, 4, 3))
     np.testing.assert_array_equal(cascade.blended(ramp[::4]), ramp)
@@ -257,8 +257,8 @@ def test_the_whole_cascade_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_no_prediction_is_better_than_the_least_loss(prediction):
-    """For x0 out of a few images, knowing which is best, then weighting them, then choosing the likeliest."""
+def test_the_least_loss_is_a_lower_bound(prediction):
+    """With x0 from a few images: the loss is 0 for x0, larger for their weighted mean, largest for the likeliest."""
     schedule, rng = Schedule(prediction=prediction), np.random.default_rng(0)
     candidates = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
     least, likeliest = [], []
@@ -282,7 +282,7 @@ def test_a_replaced_word_makes_sense(name):
         if name in ("colour", "background"):
             assert f"{a.colour} {a.shape}" not in caption or f"over a {a.background}" not in caption
             words = caption.split()
-            assert words[-2] not in words[:-2]  # a shape in the background's colour would be invisible
+            assert words[-2] not in words[:-2]  # a shape of the background's colour would be invisible
 
 
 @pytest.mark.heavy

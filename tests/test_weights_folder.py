@@ -186,7 +186,7 @@ def as_given(folder, **changes):
     } | changes
 
 
-def test_a_folder_comes_back_as_it_was_saved(base, tmp_path):
+def test_a_saved_folder_loads_unchanged(base, tmp_path):
     schedule = Schedule(kind="scaled_linear", beta_end=0.012, prediction="v_prediction")
     dtypes = iter([np.float16, ml_dtypes.bfloat16, np.float32])
     given = as_given(base, schedule=schedule, sampling={"height": 8, "fps": 8})
