@@ -193,7 +193,8 @@ def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[A
 @functools.partial(jax.jit, static_argnames="shape")
 def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        # `jax.random.key` of a 32-bit seed, but for jax_random_seed_offset
+        """Returns the noise of one row."""
+        # `jax.random.key` of a 32-bit seed, but independent of jax_random_seed_offset
         key = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(words[0]), words[0]]), impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)

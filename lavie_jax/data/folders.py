@@ -155,6 +155,7 @@ def caption_of(text: bytes | None, fields: bytes | None) -> tuple[str, str]:
 
 def _checked(rows: list[tuple[Path, str]], check: Callable[[Path], None], dropped: LeftOut) -> list[tuple[Path, str]]:
     def problem(row: tuple[Path, str]) -> str:
+        """Returns what `check` raises for a file, or ""."""
         try:
             check(row[0])
         except UserError as error:
@@ -205,6 +206,7 @@ def _rows(path: Path, medium: Medium) -> Iterator[tuple[str, Mapping[str, object
     name = os.fspath(path)
 
     def check(columns: Sequence[str]) -> str:
+        """Returns what is wrong with the header of the table, or ""."""
         row = dict.fromkeys(columns, "")
         try:
             _column(path, row, CAPTION_COLUMNS)

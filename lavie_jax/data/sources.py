@@ -266,6 +266,7 @@ def open_records(
         return TarRecords(path, **options)
 
     def long_enough(clip: Path) -> None:
+        """Raises UserError with the reason to leave a file out: it cannot be shown or read, or is too short."""
         try:
             info = video_files.video_info(clip)
         except UnusableVideo as error:

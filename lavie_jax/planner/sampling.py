@@ -105,6 +105,7 @@ def _vae_programs(weights: Weights, settings: Settings, vae, params: dict, mesh:
     beside = (params["unet"], params["text_encoder"])
 
     def program(name, count, height, width, function, arguments):
+        """Returns the program that en- or decodes one piece of a clip of `count` frames."""
         _, size = pieces(count, height, width, devices=mesh.size)[0]
         note = f"{size // mesh.size} frames of {height}x{width} per chip, {jnp.dtype(vae.dtype).name}"
         arrays = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for shape, dtype in arguments]

@@ -87,6 +87,7 @@ def _from_table(path: Path, text: str) -> Iterator[Prompt]:
     named: list[str] = []
 
     def check(columns: Sequence[str]) -> str:
+        """Stores the names of the columns. Returns what is wrong with them, or ""."""
         named[:] = [column for column in columns if column]
         try:
             _check_fields(f"{path}, header", named)

@@ -107,6 +107,7 @@ class StageLoss:
         eps = random.normal(noise_rng, latents.shape)
 
         def at(step: Array) -> Losses:
+            """Returns the losses at one timestep, the same for all rows."""
             t = jnp.full((latents.shape[0],), step)
             image_t = jnp.full((latents.shape[0], self.images), step)
             pair = self.stage.training_pair_at(
@@ -185,6 +186,7 @@ def make_diffusion_task(
         raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {models.schedule.steps - 1}.")
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
+        """Writes a weights folder of the stage; the held-out values are not part of it."""
         text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,
