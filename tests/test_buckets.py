@@ -1,7 +1,6 @@
 """Aspect-ratio buckets: every batch has one size, and nothing is distorted."""
 
 import collections
-import contextlib
 import dataclasses
 import io
 import json
@@ -14,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavie_jax.data import buckets, pipeline, shards, video_files
+from lavie_jax.data import buckets, shards, video_files
 from lavie_jax.data.buckets import nearest, parse_sizes
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.errors import UserError
 from tests import videos
+from tests.batches import take
 
 ROOT = Path(__file__).parents[1]
 WIDE, TALL, SQUARE = (16, 24), (24, 16), (20, 20)
@@ -66,13 +66,6 @@ def config_of(stores, kind="array_record", **change):
     source = "array_record" if kind == "listed" else kind
     common = {"source": source, "path": str(stores[kind]), "frames": 3, "fps": 8.0, "images": 1, "caption_drop": 0.0}
     return DataConfig(**{**common, "height": 16, "width": 24, "buckets": SIZES, **change})
-
-
-def take(count, config, batch_size=2, **where):
-    with contextlib.closing(
-        pipeline.batches(pipeline.open_examples(config, batch_size=batch_size), None, **where)
-    ) as rows:
-        return [next(rows) for _ in range(count)]
 
 
 def size_of(batch):
@@ -164,12 +157,12 @@ def test_nothing_is_distorted(stores):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_buckets_do_not_depend_on_processes_workers_or_the_first_step(stores):
     config = config_of(stores, image_path=str(stores["pictures"]))
-    whole = take(8, config)
+    whole = take(8, config, batch_size=2)
     assert len({size_of(batch) for batch in whole}) > 1
     for start, rest in ((5, {}), (3, {"workers": 1})):
-        for a, b in zip(take(8 - start, config, start_step=start, **rest), whole[start:]):
+        for a, b in zip(take(8 - start, config, batch_size=2, start_step=start, **rest), whole[start:]):
             assert all(np.array_equal(a[key], b[key]) for key in b)
-    last = take(8, config, rows=[len(whole[0]["video"]) - 1])
+    last = take(8, config, batch_size=2, rows=[len(whole[0]["video"]) - 1])
     for batch, share in zip(whole, last):
         for key in batch:
             np.testing.assert_array_equal(share[key], batch[key][-1:], err_msg=key)
@@ -177,7 +170,7 @@ def test_buckets_do_not_depend_on_processes_workers_or_the_first_step(stores):
 
 def test_moving_shapes_are_rendered_in_every_size():
     config = DataConfig(frames=2, height=16, width=24, images=1, buckets=SIZES)
-    sizes = [size_of(batch) for batch in take(6, config)]
+    sizes = [size_of(batch) for batch in take(6, config, batch_size=2)]
     assert collections.Counter(sizes) == dict.fromkeys(SIZES, 2)
 
 
@@ -212,7 +205,7 @@ def test_rotated_clips_and_images_have_their_displayed_size(tmp_path):
 )
 def test_buckets_that_cannot_be_used_are_refused(stores, change, batch_size, message):
     with pytest.raises(UserError, match=message):
-        take(1, config_of(stores, **change), batch_size)
+        take(1, config_of(stores, **change), batch_size=batch_size)
 
 
 def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
@@ -221,7 +214,7 @@ def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
     rows = [{"image": file.getvalue(), "caption": f"wide {i}"} for i in range(9)]
     shards.write_shards(rows, tmp_path / "wide")
     with pytest.raises(UserError, match="the bucket 24x16 has clips but no image whose shape is nearest to it"):
-        take(1, config_of(stores, image_path=str(tmp_path / "wide")))
+        take(1, config_of(stores, image_path=str(tmp_path / "wide")), batch_size=2)
 
 
 def test_a_bucket_without_clips_is_left_out(stores):

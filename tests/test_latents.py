@@ -30,6 +30,7 @@ from lavie_jax.training import build, options
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import make_update
 from tests import videos
+from tests.batches import take
 from tests.test_stage_training import small_config
 from tests.tiny import make_base, make_stage
 
@@ -308,11 +309,6 @@ def test_training_on_latents_equals_training_on_the_pixels_of_the_same_clips(
 def stream(path, **change):
     common = {"source": "latents", "path": path and str(path), "frames": 4, "fps": 16.0, "height": 16, "width": 24}
     return DataConfig(**{**common, **change})
-
-
-def take(count, config, **where):
-    with contextlib.closing(pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)) as rows:
-        return [next(rows) for _ in range(count)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own

@@ -12,6 +12,7 @@ from lavie_jax.data.config import DataConfig, mixture_weights
 from lavie_jax.data.mixture import Mixture, Order
 from lavie_jax.errors import UserError
 from lavie_jax.training import build
+from tests.batches import take
 
 CURRICULUM = ((0, (1, 0, 0)), (10, (2, 1, 1)), (30, (0, 0.25, 0.75)))
 
@@ -92,15 +93,7 @@ def test_the_parts_of_clips_and_images_change_at_the_same_step():
 
 def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog):
     config = config_of(video_weights=((0, (1, 0)), (2, (1, 1))), image_parts=("moving_shapes",))
-
-    def run(count, **where):
-        stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
-        try:
-            return [next(stream) for _ in range(count)]
-        finally:
-            stream.close()
-
-    whole, resumed = run(5), run(2, start_step=3)
+    whole, resumed = take(5, config), take(2, config, start_step=3)
     for one, other in zip(whole[3:], resumed):
         np.testing.assert_array_equal(one["video"], other["video"])
         np.testing.assert_array_equal(one["images"], other["images"])

@@ -23,6 +23,7 @@ from lavie_jax.data.pipeline import Examples
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
 from lavie_jax.stages.clips import pixels_to_float
+from tests.batches import take
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
 CAPTION = "a small red circle moving up left over a blue background"
@@ -32,14 +33,6 @@ CAPTION = "a small red circle moving up left over a blue background"
 def tokenizer(tmp_path_factory):
     folder = tokens.save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), moving_shapes.vocabulary())
     return tokens.load_tokenizer(folder)
-
-
-def take(count, config=SMALL, tokenizer=None, batch_size=4, **where):
-    stream = pipeline.batches(pipeline.open_examples(config, batch_size=batch_size), tokenizer, **where)
-    try:
-        return [next(stream) for _ in range(count)]
-    finally:
-        stream.close()
 
 
 def assert_same(one, other):
@@ -53,7 +46,7 @@ def assert_same(one, other):
 
 
 def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
-    (batch,) = take(1, tokenizer=tokenizer)
+    (batch,) = take(1, SMALL, tokenizer=tokenizer)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "video": ((4, 3, 16, 24, 3), "uint8"),
         "images": ((4, 2, 16, 24, 3), "uint8"),
@@ -79,14 +72,14 @@ def test_video_image_and_caption_belong_together(tokenizer):
 
 
 def test_a_resumed_stream_continues_at_the_same_step(tokenizer):
-    whole = take(5, tokenizer=tokenizer)
-    assert_same(take(2, tokenizer=tokenizer, start_step=3), whole[3:])
+    whole = take(5, SMALL, tokenizer=tokenizer)
+    assert_same(take(2, SMALL, tokenizer=tokenizer, start_step=3), whole[3:])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_worker_processes_give_the_same_batches_as_none(tokenizer):
-    whole = take(4, tokenizer=tokenizer)
-    assert_same(take(3, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
+    whole = take(4, SMALL, tokenizer=tokenizer)
+    assert_same(take(3, SMALL, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
     examples = pipeline.open_examples(SMALL, batch_size=4)
     with contextlib.closing(pipeline.batches(examples, tokenizer, rows=[1, 3], workers=1)) as stream:
         mine = [next(stream)]
@@ -99,15 +92,15 @@ def test_worker_processes_give_the_same_batches_as_none(tokenizer):
 
 
 def test_each_process_gets_its_rows_of_the_batch(tokenizer):
-    whole = take(3, tokenizer=tokenizer)
+    whole = take(3, SMALL, tokenizer=tokenizer)
     for mine in ([0, 3], [1, 2], [2]):
-        for batch, share in zip(whole, take(3, tokenizer=tokenizer, rows=mine)):
+        for batch, share in zip(whole, take(3, SMALL, tokenizer=tokenizer, rows=mine)):
             for key in batch:
                 np.testing.assert_array_equal(share[key], batch[key][mine], err_msg=key)
 
 
 def test_the_data_depends_on_the_seed_and_the_split():
-    first = take(1)[0]["video"]
+    first = take(1, SMALL)[0]["video"]
     for other in ({"seed": 6}, {"split": "val"}):
         assert not np.array_equal(first, take(1, dataclasses.replace(SMALL, **other))[0]["video"])
 
@@ -131,9 +124,9 @@ def test_a_batch_may_have_only_images_or_only_videos(tokenizer):
 
 def test_grain_is_not_imported_without_workers(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)  # importing it raises ImportError
-    assert take(1)[0]["video"].shape[0] == 4
+    assert take(1, SMALL)[0]["video"].shape[0] == 4
     with pytest.raises(UserError, match="set workers=0"):
-        take(1, workers=1)
+        take(1, SMALL, workers=1)
 
 
 def test_an_error_in_the_background_thread_is_raised_by_the_stream(monkeypatch):
@@ -142,7 +135,7 @@ def test_an_error_in_the_background_thread_is_raised_by_the_stream(monkeypatch):
 
     monkeypatch.setattr(sources.MovingShapes, "video", broken)
     with pytest.raises(OSError, match="disk gone"):
-        take(1)
+        take(1, SMALL)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from lavie_jax.data.records import Record, Records
 from lavie_jax.data.video_files import ClipWindow, VideoInfo
 from lavie_jax.errors import UserError
 from tests import videos
+from tests.batches import take
 
 RATES = (8, 12, 25, Fraction(30000, 1001), 30, 24)
 SIZES = ((32, 48), (48, 32), (33, 47), (64, 64), (32, 48), (40, 56))
@@ -149,14 +150,6 @@ def test_a_part_of_a_mixture_with_fewer_clips_than_its_share_of_a_batch_is_refus
     pipeline.open_examples(config, batch_size=10)
 
 
-def batches(config, count, **where):
-    stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
-    try:
-        return [next(stream) for _ in range(count)]
-    finally:
-        stream.close()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_shards_give_the_same_batches_with_workers_and_processes(stores):
     """All kinds are in one mixture, so that the workers receive every reader but are started only once."""
@@ -166,9 +159,9 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
         image_parts=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
         video_weights=((0, (1,) * len(kinds)), (2, (0, *(1,) * (len(kinds) - 2), 2))),
     )  # fmt: skip
-    whole = batches(config, 5)
-    again = batches(config, 3, start_step=2, workers=1)
-    halves = [batches(config, 5, rows=rows) for rows in (range(2), range(2, 4))]
+    whole = take(5, config)
+    again = take(3, config, start_step=2, workers=1)
+    halves = [take(5, config, rows=rows) for rows in (range(2), range(2, 4))]
     for step, batch in enumerate(whole):
         for key in ("video", "images"):
             if step >= 2:
@@ -178,7 +171,7 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
 
 def test_images_alone_need_no_clips(stores):
     config = config_of("webdataset", stores, path=None, frames=0, images=2)
-    (batch,) = batches(config, 1)
+    (batch,) = take(1, config)
     assert batch["video"].shape == (4, 0, 16, 16, 3) and batch["images"].shape == (4, 2, 16, 16, 3)
 
 
@@ -277,17 +270,17 @@ def test_damaged_records_of_a_shard_are_skipped_deterministically(clips, damaged
     for row, number in zip(again, (3, 7)):
         np.testing.assert_array_equal(row["video"], first[number]["video"])
         assert row["skipped"] == first[number]["skipped"]
-    batches(config, 3)
+    take(3, config)
     assert "skipped record 1: " in caplog.text
     with pytest.raises(UserError, match="3 records were skipped, more than data.max_unreadable allows"):
-        batches(dataclasses.replace(config, max_unreadable=2), 5)
+        take(5, dataclasses.replace(config, max_unreadable=2))
 
 
 def test_a_shard_with_only_damaged_records_stops_the_run(damaged, tmp_path):
     shards.write_shards([{"video": damaged["text"], "caption": "x"}] * 9, tmp_path)
     config = DataConfig(source="array_record", path=str(tmp_path), frames=4, height=16, width=16)
     with pytest.raises(UserError, match="8 records in a row cannot be read; the last: .*clips-00000.array_record"):
-        batches(config, 1)
+        take(1, config)
 
 
 # ---- tables ----

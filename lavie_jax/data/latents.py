@@ -185,9 +185,8 @@ class LatentSource:
 
     def _item(self, record: LatentRecord, window: ClipWindow, place: float, rng: np.random.Generator) -> Item:
         if self.random_crop:
-            rng.random(
-                2
-            )  # used for the crop of pixels: keeps dropped captions and windows equal to those of training on pixels
+            # Training on pixels crops with these two numbers: the ones after them, for dropped captions, stay the same.
+            rng.random(2)
         info = VideoInfo(len(record.latents), self.fps)
         start = window.room(info) * place
         if start < 0:
