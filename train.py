@@ -46,7 +46,7 @@ from lavie_jax.training import build, checkpoint, divergence, lock, metrics, opt
 from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
-from lavie_jax.weights.folder import recover_folder
+from lavie_jax.weights.saving import recover_folder
 
 SHOWN = (
     "psnr",

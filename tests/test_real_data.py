@@ -20,7 +20,7 @@ from lavie_jax.data.buckets import Buckets
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
-from lavie_jax.weights.folder import read_json
+from lavie_jax.text_files import read_json
 from tests import videos
 
 
