@@ -271,8 +271,8 @@ class _Finder:
         if "videoid" in row and not set(FILE_COLUMNS) & set(row):
             page, stem = str(row.get("page_dir") or "").strip(), str(row["videoid"]).strip()
             names = [Path(stem + suffix) for suffix in SUFFIXES[self.medium]]
-            places = [folder / "videos" / page, folder / page, folder]
-            return next((file for place in places if (file := self._any(place, names))), None)
+            folders = [folder / "videos" / page, folder / page, folder]
+            return next((file for candidate in folders if (file := self._any(candidate, names))), None)
         name = row[_column(self.table, row, (self.medium, *FILE_COLUMNS))]  # a table may list a clip and an image
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             return None

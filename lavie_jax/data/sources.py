@@ -32,7 +32,7 @@ _ENDLESS = 2**40
 
 
 class Skipped(NamedTuple):
-    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+    """A record that could not be used, and why. Its message may contain a random time, so records are counted."""
 
     record: str
     error: str
