@@ -56,7 +56,7 @@ def gaussian_denoiser(schedule, mean=MEAN, variance=VARIANCE, rounded=True):
 
 
 def exact_solution(sampler, noise):
-    """The end of the ODE that starts from the sampler's first x_t."""
+    """Returns the solution at the end of the ODE that starts from the sampler's first x_t."""
     a = sampler.levels[0]
     noise = noise * a**0.5 * sampler.init_noise_sigma if sampler.fractional else noise
     return MEAN + VARIANCE**0.5 * (noise - a**0.5 * MEAN) / (VARIANCE * a + 1 - a) ** 0.5
@@ -76,7 +76,7 @@ def advance(sampler, denoise, state, i, noise=None):
 
 @functools.partial(jax.jit, static_argnames=("sampler", "rounded", "mean", "variance"))
 def run(sampler, noise, noises=None, **data):
-    """The whole chain as one loop with a traced number of the evaluation."""
+    """Runs the whole chain as one loop with a traced index of the evaluation."""
     denoise = gaussian_denoiser(sampler.schedule, **data)
 
     def step(i, state):
@@ -90,7 +90,7 @@ def make(name, steps, prediction="epsilon", spacing=None):
 
 
 def error(name, steps, spacing=None):
-    """Distance from the exact solution."""
+    """Returns the distance from the exact solution."""
     sampler = make(name, steps, spacing=spacing)
     return distance(run(sampler, normal(0), rounded=False), exact_solution(sampler, normal(0)))
 
@@ -174,7 +174,7 @@ def test_orders_of_convergence():
 
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
-def test_quadratic_timesteps_suit_multistep_solvers_better_than_even_ones(name, steps):
+def test_multistep_solvers_are_more_accurate_on_quadratic_than_on_even_timesteps(name, steps):
     assert error(name, steps) < error(name, steps, "linspace") / 2
     assert error(name, steps) < error(name, steps, "trailing") / 2
 
@@ -454,7 +454,7 @@ def test_spacings_that_do_not_fit_are_refused():
         make("ddim", 10, spacing="karras")
 
 
-# --- guidance ---------------------------------------------------------------------------------------------
+# ---- guidance ----
 
 
 def test_guidance_extrapolates_from_uncond_through_cond():

@@ -32,7 +32,7 @@ _ENDLESS = 2**40
 
 
 class Skipped(NamedTuple):
-    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+    """A record that could not be used, and why. Its message may contain a random time, so records are counted."""
 
     record: str
     error: str
@@ -266,6 +266,7 @@ def open_records(
         return TarRecords(path, **options)
 
     def long_enough(clip: Path) -> None:
+        """Raises UserError with the reason to leave a file out: it cannot be shown or read, or is too short."""
         try:
             info = video_files.video_info(clip)
         except UnusableVideo as error:

@@ -7,8 +7,9 @@ below the last timestep.
 
 import dataclasses
 
-from lavie_jax.diffusion.samplers import DDIM, DDPM, DPMSolver2M, Euler, Heun, RespacedDDIM, Sampler, UniPC
+from lavie_jax.diffusion.samplers import DDIM, DDPM, Euler, RespacedDDIM, Sampler
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.diffusion.second_order import DPMSolver2M, Heun, UniPC
 from lavie_jax.diffusion.spacing import SPACINGS
 from lavie_jax.errors import UserError, suggest
 

@@ -331,6 +331,7 @@ def _random(config: VAEConfig) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def fill(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        """Returns the initial value of one parameter: normal for kernels, 1 for scales, else 0."""
         name = path[-1].key
         if name == "kernel":
             return rng.normal(size=x.shape, scale=np.prod(x.shape[:-1]) ** -0.5).astype(np.float32)
