@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, late_start, make_sampler, sample
+from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, late_start, make_sampler, noisy_end, sample
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
@@ -56,7 +56,7 @@ def gaussian_denoiser(schedule, mean=MEAN, variance=VARIANCE, rounded=True):
 
 
 def exact_solution(sampler, noise):
-    """The end of the ODE that starts from the sampler's first x_t."""
+    """Returns the solution at the end of the ODE that starts from the sampler's first x_t."""
     a = sampler.levels[0]
     noise = noise * a**0.5 * sampler.init_noise_sigma if sampler.fractional else noise
     return MEAN + VARIANCE**0.5 * (noise - a**0.5 * MEAN) / (VARIANCE * a + 1 - a) ** 0.5
@@ -76,7 +76,7 @@ def advance(sampler, denoise, state, i, noise=None):
 
 @functools.partial(jax.jit, static_argnames=("sampler", "rounded", "mean", "variance"))
 def run(sampler, noise, noises=None, **data):
-    """The whole chain as one loop with a traced number of the evaluation."""
+    """Runs the whole chain as one loop with a traced index of the evaluation."""
     denoise = gaussian_denoiser(sampler.schedule, **data)
 
     def step(i, state):
@@ -90,7 +90,7 @@ def make(name, steps, prediction="epsilon", spacing=None):
 
 
 def error(name, steps, spacing=None):
-    """Distance from the exact solution."""
+    """Returns the distance from the exact solution."""
     sampler = make(name, steps, spacing=spacing)
     return distance(run(sampler, normal(0), rounded=False), exact_solution(sampler, normal(0)))
 
@@ -174,7 +174,7 @@ def test_orders_of_convergence():
 
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
-def test_quadratic_timesteps_suit_multistep_solvers_better_than_even_ones(name, steps):
+def test_multistep_solvers_are_more_accurate_on_quadratic_than_on_even_timesteps(name, steps):
     assert error(name, steps) < error(name, steps, "linspace") / 2
     assert error(name, steps) < error(name, steps, "trailing") / 2
 
@@ -235,9 +235,26 @@ def test_extreme_numbers_of_steps_sample_the_data(name, steps):
         with pytest.raises(UserError, match="would return noise"):
             make(name, steps)
         return
+    if noisy_end(make(name, steps)):
+        assert name == "respaced_ddpm" and steps < 10
+        return
     shape = (2000, 1)
     x0 = run(make(name, steps), normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
     assert abs(x0.mean() - 2) < 0.1 and x0.std() < 0.2
+
+
+def test_the_larger_variance_leaves_noise_in_short_chains():
+    """The warned-about noise is in the result, and a chain of the suggested length has less."""
+    shape = (2000, 1)
+    spreads = []
+    for steps in (10, 39, 250):
+        sampler = make("respaced_ddpm", steps)
+        noise, noises = normal(0, shape), normal(1, (steps, *shape))
+        x0 = run(sampler, noise, noises, mean=2.0, variance=1e-4, rounded=False)
+        assert float(x0.std()) == pytest.approx(sampler.noise_left, rel=0.2, abs=0.01)
+        spreads.append(noisy_end(sampler) is None)
+    assert spreads == [False, True, True]
+    assert "use at least" in noisy_end(make("respaced_ddpm", 38))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -454,7 +471,7 @@ def test_spacings_that_do_not_fit_are_refused():
         make("ddim", 10, spacing="karras")
 
 
-# --- guidance ---------------------------------------------------------------------------------------------
+# ---- guidance ----
 
 
 def test_guidance_extrapolates_from_uncond_through_cond():

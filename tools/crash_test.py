@@ -161,6 +161,7 @@ def check(workdir: Path, before: int, moment: str) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="number of kills (default: %(default)s)")
     parser.add_argument("--host-kills", type=int, default=2, help="of them on two processes (default: %(default)s)")

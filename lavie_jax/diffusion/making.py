@@ -2,29 +2,21 @@
 
 A chain starts from pure noise, although x_t at its first timestep holds alpha_t x0. Chains that start almost without
 noise are refused, because they return the noise that they were given; `late_start` describes those that start far
-below the last timestep.
+below the last timestep, and `noisy_end` those that leave noise in the result.
 """
 
 import dataclasses
 
-from lavie_jax.diffusion.samplers import (
-    DDIM,
-    DDPM,
-    DPMSolver2M,
-    Euler,
-    Heun,
-    RespacedDDIM,
-    RespacedDDPM,
-    Sampler,
-    UniPC,
-)
+from lavie_jax.diffusion.samplers import DDIM, DDPM, Euler, RespacedDDIM, RespacedDDPM, Sampler
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.diffusion.second_order import DPMSolver2M, Heun, UniPC
 from lavie_jax.diffusion.spacing import SPACINGS
 from lavie_jax.errors import UserError, suggest
 
 # abar at the first timestep may exceed that of the schedule's last by this much before `late_start` says so. Stable
 # Diffusion's last timestep has 0.005 (arXiv 2305.08891).
 MAX_EXCESS_SIGNAL = 0.02
+MAX_NOISE_LEFT = 0.1  # standard deviation, of latents with one of 1, above which `noisy_end` says so
 
 _SAMPLERS = {
     "ddpm": DDPM,
@@ -113,9 +105,24 @@ def late_start(sampler: Sampler) -> str | None:
     others = (dataclasses.replace(sampler, steps=n) for n in range(1, schedule.steps + 1))
     good = [other.steps for other in others if _starts_noisy(other) and _excess_signal(other) <= MAX_EXCESS_SIGNAL]
     nearest = min(good, key=lambda n: abs(n - steps))
-    name = next(name for name, kind in _SAMPLERS.items() if kind is type(sampler))
     return (
-        f"{name} with {steps} steps and {sampler.spacing!r} spacing starts at timestep {sampler.step_timesteps[0]} of "
-        f"{schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be signal but all of it is noise. "
+        f"{_name(sampler)} with {steps} steps and {sampler.spacing!r} spacing starts at timestep "
+        f"{sampler.step_timesteps[0]} of {schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be signal but all of it is noise. "
         f"{nearest} steps, or another sampler or spacing, start closer to the last timestep."
     )
+
+
+def noisy_end(sampler: Sampler) -> str | None:
+    """Returns a warning about a chain that leaves noise in its result, or None."""
+    if sampler.noise_left <= MAX_NOISE_LEFT:
+        return None
+    others = (dataclasses.replace(sampler, steps=n) for n in range(sampler.steps + 1, sampler.schedule.steps + 1))
+    enough = next(other.steps for other in others if other.noise_left <= MAX_NOISE_LEFT)
+    return (
+        f"{_name(sampler)} with {sampler.steps} steps leaves noise of standard deviation {sampler.noise_left:.2f} in "
+        f"the result: use at least {enough} steps, or another sampler."
+    )
+
+
+def _name(sampler: Sampler) -> str:
+    return next(name for name, kind in _SAMPLERS.items() if kind is type(sampler))
