@@ -244,16 +244,13 @@ def test_extreme_numbers_of_steps_sample_the_data(name, steps):
 
 
 def test_the_larger_variance_leaves_noise_in_short_chains():
-    """The warned-about noise is in the result, and a chain of the suggested length has less."""
+    """The warned-about noise is in the result, in addition to the spread of the data."""
     shape = (2000, 1)
-    spreads = []
-    for steps in (10, 39, 250):
+    for steps in (10, 39):
         sampler = make("respaced_ddpm", steps)
-        noise, noises = normal(0, shape), normal(1, (steps, *shape))
-        x0 = run(sampler, noise, noises, mean=2.0, variance=1e-4, rounded=False)
-        assert float(x0.std()) == pytest.approx(sampler.noise_left, rel=0.2, abs=0.01)
-        spreads.append(noisy_end(sampler) is None)
-    assert spreads == [False, True, True]
+        x0 = run(sampler, normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
+        assert float(x0.std()) == pytest.approx((0.01 + sampler.noise_left**2) ** 0.5, rel=0.1)
+        assert (noisy_end(sampler) is None) == (steps == 39)
     assert "use at least" in noisy_end(make("respaced_ddpm", 38))
 
 
