@@ -317,15 +317,14 @@ def test_the_prediction_stage_is_measured_and_written(tmp_path, capsys):
     assert "| segments 3 | 2 |" in table and "| image to video: first frame psnr of vae |" in table
 
 
-class TrueModel:
+class TrueModel(prediction.Model):
     """In place of the model: returns true clips, whose object turns around after each segment."""
 
-    settings = PredictionSettings(
-        sampler="ddim", steps=1, guidance=1.0, frames=16, height=64, width=64, fps=8, known_frames=1
-    )
-
     def __init__(self, samples):
-        self.samples = samples
+        self.samples, self.vae = samples, lambda clip: clip // 8 * 8
+        self.settings = PredictionSettings(
+            sampler="ddim", steps=1, guidance=1.0, frames=16, height=64, width=64, fps=8, known_frames=1
+        )
 
     def sample(self, prompts, known, segments=1):
         for i, frames in enumerate(known):
@@ -338,9 +337,6 @@ class TrueModel:
 
     def parts(self, video, segments):
         return [video[15 * i : 15 * i + 16] for i in range(segments)]
-
-    def vae(self, clip):
-        return clip // 8 * 8
 
 
 def test_true_clips_are_right_in_every_measure_of_prediction():
