@@ -39,7 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     grow = commands.add_parser("inflate", help="an image model -> a weights folder to start training from")
     grow.add_argument("--stage", required=True, choices=sorted(STAGES))
-    grow.add_argument("--from", dest="base", type=Path, help="stage interpolation: the weights folder of the base")
+    grow.add_argument(
+        "--from", dest="base", type=Path, help="stages prediction and interpolation: the weights folder of the base"
+    )
     grow.add_argument("--seed", default="0", help="seed of the new parameters that do not start at zero")
 
     for command in (into, grow):
@@ -70,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     if args.command == "inflate" and (args.base is None) == (args.pretrained is None):
-        grow.error("give either --pretrained (base, vsr) or --from (interpolation)")
+        grow.error("give either --pretrained (base, vsr) or --from (prediction, interpolation)")
     if args.command == "inflate" and (args.base is not None) != (STAGES[args.stage].inflates is not None):
         start = STAGES[args.stage].inflates
         option = f"--from a {start} folder" if start else f"a --pretrained {STAGES[args.stage].image_model}"

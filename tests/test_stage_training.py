@@ -15,7 +15,7 @@ from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.conditioning import EncodedClips
+from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL
 from lavie_jax.training import build, checkpoint, diffusion, optimizer, options
 from lavie_jax.training.state import abstract_params, make_state
@@ -40,12 +40,16 @@ def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
 
 def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     clip = clips(2, 9)
-    inputs = STAGES["interpolation"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    inputs = STAGES["interpolation"].training_inputs(
+        clip, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1)
+    )
     assert inputs["key_latents"].shape == (2, 3, 4, 2, 2)
     shown = STAGES["interpolation"].condition(inputs).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
-    keys = STAGES["interpolation"].training_inputs(blurred, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    keys = STAGES["interpolation"].training_inputs(
+        blurred, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1)
+    )
     targets = blurred.sample(jax.random.key(2), VAE_CONFIG)[:, ::4]
     assert float(jnp.abs(keys["key_latents"] - targets).min()) > 0  # the target's own sample is not in the input
 
@@ -67,7 +71,7 @@ def test_interpolation_trains_on_whole_gaps(frames):
 
 def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row():
     clip = clips(400, 2)
-    inputs = STAGES["vsr"].training_inputs(clip, VAE_CONFIG, jax.random.key(0), jax.random.key(1))
+    inputs = STAGES["vsr"].training_inputs(clip, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1))
     np.testing.assert_allclose(inputs["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
     level = np.asarray(inputs["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL

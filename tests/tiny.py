@@ -35,6 +35,7 @@ UNET = UNetConfig(
 )
 UNETS = {
     "base": UNET,
+    "prediction": dataclasses.replace(UNET, in_channels=9),
     "interpolation": dataclasses.replace(
         UNET, in_channels=8, temporal_attention="after_ff", temporal_position=False, spatial_attention="sparse_causal"
     ),

@@ -91,9 +91,14 @@ class StageModel:
         return np.array([[seed, self.stage.noise_number, stream]], np.uint32)
 
     def encode(
-        self, frames: UInt8[np.ndarray, "t H W 3"], noise: Float[np.ndarray, "t h w c"] | None = None
+        self,
+        frames: UInt8[np.ndarray, "t H W 3"] | Float[np.ndarray, "t H W 3"],
+        noise: Float[np.ndarray, "t h w c"] | None = None,
     ) -> Float[np.ndarray, "t h w c"]:
-        """Returns scaled latents: a sample of each frame's posterior, given standard normal `noise`, else its mode."""
+        """Returns scaled latents: a sample of each frame's posterior, given standard normal `noise`, else its mode.
+
+        Frames are pixels, or float32 in [-1, 1].
+        """
         if noise is None:
             factor, (count, height, width) = self.vae.config.factor, frames.shape[:3]
             shape = count, height // factor, width // factor, self.vae.config.latent_channels
@@ -207,12 +212,18 @@ def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> 
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def encode_rows(
-    params: dict, frames: UInt8[Array, "n H W 3"], noise: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh
+    params: dict,
+    frames: UInt8[Array, "n H W 3"] | Float[Array, "n H W 3"],
+    noise: Float[Array, "n h w c"],
+    *,
+    vae: VAE,
+    mesh: Mesh,
 ) -> Float[Array, "n h w c"]:
     """Returns the scaled latents of one piece of `StageModel.encode`; rows are split over the devices."""
 
     def encode(params, frames, noise):
-        mean, logvar = vae.apply({"params": params}, to_float(frames), method="encode")
+        images = frames if jnp.issubdtype(frames.dtype, jnp.floating) else to_float(frames)
+        mean, logvar = vae.apply({"params": params}, images, method="encode")
         return (mean + jnp.exp(0.5 * logvar) * noise) * vae.config.scaling_factor
 
     return per_device(encode, mesh, ALL, BATCH, BATCH)(params, frames, noise)

@@ -7,7 +7,7 @@ below the last timestep.
 
 import dataclasses
 
-from lavie_jax.diffusion.samplers import DDIM, DDPM, Euler, RespacedDDIM, Sampler
+from lavie_jax.diffusion.samplers import DDIM, DDPM, Euler, RespacedDDIM, RespacedDDPM, Sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.diffusion.second_order import DPMSolver2M, Heun, UniPC
 from lavie_jax.diffusion.spacing import SPACINGS
@@ -22,6 +22,7 @@ _SAMPLERS = {
     "ddim": DDIM,
     "euler": Euler,
     "respaced_ddim": RespacedDDIM,
+    "respaced_ddpm": RespacedDDPM,
     "heun": Heun,
     "dpm++2m": DPMSolver2M,
     "unipc": UniPC,

@@ -48,18 +48,21 @@ def add_motion(
     return video + embedding(text[:, 0], None if mask is None else mask[:, 0], video.shape[1:4], video.shape[-1])
 
 
-def add_key_frames(
+def add_frames_around(
     config: UNetConfig,
     h: Float[Array, "b frames h w c"],
     x: Float[Array, "b frames h w c_in"],
     frames: Frames,
     dtype: DTypeLike,
 ) -> Float[Array, "b frames h w c"]:
-    """`key_frames_around`: adds the key frames on both sides to the first features."""
-    if not config.key_frames_around:
-        return h
-    keys = KeyFrameEmbedding(dtype, name="key_frame_embedding_temporal")
-    return on_video(lambda y: y + keys(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
+    """`key_frames_around`, `known_frames_around`: adds the given frames on both sides to the first features."""
+    if config.key_frames_around:
+        keys = KeyFrameEmbedding(dtype, name="key_frame_embedding_temporal")
+        h = on_video(lambda y: y + keys(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
+    if config.known_frames_around:
+        known = KnownFrameEmbedding(dtype, name="known_frame_embedding_temporal")
+        h = on_video(lambda y: y + known(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
+    return h
 
 
 def add_condition(
@@ -69,18 +72,22 @@ def add_condition(
     temb: Float[Array, "b items e"],
     frames: Frames,
 ) -> Float[Array, "b frames h w c_out"]:
-    """`low_res_skip`, `key_frames_around`: adds a linear map of the condition to the prediction."""
-    if not (config.low_res_skip or config.key_frames_around):
+    """`low_res_skip`, `..._frames_around`: adds a linear map of the condition to the prediction."""
+    if not (config.low_res_skip or config.key_frames_around or config.known_frames_around):
         return prediction
-    frame_temb = items_to_frames(temb, frames)
+    frame_temb, video = items_to_frames(temb, frames), slice(frames.video)
     if config.low_res_skip:
         skip = ConditionSkip(reach=CUBIC, name="low_res_skip")
         prediction = prediction + skip(x, frame_temb, config.out_channels)
     if config.key_frames_around:
         skip = ConditionSkip(frames=BETWEEN_KEYS, name="key_frame_skip_temporal")
-        video = slice(frames.video)
         prediction = on_video(
             lambda y: y + skip(x[:, video], frame_temb[:, video], config.out_channels), prediction, frames
+        )
+    if config.known_frames_around:
+        known = KnownFrameSkip(name="known_frame_skip_temporal")
+        prediction = on_video(
+            lambda y: y + known(x[:, video], frame_temb[:, video], config.out_channels), prediction, frames
         )
     return prediction
 
@@ -208,9 +215,73 @@ class ConditionSkip(nn.Module):
         x = x.astype(jnp.float32)
         around = conditions_around(x, features, frames=self.frames, reach=self.reach)
         around = around / (2 * self.reach + 1)  # neighbors are correlated, and Adam moves all their weights together
-        inputs = jnp.concatenate([x[..., :features], around], axis=-1)
-        # In full precision, which TPUs leave only on request. The map is a small part of the network's products.
-        exact = {"precision": jax.lax.Precision.HIGHEST}
-        dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix", **exact)
-        matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
-        return jnp.einsum("bfhwc,bfcd->bfhwd", inputs, matrix, **exact)
+        return noise_level_map(jnp.concatenate([x[..., :features], around], axis=-1), temb, features)
+
+
+def known_frames_around(
+    x: Float[Array, "b t h w c_in"], width: int
+) -> tuple[Bool[Array, "b t"], Float[Array, "b t h w c"]]:
+    """Returns which frames are known, and the nearest known frame on either side of each frame, itself included.
+
+    A side has the latents of that frame, 1, and its distance in clips; where there is none, it has zeros.
+
+    Args:
+        x: x_t with the condition of the prediction stage behind it: the mask, then the masked latents.
+        width: number of channels of x_t.
+    """
+    known, latents, count = x[:, :, 0, 0, width] < 0.5, x[..., width + 1 :], x.shape[1]
+    index = jnp.arange(count)
+    before = jax.lax.cummax(jnp.where(known, index, -1), axis=1)
+    after = jax.lax.cummin(jnp.where(known, index, count), axis=1, reverse=True)
+
+    def side(source: Array) -> Array:
+        there = ((source >= 0) & (source < count))[:, :, None, None, None]
+        picked = jnp.take_along_axis(latents, jnp.clip(source, 0, count - 1)[:, :, None, None, None], axis=1)
+        distance = (jnp.abs(index - source) / count)[:, :, None, None, None]
+        flat = jnp.ones_like(picked[..., :1])
+        return jnp.where(there, jnp.concatenate([picked, flat, distance * flat], axis=-1), 0)
+
+    return known, jnp.concatenate([side(before), side(after)], axis=-1)
+
+
+class KnownFrameEmbedding(nn.Module):
+    """Embeds the nearest known frames of each frame: (B, T, H, W, C_in) -> (B, T, H, W, features).
+
+    Without it, a known frame reaches the others only through temporal attention, as in `KeyFrameEmbedding`.
+    """
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int) -> Float[Array, "b t h w features"]:
+        _, around = known_frames_around(x, width)
+        return conv(features, (3, 3), name="conv", dtype=self.dtype, zero=True)(around.astype(self.dtype))
+
+
+class KnownFrameSkip(nn.Module):
+    """A linear prediction from the known frames: (B, T, H, W, C_in) -> (B, T, H, W, C_out).
+
+    The prediction of a known frame is a linear map of x_t and its own latents, which other frames do not have; a plain
+    background is one of the nearest known frames. See `ConditionSkip`.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t h w c_in"], temb: Float[Array, "b t e"], features: int
+    ) -> Float[Array, "b t h w features"]:
+        x = x.astype(jnp.float32)
+        known, around = known_frames_around(x, features)
+        own = jnp.where(known[:, :, None, None, None], x, 0)
+        flags = jnp.broadcast_to(known[:, :, None, None, None], (*x.shape[:-1], 1)).astype(jnp.float32)
+        return noise_level_map(jnp.concatenate([own, flags, around], axis=-1), temb, features)
+
+
+def noise_level_map(
+    inputs: Float[Array, "b f h w n"], temb: Float[Array, "b f e"], features: int
+) -> Float[Array, "b f h w features"]:
+    """A linear map of each pixel, in float32, whose matrix depends on the noise level. For modules in `nn.compact`."""
+    # In full precision, which TPUs leave only on request. The map is a small part of the network's products.
+    exact = {"precision": jax.lax.Precision.HIGHEST}
+    dense = nn.Dense(inputs.shape[-1] * features, kernel_init=nn.initializers.zeros, name="matrix", **exact)
+    matrix = rearrange(dense(nn.silu(temb.astype(jnp.float32))), "b f (c d) -> b f c d", d=features)
+    return jnp.einsum("bfhwc,bfcd->bfhwd", inputs, matrix, **exact)

@@ -205,7 +205,7 @@ class UNet(nn.Module):
             return remat_block(TemporalModule, self.remat)(s, name=name)(h, temb) if present else h
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
-        h = additions.add_key_frames(config, h, x, frames, dtype)
+        h = additions.add_frames_around(config, h, x, frames, dtype)
         levels = range(len(config.block_out_channels))
         skips = [h]
         for level in levels:

@@ -61,7 +61,8 @@ class Needs:
     model: bool = True  # a config and parameters
     shapes: tuple[str, ...] = ()  # inputs, given by their shapes
     numbers: tuple[str, ...] = ()  # inputs, given as lists of numbers
-    settings: tuple[str, ...] = ()  # numbers, or `shape`
+    masks: tuple[str, ...] = ()  # inputs, given as a row of zeros and ones for each clip
+    settings: tuple[str, ...] = ()  # numbers, or `shape` or `modes`
     stored: tuple[str, ...] = ()  # arrays; without the latents of samplers, which each case chooses
 
 
@@ -85,6 +86,15 @@ NEEDS = {
         stored=("noised_low_res", "latents"),
     ),
     "sampling_loops": Needs(model=False, settings=("shape",)),
+    "seine_unet": Needs(
+        shapes=("sample", "masked_latents", "context"), numbers=("timesteps",), masks=("mask",), stored=("output",)
+    ),
+    "seine_sample": Needs(
+        shapes=("init", "masked_latents", "context", "negative_context"),
+        masks=("mask",),
+        settings=("steps", "guidance_scale"),
+    ),
+    "seine_condition": Needs(model=False, shapes=("images",), settings=("frames", "modes")),
 }
 
 
@@ -154,9 +164,11 @@ def check_fields(path: Path, case: Case, needs: Needs) -> None:
         numbers = case.inputs.get(name)
         listed = isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
         require(path, listed, f"the input {name} must be a list of numbers")
+    for name in needs.masks:
+        require(path, is_mask(case.inputs.get(name)), f"the input {name} must be rows of zeros and ones")
     for name in needs.settings:
         value = case.settings.get(name)
-        valid = is_shape(value) if name == "shape" else is_number(value)
+        valid = {"shape": is_shape, "modes": is_names}.get(name, is_number)(value)
         require(path, valid, f"{name} is missing or invalid: {value!r}")
     for name in needs.stored:
         require(path, name in case.stored, f"its npz lacks {name}")
@@ -171,6 +183,17 @@ def require(path: Path, condition: bool, problem: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_mask(value: Any) -> bool:
+    """Whether a JSON value is a list of rows of equal length, of zeros and ones."""
+    rows = isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
+    return rows and len({len(row) for row in value}) == 1 and all(x in (0, 1) for row in value for x in row)
+
+
+def is_names(value: Any) -> bool:
+    """Whether a JSON value is a list of names."""
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def is_shape(value: Any) -> bool:

@@ -23,6 +23,8 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.parity.cases import Arrays, Case
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
+from lavie_jax.stages.prediction import masked_clip
+from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.diffusers_configs import clip_text_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare
 from lavie_jax.weights.names import from_torch, is_buffer
@@ -69,6 +71,18 @@ def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPText
     return unflatten_dict(params, sep="/")
 
 
+def stage_of(case: Case) -> Stage:
+    """Returns the stage that a case of a UNet or of its sampling belongs to."""
+    name = case.kind.rpartition("_")[0]
+    return STAGES[{"seine": "prediction"}.get(name, name)]
+
+
+def masked(case: Case) -> Condition:
+    """Returns the prediction stage's condition."""
+    inputs = {"mask": jnp.asarray(case.inputs["mask"]), "masked_latents": take(case, "masked_latents")}
+    return STAGES["prediction"].condition(inputs)
+
+
 def run_text(case: Case) -> Arrays:
     """Runs a text encoder: tokens to hidden states."""
     model = CLIPText(clip_text_config(case.model))
@@ -93,20 +107,23 @@ def run_unet(case: Case) -> Arrays:
     x = take(case, "sample")
     if "low_res" in case.inputs:
         x = jnp.concatenate([x, take(case, "low_res")], axis=-1)
+    if "mask" in case.inputs:
+        x = jnp.concatenate([x, masked(case).concat], axis=-1)
 
     def per_row(name):
         return jnp.broadcast_to(jnp.asarray(case.inputs[name]), x.shape[:1])
 
     timesteps, level = per_row("timesteps"), per_row("noise_level") if "noise_level" in case.inputs else None
-    unet = UNet(unet_config(case.model, STAGES[case.kind.removesuffix("_unet")]))
+    unet = UNet(unet_config(case.model, stage_of(case)))
     variables = {"params": load_params(case, "unet", unet.config)}
     output = jax.jit(unet.apply)(variables, x, timesteps, take(case, "context"), noise_level=level)
     return {"output": channels_first(output)}
 
 
-def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
+def run_trajectory(case: Case, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
     """Returns each sampler's final latents, from the case's `init` noise, with classifier-free guidance."""
-    unet = UNet(unet_config(case.model, STAGES[stage]))
+    stage = stage_of(case)
+    unet = UNet(unet_config(case.model, stage))
     params = load_params(case, "unet", unet.config)
     text, null_text = Prompts(take(case, "context")), Prompts(take(case, null_context))
     guidance = case.settings["guidance_scale"]
@@ -123,14 +140,14 @@ def run_trajectory(case: Case, stage: str, samplers: list[str], condition: Condi
 
     latents = {}
     for name in samplers:
-        sampler = make_sampler(name, case.settings["steps"], STAGES[stage].schedule)
+        sampler = make_sampler(name, case.settings["steps"], stage.schedule)
         latents[name] = channels_first(sample(sampler, denoise, take(case, "init"), noise_at))
     return latents
 
 
 def run_base_sample(case: Case) -> Arrays:
     """Samples the base stage with each sampler for which the case has latents."""
-    return run_trajectory(case, "base", sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
+    return run_trajectory(case, sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
 
 
 def run_interpolation_sample(case: Case) -> Arrays:
@@ -138,7 +155,7 @@ def run_interpolation_sample(case: Case) -> Arrays:
     stage = STAGES["interpolation"]
     condition = stage.condition({"key_latents": take(case, "key_frames")})
     sampler = stage.sampling["sampler"]
-    latents = run_trajectory(case, "interpolation", [sampler], condition, "negative_context")
+    latents = run_trajectory(case, [sampler], condition, "negative_context")
     return {"latents": latents[sampler]}
 
 
@@ -149,8 +166,49 @@ def run_vsr_sample(case: Case) -> Arrays:
     noise = take(case, "low_res_noise")
     condition = stage.condition({"low_res": frames, "low_res_noise": noise, "noise_level": level})
     sampler = stage.sampling["sampler"]
-    latents = run_trajectory(case, "vsr", [sampler], condition, "uncond_context")
+    latents = run_trajectory(case, [sampler], condition, "uncond_context")
     return {"noised_low_res": channels_first(condition.concat), "latents": latents[sampler]}
+
+
+SEINE_SAMPLERS = {"ddpm": "respaced_ddpm", "ddim": "respaced_ddim"}  # name in the case -> our name
+
+
+def run_seine_sample(case: Case) -> Arrays:
+    """Samples the prediction stage on a given mask and latents with each sampler for which the case has latents."""
+    for name in case.stored:
+        if name not in SEINE_SAMPLERS:
+            raise UserError(f"unknown sampler {name!r}{suggest(name, SEINE_SAMPLERS)}")
+    ours = [SEINE_SAMPLERS[name] for name in case.stored]
+    return dict(zip(case.stored, run_trajectory(case, ours, masked(case), "negative_context").values()))
+
+
+def known_pictures(mode: str, pictures: np.ndarray, frames: int) -> dict[int, np.ndarray]:
+    """Returns {frame: picture} of a mode of SEINE: firstN, onelastN, all, or clip_firstN."""
+    if mode == "all":
+        return {}
+    kind = mode.rstrip("0123456789")
+    count = int(mode.removeprefix(kind) or 0)
+    if kind not in ("first", "onelast", "clip_first") or not 1 <= count <= frames:
+        raise UserError(f"unknown mode {mode!r}: firstN, onelastN, clip_firstN or all, with N from 1 to {frames}")
+    if kind == "clip_first":
+        return dict(enumerate(pictures[:count]))
+    last = {frames - 1 - i: pictures[-1] for i in range(count)} if kind == "onelast" else {}
+    return last | {i: pictures[0] for i in range(count)}
+
+
+def run_seine_condition(case: Case) -> Arrays:
+    """Makes what the prediction stage's VAE encodes, and its mask at the size of latents, for each mode."""
+    pixels = np.floor(np.clip(128 + 64 * case.input("images"), 0, 255)).astype(np.uint8)
+    pictures, frames = rearrange(pixels, "n c h w -> n h w c"), int(case.settings["frames"])
+    height, width = pictures.shape[1:3]
+    out = {}
+    for mode in case.settings["modes"]:
+        clip, mask = masked_clip(known_pictures(mode, pictures, frames), frames, height, width)
+        latents = np.zeros((1, frames, height // 8, width // 8, 4), np.float32)
+        condition = STAGES["prediction"].condition({"mask": mask[None], "masked_latents": latents})
+        out[f"masked_video_{mode}"] = channels_first(clip[None])
+        out[f"mask_{mode}"] = channels_first(condition.concat[..., :1])
+    return out
 
 
 LOOP_SAMPLERS = {  # name in the case -> our name, prediction type
@@ -209,4 +267,7 @@ RUN: dict[str, Callable[[Case], Arrays]] = {
     "interpolation_sample": run_interpolation_sample,
     "vsr_sample": run_vsr_sample,
     "sampling_loops": run_sampling_loops,
+    "seine_unet": run_unet,
+    "seine_sample": run_seine_sample,
+    "seine_condition": run_seine_condition,
 }

@@ -1,6 +1,7 @@
 """The stages of the cascade, one file each, with their inputs and outputs.
 
     base            text                          -> 16 key frames               base.py            LaVie sec. 3.1, 3.2
+    prediction      text (+ known frames)         -> 16 key frames               prediction.py      SEINE, sec. 4.4
     interpolation   text + key frames             -> 61 frames                   interpolation.py   LaVie sec. 3.3
     vsr             text + low-resolution frames  -> frames of 4 times the size  vsr.py             LaVie sec. 3.4
 

@@ -4,8 +4,8 @@ Both use the same `Condition`, from `Stage.condition`. Latents are scaled, (B, T
 and never generated inside a condition, so that a sample depends only on its own seed.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,20 @@ class EncodedClips(NamedTuple):
     def sample(self, rng: random.Key, vae: VAEConfig) -> Float[Array, "*n t h w c"]:
         """Scaled latents: one sample of the posterior of every frame."""
         return sample_posterior(self.mean, self.logvar, rng) * vae.scaling_factor
+
+
+class ConditionSetup(NamedTuple):
+    """What the condition of a training clip is made with, besides the clip.
+
+    Attributes:
+        vae: configuration of the VAE that encoded the clip.
+        grey: a mid-grey frame (1, 1, ...), of a stage with masks in its condition.
+        options: the stage's training settings by config group, see `StageInfo.training`.
+    """
+
+    vae: VAEConfig
+    grey: EncodedClips | None = None
+    options: Mapping[str, Any] = {}
 
 
 class TrainingPair(NamedTuple):

@@ -17,10 +17,9 @@ from lavie_jax import random
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.base import STAGE as BASE
 from lavie_jax.stages.clips import ClipInfo, check_memory, padded
-from lavie_jax.stages.conditioning import Condition, EncodedClips
+from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
 from lavie_jax.stages.settings import InterpolationSettings, check_derived
 from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, grid, overlapping, whole
@@ -74,14 +73,14 @@ class Interpolation(Stage):
             )
 
     def training_inputs(
-        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+        self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
         """`key_latents` of frames 0, 4, 8, ...
 
         They are sampled independently of the target latents, because the key frames are encoded anew in sampling too.
         """
         keys = jax.tree.map(lambda x: x[..., ::KEY_FRAME_SPACING, :, :, :], clips)
-        return {"key_latents": keys.sample(rng, vae)}
+        return {"key_latents": keys.sample(rng, setup.vae)}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
         """From `key_latents` (B, K, h, w, C): frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4."""

@@ -34,7 +34,7 @@ class Settings:
         UserError: a value is of the wrong type or out of range.
     """
 
-    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, dpm++2m or unipc", metavar="NAME")
+    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, respaced_ddpm, dpm++2m or unipc", metavar="NAME")
     spacing: str | None = field(
         "spacing of the timesteps: leading, trailing, linspace, quadratic or karras (default: the sampler's own)",
         metavar="NAME",
@@ -101,6 +101,22 @@ class BaseSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictionSettings(Settings):
+    """Settings of prediction: the size of its clips, which may start from text alone, and what is given of them."""
+
+    frames: int = field("number of frames of a segment, the known ones included", metavar="T", low=1)
+    height: int = field("height in pixels", metavar="H", low=1)
+    width: int = field("width in pixels", metavar="W", low=1)
+    known_frames: int = field("number of last frames of the clip before that are given", metavar="N", default=4, low=1)
+    known_latents: str = field(
+        "latents of the known frames: a sample of the VAE's posterior, as in SEINE, or its mode",
+        metavar="NAME",
+        default="sample",
+        choices=("sample", "mode"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InterpolationSettings(Settings):
     """Settings of temporal interpolation."""
 
@@ -145,6 +161,36 @@ class VSRSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownFrames:
+    """Which frames of a training clip are known to the prediction stage: relative weights of the modes.
+
+    SEINE's distribution is not published; the defaults are our choice. Each clip draws a mode and then, where the mode
+    has one, the number N of known frames: of T frames, 1 + T u^2 / 2 rounded down, with u uniform in [0, 1), so that
+    few known frames are the most frequent.
+    """
+
+    first: float = field("weight of: the first N frames are known (image to video, continuation)", default=0.5, low=0)
+    first_and_last: float = field(
+        "weight of: the first and the last frames are known, N / 2 each (transition)", default=0.2, low=0
+    )
+    share: float = field("weight of: N frames at random positions are known", default=0.1, low=0)
+    uniform: float = field(
+        "weight of: each frame is known with a probability that is drawn for the clip", default=0.05, low=0
+    )
+    none: float = field("weight of: no frame is known (text to video)", default=0.15, low=0)
+
+    def __post_init__(self):
+        check_rules(type(self), dataclasses.asdict(self), label="config field 'known.{}'")
+        if not sum(self.weights) > 0:
+            raise UserError("config group 'known': all weights are 0: set one of them to a positive number.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights in the order of the fields."""
+        return dataclasses.astuple(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """Description of a stage that does not need its networks. The order of a cascade follows from it.
 
@@ -153,6 +199,8 @@ class StageInfo:
         settings: the dataclass of its sampling settings.
         produces: the kind of its output clip.
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
+        training: {config group: dataclass} of settings that only the training of this stage has.
+        clip_optional: whether it can start from the prompt alone, although it consumes clips.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
             sample's JSON, and whether it takes the negative prompts of a prompt file.
     """
@@ -161,7 +209,14 @@ class StageInfo:
     settings: type[Settings]
     produces: str
     consumes: tuple[str, ...] = ()
+    training: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    clip_optional: bool = False
     main: bool = False
+
+    @property
+    def from_text(self) -> bool:
+        """Whether it can start from the prompt alone."""
+        return self.clip_optional or not self.consumes
 
     def option(self, setting: str) -> str:
         """The name of a setting among those of all stages: `steps` of the main stage, `vsr-steps` of another."""
@@ -188,10 +243,14 @@ STAGE_INFO = {
     info.name: info
     for info in (
         StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
+        StageInfo(
+            name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
+            clip_optional=True, training={"known": KnownFrames},
+        ),
         StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
         StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),
     )
-}
+}  # fmt: skip
 MAIN_STAGE = next(name for name, info in STAGE_INFO.items() if info.main)
 
 
@@ -212,6 +271,8 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
             raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
     if not stages:
         raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
+    if repeated := next((name for name in stages if stages.count(name) > 1), None):
+        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
@@ -222,7 +283,7 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
         raise UserError(f"stages: {first.name} starts from the prompt only; your clip can go through {others}")
-    if not own_clip and first.consumes:
+    if not own_clip and not first.from_text:
         raise UserError(
             f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"
         )

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.registry import PARTS
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.conditioning import (
     Condition,
+    ConditionSetup,
     EncodedClips,
     SampleTimesteps,
     TrainingPair,
@@ -53,7 +53,8 @@ class LoadedStage(Protocol):
         """Standard normal noise of frames, each keyed by its index."""
 
     def encode(self, frames: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """Scaled latents of uint8 frames: a sample of the posterior with `noise`, else its mode."""
+        """Scaled latents of frames, uint8 or float32 in [-1, 1]: a sample of the posterior with `noise`, else its
+        mode."""
 
 
 class Stage:
@@ -71,6 +72,7 @@ class Stage:
         null_caption: the text that replaces a dropped caption in training.
         unet_fields: fields of `UNetConfig` in which the stage's UNet differs from the image model's.
         condition_latents: number of latents in the condition, for which an inflated UNet gets more input channels.
+        condition_masks: number of masks in the condition, each of one channel, likewise.
         image_model: the image model that the stage's UNet is inflated from; None if it is inflated from another stage.
         image_channels: input channels of that image model in addition to the latent's.
         inflates: the stage that the UNet is inflated from, or None if it is inflated from an image model.
@@ -90,6 +92,7 @@ class Stage:
     null_caption: ClassVar[str] = ""
     unet_fields: ClassVar[Mapping[str, Any]]
     condition_latents: ClassVar[int] = 0
+    condition_masks: ClassVar[int] = 0
     image_model: ClassVar[str | None] = "Stable Diffusion 1.x"
     image_channels: ClassVar[int] = 0
     inflates: ClassVar[str | None] = None
@@ -110,6 +113,10 @@ class Stage:
         """Names of the parts of its weights folder."""
         return (*PARTS, "tokenizer", "scheduler", *(("low_res_scheduler",) if self.low_res_schedule else ()))
 
+    def condition_channels(self, latent_channels: int) -> int:
+        """Returns the number of input channels that the UNet has in addition to the image model's."""
+        return self.condition_latents * latent_channels + self.condition_masks
+
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """Returns default sampling settings for a model that is inflated from one with the settings `source`."""
         return dict(self.sampling)
@@ -120,13 +127,13 @@ class Stage:
         """Raises UserError for a number of frames that the stage cannot be trained on; 0 means images only."""
 
     def training_inputs(
-        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+        self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
         """Returns the inputs of `condition`, computed from the target frames.
 
         Args:
             clips: the target clips of a batch, or its images.
-            vae: configuration of the VAE that encoded them.
+            setup: the VAE's configuration, and what only some stages need.
             rng: key for the condition of these clips.
             level_rng: key for the noise levels, which the clip and the images of a row share.
         """

@@ -21,9 +21,8 @@ from lavie_jax import random
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.clips import ClipInfo, check_memory, padded, to_float
-from lavie_jax.stages.conditioning import Condition, EncodedClips
+from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derived
 from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, cut, grid, overlapping
@@ -56,7 +55,7 @@ class VSR(Stage):
     # ---- training ----
 
     def training_inputs(
-        self, clips: EncodedClips, vae: VAEConfig, rng: random.Key, level_rng: random.Key
+        self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
         """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
@@ -65,7 +64,7 @@ class VSR(Stage):
         are below 44, because sampling uses low levels: the released model's default is 50. The images of a row
         have the level of its clip, because the UNet takes one for each row.
         """
-        low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=vae.factor, j=vae.factor)
+        low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=setup.vae.factor, j=setup.vae.factor)
         lead = low_res.shape[:-4]
         level = (random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
         level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)

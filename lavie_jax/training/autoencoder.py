@@ -67,7 +67,7 @@ def make_autoencoder_task(
     start = None
     if init_from:
         part = weights.load_part(init_from, "vae", dtype=np.float32)
-        check_same(part.config, config, init_from, ignore="scaling_factor")
+        check_same(part.config, config, init_from, ignore=("scaling_factor",))
         start = part.params
     vae = VAE(config, dtype=dtype)
 

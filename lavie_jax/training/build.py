@@ -30,7 +30,7 @@ from lavie_jax.training.config import init_folder
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
-from lavie_jax.weights.inflate import TEMPORAL, inflate
+from lavie_jax.weights.inflate import copied, copies_temporal, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
 from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
 
@@ -143,6 +143,7 @@ def stage_task(config: Any, dtype: DTypeLike, init: InitialWeights) -> Task:
         frames=data.frames,
         images=data.images,
         train_text_encoder=config.train_text_encoder,
+        options={group: cls(**_plain(config[group])) for group, cls in STAGES[config.stage].info.training.items()},
     )
     return diffusion.make_diffusion_task(
         losses,
@@ -254,9 +255,10 @@ def _load_start(config: Any, models: Models) -> weights.Weights:
         )
     unet, params = loaded.unet.config, loaded.unet.params
     if inflates:
-        check_same(unet.image_config(), wanted.image_config(), where, ignore="in_channels")  # inflation adds some
-        spatial = {k: as_tensor(v) for k, v in flatten_dict(params, sep="/").items() if not TEMPORAL.search(k)}
-        inflated = inflate(spatial, wanted, seed=config.seed)
+        same = (unet, wanted) if copies_temporal(stage) else (unet.image_config(), wanted.image_config())
+        check_same(*same, where, ignore=("in_channels", "known_frames_around"))  # inflation adds them
+        tensors = {path: as_tensor(value) for path, value in flatten_dict(params, sep="/").items()}
+        inflated = inflate(copied(stage, tensors), wanted, seed=config.seed)
         params = unflatten_dict({k: v.read() for k, v in inflated.items()}, sep="/")
     else:
         check_same(unet, wanted, where)
@@ -322,7 +324,7 @@ def _load_vae(config: Any, models: Models, start: weights.Weights | _Start | Non
     if not config.vae_from and start is None:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")
     part = weights.load_part(config.vae_from, "vae") if config.vae_from else start.vae
-    check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore="scaling_factor")
+    check_same(part.config, models.vae.config, config.vae_from or config.init_from, ignore=("scaling_factor",))
     return part
 
 

@@ -93,7 +93,8 @@ class StageRunConfig(RunConfig):
     """The top-level fields of a stage's run."""
 
     inflate: bool = field(
-        "init_from contains an image model, or, for interpolation, a base model, that becomes this stage", default=False
+        "init_from contains an image model, or, for prediction and interpolation, a base model, to start from",
+        default=False,
     )
     vae_from: str = field(
         "weights folder with the VAE; empty uses init_from, random an untrained VAE", default="", path=True
@@ -119,7 +120,13 @@ def group_classes(stage: str) -> dict[str, type]:
     if stage not in STAGE_INFO:
         raise UserError(f"unknown stage {stage!r}{suggest(stage, (VAE_STAGE, *STAGE_INFO))}")
     networks = {"unet": UNetConfig, "text_encoder": CLIPTextConfig, "schedule": Schedule}
-    return {**shared, **networks, "loss": DiffusionLoss, "sampling": STAGE_INFO[stage].settings}
+    return {
+        **shared,
+        **networks,
+        "loss": DiffusionLoss,
+        "sampling": STAGE_INFO[stage].settings,
+        **STAGE_INFO[stage].training,
+    }
 
 
 def field_types(stage: str) -> dict[str, dict[str, Any]]:

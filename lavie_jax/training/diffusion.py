@@ -27,7 +27,7 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
 from lavie_jax.stages.clips import pixels_to_float
-from lavie_jax.stages.conditioning import EncodedClips, Text, TrainingPair
+from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips, Text, TrainingPair
 from lavie_jax.stages.stage import Stage
 from lavie_jax.training.optimizer import check_number
 from lavie_jax.training.step import Batch, Losses, Task
@@ -71,6 +71,7 @@ class Models:
 class StageLoss:
     """The loss of one stage on batches of T `frames` and M `images`; either may be 0.
 
+    `options` are the stage's own training settings, {config group: dataclass}.
     `params` are {"unet": ..., "text_encoder": ... if trained}, `frozen` is {"vae": ..., "text_encoder": ... if not}.
     """
 
@@ -80,6 +81,7 @@ class StageLoss:
     frames: int
     images: int
     train_text_encoder: bool
+    options: Mapping[str, Any]
 
     def init(self, rng: jax.Array) -> Any:
         """Returns random parameters, including the temporal layers' even if there are no videos."""
@@ -127,8 +129,9 @@ class StageLoss:
         latent_rng, video_rng, image_rng, level_rng = random.split(rng, 4)
         latents = every.sample(latent_rng, vae.config)
         video, images = every.select(slice(None, self.frames)), every.select(slice(self.frames, None), None)
-        inputs = make_inputs(video, vae.config, video_rng, level_rng) if self.frames else None
-        image_inputs = make_inputs(images, vae.config, image_rng, level_rng) if self.images else None
+        setup = ConditionSetup(vae.config, self._grey(frozen, every), self.options)
+        inputs = make_inputs(video, setup, video_rng, level_rng) if self.frames else None
+        image_inputs = make_inputs(images, setup, image_rng, level_rng) if self.images else None
         return jax.lax.stop_gradient((latents, inputs, image_inputs))
 
     def _clips(self, frozen: Any, batch: Batch) -> EncodedClips:
@@ -141,6 +144,15 @@ class StageLoss:
         pixels = jnp.concatenate([batch[kind] for kind, count in kinds.items() if count], axis=1)
         pixels = pixels_to_float(pixels)
         return EncodedClips(pixels, *encode_frames(self.models.vae, frozen["vae"], pixels))
+
+    def _grey(self, frozen: Any, clips: EncodedClips) -> EncodedClips | None:
+        """Encodes a mid-grey frame of the clips' size, for a stage that shows it in place of unknown frames."""
+        if not self.stage.condition_masks:
+            return None
+        factor, (height, width) = self.models.vae.config.factor, clips.mean.shape[-3:-1]
+        pixels = jnp.zeros((1, 1, height * factor, width * factor, 3))
+        grey = EncodedClips(None, *encode_frames(self.models.vae, frozen["vae"], pixels))
+        return grey.without_variance() if self.loss.posterior_mean else grey
 
     def _text(self, params: Any, frozen: Any, batch: Batch) -> Text:
         if "text" in batch or "image_text" in batch:

@@ -100,7 +100,9 @@ def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensio
     """
 
     def inner(path: str) -> bool:
-        first_or_last = re.search(r"/(conv_in|conv_out|key_frame_(embedding|skip)_temporal|low_res_skip)/", path)
+        first_or_last = re.search(
+            r"/(conv_in|conv_out|(key|known)_frame_(embedding|skip)_temporal|low_res_skip)/", path
+        )
         return path.endswith("/kernel") and not first_or_last
 
     return {

@@ -120,7 +120,7 @@ def check(config: Any, workdir: Path) -> None:
         UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
     """
     check_values(config.to_dict())
-    from_text = [name for name, info in STAGE_INFO.items() if not info.consumes]
+    from_text = [name for name, info in STAGE_INFO.items() if info.from_text]
     if config.prompts and config.stage not in from_text:
         raise UserError(
             f"prompts are sampled by stages that start from text ({', '.join(from_text)}), not by {config.stage!r}: "

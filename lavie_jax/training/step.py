@@ -5,7 +5,7 @@ share. `training/state.py` has the state that an update maps to the next one.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,11 @@ class Task:
         return optimizer.merge(trained, frozen.get(UNTRAINED, {}))
 
 
-def check_same(given: Any, wanted: Any, where: str, *, ignore: str = "") -> None:
+def check_same(given: Any, wanted: Any, where: str, *, ignore: Sequence[str] = ()) -> None:
     """Refuses a model in the folder `where` whose config differs from that of this run."""
     for field in dataclasses.fields(wanted):
         theirs, ours = getattr(given, field.name), getattr(wanted, field.name)
-        if theirs != ours and field.name != ignore:
+        if theirs != ours and field.name not in ignore:
             name = f"{type(wanted).__name__}.{field.name}"
             raise UserError(f"{where} has {name} = {theirs!r}, but the config has {ours!r}: they must be equal.")
 

@@ -121,7 +121,9 @@ def _check_stage(unet: PretrainedPart, stage: Stage, latent_channels: int) -> No
             f"{unet.file} is the UNet of an image model, without temporal layers: convert_torch.py inflate makes a "
             "video model of one to train from."
         )
-    by_channels = {s.name: latent_channels * (1 + s.condition_latents) + s.image_channels for s in STAGES.values()}
+    by_channels = {
+        s.name: latent_channels + s.image_channels + s.condition_channels(latent_channels) for s in STAGES.values()
+    }
     others = [name for name, channels in by_channels.items() if channels == first.shape[1]]
     if first.shape[1] != by_channels[stage.name] and others:
         raise UserError(
@@ -140,8 +142,8 @@ def import_image_parts(source: Pretrained, stage: Stage) -> dict[str, Imported]:
 
 def video_config(image: UNetConfig, stage: Stage, latent_channels: int) -> UNetConfig:
     """Returns the config of a stage's UNet around an image UNet: temporal parts, and channels for its condition."""
-    more = stage.condition_latents * latent_channels
-    return inflated_config(dataclasses.replace(image, in_channels=image.in_channels + more), stage.unet_fields)
+    channels = image.in_channels + stage.condition_channels(latent_channels)
+    return inflated_config(dataclasses.replace(image, in_channels=channels), stage.unet_fields)
 
 
 def import_part(part: str, source: PretrainedPart, config) -> Imported:

@@ -15,6 +15,7 @@ import numpy as np
 from lavie_jax.errors import UserError
 from lavie_jax.models.registry import PARTS
 from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.stages import STAGES
 from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.convert import (
     Imported,
@@ -70,7 +71,8 @@ def inflate_stage(
 ) -> None:
     """Writes a weights folder to train from, starting from the folder `source` of the stage that `stage` inflates.
 
-    Temporal attention is not copied: interpolation has it at another position in the block than the base.
+    Temporal layers are copied if the stage has the same ones, as prediction has the base's. Interpolation has them at
+    another position in the block.
 
     Raises:
         UserError: `source` is not a complete folder of that stage.
@@ -84,9 +86,10 @@ def inflate_stage(
     text, tokenizer = weights.text_encoder.config, part_dir(source, "tokenizer")
     check_tokenizer(tokenizer, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=source)
     source_config, tensors = parts["unet"]
-    config = video_config(source_config.image_config(), stage, weights.vae.config.latent_channels)
-    spatial = {path: t for path, t in tensors.items() if not TEMPORAL.search(path)}
-    parts["unet"] = config, inflate(spatial, config, seed=seed)
+    if not copies_temporal(stage):
+        source_config = source_config.image_config()
+    config = video_config(source_config, stage, weights.vae.config.latent_channels)
+    parts["unet"] = config, inflate(copied(stage, tensors), config, seed=seed)
     save_folder(
         out,
         stage=stage.name,
@@ -100,14 +103,24 @@ def inflate_stage(
     )
 
 
+def copies_temporal(stage: Stage) -> bool:
+    """Whether the temporal layers of the stage's UNet are those of the stage that it is inflated from."""
+    return stage.inflates is not None and STAGES[stage.inflates].unet_fields == stage.unet_fields
+
+
+def copied(stage: Stage, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters of the inflated stage's UNet that the stage's UNet starts from."""
+    return {path: t for path, t in tensors.items() if copies_temporal(stage) or not TEMPORAL.search(path)}
+
+
 def inflate(source: Mapping[str, Tensor], config: UNetConfig, *, seed: int) -> dict[str, Tensor]:
-    """Returns all parameters of a UNet, {path: Tensor}, given those of a UNet without temporal parts.
+    """Returns all parameters of a UNet, {path: Tensor}, given those of a UNet with fewer temporal parts, or none.
 
     Copied tensors keep their dtype. New ones are float32 and depend on `seed` and their path. `conv_in` may have more
     input channels than the source's; the new ones are zero.
 
     Raises:
-        UserError: the source has not exactly the spatial parameters of the UNet that `config` describes.
+        UserError: the source lacks a spatial parameter of the UNet that `config` describes, or has others.
     """
     expected = expected_shapes(config)
     problems = [f"unexpected {p} {list(t.shape)}" for p, t in source.items() if p not in expected and not is_buffer(p)]

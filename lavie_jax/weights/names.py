@@ -49,8 +49,8 @@ DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
 # Temporal layers that write into the residual stream. They start at zero, so that a video model starts as its image
 # model.
 ZERO_AT_FIRST = re.compile(
-    r"(^|/)(attn_temporal/to_out_0|motion_embedding_temporal/out|key_frame_embedding_temporal/conv"
-    r"|key_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
+    r"(^|/)(attn_temporal/to_out_0|motion_embedding_temporal/out|(key|known)_frame_embedding_temporal/conv"
+    r"|(key|known)_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
 )
 BUFFER = re.compile(r"(^|[/._])(rotary_emb[/.]freqs|position_ids)$")
 EMBEDDING = re.compile(r"(embedding|relative_attention_bias)\.weight$")
