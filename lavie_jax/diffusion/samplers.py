@@ -100,6 +100,11 @@ class Sampler:
         """Standard deviation of `state["x"]` at the start."""
         return 1.0
 
+    @property
+    def residual_noise(self) -> float:
+        """Standard deviation of the fresh noise that the result still contains."""
+        return 0.0
+
     def init(self, noise: Float[ArrayLike, "b ..."]) -> State:
         """Returns the state before evaluation 0, float32, given standard normal `noise`."""
         return {"x": jnp.asarray(noise, jnp.float32) * self.init_noise_sigma}
@@ -200,6 +205,14 @@ class RespacedDDPM(DDPM):
 
     default_spacing = "linspace"
     coefficient_dtype = np.float64
+
+    @property
+    def residual_noise(self) -> float:
+        # The variance that x_t has at the last evaluation in addition to the schedule's, which the network removes.
+        if self.steps == 1:
+            return 0.0
+        abar_t, abar_s = self.levels[-3:-2], self.levels[-2:-1]
+        return float(np.sqrt(self._variance(abar_t, abar_s) - super()._variance(abar_t, abar_s))[0])
 
     def _variance(self, abar_t, abar_s):
         return np.where(abar_s < 1, 1 - abar_t / abar_s, 0.0)
