@@ -1,4 +1,4 @@
-"""Random numbers of a batch that may be processed in parts, so that its rows get the same numbers in any of them.
+"""Random numbers for a batch that may be processed in parts: a row gets the same numbers whatever the parts.
 
 A function of some rows draws with these functions instead of those of `jax.random`. It is called with a key of jax if
 the rows are a whole batch, and with a `PartKey` if they are part of one: then the numbers of the whole batch are drawn,
