@@ -18,8 +18,8 @@ class PartKey(NamedTuple):
 
     Attributes:
         key: jax's key.
-        index: of the part; it has every `parts`-th row, from this one on.
-        parts: into how many the batch is divided.
+        index: index of the part, which has every `parts`-th row from this one on.
+        parts: number of parts of the batch.
     """
 
     key: Array
@@ -36,7 +36,7 @@ def part_of(batch: Shaped[Array, "rows ..."], index: Array | int, parts: int) ->
 
 
 def rows(key: Key, count: int, draw: Callable[[Array, int], Array]) -> Array:
-    """Returns the numbers of `count` rows; `draw(key, rows)` returns those of as many rows, on the first axis."""
+    """Returns the numbers of `count` rows; `draw(key, rows)` returns those of that many rows, on the first axis."""
     if not isinstance(key, PartKey):
         return draw(key, count)
     return part_of(draw(key.key, key.parts * count), key.index, key.parts)
