@@ -133,6 +133,7 @@ def chain_warning(sampler: Sampler) -> str | None:
     nearest = min(good, key=lambda n: abs(n - steps))
     return (
         f"{_name(sampler)} with {steps} steps and {sampler.spacing!r} spacing starts at timestep "
-        f"{sampler.step_timesteps[0]} of {schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be signal "
-        f"but all of it is noise. {nearest} steps, or another sampler or spacing, start closer to the last timestep."
+        f"{sampler.step_timesteps[0]} of {schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be "
+        f"signal but all of it is noise. {nearest} steps, or another sampler or spacing, start closer to "
+        "the last timestep."
     )

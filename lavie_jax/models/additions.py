@@ -235,6 +235,7 @@ def known_frames_around(
     after = jax.lax.cummin(jnp.where(known, index, count), axis=1, reverse=True)
 
     def side(source: Array) -> Array:
+        """Returns the latents of the frames `source`, 1, and the distance to them; zeros where there is none."""
         there = ((source >= 0) & (source < count))[:, :, None, None, None]
         picked = jnp.take_along_axis(latents, jnp.clip(source, 0, count - 1)[:, :, None, None, None], axis=1)
         distance = (jnp.abs(index - source) / count)[:, :, None, None, None]

@@ -26,7 +26,7 @@ class Prompt:
 
 
 def check_seed(seed: Any, where: str = "seed") -> int:
-    """`seed` as an int. Raises UserError when it is not a whole number from 0 to 2^32 - 1."""
+    """Returns `seed` as an int. Raises UserError unless it is a whole number from 0 to 2^32 - 1."""
     try:
         if isinstance(seed, str) and _WHOLE.fullmatch(seed.strip()):
             seed = seed.strip().partition(".")[0]  # spreadsheets write 42.0
@@ -48,7 +48,7 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, at least one.
+    """Returns the prompts of a file, at least one.
 
     - `.txt`: one prompt per line; empty lines are skipped.
     - `.csv` and `.tsv`: a header with `prompt`, and optionally `seed` and `negative_prompt`; divided by commas, tabs,

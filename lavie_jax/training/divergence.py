@@ -197,7 +197,7 @@ def _not_finite(what: str, tree: Any) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
+    """Runs the command line."""
     parser = Parser(
         prog="python -m lavie_jax.training.divergence", description="Lists what is not finite in a dumped step."
     )
