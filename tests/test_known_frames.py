@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -270,8 +272,24 @@ def noise_of_the_first_segment(monkeypatch):
         yield
 
 
+def alive_clips(monkeypatch) -> list[int]:
+    """The number of clips in memory whenever another one is made, from now on."""
+    made, alive = [], []
+
+    class Counted(denoising.Clip):
+        def __init__(self, **fields):
+            super().__init__(**fields)
+            gc.collect()
+            made.append(weakref.ref(self))
+            alive.append(sum(ref() is not None for ref in made))
+
+    monkeypatch.setattr(running, "Clip", Counted)
+    return alive
+
+
 def test_segments_equal_clips_that_are_continued_one_by_one(pipe, monkeypatch):
     known, prompts = {0: PICTURES[0], 7: PICTURES[1]}, ("a red circle", "a blue square", "a blue square")
+    alive = alive_clips(monkeypatch)
     with noise_of_the_first_segment(monkeypatch):
         long = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=3)
         first = predicted(pipe, prompts[0], known={0: PICTURES[0]})
@@ -279,8 +297,9 @@ def test_segments_equal_clips_that_are_continued_one_by_one(pipe, monkeypatch):
         third = predicted(pipe, prompts[2], clip=second, known={3: PICTURES[1]})
     assert long.shape == (8, *SIZE, 3)
     np.testing.assert_array_equal(long, np.concatenate([first, second[2:], third[2:]]))
-    own = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=3)
+    own = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=4)
     np.testing.assert_array_equal(own[:4], long[:4])
+    assert max(alive) <= 2, "the latents of finished segments are freed"
     assert (own[4:6] != long[4:6]).any(), "each segment has its own noise"
 
 

@@ -323,14 +323,14 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
             raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
     if not stages:
         raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
-    if repeated := next((name for name in stages if stages.count(name) > 1), None):
-        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
                 f"stages: {','.join(stages)} cannot be run in this order: {after} cannot start from the output of "
                 f"{before}. Allowed order: {', '.join(STAGE_INFO)}"
             )
+    if repeated := next((name for name in stages if stages.count(name) > 1), None):
+        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     first = STAGE_INFO[stages[0]]
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
