@@ -138,7 +138,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
-    """Returns the prompts of the command line, then those of the file. Checks all other arguments as well."""
+    """Checks all arguments, replaces text in `args` by parsed values, and returns the prompts: flags, then the file."""
     for name in ("num_videos", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

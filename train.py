@@ -1,4 +1,4 @@
-"""Trains a VAE or a stage of LaVie. One loop, read from top to bottom.
+"""Trains a VAE or a stage of LaVie: one loop, which reads from top to bottom.
 
     python train.py --config configs/moving_shapes/base.py --workdir runs/base [--config.FIELD=VALUE ...]
 
@@ -46,17 +46,10 @@ from lavie_jax.training import build, checkpoint, divergence, lock, metrics, opt
 from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
-from lavie_jax.weights.folder import recover_folder
+from lavie_jax.weights.saving import recover_folder
 
-SHOWN = (
-    "psnr",
-    "data_wait",
-    "step_seconds_p95",
-    "goodput",
-    "mfu",
-    "memory_gib",
-)  # in the progress bar, with the losses
-HELD_OUT_SEED = 0  # of the noise of the held-out losses, the same in every run
+SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, with losses
+HELD_OUT_SEED = 0  # seed of the noise in held-out losses, the same in every run
 
 
 def main(argv: list[str], cleanup: ExitStack) -> None:
@@ -76,7 +69,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     except UserError as error:
         if not options.is_distributed(argv):
             raise
-        problem = error  # the other hosts must hear of it
+        problem = error  # raised below, where the other hosts learn of it
     parallel.initialise(
         cpu_devices=arguments.config.cpu_devices if arguments else 0,
         distributed=arguments is None or arguments.config.distributed,
@@ -182,11 +175,8 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
         state, random = init_state(task, tx, mesh, seed=config.seed)
     frozen |= random  # untrained parameters that were initialised at random: empty in most runs
     task = dataclasses.replace(task, start=None)  # frees gigabytes of host memory at full size
-    trees = task.join(state["params"], frozen), state["params"]
-    total, trained = (sum(x.size for x in jax.tree.leaves(tree)) / 1e6 for tree in trees)
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    count = f"{total:.2f} M parameters" + (f", {trained:.2f} M trained" if trained < total else "")
-    say(f"{count}; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}); {dtype}")
+    sizes = parameter_counts(task.join(state["params"], frozen), state["params"])
+    say(f"{sizes}; {parallel.describe(mesh)}; {dtype}")
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
     # │ Compiled functions                                                               │
@@ -258,7 +248,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
                 sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
                 say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {sizes}")
         state, losses = update(state, frozen, placed)
-        if compiles:  # exempts what tracing allocated from garbage collection, which saves 0.2 s every 30 steps
+        if compiles:  # garbage collection need not visit what tracing allocated: saves 0.2 s every 30 steps
             gc.collect()
             gc.freeze()
         step += 1
@@ -284,7 +274,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
             if writer:
                 writer.write(step, values)
 
-        if save:  # first: the machine may be gone, or its memory full, before the rest is done
+        if save:  # before the rest, during which the machine may be preempted or run out of memory
             checkpoints.save(step, state | random, identity)
         if stopped:
             checkpoints.settle()
@@ -322,7 +312,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
 def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> bool:
     """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each.
 
-    Returns False if that fails, for lack of memory or because numbers are not finite: no grid is worth a run.
+    Returns False if that fails, for example for lack of memory: a grid must not end a run.
     """
     try:
         with disk.tolerate_full_disk("samples/") as written:
@@ -333,6 +323,12 @@ def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: P
         reason = " ".join(str(error).split())[:500]
         logging.error("no sample grid %s (%s: %s). Training continues.", path.name, type(error).__name__, reason)
         return False
+
+
+def parameter_counts(params: Any, trained: Any) -> str:
+    """Returns the number of parameters of the trained network, and how many of them are trained."""
+    total, some = (sum(x.size for x in jax.tree.leaves(tree)) / 1e6 for tree in (params, trained))
+    return f"{total:.2f} M parameters" + (f", {some:.2f} M trained" if some < total else "")
 
 
 def say(text: str) -> None:

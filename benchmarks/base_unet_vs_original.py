@@ -44,6 +44,7 @@ class Original:
         self.version = self.read()["torch"]
 
     def read(self) -> dict:
+        """Returns the next line of the process, an object in JSON."""
         line = self.process.stdout.readline()
         if not line:
             sys.exit("error: the original model failed; see its message above")
@@ -141,6 +142,7 @@ def report(numbers: dict) -> None:
 
 
 def main() -> int:
+    """Runs the command line and returns its exit code."""
     from lavie_jax.errors import Parser  # here, because the script runs without an installation too
 
     parser = Parser(description=__doc__.splitlines()[0])

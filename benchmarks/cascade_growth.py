@@ -107,6 +107,7 @@ def plot(results: list[dict], path: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the shipped one)")
     parser.add_argument(

@@ -67,6 +67,7 @@ def make_files(folder: Path) -> None:
 
 
 def main() -> int:
+    """Runs the command line and returns its exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="where to create the temporary folder")
     args = parser.parse_args()

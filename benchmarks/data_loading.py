@@ -114,6 +114,7 @@ def timed(module: object, name: str) -> Iterator[Callable[[], float]]:
     real, spent = getattr(module, name), [0.0]
 
     def counted(*args, **kwargs):
+        """Calls the function and adds its CPU seconds to the total."""
         start = time.process_time()
         try:
             return real(*args, **kwargs)
@@ -249,6 +250,7 @@ def demand(rates: dict[str, float]) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("sources", "memory", "curation", "demand"), help="run only this part")
     parser.add_argument("--clips", type=int, default=40, help="clips per source (default: %(default)s)")

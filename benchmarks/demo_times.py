@@ -33,6 +33,7 @@ def measure(command: Sequence[str], cache: Path, out: Path) -> tuple[float, int]
 
 
 def main() -> None:
+    """Runs the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warn_if_busy()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from lavie_jax.parity.cases import read_case  # numpy and the standard library o
 
 
 def main() -> None:
+    """Runs the command line."""
     checkout, case_path, shapes, cores, output = sys.argv[1:]
     sys.path.insert(0, str(Path(checkout) / "base"))
     from models.unet import UNet3DConditionModel

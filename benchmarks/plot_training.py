@@ -25,6 +25,7 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="work directories of train.py")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")

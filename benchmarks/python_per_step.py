@@ -54,6 +54,7 @@ def arrays(config) -> int:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     args = parser.parse_args()

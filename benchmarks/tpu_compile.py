@@ -93,6 +93,7 @@ def measure(lower: Callable[[], jax.stages.Lowered], level: dict[str, str]) -> d
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()

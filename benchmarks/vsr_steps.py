@@ -21,6 +21,7 @@ SAMPLERS = ("ddim", "dpm++2m")
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights", type=Path, help="folder of the vsr stage or of a cascade (default: the shipped one)"
@@ -38,6 +39,7 @@ def main() -> None:
     seconds = {}
 
     def timed(row, method):
+        """Wraps a method of `super_resolution` so that its mean seconds per clip are stored under `row`."""
         method(downscaled(samples[0].pixels), samples[0].caption, args.seed)  # compiles
 
         def timed_method(*args):

@@ -90,6 +90,7 @@ def measure(pipe: cascade.Cascade, name: str, clip: np.ndarray, prompt: str, arg
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="folder of the vsr stage or of a cascade")
     parser.add_argument("--input", type=Path, help="a low-resolution clip")

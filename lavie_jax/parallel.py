@@ -43,6 +43,12 @@ RULES: Rules = (
 )
 
 
+def describe(mesh: Mesh) -> str:
+    """Returns the devices and axes of a mesh, such as "8 x TPU v5 lite (data 4, fsdp 2, tensor 1)"."""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})"
+
+
 def make_mesh(
     *,
     data: int = -1,

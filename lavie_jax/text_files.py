@@ -1,7 +1,8 @@
-"""Text as other programs write it: byte order marks, and tables with any usual delimiter. Standard library only."""
+"""Text as other programs write it: byte order marks, JSON, tables with any usual delimiter. Standard library only."""
 
 import codecs
 import csv
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,17 @@ def decode(content: bytes) -> str:
 def read_text(path: Path) -> str:
     """Reads a text file with `decode`. Raises OSError and UnicodeDecodeError."""
     return decode(path.read_bytes())
+
+
+def read_json(path: Path) -> dict:
+    """Reads the object in a JSON file. Raises UserError when there is none."""
+    try:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must contain a JSON object.")
+    return value
 
 
 def read_delimited(

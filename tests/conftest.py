@@ -1,7 +1,7 @@
-"""Every test runs on 8 virtual CPU devices, without network, with array shapes and types checked at run time.
+"""Runs every test on 8 virtual CPU devices, without network, and checks array shapes and types at run time.
 
 The order matters: the environment is set before jax is imported, the devices before jax is used, and the
-import hook is installed before lavie_jax is imported. Programs that tests start inherit the environment.
+import hook is installed before lavie_jax is imported. Subprocesses inherit the environment.
 """
 
 import os
@@ -10,7 +10,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of a test's time is compiling
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of the time of a test
 
 import jax
 import jaxtyping
@@ -18,15 +18,14 @@ import jaxtyping
 FIRST = "PYTEST_XDIST_WORKER" not in os.environ
 if FIRST:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lavie_jax-compiled-")  # workers inherit it
-    if jax.__version_info__ < (0, 11):  # newer ones have no other way to make fusions; this one takes a third less
+    if jax.__version_info__ < (0, 11):  # later versions need the fusion emitters; without, compiling is a third faster
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # as `parallel.keep_compiled_programs` has it
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # as in `parallel.keep_compiled_programs`
 jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook("lavie_jax", "typecheck.checked")
 
-# Files whose tests take minutes. Each worker takes the next file when it is done with one, so these come first: none is
-# left for the end, when the other workers have nothing to do.
+# Files whose tests take minutes. They come first: the other workers would wait for one that starts last.
 LONGEST = (
     "test_train.py", "test_configs.py", "test_survival.py", "test_unet.py", "test_buckets.py", "test_notebook.py",
     "test_crash.py", "test_stage_training.py",

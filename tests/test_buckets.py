@@ -1,7 +1,6 @@
-"""Buckets of aspect ratios: each batch of one size, nothing distorted, the same for any processes and from any step."""
+"""Aspect-ratio buckets: every batch has one size, and nothing is distorted."""
 
 import collections
-import contextlib
 import dataclasses
 import io
 import json
@@ -14,23 +13,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavie_jax.data import buckets, pipeline, shards, video_files
+from lavie_jax.data import buckets, shards, video_files
 from lavie_jax.data.buckets import nearest, parse_sizes
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.pipeline import Examples
 from lavie_jax.errors import UserError
 from tests import videos
+from tests.batches import take
 
 ROOT = Path(__file__).parents[1]
 WIDE, TALL, SQUARE = (16, 24), (24, 16), (20, 20)
 SIZES = (WIDE, TALL, SQUARE)
-# of 30 clips: two thirds wide, a fifth tall, the rest square
+# Sizes of 30 clips: two thirds are wide, a fifth are tall, the rest are square.
 SHAPES = [(32, 48)] * 10 + [(36, 56)] * 10 + [(48, 32)] * 6 + [(40, 40)] * 4
 
 
 def ramp(height, width, frames=5):
-    """Values rise from left to right and from top to bottom, so that cropping and distortion are visible."""
+    """Returns frames whose values rise from left to right and from top to bottom: they show cropping and distortion."""
     rows, columns = np.linspace(0, 250, height), np.linspace(0, 250, width)
     one = np.stack(np.broadcast_arrays(rows[:, None], columns[None, :], 128.0), axis=-1)
     return np.repeat(one[None], frames, axis=0).astype(np.uint8)
@@ -38,7 +38,7 @@ def ramp(height, width, frames=5):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """{kind: path} of the same clips, and {"pictures": path} of pictures of the same shapes."""
+    """Returns {kind: path} of the clips in each kind of source, and {"pictures": path} of images of the same shapes."""
     root = tmp_path_factory.mktemp("stores")
     rows, pictures = [], []
     for i, (height, width) in enumerate(SHAPES):
@@ -55,8 +55,8 @@ def stores(tmp_path_factory):
     shards.write_shards(rows, root / "listed", shard_records=20)
     with (root / "listed/clips.jsonl").open("w") as file:
         for i, (height, width) in enumerate(SHAPES):
-            place = {"shard": f"clips-{i // 20:05d}.array_record", "index": i % 20}
-            file.write(json.dumps({**place, "height": height, "width": width}) + "\n")
+            record = {"shard": f"clips-{i // 20:05d}.array_record", "index": i % 20}
+            file.write(json.dumps({**record, "height": height, "width": width}) + "\n")
     shards.write_shards(pictures, root / "pictures")
     return {"video_folder": root / "folder", "array_record": root / "shards", "listed": root / "listed",
             "pictures": root / "pictures"}  # fmt: skip
@@ -66,13 +66,6 @@ def config_of(stores, kind="array_record", **change):
     source = "array_record" if kind == "listed" else kind
     common = {"source": source, "path": str(stores[kind]), "frames": 3, "fps": 8.0, "images": 1, "caption_drop": 0.0}
     return DataConfig(**{**common, "height": 16, "width": 24, "buckets": SIZES, **change})
-
-
-def take(count, config, batch_size=2, **where):
-    with contextlib.closing(
-        pipeline.batches(pipeline.open_examples(config, batch_size=batch_size), None, **where)
-    ) as rows:
-        return [next(rows) for _ in range(count)]
 
 
 def size_of(batch):
@@ -92,19 +85,19 @@ def size_of(batch):
         ((1, 1000), (320, 512)),
     ],
 )
-def test_a_clip_goes_where_most_of_it_is_kept(size, bucket):
+def test_a_clip_goes_to_the_bucket_that_keeps_most_of_it(size, bucket):
     sizes = ((320, 512), (320, 416), (416, 416), (512, 320))
     assert sizes[nearest(size, sizes)] == bucket
 
 
-def test_of_buckets_of_one_shape_a_clip_goes_to_the_largest_that_it_fills():
+def test_among_buckets_of_one_aspect_ratio_a_clip_goes_to_the_largest_that_it_fills():
     sizes = ((320, 512), (160, 256), (640, 1024))
     assert [sizes[nearest(size, sizes)] for size in ((200, 320), (320, 512), (500, 800), (700, 1120), (90, 144))] == [
         (160, 256), (320, 512), (320, 512), (640, 1024), (160, 256),
     ]  # fmt: skip
 
 
-def test_sizes_as_words():
+def test_sizes_are_parsed():
     assert parse_sizes("320x512,512x320") == ((320, 512), (512, 320))
     for wrong in ("", "320", "320x", "axb", "1x2x3", "320x512,"):
         with pytest.raises(UserError, match="sizes are HEIGHTxWIDTH"):
@@ -115,14 +108,14 @@ def test_sizes_as_words():
 
 
 @pytest.mark.parametrize("kind", ["video_folder", "array_record", "listed"])
-def test_each_batch_is_of_one_bucket_that_its_clips_and_images_belong_to(stores, kind, monkeypatch):
-    if kind == "listed":  # the curation's list contains all sizes: no clip is opened
+def test_all_clips_and_images_of_a_batch_belong_to_one_bucket(stores, kind, monkeypatch):
+    if kind == "listed":  # curation's list has all sizes, so that no clip is opened
         monkeypatch.setattr(buckets, "_measured", None)
     source = make_source(config_of(stores, kind), batch_size=2)
     examples = Examples(config_of(stores, kind), source)
     seen = collections.Counter()
     for step in range(20):
-        rows = [examples[2 * step + place] for place in range(2)]
+        rows = [examples[2 * step + row] for row in range(2)]
         (size,) = {row["video"].shape[1:3] for row in rows}
         assert {row["images"].shape[1:3] for row in rows} == {size}
         shapes = [tuple(map(int, row["caption"].split()[-1].split("x"))) for row in rows]
@@ -131,7 +124,7 @@ def test_each_batch_is_of_one_bucket_that_its_clips_and_images_belong_to(stores,
     assert set(seen) == set(SIZES) and seen[WIDE] > seen[TALL] >= seen[SQUARE]
 
 
-def test_every_clip_of_every_bucket_is_shown_once_an_epoch(stores):
+def test_every_clip_of_every_bucket_is_shown_once_per_epoch(stores):
     config = config_of(stores, images=0)
     source = make_source(config, batch_size=2)
     for bucket in source.sources:
@@ -162,26 +155,26 @@ def test_nothing_is_distorted(stores):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
-def test_buckets_are_the_same_for_any_processes_and_workers_and_from_any_step(stores):
+def test_buckets_do_not_depend_on_processes_workers_or_the_first_step(stores):
     config = config_of(stores, image_path=str(stores["pictures"]))
-    whole = take(8, config)
+    whole = take(8, config, batch_size=2)
     assert len({size_of(batch) for batch in whole}) > 1
     for start, rest in ((5, {}), (3, {"workers": 1})):
-        for a, b in zip(take(8 - start, config, start_step=start, **rest), whole[start:]):
+        for a, b in zip(take(8 - start, config, batch_size=2, start_step=start, **rest), whole[start:]):
             assert all(np.array_equal(a[key], b[key]) for key in b)
-    last = take(8, config, rows=[len(whole[0]["video"]) - 1])
+    last = take(8, config, batch_size=2, rows=[len(whole[0]["video"]) - 1])
     for batch, share in zip(whole, last):
         for key in batch:
             np.testing.assert_array_equal(share[key], batch[key][-1:], err_msg=key)
 
 
-def test_moving_shapes_are_drawn_in_every_size():
+def test_moving_shapes_are_rendered_in_every_size():
     config = DataConfig(frames=2, height=16, width=24, images=1, buckets=SIZES)
-    sizes = [size_of(batch) for batch in take(6, config)]
+    sizes = [size_of(batch) for batch in take(6, config, batch_size=2)]
     assert collections.Counter(sizes) == dict.fromkeys(SIZES, 2)
 
 
-def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
+def test_rotated_clips_and_images_have_their_displayed_size(tmp_path):
     upright = videos.encode(tmp_path / "a.mp4", ramp(32, 48), 8)
     assert video_files.shown_size(upright) == (32, 48)
     assert video_files.shown_size(videos.turned(upright.read_bytes())) == (48, 32)
@@ -212,7 +205,7 @@ def test_turned_clips_and_pictures_count_as_they_are_shown(tmp_path):
 )
 def test_buckets_that_cannot_be_used_are_refused(stores, change, batch_size, message):
     with pytest.raises(UserError, match=message):
-        take(1, config_of(stores, **change), batch_size)
+        take(1, config_of(stores, **change), batch_size=batch_size)
 
 
 def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
@@ -221,7 +214,7 @@ def test_a_bucket_with_clips_and_no_images_is_refused(stores, tmp_path):
     rows = [{"image": file.getvalue(), "caption": f"wide {i}"} for i in range(9)]
     shards.write_shards(rows, tmp_path / "wide")
     with pytest.raises(UserError, match="the bucket 24x16 has clips but no image whose shape is nearest to it"):
-        take(1, config_of(stores, image_path=str(tmp_path / "wide")))
+        take(1, config_of(stores, image_path=str(tmp_path / "wide")), batch_size=2)
 
 
 def test_a_bucket_without_clips_is_left_out(stores):
@@ -232,8 +225,8 @@ def test_a_bucket_without_clips_is_left_out(stores):
 # ---- training ----
 
 
-def test_a_run_compiles_a_program_for_each_bucket_and_logs_it(tmp_path):
-    """train.py on Moving Shapes in two shapes: finite losses of both."""
+def test_a_run_compiles_and_logs_a_program_for_each_bucket(tmp_path):
+    """Runs train.py on Moving Shapes in two sizes; the losses of both are finite."""
     line = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", tmp_path,
             "--config.data.buckets=((32,32),(16,32))", "--config.data.frames=2", "--config.held_out_batches=2",
             "--config.steps=4", "--config.log_every=1", "--config.held_out_every=2"]  # fmt: skip

@@ -32,18 +32,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    """On all 8 devices."""
+    """Returns the tiny base on all 8 devices."""
     return lavie_jax.load(folder)
 
 
 @pytest.fixture(scope="module")
 def single(folder):
-    """On one device."""
+    """Returns the tiny base on one device."""
     return lavie_jax.load(folder, devices=jax.devices()[:1])
 
 
 def latents_of(pipe, requests, settings) -> np.ndarray:
-    """Of all requests, denoised together."""
+    """Returns the latents of all requests, denoised together."""
     model, shape = pipe.base, STAGES["base"].latent_shape(pipe.base.weights, settings)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
     clips = running._prepared(model, settings, [running.Sample(request, MemoryCache(), None) for request in requests])

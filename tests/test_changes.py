@@ -1,4 +1,4 @@
-"""Tests of the line about what a resumed run changes."""
+"""The lines that report what a resumed run changes."""
 
 import json
 
@@ -20,13 +20,13 @@ def config(**fields):
     return json.loads(json.dumps(values))
 
 
-def test_nothing_is_said_about_the_same_config_or_harmless_fields():
+def test_an_equal_config_and_harmless_fields_are_not_reported():
     assert changes.describe(500, config(), config(), updates=500) is None
     harmless = config(workers=8, mesh__fsdp=4, checkpoint_every=7, init_from="elsewhere", sampling__steps=3)
     assert changes.describe(500, config(), harmless, updates=500) is None
 
 
-def test_another_learning_rate_is_compared_with_that_of_before():
+def test_a_changed_learning_rate_is_reported_with_the_previous_one():
     line = changes.describe(500, config(), config(optimizer__learning_rate=4e-3), updates=500)
     assert line == (
         "resuming at step 500 with another config: optimizer.learning_rate = 0.004 (was 0.0001). "
@@ -59,5 +59,5 @@ def test_long_values_are_shortened_and_fields_of_no_record_are_passed_over():
     assert "batch" not in changes.describe(5, old, new, updates=5)
 
 
-def test_fields_called_harmless_exist():
+def test_harmless_fields_exist():
     assert set(changes.HARMLESS) <= set(defaults("base"))

@@ -266,7 +266,7 @@ def test_only_the_shards_of_the_best_file_are_downloaded():
 # ---- names
 
 
-def test_one_common_prefix_is_taken_off():
+def test_one_common_prefix_is_removed():
     names = ("time_embedding.linear_1.weight", "conv_in.bias", "mid_block.resnets.0.norm1.weight")
     for prefix in (
         "module.",
@@ -296,7 +296,7 @@ def test_prefixes_of_the_other_parts(part, name):
     assert set(unwrap(part, tensors(name))[0]) == {name}
 
 
-def test_the_rest_of_a_trainers_state_is_left_out():
+def test_the_rest_of_a_trainers_state_is_ignored():
     names = ("betas", "ddim_sigmas", "ddim_alphas_prev", "sqrt_one_minus_alphas_cumprod", "alphas_cumprod_next",
              "posterior_mean_coef1", "global_step", "lvlb_weights", "snr")  # fmt: skip
     others = ("vae.encoder.conv_in.weight", "first_stage_model.decoder.conv_out.bias")
@@ -414,7 +414,7 @@ def test_whole_numbers_and_float8_are_quantized(tmp_path):
         read_weights_file(tmp_path / "a.safetensors")
 
 
-def test_the_released_models_are_not_taken_for_others():
+def test_the_released_models_are_not_mistaken_for_others():
     from test_weights_folder import MANIFESTS, RELEASED
 
     for name in RELEASED:

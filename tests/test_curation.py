@@ -1,4 +1,4 @@
-"""Curation from video files to shards that training reads, on small videos in many codecs, intact and damaged."""
+"""Curation from video files to shards for training, on small videos in many codecs, intact and damaged."""
 
 import ast
 import contextlib
@@ -52,7 +52,7 @@ def wild(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def curated(wild, tmp_path_factory):
-    """Returns the set curated from `wild` in one uninterrupted run and one process."""
+    """Curates `wild` in one uninterrupted run and one process."""
     out = tmp_path_factory.mktemp("curated") / "out"
     command.main(["--input", str(wild[0]), "--out", str(out), *SMALL, "--shard-clips", "4"])
     return out
@@ -63,7 +63,7 @@ def rows_of(out, name):
 
 
 def digests_of(out):
-    """Returns the hashes of all files that must depend only on the input: all but the report."""
+    """Returns the hashes of all files but the report: they must depend only on the input."""
     paths = [p for p in out.iterdir() if p.suffix in (".array_record", ".jsonl", ".json")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -93,8 +93,8 @@ def test_every_file_is_kept_or_dropped_for_its_own_reason(wild, curated):
 
 
 def test_every_clip_has_its_own_frames_caption_rate_and_times(curated, tmp_path):
-    """For every codec, the first and last frame match the source's and differ from others."""
-    # Seeds of `videos.write_wild`.
+    """For every codec, the first and last frame equal those of the source and differ from its other frames."""
+    # The seeds in `videos.write_wild`.
     truth = {"film_25": 3, "odd_ntsc": 4, "varying": 5, "turned": 6, "web": 7, "old": 8, "wide_bars": 9, "within": 10}
     records = records_of(curated)
     assert len(records) == 10
@@ -333,7 +333,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(wild, curated, tmp_path,
         assert not (out / "manifest.json").exists()
     assert all(path.stat().st_mtime_ns == when for path, when in
                ((folder / "result.json", when) for folder, when in done.items()))  # fmt: skip
-    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # as left by a kill within a shard
+    (out / ".123-clips-00001.array_record").write_bytes(b"half")  # as a kill within a shard leaves it
     command.main(words)
     assert digests_of(out) == digests_of(curated)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in curated.iterdir())
@@ -421,7 +421,7 @@ def test_training_steps_on_the_shards(curated):
 
 
 def test_training_can_read_every_clip_of_the_shards(curated):
-    """Training skips none of the kept clips: all have enough frames."""
+    """All kept clips have enough frames."""
     window = video_files.ClipWindow(frames=16)
     records = sources.open_records(
         "array_record", str(curated), medium="video", split="train", window=window, val_fraction=0.0
@@ -463,7 +463,7 @@ def test_the_manifest_has_the_hashes_of_the_files_it_lists(curated):
 
 
 def test_modules_import_each_other_in_one_direction():
-    """Also within functions: no module of the package is reachable from itself."""
+    """No module of the package imports itself through others; imports inside functions count too."""
     folder = ROOT / "lavie_jax/curation"
     imports = {}
     for path in folder.glob("*.py"):

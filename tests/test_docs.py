@@ -1,4 +1,4 @@
-"""The documentation stays true: files, commands, flags, fields and configs that it shows exist."""
+"""Files, commands, flags, fields and configs in the documentation exist."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""What a person reads after a mistyped name."""
+"""Error messages about mistyped names and unusable folders."""
 
 import os
 

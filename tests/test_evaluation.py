@@ -1,4 +1,4 @@
-"""The detectors, the measures of generated videos, and the commands that report them."""
+"""Detectors, measures of generated videos, and the commands that report them."""
 
 import dataclasses
 import json
@@ -26,6 +26,15 @@ def accuracies(clips, of, fps=8.0):
     return {row: cell["accuracy"] for row, cell in table.items()}
 
 
+def refusal(main, arguments, capsys):
+    """Checks that a command ends with exit code 2 and one line, and returns the line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
 @pytest.mark.parametrize("split", evaluation.SPLITS)
 def test_detectors_are_right_on_true_clips(split):
     true = samples(split, 150)
@@ -36,7 +45,7 @@ def test_detectors_are_right_on_true_clips(split):
 
 
 def blurred(clip):
-    """Softens edges and adds noise, like a small autoencoder."""
+    """Softens edges and adds noise, as a small autoencoder does."""
     soft = clip.astype(np.float32)
     for axis in (1, 2):
         soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
@@ -93,10 +102,10 @@ def test_an_empty_clip_shows_nothing():
     assert detect(np.random.default_rng(0).integers(120, 136, (4, 64, 64, 3), dtype=np.uint8)).shape == "nothing"
 
 
-def test_standard_errors_and_chance():
+def test_scores_have_standard_errors_and_chance_level_for_other_captions():
     true = samples("val", 60)
     attributes = [s.attributes for s in true]
-    shifted = attributes[1:] + attributes[:1]  # every clip is compared with another's caption
+    shifted = attributes[1:] + attributes[:1]  # compares every clip with another clip's attributes
     table = evaluation.score(shifted, attributes)
     assert table["all"]["accuracy"] == 0 and table["shape"]["accuracy"] < 0.45
     for cell in table.values():
@@ -105,7 +114,7 @@ def test_standard_errors_and_chance():
         assert cell["stderr"] == pytest.approx((p * (1 - p) / 60) ** 0.5)
 
 
-def test_mistakes_are_named_and_counted():
+def test_mistakes_are_counted_by_kind():
     clip = clip_of(motion="up")
     attributes = [dataclasses.replace(detect(clip), motion=motion) for motion in ("left", "up", "down", "left")]
     wrong = evaluation.mistakes([detect(clip)] * 4, attributes)
@@ -136,11 +145,7 @@ def test_the_command_writes_its_result_and_contact_sheets(tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_wrong_input_in_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert message in refusal(evaluation.main, arguments, capsys)
 
 
 def test_the_command_overwrites_only_its_own_files(tmp_path, capsys):
@@ -185,7 +190,7 @@ def test_the_box_of_an_object_contains_it_with_a_margin():
     assert not fidelity.object_box(np.full((2, 8, 8, 3), 7, np.uint8)).any()
 
 
-def test_repeated_and_blended_key_frames():
+def test_key_frames_are_repeated_or_blended():
     """For a ramp over time, linear blending restores the ramp and repeating gives a staircase."""
     ramp = np.broadcast_to(np.arange(0, 34, 2, dtype=np.uint8)[:, None, None, None], (17, 4, 4, 3))
     np.testing.assert_array_equal(cascade.blended(ramp[::4]), ramp)
@@ -221,11 +226,7 @@ def test_both_later_stages_are_measured(tmp_path, capsys, monkeypatch):
      (["--split", "train"], "unknown split"), (["--vsr-weights", "nowhere", "--stages", "vsr"], "nowhere")],
 )  # fmt: skip
 def test_the_cascade_command_refuses_wrong_input_in_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cascade.main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert message in refusal(cascade.main, arguments, capsys)
 
 
 def test_outputs_of_later_stages_are_reduced_to_what_the_base_generated():
@@ -239,9 +240,7 @@ def test_outputs_of_later_stages_are_reduced_to_what_the_base_generated():
 
 @pytest.mark.parametrize("words", [["--stages", "base,vsr", "--truth"], ["--stages", "base,vsr", "--split", "image"]])
 def test_later_stages_need_sampled_videos(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main(words)
-    assert stopped.value.code == 2 and "later stages need sampled videos" in capsys.readouterr().err
+    assert "later stages need sampled videos" in refusal(evaluation.main, words, capsys)
 
 
 def test_the_whole_cascade_is_scored(tmp_path):
@@ -257,8 +256,8 @@ def test_the_whole_cascade_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_no_prediction_is_better_than_the_least_loss(prediction):
-    """For x0 out of a few images, knowing which is best, then weighting them, then choosing the likeliest."""
+def test_the_least_loss_is_a_lower_bound(prediction):
+    """With x0 from a few images: the loss is 0 for x0, larger for their weighted mean, largest for the likeliest."""
     schedule, rng = Schedule(prediction=prediction), np.random.default_rng(0)
     candidates = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
     least, likeliest = [], []
@@ -282,7 +281,7 @@ def test_a_replaced_word_makes_sense(name):
         if name in ("colour", "background"):
             assert f"{a.colour} {a.shape}" not in caption or f"over a {a.background}" not in caption
             words = caption.split()
-            assert words[-2] not in words[:-2]  # a shape in the background's colour would be invisible
+            assert words[-2] not in words[:-2]  # a shape of the background's colour would be invisible
 
 
 @pytest.mark.heavy
@@ -296,7 +295,5 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
     assert list(map(int, levels)) == list(noise_levels.LEVELS)
     for row in levels.values():
         assert 0 < row["least"] < row["image"] and set(noise_levels.WORDS) < set(row)
-    assert "| t | still | least | clip |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        noise_levels.main(["--samples", "0"])
-    assert capsys.readouterr().err.startswith("error: --samples must be at least 1")
+    assert "| t | image | least | clip |" in capsys.readouterr().out
+    assert "--samples must be at least 1" in refusal(noise_levels.main, ["--samples", "0"], capsys)

@@ -74,7 +74,7 @@ def start(words, tmp_path):
 
 
 def ended(hosts, logs):
-    """Waits for both. Returns their exit codes, logs, and the seconds between the first end and the last."""
+    """Waits for both hosts. Returns their exit codes, their logs, and the seconds between their ends."""
     ends, end = {}, time.monotonic() + 300
     while len(ends) < 2 and time.monotonic() < end:
         ends |= {i: time.monotonic() for i, host in enumerate(hosts) if i not in ends and host.poll() is not None}

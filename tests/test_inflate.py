@@ -1,4 +1,4 @@
-"""Inflated models start as the image model, also from CompVis checkpoints."""
+"""An inflated model starts as the image model, which may also be a CompVis checkpoint."""
 
 import functools
 import json
@@ -41,29 +41,29 @@ x4 = pytest.fixture(make_x4, scope="module")
 base = pytest.fixture(make_base, scope="module")
 
 
-def draw(name, *shape):
+def random_array(name, *shape):
     return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
 def apply(config, params, x, level=None):
-    """The UNet's output; compiled without optimisation, which is most of such a test's time."""
-    text = draw("text", 2, 3, 16)
+    """Returns the UNet's output. Compiles without optimization, which would take most of the test's time."""
+    text = random_array("text", 2, 3, 16)
     compiled = jax.jit(UNet(config).apply, compiler_options={"xla_backend_optimization_level": 0})
     return np.asarray(compiled({"params": params}, x, np.array([501, 37]), text, noise_level=level))
 
 
 @functools.cache
 def image_case(name):
-    """An image model's input (B, 1, H, W, C), its noise level, and its output for them."""
+    """Returns an input (B, 1, H, W, C), a noise level, and the image model's output for them."""
     image = {"sd": IMAGE, "x4": X4_IMAGE}[name]
-    x, level = draw("x", 2, 1, 4, 6, image.in_channels), np.array([3, 7]) if name == "x4" else None
+    x, level = random_array("x", 2, 1, 4, 6, image.in_channels), np.array([3, 7]) if name == "x4" else None
     tensors = ours(state_dict("unet", image))
     params = unflatten_dict({path: tensor.read() for path, tensor in tensors.items()}, sep="/")
     return x, level, apply(image, params, x, level)
 
 
 @pytest.mark.parametrize("stage, frames", [("base", (1, 3)), ("vsr", (3,))])
-def test_an_inflated_model_outputs_what_the_image_model_outputs(stage, frames, sd, x4, tmp_path):
+def test_an_inflated_model_has_the_image_models_output(stage, frames, sd, x4, tmp_path):
     pretrained, name = (sd, "sd") if stage == "base" else (x4, "x4")
     assert run("inflate", "--stage", stage, "--pretrained", pretrained, "--out", tmp_path / "init") == 0
     unet = load_folder(tmp_path / "init", stage=stage).unet
@@ -74,15 +74,15 @@ def test_an_inflated_model_outputs_what_the_image_model_outputs(stage, frames, s
         np.testing.assert_allclose(video, np.repeat(expected, count, axis=1), rtol=1e-4, atol=1e-5)
 
 
-def test_inflated_interpolation_ignores_the_key_frames_at_first(base, tmp_path):
-    """The base's spatial weights are those of the image model here, so the same image comes out."""
+def test_inflated_interpolation_initially_ignores_the_key_frames(base, tmp_path):
+    """The tiny base has the spatial weights of the image model, so the output is the same image."""
     assert run("inflate", "--stage", "interpolation", "--from", base[1], "--out", tmp_path / "init") == 0
     inflated_weights = load_folder(tmp_path / "init", stage="interpolation")
     assert inflated_weights.sampling == STAGES["interpolation"].sampling
     unet = inflated_weights.unet
     assert unet.config == STAGE_CONFIGS["interpolation"]
     x, _, expected = image_case("sd")
-    keys = draw("keys", 2, 4, 4, 6, 4)  # different frames: they must not matter
+    keys = random_array("keys", 2, 4, 4, 6, 4)  # different for each frame: they must not matter
     video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, 4, axis=1), keys], axis=-1))
     np.testing.assert_allclose(video, np.repeat(expected, 4, axis=1), rtol=1e-4, atol=1e-5)
 
@@ -139,7 +139,7 @@ def test_inflation_is_strict(sd, tmp_path, capsys):
 
 
 def to_compvis(part, name):
-    """A diffusers name in the original layout; for UNets of two levels of one layer and VAEs of two levels."""
+    """Converts a diffusers name to CompVis', for UNets with two levels of one layer and VAEs with two levels."""
     head, *rest = name.split(".", 3)
     inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
@@ -154,22 +154,22 @@ def to_compvis(part, name):
             return f"model.diffusion_model.time_embed.{2 * (int(layer) - 1)}.{leaf}"
         if head == "mid_block":
             kind, number, leaf = name.split(".", 3)[1:]
-            place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
+            prefix = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
         else:
             kind, leaf = rest[1], rest[2]
             number, leaf = leaf.split(".", 1)
             level = int(rest[0])
             if kind == "downsamplers":
                 return f"model.diffusion_model.input_blocks.{2 * level + 2}.0.op.{leaf.removeprefix('conv.')}"
-            if kind == "upsamplers":  # behind an attention, where there is one
+            if kind == "upsamplers":  # after the attention, if there is one
                 return f"model.diffusion_model.output_blocks.{2 * level + 1}.{2 if level else 1}.{leaf}"
-            way = "input" if head == "down_blocks" else "output"
-            block = 2 * level + int(number) + (1 if way == "input" else 0)
-            place = f"{way}_blocks.{block}.{0 if kind == 'resnets' else 1}"
+            side = "input" if head == "down_blocks" else "output"
+            block = 2 * level + int(number) + (1 if side == "input" else 0)
+            prefix = f"{side}_blocks.{block}.{0 if kind == 'resnets' else 1}"
         if kind == "resnets":
             module, leaf = leaf.split(".", 1)
             leaf = f"{inner[module]}.{leaf}"
-        return f"model.diffusion_model.{place}.{leaf}"
+        return f"model.diffusion_model.{prefix}.{leaf}"
     for diffusers, original in (
         ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."),
         ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
@@ -200,7 +200,7 @@ def write_compvis(file):
     return tensors
 
 
-def test_compvis_checkpoint(sd, tmp_path, capsys):
+def test_a_compvis_checkpoint_gives_the_same_weights_as_a_diffusers_folder(sd, tmp_path, capsys):
     write_compvis(tmp_path / "sd.ckpt")
     start = ("inflate", "--stage", "base", "--pretrained", tmp_path / "sd.ckpt")
     assert "--tokenizer" in refused(capsys, tmp_path / "out", run(*start, "--out", tmp_path / "out"))
@@ -217,8 +217,8 @@ def test_compvis_checkpoint(sd, tmp_path, capsys):
     assert all(np.array_equal(array, spatial[1][path]) for path, array in spatial[0].items())
 
 
-def test_compvis_names_of_the_real_file():
-    """Block numbers that the tiny checkpoint does not have; names as in sd-v1-4.ckpt."""
+def test_names_of_the_real_compvis_file_are_converted():
+    """Names of sd-v1-4.ckpt, with block numbers that the tiny checkpoint does not have."""
     sizes = Sizes(unet_layers=2, vae_levels=4)
     for part, original, diffusers in (
         ("unet", "input_blocks.3.0.op.weight", "down_blocks.0.downsamplers.0.conv.weight"),
@@ -233,7 +233,7 @@ def test_compvis_names_of_the_real_file():
         assert rename(part, original, sizes) == diffusers
 
 
-def test_compvis_strangers_are_reported(sd, tmp_path, capsys):
+def test_unexpected_tensors_of_a_compvis_checkpoint_are_reported(sd, tmp_path, capsys):
     tensors = write_compvis(tmp_path / "sd.ckpt")
     tensors["somebody.else"] = torch.zeros(3)
     torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")

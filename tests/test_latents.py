@@ -1,4 +1,4 @@
-"""Sets of latents: the output of the curation for clips and images, and training on them instead of on pixels."""
+"""Sets of latents: curation writes them for clips and images, and training reads them instead of pixels."""
 
 import contextlib
 import hashlib
@@ -30,6 +30,7 @@ from lavie_jax.training import build, options
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import make_update
 from tests import videos
+from tests.batches import take
 from tests.test_stage_training import small_config
 from tests.tiny import make_base, make_stage
 
@@ -49,7 +50,7 @@ def curate(*words):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_frames_at_a_time():
-    """A device of the eight of the tests takes 3 frames: 24 in all, as the clips have, or nearly."""
+    """Limits each of the 8 devices to 3 frames at a time, so that a clip of about 24 frames is one call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_encoder, "MAX_FRAMES", 3)
         yield
@@ -62,7 +63,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    """Videos of 32x48 at 16 frames a second: twice what the tiny weights sample, so that no crop is random."""
+    """Writes videos of 32x48 at 16 fps. They have twice the sides that the tiny weights sample: no crop is random."""
     folder = tmp_path_factory.mktemp("films")
     for i in range(CLIPS):
         land = videos.pan(200 + i, round(SECONDS * RATE) + i % 3, height=32, width=48)
@@ -73,7 +74,7 @@ def films(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips(films, tmp_path_factory):
-    """The curated clips of `films`."""
+    """Curates `films` to encoded clips."""
     out = tmp_path_factory.mktemp("clips") / "out"
     curate("--input", films, "--out", out, "--shard-clips", "3")
     return out
@@ -81,7 +82,7 @@ def clips(films, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent_set(films, base, tmp_path_factory):
-    """The latents of the same clips."""
+    """Curates `films` to latents."""
     out = tmp_path_factory.mktemp("latents") / "out"
     words = ["--latents", str(base), "--latent-fps", "16", "--shard-clips", "3"]
     command.main(["--input", str(films), "--out", str(out), *words, *LENIENT])
@@ -90,14 +91,14 @@ def latent_set(films, base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image_sets(base, tmp_path_factory):
-    """(shards of images, the set of latents of these images and of an unreadable one)."""
+    """Returns shards of images, and the set of latents of these images and of an unreadable one."""
     root = tmp_path_factory.mktemp("stills")
     records = []
     for i in range(9):
         Image.fromarray(videos.pan(300 + i, 1, height=32, width=48)[0]).save(root / "a.png")
         records.append({"image": (root / "a.png").read_bytes(), "caption": WORDS[i % len(WORDS)]})
     shards.write_shards(records, root / "pictures")
-    records.insert(4, {"image": b"no picture", "caption": "a blue square"})
+    records.insert(4, {"image": b"not an image", "caption": "a blue square"})
     shards.write_shards(records, root / "mixed")
     command.main(["--images", f"array_record:{root / 'mixed'}", "--out", str(root / "out"), "--latents", str(base)])
     listed = [json.loads(line) for line in (root / "out/clips.jsonl").read_text().splitlines()]
@@ -119,7 +120,7 @@ def digests_of(out):
 
 
 def config_of(base, **data):
-    """The tiny config of a stage, with the networks of the weights in `base`."""
+    """Returns the tiny config of a stage, with the networks of the weights in `base`."""
     config, result = small_config(data.pop("stage", "base"), base), weights.load_folder(base, params=False)
     config.unet.update({k: v for k, v in result.unet.config.to_dict().items() if k in config.unet})
     with config.unlocked():
@@ -143,7 +144,7 @@ def test_a_record_is_the_frozen_models_output_for_its_clip(latent_set, clips, ba
     encode_text = jax.jit(lambda ids: text.apply({"params": result.text_encoder.params}, ids))
     records = records_of(latent_set)
     assert len(records) == len(originals) == CLIPS
-    for i in (0, 3):  # of equal length, so compiled once
+    for i in (0, 3):  # equally long, so that encoding compiles once
         record = records[i]
         frames, _ = video_files.read_clip(_written(originals[i].content, clips.parent))
         small = transforms.resize_crop(frames, height=16, width=24, rng=None)
@@ -187,7 +188,7 @@ def test_a_long_clip_is_encoded_in_parts_that_fit_together(latent_set, clips, ba
     np.testing.assert_array_equal(np.concatenate(parts), transforms.resize_crop(whole, height=16, width=24, rng=None))
 
 
-def test_each_clip_goes_to_the_size_of_its_shape(base, tmp_path):
+def test_each_clip_goes_to_the_size_nearest_its_shape(base, tmp_path):
     (tmp_path / "in").mkdir()
     for i, (height, width) in enumerate(((32, 48), (48, 32), (48, 34), (64, 98))):
         videos.encode(tmp_path / f"in/{i}.mp4", videos.pan(400 + i, 6, height=height, width=width), RATE)
@@ -211,7 +212,7 @@ def test_images_are_clips_of_one_frame_and_unreadable_ones_are_listed(image_sets
 # ---- interrupted and resumed ----
 
 
-def test_a_stopped_run_keeps_whole_shards_and_makes_the_same_bytes(films, latent_set, base, tmp_path, monkeypatch):
+def test_a_stopped_run_keeps_complete_shards_and_resumes_exactly(films, latent_set, base, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ("--input", films, "--out", out, "--latents", base, "--latent-fps", "16", "--shard-clips", "3")
     seen, real = set(), latent_encoder.LatentEncoder.latents
@@ -247,9 +248,9 @@ STEPS = 2
 
 
 def trained(config, path, learn):
-    """(losses of some steps, how far they moved the parameters), and the shapes of the held-out losses."""
+    """Returns the losses of a few steps, the change of the parameters, and the shapes of the held-out losses."""
     task, tokenizer = build.make_task(config, jnp.float32, path)
-    tx = optax.sgd(0.1)  # Adam would make large differences of small ones
+    tx = optax.sgd(0.1)  # Adam would amplify small differences
     state = make_state(jax.tree.map(jnp.asarray, task.start), task, tx)
 
     def look(state, frozen, batch):
@@ -258,7 +259,7 @@ def trained(config, path, learn):
 
     update = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9) if learn else look)
     data, ids, losses = build.data_config(config), load_tokenizer(tokenizer), []
-    frozen = {} if data.source == "latents" else task.frozen  # which latents do not need
+    frozen = {} if data.source == "latents" else task.frozen  # training on latents needs no frozen models
     with contextlib.closing(pipeline.batches(pipeline.open_examples(data, batch_size=4), ids)) as rows:
         for _, batch in zip(range(STEPS), rows):
             state, result = update(state, frozen, batch)
@@ -279,12 +280,12 @@ def trained(config, path, learn):
         pytest.param("interpolation", True, marks=pytest.mark.heavy),
     ],
 )
-def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
+def test_training_on_latents_equals_training_on_the_pixels_of_the_same_clips(
     stage, learn, films, clips, latent_set, image_sets, base, tmp_path
 ):
-    """The same windows of the same clips, the same images, the same captions dropped: the same losses and updates.
+    """With the same windows, images and dropped captions, losses and updates are the same.
 
-    Images accompany the base's clips; the interpolation's are frames of clips.
+    The base has images beside its clips, interpolation frames of the clips.
     """
     if stage == "interpolation":
         base, latent_set = make_stage(tmp_path / "weights", "interpolation"), tmp_path / "out"
@@ -296,7 +297,7 @@ def test_training_on_latents_is_training_on_the_pixels_of_the_same_clips(
         for kind, path, pictures in (("array_record", clips, image_sets[0]), ("latents", latent_set, image_sets[1]))
     )
     for config in (pixels, encoded):
-        config.inflate = False  # the weights are of the stage itself
+        config.inflate = False  # the weights are the stage's own
     wanted, moved, shapes = trained(pixels, tmp_path, learn)
     result, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), result, wanted)
@@ -310,13 +311,8 @@ def stream(path, **change):
     return DataConfig(**{**common, **change})
 
 
-def take(count, config, **where):
-    with contextlib.closing(pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)) as rows:
-        return [next(rows) for _ in range(count)]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
-def test_latents_are_the_same_for_any_workers_and_processes_and_from_any_step(latent_set):
+def test_latents_do_not_depend_on_workers_processes_or_the_first_step(latent_set):
     config = stream(latent_set, images=1)
     whole = take(4, config)
     shapes = {key: (value.shape, value.dtype.name) for key, value in whole[0].items()}
@@ -332,7 +328,7 @@ def test_latents_are_the_same_for_any_workers_and_processes_and_from_any_step(la
         jax.tree.map(lambda mine, rows: np.testing.assert_array_equal(mine, rows[1:3]), share, batch)
 
 
-def test_a_dropped_caption_is_the_null_caption_encoded(latent_set):
+def test_a_dropped_caption_becomes_the_encoded_null_caption(latent_set):
     null = latents.open_set(str(latent_set)).null_text.astype(np.float32)
     (batch,) = take(1, stream(latent_set, caption_drop=1.0))
     np.testing.assert_array_equal(batch["text"], np.broadcast_to(null, batch["text"].shape))
@@ -344,7 +340,7 @@ def test_a_dropped_caption_is_the_null_caption_encoded(latent_set):
 
 
 def test_weights_other_than_the_ones_that_encoded_a_set_are_refused(latent_set, base, tmp_path):
-    """The check compares values, not folders."""
+    """The check compares parameters, not paths."""
     shared = tmp_path / "elsewhere"
     result = weights.load_folder(base)
     given = {
@@ -369,7 +365,7 @@ def test_weights_other_than_the_ones_that_encoded_a_set_are_refused(latent_set, 
             build.make_task(config, jnp.float32, tmp_path)
 
 
-def test_train_refuses_them_in_one_line_with_exit_code_2(latent_set, tmp_path, monkeypatch):
+def test_train_refuses_latents_of_another_vae_in_one_line_with_exit_code_2(latent_set, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     command_line = [
         sys.executable, "train.py", "--config", "configs/moving_shapes/base.py:tiny", "--workdir", str(tmp_path / "w"),
@@ -377,7 +373,7 @@ def test_train_refuses_them_in_one_line_with_exit_code_2(latent_set, tmp_path, m
         "--config.data.source=latents", f"--config.data.path={latent_set}", "--config.data.height=16",
         "--config.data.width=24", "--config.data.fps=16",
     ]  # fmt: skip
-    own = options.load("configs/moving_shapes/base.py:cpu")  # the shipped model's
+    own = options.load("configs/moving_shapes/base.py:cpu")  # the networks of the shipped model
     for group in ("unet", "text_encoder", "vae"):
         command_line += [f"--config.{group}.{name}={value}" for name, value in own[group].items()]
     done = subprocess.run(command_line, cwd=ROOT, text=True, capture_output=True)
@@ -416,7 +412,7 @@ def test_settings_that_need_pixels_are_refused(change, message, latent_set, clip
         ("vae", "a VAE is trained on pixels"),
     ],
 )
-def test_runs_that_need_pixels_or_words_are_refused(stage, message, tmp_path, monkeypatch):
+def test_runs_that_need_pixels_or_tokens_are_refused(stage, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = options.load(f"configs/moving_shapes/{stage}.py:tiny")
     config.data.source, config.data.path = "latents", str(tmp_path)
@@ -424,7 +420,7 @@ def test_runs_that_need_pixels_or_words_are_refused(stage, message, tmp_path, mo
         build.make_task(config, jnp.float32, tmp_path)
 
 
-def test_a_set_that_is_not_whole_is_refused(latent_set, tmp_path):
+def test_an_incomplete_set_is_refused(latent_set, tmp_path):
     for name, message in (("16x24/clips-00001.array_record", "truncated or changed"), ("null_text.npy", "is missing")):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(latent_set, copy)
@@ -448,7 +444,7 @@ def test_a_set_that_is_not_whole_is_refused(latent_set, tmp_path):
         (("--images", "array_record:x"), "give either --input, a folder of videos, or --images"),
     ],
 )
-def test_bad_words_are_one_line_and_exit_code_2(words, message, films, base, tmp_path, capsys):
+def test_bad_arguments_are_one_line_and_exit_code_2(words, message, films, base, tmp_path, capsys):
     vsr = tmp_path / "vsr"
     if "VSR" in words:
         make_stage(vsr, "vsr")

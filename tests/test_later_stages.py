@@ -19,9 +19,10 @@ from lavie_jax.stages import STAGES, clips
 from lavie_jax.stages import settings as stage_settings
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.vsr import TILE
+from lavie_jax.text_files import read_json
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.expected import compare, fingerprint
-from lavie_jax.weights.folder import part_dir, read_json, read_part
+from lavie_jax.weights.folder import part_dir, read_part
 
 PROMPT = "a red circle"
 

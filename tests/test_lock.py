@@ -1,4 +1,4 @@
-"""Tests of the lock that allows one run at a time in a workdir."""
+"""The lock that allows one run at a time in a workdir."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Mixtures: weights as shares, each part in full, the same for every process, changing from step to step."""
+"""Mixtures: shares of parts in each batch, which change with the step; every part is used completely."""
 
 import collections
 import dataclasses
@@ -12,6 +12,7 @@ from lavie_jax.data.config import DataConfig, mixture_weights
 from lavie_jax.data.mixture import Mixture, Order
 from lavie_jax.errors import UserError
 from lavie_jax.training import build
+from tests.batches import take
 
 CURRICULUM = ((0, (1, 0, 0)), (10, (2, 1, 1)), (30, (0, 0.25, 0.75)))
 
@@ -25,13 +26,13 @@ def test_each_phase_has_its_shares():
     assert parts_of(order, 0, 80) == {0: 80}
     assert parts_of(order, 80, 240) == {0: 80, 1: 40, 2: 40}
     assert parts_of(order, 240, 400) == {1: 40, 2: 120}
-    for step in range(10, 30):  # every batch has them, not only the phase
+    for step in range(10, 30):  # not only over the phase: in every batch
         assert parts_of(order, 8 * step, 8 * step + 8) == {0: 4, 1: 2, 2: 2}
 
 
 @pytest.mark.parametrize("weights", [((0, (1.0,)),), ((0, (0.7, 0.2, 0.1)),), ((0, (1, 3)), (3, (5, 1))), CURRICULUM])
 def test_each_part_is_counted_without_gaps(weights):
-    """Otherwise clips would be shown twice, or never."""
+    """A gap or a repetition would mean that clips are shown never or twice."""
     order = Order(weights, batch=8, seed=1)
     numbers = collections.defaultdict(list)
     for i in range(8 * 50):
@@ -40,7 +41,7 @@ def test_each_part_is_counted_without_gaps(weights):
     assert all(sorted(result) == list(range(len(result))) for result in numbers.values())
 
 
-def test_any_two_processes_get_both_parts():
+def test_each_of_two_processes_gets_both_parts():
     order = Order(((0, (1, 1)),), batch=8, seed=0)
     assert all(len({order(i)[0] for i in range(p, 80, 2)}) == 2 for p in range(2))
 
@@ -51,7 +52,7 @@ def config_of(**change):
     return DataConfig(**{**common, **change})
 
 
-def test_the_weights_of_a_step_as_they_are_logged():
+def test_the_logged_weights_are_those_of_the_step():
     weights = ((0, (1, 0)), (5, (1, 3)))
     config = config_of(videos=("video_folder:a", "webdataset:b"), image_parts=("webdataset:c",), video_weights=weights)
     names = "videos/video_folder:a", "videos/webdataset:b", "images/webdataset:c"
@@ -76,8 +77,8 @@ class Gray:
         return pipeline.Item(np.full((8, 8, 3), self.value, np.uint8), str(index))
 
 
-def test_clips_and_images_come_from_their_own_parts_in_step():
-    """The images of a step change with it, however many an example has."""
+def test_the_parts_of_clips_and_images_change_at_the_same_step():
+    """Also with several images per example."""
     batch, images = 4, 3
     orders = [Order(((0, (1, 0)), (2, (0, 1))), batch=n, seed=0) for n in (batch, batch * images)]
     source = Mixture((Gray(1), Gray(2)), (Gray(3), Gray(4)), *orders)
@@ -92,15 +93,7 @@ def test_clips_and_images_come_from_their_own_parts_in_step():
 
 def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog):
     config = config_of(video_weights=((0, (1, 0)), (2, (1, 1))), image_parts=("moving_shapes",))
-
-    def run(count, **where):
-        stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
-        try:
-            return [next(stream) for _ in range(count)]
-        finally:
-            stream.close()
-
-    whole, resumed = run(5), run(2, start_step=3)
+    whole, resumed = take(5, config), take(2, config, start_step=3)
     for one, other in zip(whole[3:], resumed):
         np.testing.assert_array_equal(one["video"], other["video"])
         np.testing.assert_array_equal(one["images"], other["images"])
@@ -121,12 +114,12 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
         ({"source": "moving_shapes"}, "are for source='mixture'"),
     ],
 )
-def test_mixtures_that_make_no_sense_are_refused(change, message):
+def test_invalid_mixtures_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         make_source(config_of(**change))
 
 
-def test_the_held_out_loss_is_measured_on_the_mixture_at_the_end():
+def test_the_held_out_loss_is_measured_on_the_final_mixture():
     config = config_of(video_weights=((0, (1, 0)), (5, (1, 3))))
     held_out = build.held_out_data(config)
     assert held_out.video_weights == ((0, (1, 3)),) and held_out.image_weights == ()

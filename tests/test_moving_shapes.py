@@ -15,7 +15,7 @@ def attributes(shape="circle", colour="red", size="small", background="blue", mo
 
 
 def area(pixels, background):
-    """Covered pixels of one frame, by how far each is from the background colour."""
+    """Returns the number of covered pixels of a frame; antialiased pixels count as fractions."""
     distance = np.linalg.norm(pixels.astype(float) - world.RGB[background], axis=-1)
     return (distance / distance.max()).sum()
 
@@ -36,16 +36,16 @@ def test_the_same_index_shows_the_same_motion_at_another_frame_rate():
     np.testing.assert_array_equal(slow, fast[::4])
 
 
-def test_the_same_index_shows_the_same_picture_at_another_resolution():
+def test_the_same_index_shows_the_same_image_at_another_resolution():
     large = world.clip("train", 5, height=128, width=192).pixels.astype(float)
     small = world.clip("train", 5, height=64, width=96).pixels.astype(float)
     shrunk = large.reshape(16, 64, 2, 96, 2, 3).mean((2, 4))
-    assert np.abs(shrunk - small).max() < 64  # of 255, at the antialiased edge
+    assert np.abs(shrunk - small).max() < 64  # of 255, at antialiased edges
     assert np.abs(shrunk - small).mean() < 0.5
 
 
 @pytest.mark.parametrize("size", world.SIZES)
-def test_all_shapes_of_a_size_have_one_area(size):
+def test_all_shapes_of_a_size_have_the_same_area(size):
     wanted = np.pi * (world.SIZES[size] * 128) ** 2
     for shape in (*world.VIDEO_SHAPES, *world.IMAGE_SHAPES):
         frame = world.render(
@@ -97,7 +97,7 @@ def test_edges_are_antialiased_and_colours_exact():
     assert len(colours) > 10
 
 
-def test_positions_are_uniform_over_the_places_that_allow_them():
+def test_positions_are_uniform_where_the_shape_stays_inside():
     starts = []
     for i in range(2000):
         sample = world.image("train", i, height=32, width=32)
@@ -113,7 +113,7 @@ def test_positions_are_uniform_over_the_places_that_allow_them():
     np.testing.assert_allclose(quantiles, expected[:, None] * np.ones(2), atol=0.12)
 
 
-def test_one_in_eight_combinations_is_held_out_and_every_pair_is_trained():
+def test_one_in_eight_combinations_is_held_out_and_every_pair_is_seen_in_training():
     seen, held_out = set(world.combinations("train")), set(world.combinations("held_out"))
     assert len(seen) + len(held_out) == 6 * 8 * 9 and not seen & held_out
     assert len(held_out) * 8 == 6 * 8 * 9
@@ -133,7 +133,7 @@ def test_clips_come_from_their_split_and_are_spread_over_it():
         assert len(drawn) > 0.6 * min(len(set(world.combinations(split))), 1000)
 
 
-def test_image_only_concepts_are_in_images_and_in_their_own_split_alone():
+def test_image_only_concepts_appear_only_in_images_and_in_their_own_split():
     concepts = {*world.IMAGE_SHAPES, *world.IMAGE_COLOURS}
     for split in ("train", "val", "held_out"):
         assert not any(concepts & set(triple) for triple in world.combinations(split))
@@ -158,7 +158,7 @@ def test_captions(given, words):
     assert world.caption(given) == words
 
 
-def test_captions_leave_out_size_and_background():
+def test_captions_may_omit_size_and_background():
     a = attributes(colour="orange", motion="left")
     assert world.caption(a, size=False, background=False) == "an orange circle moving left"
     captions = [world.clip("train", i, height=8, width=8, frames=1, drop=0.1).caption for i in range(2000)]

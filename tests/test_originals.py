@@ -58,7 +58,7 @@ def test_a_path_is_returned_and_its_hash_is_checked(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place, sha256, message",
+    "location, sha256, message",
     [
         ("unet/lavie.pt", "0" * 64, f"lavie.pt is damaged or a different file: its SHA-256 is {HASH}, not 000"),
         ("unet/lavie.pt", "abc", "must have 64 hexadecimal digits, not 'abc'"),
@@ -67,18 +67,18 @@ def test_a_path_is_returned_and_its_hash_is_checked(file, tmp_path):
         ("other", "", "other does not exist; give a path, or hub:OWNER/NAME"),
     ],
 )
-def test_wrong_hashes_and_locations_are_refused(place, sha256, message, file, tmp_path):
+def test_wrong_hashes_and_locations_are_refused(location, sha256, message, file, tmp_path):
     with pytest.raises(UserError, match=message):
-        originals.get(str(tmp_path / "model" / place), tmp_path, sha256=sha256)
+        originals.get(str(tmp_path / "model" / location), tmp_path, sha256=sha256)
 
 
 def test_a_file_of_the_hub_is_downloaded_checked_and_discarded(hub, tmp_path):
-    place = "hub:someone/some.model@v1/lavie.pt"
-    path = originals.get(place, tmp_path, sha256=HASH)
+    location = "hub:someone/some.model@v1/lavie.pt"
+    path = originals.get(location, tmp_path, sha256=HASH)
     assert path.read_bytes() == b"weights" and hub == [("someone/some.model", "lavie.pt", "v1")]
     with pytest.raises(UserError, match="damaged"):
-        originals.get(place, tmp_path, sha256="0" * 64)
-    originals.discard(place, tmp_path)
+        originals.get(location, tmp_path, sha256="0" * 64)
+    originals.discard(location, tmp_path)
     assert not path.exists() and tmp_path.is_dir()
 
 

@@ -14,7 +14,7 @@ from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
 
 
-def test_minus_one_stands_for_the_remaining_devices():
+def test_minus_one_means_the_remaining_devices():
     mesh = parallel.make_mesh(data=-1, fsdp=2, tensor=2)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)

@@ -1,4 +1,4 @@
-"""Batches: independent of processes and workers, resumed at a step; the small tokenizer."""
+"""Batches do not depend on processes or workers and resume at any step; transforms; the small tokenizer."""
 
 import contextlib
 import dataclasses
@@ -23,6 +23,7 @@ from lavie_jax.data.pipeline import Examples
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
 from lavie_jax.stages.clips import pixels_to_float
+from tests.batches import take
 
 SMALL = DataConfig(frames=3, height=16, width=24, images=2, seed=5)
 CAPTION = "a small red circle moving up left over a blue background"
@@ -32,14 +33,6 @@ CAPTION = "a small red circle moving up left over a blue background"
 def tokenizer(tmp_path_factory):
     folder = tokens.save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), moving_shapes.vocabulary())
     return tokens.load_tokenizer(folder)
-
-
-def take(count, config=SMALL, tokenizer=None, batch_size=4, **where):
-    stream = pipeline.batches(pipeline.open_examples(config, batch_size=batch_size), tokenizer, **where)
-    try:
-        return [next(stream) for _ in range(count)]
-    finally:
-        stream.close()
 
 
 def assert_same(one, other):
@@ -53,7 +46,7 @@ def assert_same(one, other):
 
 
 def test_a_batch_has_the_shapes_types_and_ranges_that_training_reads(tokenizer):
-    (batch,) = take(1, tokenizer=tokenizer)
+    (batch,) = take(1, SMALL, tokenizer=tokenizer)
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "video": ((4, 3, 16, 24, 3), "uint8"),
         "images": ((4, 2, 16, 24, 3), "uint8"),
@@ -79,14 +72,14 @@ def test_video_image_and_caption_belong_together(tokenizer):
 
 
 def test_a_resumed_stream_continues_at_the_same_step(tokenizer):
-    whole = take(5, tokenizer=tokenizer)
-    assert_same(take(2, tokenizer=tokenizer, start_step=3), whole[3:])
+    whole = take(5, SMALL, tokenizer=tokenizer)
+    assert_same(take(2, SMALL, tokenizer=tokenizer, start_step=3), whole[3:])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_worker_processes_give_the_same_batches_as_none(tokenizer):
-    whole = take(4, tokenizer=tokenizer)
-    assert_same(take(3, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
+    whole = take(4, SMALL, tokenizer=tokenizer)
+    assert_same(take(3, SMALL, tokenizer=tokenizer, start_step=1, workers=2), whole[1:])
     examples = pipeline.open_examples(SMALL, batch_size=4)
     with contextlib.closing(pipeline.batches(examples, tokenizer, rows=[1, 3], workers=1)) as stream:
         mine = [next(stream)]
@@ -98,16 +91,16 @@ def test_worker_processes_give_the_same_batches_as_none(tokenizer):
     assert_same(mine, [{key: rows[[1, 3]] for key, rows in batch.items()} for batch in whole])
 
 
-def test_processes_share_the_batch_of_one(tokenizer):
-    whole = take(3, tokenizer=tokenizer)
+def test_each_process_gets_its_rows_of_the_batch(tokenizer):
+    whole = take(3, SMALL, tokenizer=tokenizer)
     for mine in ([0, 3], [1, 2], [2]):
-        for batch, share in zip(whole, take(3, tokenizer=tokenizer, rows=mine)):
+        for batch, share in zip(whole, take(3, SMALL, tokenizer=tokenizer, rows=mine)):
             for key in batch:
                 np.testing.assert_array_equal(share[key], batch[key][mine], err_msg=key)
 
 
-def test_the_seed_changes_the_data_and_the_split_too():
-    first = take(1)[0]["video"]
+def test_the_data_depends_on_the_seed_and_the_split():
+    first = take(1, SMALL)[0]["video"]
     for other in ({"seed": 6}, {"split": "val"}):
         assert not np.array_equal(first, take(1, dataclasses.replace(SMALL, **other))[0]["video"])
 
@@ -119,10 +112,10 @@ def test_captions_are_dropped_at_the_given_rate_and_replaced_by_the_null_caption
     dropped = {key: (batch[key].reshape(-1, 16) == null).all(-1) for key in ("tokens", "image_tokens")}
     for key, rows in dropped.items():
         assert 0.19 < rows.mean() < 0.31, key
-    assert not np.array_equal(dropped["tokens"], dropped["image_tokens"])  # each by itself
+    assert not np.array_equal(dropped["tokens"], dropped["image_tokens"])  # dropped independently
 
 
-def test_a_batch_of_images_alone_and_a_batch_of_videos_alone(tokenizer):
+def test_a_batch_may_have_only_images_or_only_videos(tokenizer):
     (images,) = take(1, dataclasses.replace(SMALL, frames=0), tokenizer)
     assert images["video"].shape == (4, 0, 16, 24, 3) and images["images"].shape == (4, 2, 16, 24, 3)
     (videos,) = take(1, dataclasses.replace(SMALL, images=0), tokenizer)
@@ -131,18 +124,18 @@ def test_a_batch_of_images_alone_and_a_batch_of_videos_alone(tokenizer):
 
 def test_grain_is_not_imported_without_workers(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)  # importing it raises ImportError
-    assert take(1)[0]["video"].shape[0] == 4
+    assert take(1, SMALL)[0]["video"].shape[0] == 4
     with pytest.raises(UserError, match="set workers=0"):
-        take(1, workers=1)
+        take(1, SMALL, workers=1)
 
 
-def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
+def test_an_error_in_the_background_thread_is_raised_by_the_stream(monkeypatch):
     def broken(self, index, rng):
         raise OSError("disk gone")
 
     monkeypatch.setattr(sources.MovingShapes, "video", broken)
     with pytest.raises(OSError, match="disk gone"):
-        take(1)
+        take(1, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +161,7 @@ def test_an_error_in_the_thread_reaches_the_reader(monkeypatch):
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
 )
-def test_wrong_settings_are_refused_at_once(change, message):
+def test_wrong_settings_are_refused_before_any_batch(change, message):
     with pytest.raises(UserError, match=message):
         pipeline.open_examples(dataclasses.replace(SMALL, **change), batch_size=4)
 
@@ -205,14 +198,14 @@ def source_of(folder, *, split="train", val_fraction=0.0, height=16, width=16):
     return sources.RecordSource(clips=clips, window=window, height=height, width=width, random_crop=split == "train")
 
 
-def test_a_video_folder_gives_every_clip_once_an_epoch_in_changing_order(folder):
+def test_a_video_folder_yields_every_clip_once_per_epoch_in_a_new_order(folder):
     source = source_of(folder)
     captions = [source.video(i, np.random.default_rng(i))[1] for i in range(16)]
     assert sorted(captions[:8]) == sorted(captions[8:]) == [f"clip {i}" for i in range(8)]
     assert captions[:8] != captions[8:]
 
 
-def test_a_window_of_a_video_is_a_run_of_its_frames(folder):
+def test_a_window_of_a_video_contains_consecutive_frames(folder):
     source = source_of(folder, height=32, width=48)
     starts = set()
     for i in range(24):
@@ -243,7 +236,7 @@ def test_splits_of_a_video_folder_share_no_clip(folder):
     captions = [{caption for _, caption in source.clips.rows} for source in (train, val)]
     assert not captions[0] & captions[1] and len(captions[0] | captions[1]) == 8
     assert len(source_of(folder, split="val", val_fraction=1e-9)) == 1
-    (held_out,) = take(1, config_of(folder, split="val"), batch_size=16)  # fewer clips than the batch
+    (held_out,) = take(1, config_of(folder, split="val"), batch_size=16)  # a batch of 16 from fewer clips
     assert held_out["video"].shape[0] == 16
 
 
@@ -253,8 +246,8 @@ def test_batches_of_a_video_folder_are_the_same_with_workers(folder, tokenizer):
     assert_same(take(2, config, tokenizer), take(2, config, tokenizer, workers=1))
 
 
-def test_an_images_folder_gives_the_images(folder, tmp_path):
-    """Only images of the split: held-out ones are not trained on."""
+def test_images_come_from_the_folder_of_images(folder, tmp_path):
+    """Held-out images are not in the training split."""
     for name in "ab":
         Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text("red all over")
@@ -273,7 +266,7 @@ def test_an_images_folder_gives_the_images(folder, tmp_path):
         ({"split": "held_out"}, 2, "splits train and val"),
     ],
 )
-def test_an_unusable_video_folder_is_refused_at_once(folder, change, batch_size, message):
+def test_an_unusable_video_folder_is_refused_before_any_batch(folder, change, batch_size, message):
     with pytest.raises(UserError, match=message):
         pipeline.open_examples(config_of(folder, **change), batch_size=batch_size)
 
@@ -292,7 +285,7 @@ def test_an_images_folder_without_captions_is_refused(folder, tmp_path):
 
 def test_an_unused_folder_of_images_is_not_opened(folder, tmp_path):
     examples = pipeline.open_examples(config_of(folder, image_path=str(tmp_path / "none"), images=0), batch_size=1)
-    assert len(examples.source) == 7 and examples[0]["images"].shape[0] == 0  # one clip is for val
+    assert len(examples.source) == 7 and examples[0]["images"].shape[0] == 0  # one of 8 clips is held out
 
 
 # ---- transforms ----
@@ -306,7 +299,7 @@ def test_pixels_become_the_same_floats_on_devices_as_on_the_host():
     assert pixels_to_float(floats) is floats
 
 
-def test_pixels_survive_the_way_to_floats_and_back():
+def test_pixels_survive_conversion_to_floats_and_back():
     pixels = np.arange(256, dtype=np.uint8)
     floats = transforms.to_float(pixels)
     assert floats[0] == -1 and floats[-1] == 1
@@ -315,7 +308,7 @@ def test_pixels_survive_the_way_to_floats_and_back():
 
 
 @pytest.mark.parametrize("shape", [(20, 40), (40, 20), (8, 8), (12, 30)])
-def test_resize_crop_keeps_the_aspect_ratio_and_one_position_for_all_frames(shape):
+def test_resize_crop_keeps_the_aspect_ratio_and_crops_all_frames_alike(shape):
     ramp = np.broadcast_to(np.linspace(0, 255, shape[1])[None, None, :, None], (2, *shape, 3)).astype(np.uint8)
     for rng in (None, np.random.default_rng(1)):
         out = transforms.resize_crop(ramp, height=10, width=15, rng=rng)
@@ -327,7 +320,7 @@ def test_resize_crop_keeps_the_aspect_ratio_and_one_position_for_all_frames(shap
 # ---- tokens ----
 
 
-def test_every_word_of_the_small_world_is_one_token(tokenizer):
+def test_every_word_of_moving_shapes_is_one_token(tokenizer):
     ids = {word: tokenizer(word).input_ids for word in moving_shapes.vocabulary()}
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert all(len(row) == 3 and row[0] == start and row[2] == end for row in ids.values())
@@ -345,7 +338,7 @@ def test_tokens_of_a_caption(tokenizer):
     assert (tokens.tokenize(tokenizer, [""])[0][1:] == tokenizer.eos_token_id).all()
 
 
-def test_text_beyond_the_context_is_cut_and_named(tokenizer):
+def test_text_beyond_the_context_is_truncated_and_reported(tokenizer):
     twice = f"{CAPTION} and {CAPTION}"
     row = tokens.tokenize(tokenizer, [twice])[0]
     assert row[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in row[:-1]
@@ -353,7 +346,7 @@ def test_text_beyond_the_context_is_cut_and_named(tokenizer):
     assert tokens.lost_text(tokenizer, twice) == "circle moving up left over a blue background"
 
 
-def test_unknown_words_are_named_and_left_out(tokenizer):
+def test_unknown_words_are_reported_and_left_out(tokenizer):
     text = "a fluffy red circle, fluffy as 2 clouds, moving left."
     assert tokens.unknown_words(tokenizer, text) == ["fluffy", "as", "2", "clouds"]
     assert tokens.unknown_words(tokenizer, CAPTION) == []
@@ -390,7 +383,7 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
         tokens.save_small_tokenizer(tmp_path, ["red", "Grün"])
 
 
-# ---- patches, images under a moving camera, rates ----
+# ---- patches, images under a moving camera, frame rates ----
 
 
 def test_a_patch_is_cut_from_the_whole_frame():
@@ -399,19 +392,19 @@ def test_a_patch_is_cut_from_the_whole_frame():
     frames, cut = (Examples(config, make_source(config))[5] for config in (whole, patch))
     for name, shape in (("video", (3, 16, 24, 3)), ("images", (1, 16, 24, 3))):
         assert cut[name].shape == shape
-        places = np.lib.stride_tricks.sliding_window_view(frames[name], shape)
-        assert (places == cut[name]).all((-4, -3, -2, -1)).any()  # one position for all frames, nothing scaled
+        positions = np.lib.stride_tricks.sliding_window_view(frames[name], shape)
+        assert (positions == cut[name]).all((-4, -3, -2, -1)).any()  # one position for all frames, no scaling
 
 
 def test_an_image_under_a_moving_camera_moves_as_a_whole_and_smoothly():
-    still = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    clip = transforms.handheld(still, frames=24, height=32, width=32, fps=8, rng=np.random.default_rng(1))
-    windows = np.lib.stride_tricks.sliding_window_view(still, (32, 32, 3))[:, :, 0]
-    places = np.array([np.argwhere((windows == frame).all((2, 3, 4)))[0] for frame in clip])
-    assert len(np.unique(places, axis=0)) > 5 and np.abs(np.diff(places, axis=0)).max() <= 4
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    clip = transforms.handheld(image, frames=24, height=32, width=32, fps=8, rng=np.random.default_rng(1))
+    windows = np.lib.stride_tricks.sliding_window_view(image, (32, 32, 3))[:, :, 0]
+    positions = np.array([np.argwhere((windows == frame).all((2, 3, 4)))[0] for frame in clip])
+    assert len(np.unique(positions, axis=0)) > 5 and np.abs(np.diff(positions, axis=0)).max() <= 4
 
 
-def test_the_share_of_images_among_clips():
+def test_handheld_is_the_share_of_clips_made_from_images():
     config = DataConfig(frames=4, height=16, width=16, handheld=0.25, caption_drop=0)
     examples = Examples(config, make_source(config))
     captions = [examples[i]["caption"] for i in range(400)]
@@ -419,22 +412,23 @@ def test_the_share_of_images_among_clips():
     assert 70 < len(of_images) < 130 and examples[0]["video"].shape == (4, 16, 16, 3)
 
 
-def test_the_share_of_frames_of_clips_among_images():
+def test_images_from_clips_is_the_share_of_images_that_are_frames_of_clips():
     config = DataConfig(frames=0, images=2, height=16, width=16, images_from_clips=0.25, caption_drop=0)
     examples = Examples(config, make_source(config))
     captions = [text for i in range(200) for text in examples[i]["image_captions"]]
     moving = [text for text in captions if " moving " in text or " standing " in text]
     assert 70 < len(moving) < 130 and examples[0]["images"].shape == (2, 16, 16, 3)
-    none = dataclasses.replace(config, images_from_clips=0.0)  # and the others are unchanged
+    none = dataclasses.replace(config, images_from_clips=0.0)  # all other images are unchanged
     before = {text for i in range(200) for text in Examples(none, make_source(none))[i]["image_captions"]}
     assert set(captions) - set(moving) <= before
 
 
-def test_clips_have_rates_of_their_own():
+def test_each_clip_has_its_own_frame_rate():
     config = DataConfig(frames=2, fps=32.0, slowest_fps=4.0, height=64, width=64, caption_drop=0)
     slowest = dataclasses.replace(config, fps=4.0, slowest_fps=0)
 
-    def change(config):  # from the first frame to the second, of each clip
+    def change(config):
+        """Returns the mean difference between the two frames of each clip."""
         examples = Examples(config, make_source(config))
         return [np.abs(np.diff(examples[i]["video"].astype(int), axis=0)).mean() for i in range(40)]
 

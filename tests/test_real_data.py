@@ -1,4 +1,4 @@
-"""Data as people have it: links, hidden copies, other endings, other programs' text, joined tars, many shards."""
+"""Data as users have it: links, hidden copies, uncommon endings, tables of other programs, concatenated tars."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import add, encode
+from test_sources import add
 
 from lavie_jax.curation.inputs import find_videos
 from lavie_jax.data import pipeline, records, shards, sources, tar_index, tar_members, tars, video_files
@@ -20,7 +20,8 @@ from lavie_jax.data.buckets import Buckets
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError
-from lavie_jax.weights.folder import read_json
+from lavie_jax.text_files import read_json
+from tests import videos
 
 
 def gray(value=100, frames=8):
@@ -29,8 +30,8 @@ def gray(value=100, frames=8):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """The bytes of an mp4 of one second."""
-    return encode(tmp_path_factory.mktemp("clip") / "a.mp4", gray(), 8).read_bytes()
+    """Returns the bytes of an mp4 of one second."""
+    return videos.encode(tmp_path_factory.mktemp("clip") / "a.mp4", gray(), 8).read_bytes()
 
 
 def put(folder, name, content, caption="a gray square"):
@@ -54,7 +55,7 @@ def captions(found):
 # ---- folders ----
 
 
-def test_linked_folders_are_followed_once_and_circles_end(clip, tmp_path):
+def test_linked_folders_are_followed_once_and_cycles_end(clip, tmp_path):
     put(tmp_path / "elsewhere", "deep/b.mp4", clip, "b")
     data = tmp_path / "data"
     put(data, "sub/a.mp4", clip, "a")
@@ -103,7 +104,7 @@ def test_files_of_every_ending_are_read_or_counted(clip, tmp_path, caplog):
     assert "1 of 6 end in .rmvb, which is not read" in caplog.text
 
 
-def test_pictures_of_more_endings_are_read(tmp_path):
+def test_images_with_uncommon_endings_are_read(tmp_path):
     for name in ("a.BMP", "b.tif", "c.JPEG"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(name)
@@ -111,7 +112,7 @@ def test_pictures_of_more_endings_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"\xef\xbb\xbfa gray square\r\n", "a gray square".encode("utf-16")])
-def test_captions_with_a_byte_order_mark(clip, tmp_path, text):
+def test_captions_with_a_byte_order_mark_are_read(clip, tmp_path, text):
     put(tmp_path, "a.mp4", clip, text)
     assert captions(opened("video_folder", tmp_path)) == ["a gray square"]
     assert find_videos(tmp_path, None)[0].captions[0].text == "a gray square"
@@ -158,7 +159,7 @@ def lines_of(delimiter, quote=True):
     ],
     ids=str,
 )
-def test_tables_of_other_programs_have_all_rows_and_their_own_captions(clip, tmp_path, name, content):
+def test_tables_of_other_programs_keep_every_row_and_its_caption(clip, tmp_path, name, content):
     for stem in WORDS:
         put(tmp_path, f"{stem}.mp4", clip, None)
     (tmp_path / "sub").mkdir()
@@ -191,18 +192,18 @@ def write_tar(path, names, clip, caption=lambda name: name.encode()):
     return path
 
 
-def test_tars_that_were_joined_have_all_their_pairs(clip, tmp_path):
+def test_concatenated_tars_keep_all_their_pairs(clip, tmp_path):
     one, two = (write_tar(tmp_path / name, names, clip) for name, names in (("a.tar", "01234"), ("b.tar", "56789")))
-    (tmp_path / "joined").mkdir()
-    (tmp_path / "joined" / "c.tar").write_bytes(one.read_bytes() + two.read_bytes() + one.read_bytes())
-    found = opened("webdataset", tmp_path / "joined")
+    (tmp_path / "concatenated").mkdir()
+    (tmp_path / "concatenated" / "c.tar").write_bytes(one.read_bytes() + two.read_bytes() + one.read_bytes())
+    found = opened("webdataset", tmp_path / "concatenated")
     assert captions(found) == sorted("0123456789" + "01234") and found[7].content == clip
-    (tmp_path / "joined" / "c.tar").write_bytes(one.read_bytes() + b"not a tar" * 100)
+    (tmp_path / "concatenated" / "c.tar").write_bytes(one.read_bytes() + b"not a tar" * 100)
     with pytest.raises(UserError, match="cannot read the tar .*c.tar"):
-        opened("webdataset", tmp_path / "joined")
+        opened("webdataset", tmp_path / "concatenated")
 
 
-def test_a_pair_that_joined_tars_divide_is_found(clip, tmp_path):
+def test_a_pair_split_across_concatenated_tars_is_found(clip, tmp_path):
     for name, member, content in (("a", "0.mp4", clip), ("b", "0.txt", b"divided")):
         with tarfile.open(tmp_path / name, "w") as tar:
             add(tar, member, content)
@@ -218,7 +219,7 @@ def test_hidden_members_and_tars_are_left_out_with_a_count(clip, tmp_path, caplo
     assert "2 records that are hidden copies" in caplog.text and "1 of 2 are hidden copies" in caplog.text
 
 
-def test_the_index_is_written_once_and_read_again_while_the_tars_are_the_same(clip, tmp_path, monkeypatch):
+def test_the_index_is_written_once_and_reused_until_the_tars_change(clip, tmp_path, monkeypatch):
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", [f"{name}{i}" for i in range(3)], clip)
     walked = []
@@ -229,7 +230,7 @@ def test_the_index_is_written_once_and_read_again_while_the_tars_are_the_same(cl
     walked.clear()
     again = opened("webdataset", tmp_path)
     assert not walked and captions(again) == captions(first)
-    write_tar(tmp_path / "aa.tar", ["aa0"], clip)  # between the others
+    write_tar(tmp_path / "aa.tar", ["aa0"], clip)  # its name sorts between the others
     write_tar(tmp_path / "b.tar", ["b9"], clip)
     assert captions(opened("webdataset", tmp_path)) == ["a0", "a1", "a2", "aa0", "b9"]
     assert sorted(walked) == ["aa.tar", "b.tar"]
@@ -241,7 +242,7 @@ def test_the_index_is_written_once_and_read_again_while_the_tars_are_the_same(cl
     assert [path.name for path in tmp_path.glob(".*")] == [index.name]  # no temporary file is left
 
 
-def test_a_tar_that_changes_after_the_start_gives_no_wrong_clip(clip, tmp_path):
+def test_a_tar_that_changed_after_the_start_is_refused(clip, tmp_path):
     path = write_tar(tmp_path / "a.tar", "01", clip)
     found = opened("webdataset", tmp_path)
     path.write_bytes(bytes(512) + path.read_bytes()[:-512])
@@ -249,7 +250,7 @@ def test_a_tar_that_changes_after_the_start_gives_no_wrong_clip(clip, tmp_path):
         found[1]
 
 
-def test_the_index_of_a_folder_that_cannot_be_written_to_is_in_the_cache(clip, tmp_path, monkeypatch, caplog):
+def test_the_index_of_a_read_only_folder_is_in_the_cache(clip, tmp_path, monkeypatch, caplog):
     write_tar(tmp_path / "a.tar", "01", clip)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write = tar_index._write
@@ -262,7 +263,7 @@ def test_the_index_of_a_folder_that_cannot_be_written_to_is_in_the_cache(clip, t
     monkeypatch.setattr(tar_index, "_write", read_only)
     assert captions(opened("webdataset", tmp_path / "*.tar")) == ["0", "1"]
     assert len(list((tmp_path / "cache" / "lavie_jax" / "tars").iterdir())) == 1
-    monkeypatch.setattr(tar_index, "_cache", lambda *_: [])  # no home
+    monkeypatch.setattr(tar_index, "_cache", lambda *_: [])  # a user without a home folder
     write_tar(tmp_path / "b.tar", "2", clip)
     assert captions(opened("webdataset", tmp_path / "*.tar")) == ["0", "1", "2"]
     assert "cannot be written" in caplog.text
@@ -271,7 +272,7 @@ def test_the_index_of_a_folder_that_cannot_be_written_to_is_in_the_cache(clip, t
 # ---- shards ----
 
 
-def test_more_shards_than_files_may_be_open_are_read(tmp_path):
+def test_more_shards_than_the_limit_of_open_files_are_read(tmp_path):
     rows = ({"video": bytes([i % 256, i // 256]), "caption": f"clip {i}"} for i in range(300))
     shards.write_shards(rows, tmp_path, shard_records=1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -288,7 +289,7 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path):
 
 
 def write_curated(folder, scenes):
-    """Shards with the list that the curation writes; `scenes` are the source videos of the clips."""
+    """Writes shards and the list that curation adds; `scenes` are the source videos of the clips."""
     shards.write_shards([{"video": b"x", "caption": f"clip {i}"} for i in range(len(scenes))], folder, shard_records=10)
     rows = [
         {"shard": f"clips-{i // 10:05d}.array_record", "index": i % 10, "source": source}
@@ -314,7 +315,7 @@ def test_scenes_of_one_video_are_in_one_split(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["video_folder", "webdataset", "array_record", "tfds"])
-def test_one_clip_alone_trains_and_is_held_out_too(clip, tmp_path, kind, caplog):
+def test_a_single_clip_is_both_trained_on_and_held_out(clip, tmp_path, kind, caplog):
     put(tmp_path / "video_folder", "a.mp4", clip)
     (tmp_path / "webdataset").mkdir()
     write_tar(tmp_path / "webdataset" / "a.tar", "0", clip)
@@ -336,14 +337,14 @@ def test_both_splits_have_a_record_whatever_the_hashes():
     assert len(train) == len(val) == 1 and train[0] != val[0]
 
 
-# ---- the image that becomes a clip, and held-out batches of buckets ----
+# ---- images as clips, and held-out batches of buckets ----
 
 
 class Images:
-    """A source that records which images are asked for."""
+    """A source that records the requested images."""
 
     def __init__(self, count):
-        self.count, self.asked = count, []
+        self.count, self.requested = count, []
 
     def __len__(self):
         return self.count
@@ -352,20 +353,20 @@ class Images:
         raise AssertionError
 
     def image(self, index, rng, *, margin=0):
-        self.asked.append(index)
+        self.requested.append(index)
         return sources.Item(np.zeros((16 + margin, 16 + margin, 3), np.uint8), "an image")
 
 
-def test_the_image_that_becomes_a_clip_is_not_beside_it():
+def test_the_image_that_becomes_a_clip_is_not_among_the_images_of_its_example():
     config = DataConfig(frames=2, images=2, handheld=1.0, height=16, width=16)
     examples = pipeline.Examples(config, source := Images(100), batch=4)
     for i in range(8):
         examples[i]
-    assert sorted(source.asked) == list(range(24))  # each image once
-    assert max(source.asked[:12]) < 12  # of the first step, as a mixture counts them
+    assert sorted(source.requested) == list(range(24))  # each image once
+    assert max(source.requested[:12]) < 12  # a mixture assigns these to the first step
 
 
-def test_held_out_batches_show_every_bucket_and_count_by_share():
+def test_held_out_batches_cover_every_bucket_and_are_weighted_by_share():
     from lavie_jax.data.buckets import make_buckets
 
     parts = [((16, 16 * (i + 1)), Images(count)) for i, count in enumerate((97, 2, 1))]
@@ -399,7 +400,7 @@ def test_a_killed_worker_costs_no_batch(caplog):
     assert "a data worker was killed" in caplog.text
 
 
-def test_workers_that_are_killed_again_and_again_are_given_up(monkeypatch, caplog):
+def test_workers_that_are_killed_repeatedly_are_not_restarted(monkeypatch, caplog):
     def die(*_):
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
         yield
@@ -412,7 +413,7 @@ def test_workers_that_are_killed_again_and_again_are_given_up(monkeypatch, caplo
     assert "were killed 3 times in a row: from step 0 on, none is used" in caplog.text
 
 
-def test_shared_memory_that_is_too_small_is_refused_with_the_number(monkeypatch):
+def test_shared_memory_that_is_too_small_is_refused_with_the_required_size(monkeypatch):
     config = DataConfig(frames=16, height=320, width=512, images=4)
     examples = pipeline.open_examples(config, batch_size=8)
     stat = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 0, 0, 0, 0, 255))  # 64 MiB, docker's default
@@ -434,13 +435,13 @@ def test_shared_memory_that_is_too_small_is_refused_with_the_number(monkeypatch)
         ({"video": gray(), "fps": [8, 8]}, "`fps` in .* is .8, 8.; it needs"),
     ],
 )
-def test_an_npz_that_is_not_a_clip_names_what_it_has_and_needs(tmp_path, arrays, message):
+def test_an_npz_that_is_not_a_clip_is_refused_with_what_it_needs(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
         video_files.read_clip(tmp_path / "a.npz")
 
 
-def test_an_npz_needs_no_rate_and_no_more_memory_than_there_is(tmp_path):
+def test_an_npz_may_omit_the_rate_and_must_fit_into_memory(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", video=gray())
     frames, fps = video_files.read_clip(tmp_path / "a.npz")
     assert fps == video_files.NPZ_FPS == 8 and (frames == gray()).all()
@@ -462,11 +463,11 @@ def test_the_members_of_a_tar_are_those_that_tarfile_finds(tmp_path, tar_format)
         tar.addfile(tarfile.TarInfo("folder/"), None)
         for i, name in enumerate(names):
             info = tarfile.TarInfo(name)
-            info.size, info.mtime = (0 if "empty" in name else 700 * i + 1), 1e9 + 0.5  # as webdataset writes it
+            info.size, info.mtime = (0 if "empty" in name else 700 * i + 1), 1e9 + 0.5  # fractional, as webdataset's
             tar.addfile(info, io.BytesIO(bytes(info.size)))
         info = tarfile.TarInfo("link.mp4")
         info.type, info.linkname = tarfile.SYMTYPE, "0.mp4"
-        if tar_format == tarfile.GNU_FORMAT:  # the others are parsed without tarfile
+        if tar_format == tarfile.GNU_FORMAT:  # other formats are parsed without tarfile
             tar.addfile(info)
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]

@@ -1,4 +1,4 @@
-"""Video files as people have them are read as players show them: length, seeking, shape, colours, times."""
+"""Video files of many kinds are read as players show them: length, seeking, shape, colours, frame times."""
 
 import io
 import itertools
@@ -16,17 +16,17 @@ from tests import videos
 
 
 def moving(count, height=64, width=96):
-    """Frames with a dark bar that moves, on a brightness that grows: every frame differs from every other."""
+    """Returns frames with a moving dark bar and rising brightness, all of which differ."""
     frames = np.zeros((count, height, width, 3), np.uint8)
     for i in range(count):
-        frames[i] = 40 + 1.6 * i  # no jumps, which would be key frames
+        frames[i] = 40 + 1.6 * i  # without jumps, at which encoders insert key frames
         left = (5 * i) % (width - 12)
         frames[i, :, left : left + 12] = (200, 20, (i * 11) % 255)
     return frames
 
 
 def write(frames, format="mp4", codec="libx264", *, rate=25, pix="yuv420p", options=None, muxer=None, **settings):
-    """The bytes of a video. `settings`: aspect, matrix, range, transfer, times, sound (seconds)."""
+    """Returns the bytes of a video. `settings`: aspect, matrix, range, transfer, times, sound (seconds)."""
     file = io.BytesIO()
     with av.open(file, "w", format=format, options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
@@ -56,15 +56,15 @@ def write(frames, format="mp4", codec="libx264", *, rate=25, pix="yuv420p", opti
         if sound is not None:
             tone = np.zeros((1, 48000), np.float32)
             for i in range(settings["sound"]):
-                heard = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-                heard.sample_rate, heard.pts = 48000, i * 48000
-                container.mux(sound.encode(heard))
+                samples = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+                samples.sample_rate, samples.pts = 48000, i * 48000
+                container.mux(sound.encode(samples))
             container.mux(sound.encode())
     return file.getvalue()
 
 
 def trimmed(content, first, last, fps=25):
-    """An mp4 with frames `first` to `last` - 1 shown, by its edit list alone."""
+    """Returns an mp4 whose edit list shows only frames `first` to `last` - 1."""
     place = content.index(b"elst") + 4
     timescale = int.from_bytes(content[(at := content.index(b"mdhd") + 16) : at + 4], "big")
     movie = int.from_bytes(content[(at := content.index(b"mvhd") + 16) : at + 4], "big")
@@ -75,7 +75,7 @@ def trimmed(content, first, last, fps=25):
 
 
 def indices(frames, of):
-    """Which frame of `of` each frame is."""
+    """Returns the index in `of` of each frame."""
     small, whole = (x[:, ::8, ::4].astype(int).reshape(len(x), -1) for x in (frames, of))
     return [int(np.abs(whole - row).mean(1).argmin()) for row in small]
 
@@ -96,7 +96,7 @@ def test_an_edit_list_decides_what_is_shown(first, last):
 
 
 @pytest.mark.parametrize("format", ["matroska", "webm", "mp4", "mov"])
-def test_sound_that_runs_on_adds_no_frames(format):
+def test_sound_longer_than_the_video_adds_no_frames(format):
     codec = "libvpx" if format == "webm" else "libx264"
     content = write(moving(20), format, codec, sound=3)
     assert video_files.video_info(content) == video_files.VideoInfo(20, 25.0)
@@ -105,7 +105,7 @@ def test_sound_that_runs_on_adds_no_frames(format):
 @pytest.mark.parametrize("frames", [2, 6, 30])
 @pytest.mark.parametrize("format", ["mp4", "matroska", "avi", "mpegts"])
 @pytest.mark.parametrize("fps", [7.5, 25, 29.97, 240])
-def test_clips_of_any_length_and_rate_have_both(format, fps, frames, tmp_path):
+def test_length_and_rate_are_read_for_any_format(format, fps, frames, tmp_path):
     if format == "mpegts" and frames == 2:
         pytest.skip("FFmpeg does not seek in so short transport streams")
     path, lines = tmp_path / "a.mp4", []
@@ -117,7 +117,7 @@ def test_clips_of_any_length_and_rate_have_both(format, fps, frames, tmp_path):
 
 
 def test_a_gif_has_the_rate_it_was_written_with(tmp_path):
-    """Its times are in hundredths of a second: 12 and 13 in turn."""
+    """GIF stores durations in hundredths of a second, here alternately 12 and 13."""
     path = video_files.save_as(moving(24), tmp_path / "a", "gif", fps=8)
     assert video_files.video_info(path) == video_files.VideoInfo(24, 8.0)
     frames, rate = video_files.read_clip(path)
@@ -135,7 +135,7 @@ def test_a_browser_recording_without_a_rate_gets_that_of_its_frames(sound):
 
 
 @pytest.mark.parametrize("format", ["mp4", "matroska", "avi"])
-def test_a_truncated_file_has_the_length_of_what_is_left(format, tmp_path):
+def test_a_truncated_file_has_the_length_of_the_remaining_frames(format, tmp_path):
     muxer = {"movflags": "faststart"} if format == "mp4" else {}
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w", format=format, options=muxer) as container:
@@ -214,7 +214,7 @@ CODECS = {
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_every_start_shows_the_frame_of_decoding_in_order(name):
+def test_seeking_to_any_frame_equals_decoding_in_order(name):
     format, codec, options = CODECS[name]
     clip = moving(100)
     muxer = {"movflags": "frag_keyframe+empty_moov"} if name == "fragmented" else {}
@@ -248,7 +248,7 @@ def test_windows_and_curated_clips_of_an_open_gop_are_exact(tmp_path):
 
 
 def test_a_record_that_fails_at_many_times_is_counted_once(tmp_path, caplog, monkeypatch):
-    """Messages contain the random start."""
+    """Its messages differ, since they contain the random start."""
     from lavie_jax.data import pipeline, shards, sources
     from lavie_jax.data.config import DataConfig
 
@@ -289,11 +289,11 @@ def test_a_sidecar_nested_too_deep_is_skipped():
         assert item.caption == "a clip"
 
 
-# ---- how a file is to be shown ----
+# ---- shape and colours ----
 
 
 def circle(aspect, size=96, frames=4):
-    """A disc as it is stored with pixels of an aspect: narrower by it."""
+    """Returns a disc as stored with pixels of this aspect ratio: narrower by that factor."""
     width = round(size / aspect)
     y, x = np.mgrid[:size, :width]
     inside = ((x + 0.5) * aspect - size / 2) ** 2 + (y + 0.5 - size / 2) ** 2 < (size / 3) ** 2
@@ -336,7 +336,7 @@ def test_curated_clips_have_square_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["HDR", "interlaced"])
-def test_the_curation_counts_what_cannot_be_shown_by_its_reason(reason, tmp_path):
+def test_curation_counts_unusable_videos_by_reason(reason, tmp_path):
     from lavie_jax.curation.filters import Thresholds
     from lavie_jax.curation.inputs import find_videos
     from lavie_jax.curation.video import REASONS, curate_video, read_result
@@ -357,7 +357,7 @@ def test_the_curation_counts_what_cannot_be_shown_by_its_reason(reason, tmp_path
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("hflip", [False, True])
-def test_rotated_and_mirrored_videos_stand_upright(degrees, hflip):
+def test_rotated_and_mirrored_videos_are_read_upright(degrees, hflip):
     clip = np.zeros((3, 64, 96, 3), np.uint8)
     clip[:, :32, :48], clip[:, :32, 48:], clip[:, 32:, :48] = 240, 160, 80
     file = io.BytesIO()
@@ -469,7 +469,7 @@ def test_interlaced_videos_are_refused_by_name(format, codec, options):
     assert error.value.reason == "interlaced"
 
 
-def test_what_cannot_be_shown_is_left_out_with_its_reason(tmp_path, caplog):
+def test_unusable_videos_are_left_out_with_a_reason(tmp_path, caplog):
     from lavie_jax.data.sources import open_records
 
     good = write(moving(10))
@@ -488,11 +488,11 @@ def test_what_cannot_be_shown_is_left_out_with_its_reason(tmp_path, caplog):
     assert "1 of 5 are shorter than 4 frames" in caplog.text
 
 
-# ---- transparency, depth ----
+# ---- transparency and bit depth ----
 
 
 def half_clear(count=3):
-    """Red on the left; hidden green under full transparency on the right."""
+    """Returns frames that are red on the left, and fully transparent over green on the right."""
     clip = np.zeros((count, 64, 96, 4), np.uint8)
     clip[:, :, :48], clip[:, :, 48:] = (220, 30, 30, 255), (0, 255, 0, 0)
     return clip
@@ -517,7 +517,7 @@ def test_transparent_videos_are_shown_over_white(format, codec, pix, tmp_path):
 
 
 def pictures():
-    """{name: (picture, the pixels it shows)}."""
+    """Returns {name: (image, the pixels that viewers show)}."""
     from PIL import Image
 
     ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(8, 0)
@@ -538,7 +538,7 @@ def pictures():
 
 
 @pytest.mark.parametrize("name", ["16 bits", "alpha", "palette", "half", "plain"])
-def test_deep_and_transparent_pictures_show_what_viewers_show(name, tmp_path):
+def test_16_bit_and_transparent_images_are_read_as_viewers_show_them(name, tmp_path):
     from lavie_jax.data.records import Record
     from lavie_jax.data.sources import read_image
 
@@ -548,17 +548,17 @@ def test_deep_and_transparent_pictures_show_what_viewers_show(name, tmp_path):
     assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - expected).max() <= 1
 
 
-def test_a_picture_with_a_profile_has_the_colours_of_it(tmp_path):
-    """Its numbers are those of another space: gamma 1.0 here, so that 55 is a medium grey."""
+def test_the_colour_profile_of_an_image_is_applied(tmp_path):
+    """The profile has gamma 1.0, in which 55 is a medium grey."""
     from PIL import Image, ImageCms
 
     from lavie_jax.data.display import picture_pixels
 
     content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    curve = content.index(b"para") + 12  # of the type ((a x + b) ^ g, or c x below d)
+    curve = content.index(b"para") + 12  # g, a, b, c, d of (a x + b) ^ g, or c x below d
     straight = b"".join(round(65536 * x).to_bytes(4, "big") for x in (1, 1, 0, 1, 0))
     linear = content[:curve] + straight + content[curve + 20 :]
-    for encoding in ("ascii", "utf-16-be"):  # its name
+    for encoding in ("ascii", "utf-16-be"):  # the profile's name
         linear = linear.replace("sRGB".encode(encoding), "lRGB".encode(encoding))
     profile = ImageCms.ImageCmsProfile(io.BytesIO(linear))
     picture = Image.fromarray(np.full((8, 8, 3), 55, np.uint8))
@@ -572,10 +572,10 @@ def test_a_picture_with_a_profile_has_the_colours_of_it(tmp_path):
         assert (picture_pixels(opened_picture) == 55).all()
 
 
-# ---- clips of the user ----
+# ---- clips for --input ----
 
 
-def test_each_moment_of_an_input_shows_what_the_file_shows_then(tmp_path):
+def test_input_frames_are_those_on_screen_at_their_times(tmp_path):
     clip, lines = moving(30), []
     for name, steps in {"a": [0.02, 0.06, 0.04], "b": [1 / 30] * 9 + [4 / 30], "c": [0.1, 0.5]}.items():
         times = np.cumsum(np.resize(steps, 30)) - steps[0]
@@ -590,7 +590,7 @@ def test_each_moment_of_an_input_shows_what_the_file_shows_then(tmp_path):
         assert f"the frame times of {str(path)!r} vary" in lines[-1]
 
 
-def test_dropped_frames_of_a_camera_are_repeated(tmp_path):
+def test_gaps_of_dropped_frames_are_filled_by_repetition(tmp_path):
     clip, kept, lines = moving(60), np.delete(np.arange(60), [7, 23, 24, 41]), []
     path = tmp_path / "a.mp4"
     path.write_bytes(write(clip[kept], times=kept / 30, rate=30))
@@ -608,7 +608,7 @@ def test_frames_lost_to_a_constant_rate_are_counted(tmp_path):
     assert "4 of its 30 frames are shown too briefly" in lines[0]
 
 
-def test_steady_clips_are_kept_whole_without_a_word(tmp_path):
+def test_clips_of_a_constant_rate_are_kept_without_warnings(tmp_path):
     clip, lines = moving(20), []
     for format, times in (("mp4", None), ("webm", np.round(np.arange(20) / 29.97, 3))):
         path = tmp_path / f"a.{format}"
@@ -626,7 +626,7 @@ def test_lost_sound_is_reported(tmp_path):
     assert lines == [f"the sound of {str(path)!r} is not kept"]
 
 
-def test_the_command_prints_what_of_an_input_is_lost(tmp_path, capsys):
+def test_the_command_warns_about_lost_sound(tmp_path, capsys):
     import sample
 
     path = tmp_path / "a.mp4"
@@ -636,7 +636,7 @@ def test_the_command_prints_what_of_an_input_is_lost(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: the sound of {str(path)!r} is not kept\n"
 
 
-def test_an_array_too_large_for_memory_is_refused_unread(tmp_path):
+def test_an_array_too_large_for_memory_is_refused_before_it_is_read(tmp_path):
     path = video_files.save_as(moving(10), tmp_path / "a", "npz", fps=8)
     assert len(video_files.read_clip(path, max_bytes=10 * 64 * 96 * 3)[0]) == 10
     with pytest.raises(UserError, match="does not fit into memory: store fewer frames"):

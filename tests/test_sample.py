@@ -416,7 +416,7 @@ def test_bad_input_of_a_cascade_is_one_line_and_nothing_is_written(case, stages_
     assert state(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_the_error_for_a_clip_longer_than_memory_tells_how_to_split_it(tmp_path):
+def test_the_error_for_a_clip_longer_than_memory_explains_how_to_split_it(tmp_path):
     path = lavie_jax.save_video(np.zeros((20, 16, 24, 3), np.uint8), tmp_path / "clip.mp4", fps=2)
     with pytest.raises(UserError, match="ffmpeg -i .*clip.mp4 -f segment -segment_time 2 "):
         read_clip(path, max_bytes=8.5 * 16 * 24 * 3)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, late_start, make_sampler, sample
+from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, chain_warning, guide, make_sampler, sample
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
@@ -56,7 +56,7 @@ def gaussian_denoiser(schedule, mean=MEAN, variance=VARIANCE, rounded=True):
 
 
 def exact_solution(sampler, noise):
-    """The end of the ODE that starts from the sampler's first x_t."""
+    """Returns the solution at the end of the ODE that starts from the sampler's first x_t."""
     a = sampler.levels[0]
     noise = noise * a**0.5 * sampler.init_noise_sigma if sampler.fractional else noise
     return MEAN + VARIANCE**0.5 * (noise - a**0.5 * MEAN) / (VARIANCE * a + 1 - a) ** 0.5
@@ -76,7 +76,7 @@ def advance(sampler, denoise, state, i, noise=None):
 
 @functools.partial(jax.jit, static_argnames=("sampler", "rounded", "mean", "variance"))
 def run(sampler, noise, noises=None, **data):
-    """The whole chain as one loop with a traced number of the evaluation."""
+    """Runs the whole chain as one loop with a traced index of the evaluation."""
     denoise = gaussian_denoiser(sampler.schedule, **data)
 
     def step(i, state):
@@ -90,7 +90,7 @@ def make(name, steps, prediction="epsilon", spacing=None):
 
 
 def error(name, steps, spacing=None):
-    """Distance from the exact solution."""
+    """Returns the distance from the exact solution."""
     sampler = make(name, steps, spacing=spacing)
     return distance(run(sampler, normal(0), rounded=False), exact_solution(sampler, normal(0)))
 
@@ -174,7 +174,7 @@ def test_orders_of_convergence():
 
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("name", ["dpm++2m", "unipc"])
-def test_quadratic_timesteps_suit_multistep_solvers_better_than_even_ones(name, steps):
+def test_multistep_solvers_are_more_accurate_on_quadratic_than_on_even_timesteps(name, steps):
     assert error(name, steps) < error(name, steps, "linspace") / 2
     assert error(name, steps) < error(name, steps, "trailing") / 2
 
@@ -233,6 +233,10 @@ def test_extreme_numbers_of_steps_sample_the_data(name, steps):
     """Data of mean 2 and standard deviation 0.1, which noise (mean 0, standard deviation 1) is far from."""
     if steps == 1 and name not in ONE_STEP:
         with pytest.raises(UserError, match="would return noise"):
+            make(name, steps)
+        return
+    if name == "respaced_ddpm" and steps in (2, 3):
+        with pytest.raises(UserError, match="would remain in the result. Use at least 4 steps"):
             make(name, steps)
         return
     shape = (2000, 1)
@@ -417,11 +421,13 @@ def test_a_chain_that_starts_far_below_the_last_timestep_is_described_and_only_o
     logged = []
     monkeypatch.setattr(logging, "warning", lambda message, *args: logged.append(message % args))
     for steps in (3, 10, 50, 100, 500, 1000):
-        assert late_start(make("ddim", steps)) is None
-    warning = late_start(make("ddim", 501))
+        assert chain_warning(make("ddim", steps)) is None
+    warning = chain_warning(make("ddim", 501))
     assert "ddim with 501 steps and 'leading' spacing starts at timestep 501 of 1000" in warning
     assert "7.7% of the variance" in warning and "500 steps" in warning
-    assert late_start(make("ddim", 501, spacing="trailing")) is None
+    assert chain_warning(make("ddim", 501, spacing="trailing")) is None
+    assert chain_warning(make("respaced_ddpm", 250)) is None
+    assert "noise of standard deviation 0.18 in the result. Use at least" in chain_warning(make("respaced_ddpm", 20))
     assert not logged
 
 
@@ -454,7 +460,7 @@ def test_spacings_that_do_not_fit_are_refused():
         make("ddim", 10, spacing="karras")
 
 
-# --- guidance ---------------------------------------------------------------------------------------------
+# ---- guidance ----
 
 
 def test_guidance_extrapolates_from_uncond_through_cond():

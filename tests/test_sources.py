@@ -1,4 +1,4 @@
-"""Sources on disk: folders, tables, tars, ArrayRecord shards and TFDS, from genuine files, whole and damaged."""
+"""Sources on disk: folders, tables, tars, ArrayRecord shards and TFDS, read from real files, intact and damaged."""
 
 import csv
 import dataclasses
@@ -20,33 +20,22 @@ from lavie_jax.data.config import DataConfig
 from lavie_jax.data.records import Record, Records
 from lavie_jax.data.video_files import ClipWindow, VideoInfo
 from lavie_jax.errors import UserError
+from tests import videos
+from tests.batches import take
 
 RATES = (8, 12, 25, Fraction(30000, 1001), 30, 24)
 SIZES = ((32, 48), (48, 32), (33, 47), (64, 64), (32, 48), (40, 56))
 
 
-def encode(path, frames, rate):
-    """H.264 of any size: 4:4:4 where 4:2:0 cannot hold it."""
-    import av
-
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": "10"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
-        stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """(path, caption) of six clips of two seconds: several rates, odd sides; the gray level identifies each."""
+    """Returns (path, caption) of six clips of two seconds, with several rates and sizes, and a gray level each."""
     root, result = tmp_path_factory.mktemp("clips"), []
     for i, (rate, (height, width)) in enumerate(zip(RATES, SIZES)):
         frames = np.full((round(2 * rate), height, width, 3), 40 * i + 20, np.uint8)
-        result.append((encode(root / f"clip{i}.mp4", frames, rate), f"clip {i}"))
+        result.append(
+            (videos.encode(root / f"clip{i}.mp4", frames, rate, options={"movflags": "faststart"}), f"clip {i}")
+        )
     return result
 
 
@@ -64,7 +53,7 @@ def add(tar, name, content):
 
 @pytest.fixture(scope="module")
 def stores(clips, tmp_path_factory):
-    """The same six clips, and six pictures, in every kind of storage: {kind: (path of clips, path of pictures)}."""
+    """Stores the six clips and six images in every kind of source: {kind: (path of clips, path of images)}."""
     root = tmp_path_factory.mktemp("stores")
     for name in ("folder", "pictures", "tar", "picture_tar"):
         (root / name).mkdir()
@@ -110,7 +99,7 @@ def records_of(kind, path, medium="video", split="train", val_fraction=0.0):
 
 
 def gray_of(pixels):
-    """The number of the clip or picture: their gray levels differ by 40."""
+    """Returns the number of a clip or image from its gray level."""
     return round((float(pixels.mean()) - 20) / 40)
 
 
@@ -118,7 +107,7 @@ def gray_of(pixels):
 
 
 @pytest.mark.parametrize("kind", sources.KINDS)
-def test_every_kind_gives_each_clip_once_an_epoch_with_its_own_caption(kind, stores):
+def test_every_kind_yields_each_clip_once_per_epoch_with_its_own_caption(kind, stores):
     result = records_of(kind, stores[kind][0])
     assert isinstance(result, Records) and len(result) == 6
     assert len(records_of(kind, stores[kind][1], "image")) == 6
@@ -145,12 +134,12 @@ def test_the_splits_share_no_record(kind, stores):
 
 
 @pytest.mark.parametrize("kind", sources.KINDS)
-def test_a_batch_is_refused_that_has_more_clips_than_there_are(kind, stores):
+def test_a_batch_larger_than_the_number_of_clips_is_refused(kind, stores):
     with pytest.raises(UserError, match="batch of 6 needs as many clips; .* has 5 for training"):
         pipeline.open_examples(config_of(kind, stores), batch_size=6)
 
 
-def test_a_part_of_a_mixture_is_refused_that_has_fewer_clips_than_its_share(stores):
+def test_a_part_of_a_mixture_with_fewer_clips_than_its_share_of_a_batch_is_refused(stores):
     parts = (f"video_folder:{stores['video_folder'][0]}", "moving_shapes")
     config = DataConfig(
         source="mixture", videos=parts, frames=2, images=0, height=16, width=16,
@@ -161,26 +150,18 @@ def test_a_part_of_a_mixture_is_refused_that_has_fewer_clips_than_its_share(stor
     pipeline.open_examples(config, batch_size=10)
 
 
-def batches(config, count, **where):
-    stream = pipeline.batches(pipeline.open_examples(config, batch_size=4), None, **where)
-    try:
-        return [next(stream) for _ in range(count)]
-    finally:
-        stream.close()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_shards_give_the_same_batches_with_workers_and_processes(stores):
-    """All kinds in one mixture, so that one start of the workers is enough for every reader to be sent to them."""
+    """All kinds are in one mixture, so that the workers receive every reader but are started only once."""
     kinds = list(sources.KINDS)
     config = DataConfig(
         source="mixture", videos=tuple(f"{kind}:{stores[kind][0]}" for kind in kinds),
         image_parts=tuple(f"{kind}:{stores[kind][1]}" for kind in kinds), frames=2, images=1, height=16, width=16,
         video_weights=((0, (1,) * len(kinds)), (2, (0, *(1,) * (len(kinds) - 2), 2))),
     )  # fmt: skip
-    whole = batches(config, 5)
-    again = batches(config, 3, start_step=2, workers=1)
-    halves = [batches(config, 5, rows=rows) for rows in (range(2), range(2, 4))]
+    whole = take(5, config)
+    again = take(3, config, start_step=2, workers=1)
+    halves = [take(5, config, rows=rows) for rows in (range(2), range(2, 4))]
     for step, batch in enumerate(whole):
         for key in ("video", "images"):
             if step >= 2:
@@ -190,7 +171,7 @@ def test_shards_give_the_same_batches_with_workers_and_processes(stores):
 
 def test_images_alone_need_no_clips(stores):
     config = config_of("webdataset", stores, path=None, frames=0, images=2)
-    (batch,) = batches(config, 1)
+    (batch,) = take(1, config)
     assert batch["video"].shape == (4, 0, 16, 16, 3) and batch["images"].shape == (4, 2, 16, 16, 3)
 
 
@@ -200,7 +181,7 @@ def test_clips_and_images_may_be_of_different_kinds(stores):
     assert isinstance(source.clips, shards.ShardRecords) and isinstance(source.images, tars.TarRecords)
 
 
-# ---- time ----
+# ---- frame times ----
 
 
 def test_a_window_takes_frames_by_rate_or_by_stride(tmp_path):
@@ -219,7 +200,7 @@ def test_a_window_takes_frames_by_rate_or_by_stride(tmp_path):
         }
 
 
-def test_a_window_of_a_stream_of_varying_rate_shows_what_is_on_screen(tmp_path):
+def test_a_window_of_a_variable_rate_video_has_the_frames_on_screen_at_its_times(tmp_path):
     import av
 
     times = [0, 1, 2, 6, 7, 12, 13]  # in twelfths of a second
@@ -244,12 +225,12 @@ def test_the_room_of_a_window():
     assert ClipWindow(frames=18).room(VideoInfo(17, 29.97)) < 0
 
 
-# ---- properties of real files ----
+# ---- damaged files ----
 
 
 @pytest.fixture(scope="module")
 def damaged(clips, tmp_path_factory):
-    """{name: bytes} of files that are not clips of 4 frames."""
+    """Returns {name: bytes} of files that are not clips of at least 4 frames."""
     whole = clips[3][0].read_bytes()
     few = video_files.save_video(np.zeros((2, 32, 32, 3), np.uint8), tmp_path_factory.mktemp("few") / "a.mp4", fps=8)
     return {
@@ -258,13 +239,13 @@ def damaged(clips, tmp_path_factory):
     }  # fmt: skip
 
 
-def test_damaged_files_of_a_folder_are_left_out_counted_and_named(clips, damaged, tmp_path, caplog):
+def test_damaged_files_of_a_folder_are_left_out_and_reported(clips, damaged, tmp_path, caplog):
     for name, content in {**damaged, "good": clips[0][0].read_bytes(), "silent": clips[0][0].read_bytes()}.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
         (tmp_path / f"{name}.txt").write_bytes(b"caf\xe9" if name == "silent" else b"a clip")
     result = records_of("video_folder", tmp_path)
     names = {path.stem for path, _ in result.rows}
-    assert names <= {"good", "truncated"} and "good" in names  # damage that the header does not show is skipped later
+    assert names <= {"good", "truncated"} and "good" in names  # its header is intact
     assert "1 of 7 have a caption that is not UTF-8" in caplog.text and "silent.txt" in caplog.text
     assert "1 of 7 are shorter than 4 frames at 8 fps" in caplog.text and "short.mp4" in caplog.text
     assert "of 7 cannot be read" in caplog.text and "empty.mp4" in caplog.text and "picture.mp4" in caplog.text
@@ -272,7 +253,7 @@ def test_damaged_files_of_a_folder_are_left_out_counted_and_named(clips, damaged
         video_files.video_info(tmp_path / "picture.mp4")
 
 
-def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, damaged, tmp_path, caplog):
+def test_damaged_records_of_a_shard_are_skipped_deterministically(clips, damaged, tmp_path, caplog):
     rows = [{"video": path.read_bytes(), "caption": caption} for path, caption in clips]
     rows += [{"video": content, "caption": name} for name, content in damaged.items()]
     rows += [{"video": rows[0]["video"], "caption": " "}]
@@ -289,17 +270,17 @@ def test_damaged_records_of_a_shard_are_skipped_the_same_way_every_time(clips, d
     for row, number in zip(again, (3, 7)):
         np.testing.assert_array_equal(row["video"], first[number]["video"])
         assert row["skipped"] == first[number]["skipped"]
-    batches(config, 3)
+    take(3, config)
     assert "skipped record 1: " in caplog.text
     with pytest.raises(UserError, match="3 records were skipped, more than data.max_unreadable allows"):
-        batches(dataclasses.replace(config, max_unreadable=2), 5)
+        take(5, dataclasses.replace(config, max_unreadable=2))
 
 
-def test_a_shard_of_nothing_but_damaged_records_stops_the_run(damaged, tmp_path):
+def test_a_shard_with_only_damaged_records_stops_the_run(damaged, tmp_path):
     shards.write_shards([{"video": damaged["text"], "caption": "x"}] * 9, tmp_path)
     config = DataConfig(source="array_record", path=str(tmp_path), frames=4, height=16, width=16)
     with pytest.raises(UserError, match="8 records in a row cannot be read; the last: .*clips-00000.array_record"):
-        batches(config, 1)
+        take(1, config)
 
 
 # ---- tables ----
@@ -315,7 +296,7 @@ def table_of(tmp_path, clips, rows):
     return tmp_path / "captions.csv"
 
 
-def test_a_csv_and_a_jsonl_name_files_and_captions(clips, tmp_path, caplog):
+def test_csv_and_jsonl_tables_list_files_and_captions(clips, tmp_path, caplog):
     rows = [{"path": path.name, "caption": f'"{caption}", gray\nall over'} for path, caption in clips]
     rows += [{"path": "gone.mp4", "caption": "gone"}, {"path": clips[0][0].name, "caption": ""}]
     table = table_of(tmp_path, clips, rows)
@@ -328,11 +309,11 @@ def test_a_csv_and_a_jsonl_name_files_and_captions(clips, tmp_path, caplog):
     assert "1 of 8 have no caption" in caplog.text
 
 
-def test_webvids_csv_is_read_as_it_comes(clips, tmp_path):
+def test_webvids_csv_is_read_unchanged(clips, tmp_path):
     for i, (path, _) in enumerate(clips):
-        place = tmp_path / "videos" / f"00{i % 2}_00{i}" / f"10{i}.mp4"
-        place.parent.mkdir(parents=True)
-        place.write_bytes(path.read_bytes())
+        target = tmp_path / "videos" / f"00{i % 2}_00{i}" / f"10{i}.mp4"
+        target.parent.mkdir(parents=True)
+        target.write_bytes(path.read_bytes())
     lines = [f"10{i},https://x/{i}.mp4,PT00H00M02S,00{i % 2}_00{i},Clip {i}" for i in range(6)]
     (tmp_path / "webvid.csv").write_text("\n".join(["videoid,contentUrl,duration,page_dir,name", *lines]))
     result = records_of("video_folder", tmp_path / "webvid.csv")
@@ -361,7 +342,7 @@ def test_an_unusable_table_is_refused_with_the_reason(tmp_path, name, content, m
 # ---- tars ----
 
 
-def test_halves_of_pairs_in_a_tar_are_counted_and_no_caption_gets_another_clip(clips, tmp_path, caplog):
+def test_incomplete_pairs_in_a_tar_are_counted_and_captions_stay_with_their_clips(clips, tmp_path, caplog):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.txt", b"a caption without a clip")
         for i in (1, 2):
@@ -377,10 +358,10 @@ def test_halves_of_pairs_in_a_tar_are_counted_and_no_caption_gets_another_clip(c
 
 
 @pytest.mark.parametrize("keep", [0, 700, 5000, -1024, -10240])
-def test_a_tar_that_is_cut_short_is_refused_and_named(stores, tmp_path, keep):
+def test_a_truncated_tar_is_refused_by_name(stores, tmp_path, keep):
     whole = (stores["webdataset"][0] / "00000.tar").read_bytes()
     end = whole.rstrip(b"\0")
-    content = whole[:keep] if keep >= 0 else end[: keep + 1024] + bytes(0)
+    content = whole[:keep] if keep >= 0 else end[: keep + 1024]
     (tmp_path / "cut.tar").write_bytes(content)
     with pytest.raises(UserError, match="cannot read the tar '.*cut.tar'"):
         records_of("webdataset", tmp_path)
@@ -418,7 +399,7 @@ def test_bad_captions_in_a_tar_are_found_when_it_is_opened(clips, tmp_path, capl
 # ---- shards ----
 
 
-def test_shards_that_are_cut_short_or_of_another_schema_are_refused(clips, stores, tmp_path):
+def test_truncated_shards_and_shards_of_different_schemas_are_refused(clips, stores, tmp_path):
     whole = next(stores["array_record"][0].iterdir()).read_bytes()
     for keep in (0, 100, len(whole) - 500, 65536):
         (tmp_path / "cut.array_record").write_bytes(whole[:keep])
@@ -446,7 +427,7 @@ def test_shards_that_are_cut_short_or_of_another_schema_are_refused(clips, store
         ("web_dataset", "did you mean 'webdataset'"),
     ],
 )
-def test_places_with_no_data_are_refused(tmp_path, kind, message):
+def test_paths_without_data_are_refused(tmp_path, kind, message):
     with pytest.raises(UserError, match=message):
         records_of(kind, tmp_path / "nothing")
 
@@ -463,7 +444,7 @@ def test_a_damaged_record_of_a_tfds_data_set_is_an_error_that_training_can_skip(
     result = records_of("tfds", folder)
 
     class Damaged:
-        def __getitem__(self, place):
+        def __getitem__(self, index):
             raise ValueError("checksum")
 
     result.records = Damaged()
@@ -474,7 +455,7 @@ def test_a_damaged_record_of_a_tfds_data_set_is_an_error_that_training_can_skip(
         records_of("tfds", folder)
 
 
-def test_a_table_may_name_a_clip_and_a_picture_in_one_row(clips, tmp_path):
+def test_a_row_of_a_table_may_have_a_clip_and_an_image(clips, tmp_path):
     shutil.copy(clips[0][0], tmp_path / "a.mp4")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "both.csv").write_text("video,image,caption\na.mp4,a.png,both\n")
@@ -483,8 +464,8 @@ def test_a_table_may_name_a_clip_and_a_picture_in_one_row(clips, tmp_path):
         assert (file.name, caption) == (name, "both")
 
 
-def test_pictures_that_break_the_reader_in_odd_ways_are_skipped(tmp_path):
-    tags = struct.pack("<HHI4s", 0x111, 2, 4, b"abc") + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)  # text for a number
+def test_an_image_with_malformed_exif_data_is_refused_by_the_reader(tmp_path):
+    tags = struct.pack("<HHI4s", 0x111, 2, 4, b"abc") + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)  # text, not a number
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "odd.jpg", exif=exif)
     with pytest.raises(UserError, match="cannot read the image"):
@@ -498,7 +479,7 @@ def test_a_tar_without_pairs_is_refused_with_the_reason(tmp_path):
         records_of("webdataset", tmp_path)
 
 
-def test_a_real_picture_comes_through_a_shard(tmp_path):
+def test_a_clip_read_from_a_shard_differs_only_by_compression(tmp_path):
     clip = moving_shapes.clip("train", 1, height=64, width=96).pixels
     content = video_files.save_video(clip, tmp_path / "a.mp4", fps=8).read_bytes()
     shards.write_shards([{"video": content, "caption": "x"}] * 2, tmp_path)

@@ -69,7 +69,7 @@ def test_accumulated_parts_give_the_update_of_the_whole_batch():
 
 
 class Linear:
-    """Stands for any network: the output is linear in the input, and depends on each of its numbers."""
+    """A stand-in for any network: its output is linear in its input and depends on every value of it."""
 
     def __init__(self, config):
         self.config = config
@@ -89,14 +89,14 @@ class Linear:
 
 
 def drawing_task(stage: str) -> Task:
-    """Returns the task of a stage or of the VAE, of which every kind of random number is drawn."""
+    """Returns the task of a stage or of the VAE, configured to use every kind of random number."""
     vae = VAEConfig(latent_channels=3, block_out_channels=(8, 8), norm_num_groups=4)
     if stage == "vae":
         task = autoencoder.make_autoencoder_task(
             vae, autoencoder.AutoencoderLoss(crop=4, kl=1.0), side=(8, 8), dtype=jnp.float32
         )
         return dataclasses.replace(task, init=lambda _: {"scale": jnp.ones(3)})
-    models = object.__new__(diffusion.Models)  # whose types are checked
+    models = object.__new__(diffusion.Models)  # its constructor checks types
     for name, value in (("unet", Linear(None)), ("vae", Linear(vae)), ("schedule", Schedule())):
         object.__setattr__(models, name, value)
     losses = diffusion.StageLoss(
@@ -112,7 +112,7 @@ def drawing_task(stage: str) -> Task:
 
 @pytest.mark.parametrize("stage", ["vae", "base", "interpolation", "vsr"])
 def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, monkeypatch):
-    """Each row has the same noise, timesteps and crops in 1, 2 and 4 parts; so it is with held-out losses."""
+    """Each row has the same noise, timesteps and crops in 1, 2 and 4 parts. The same holds for held-out losses."""
     monkeypatch.setattr(autoencoder, "VAE", lambda config, dtype: Linear(config))
     encode = lambda vae, params, frames: vae.apply({"params": params}, frames, method="encode")  # noqa: E731
     monkeypatch.setattr(diffusion, "encode_frames", encode)
@@ -130,7 +130,7 @@ def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, monkey
         return {**grads, **losses}, held_out
 
     whole, other = run(1), jax.jit(task.loss)(params, task.frozen, batch, step_rng(0, 8))[0]
-    assert not np.isclose(whole[0]["loss"], other, rtol=1e-3)  # it draws
+    assert not np.isclose(whole[0]["loss"], other, rtol=1e-3)  # the loss is random
     for accumulate in (2, 4):
         for values, expected in zip(run(accumulate), whole):
             assert values.keys() == expected.keys()
@@ -233,7 +233,7 @@ def test_gradients_are_clipped_and_weight_decay_spares_biases():
 
 
 def test_muon_equalises_directions_and_leaves_other_parameters_to_adam():
-    """Muon's update has the strong and the weak directions of a gradient alike, at the size of AdamW's updates."""
+    """Muon's update has the same size, that of AdamW's updates, in strong and weak directions of a gradient."""
     kernel = jnp.zeros((3, 3, 16, 16))
     params = {"a/kernel": kernel, "a/bias": jnp.zeros(16), "e/embedding": jnp.ones((4, 8))}
     config = optimizer.OptimizerConfig(kind="muon", learning_rate=1.0, warmup=0, clip=0.0, weight_decay=0.5)
@@ -372,7 +372,7 @@ def test_training_on_one_device_equals_training_on_eight(meshes, tmp_path, monke
         return np.array(out), parallel.gather(now["params"])
 
     def distance(a, b):
-        """Leaves out the biases of keys: their gradient is only rounding error, which AdamW amplifies."""
+        """Leaves out the biases of keys: their gradients are only rounding errors, which AdamW amplifies."""
         a, b = (traverse_util.flatten_dict(tree, sep="/") for tree in (a, b))
         return np.sqrt(sum(np.square(a[k] - b[k]).sum() for k in a if not k.endswith("k_proj/bias")))
 
@@ -397,7 +397,7 @@ def test_fields_that_may_be_none_are_unset_on_the_command_line():
 @pytest.mark.parametrize(
     "error", [UserError("the samples are not finite"), MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")]
 )
-def test_a_sample_grid_that_fails_is_logged_and_nothing_else(error, tmp_path, monkeypatch, caplog):
+def test_a_sample_grid_that_fails_is_only_logged(error, tmp_path, monkeypatch, caplog):
     import train
 
     def load(folder):
@@ -409,7 +409,7 @@ def test_a_sample_grid_that_fails_is_logged_and_nothing_else(error, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_command_line_still_tells_whether_there_are_other_hosts():
+def test_a_wrong_command_line_still_shows_whether_there_are_other_hosts():
     words = ["--config=nowhere.py", "--config.stepz=3"]
     assert options.is_distributed([*words, "--config.distributed=True"])
     assert options.is_distributed([*words, "--config.distributed", "true"])

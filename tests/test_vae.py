@@ -16,7 +16,7 @@ SMALL = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_blo
 
 
 def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
-    """A VAE whose parameters are all random: initial biases of zero would hide mistakes."""
+    """Returns a VAE with random parameters throughout: initial biases of zero would hide mistakes."""
     vae = VAE(config, dtype)
     side = 4 * config.factor
     images = jnp.zeros((1, side, side, config.in_channels))

@@ -1,4 +1,4 @@
-"""Video files: written whole, read back by time, shown on a contact sheet."""
+"""Video files: writing, reading by time, and contact sheets."""
 
 import itertools
 
@@ -13,13 +13,13 @@ from tests import videos
 
 
 def ramp(frames=12, height=32, width=48):
-    """Frames that can be distinguished after compression: frame i has a single gray level."""
+    """Returns frames of one gray level each, which can be told apart after compression."""
     gray = np.linspace(20, 235, frames).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(gray[:, None, None, None], (frames, height, width, 3)))
 
 
 def numbers(frames, of):
-    """Which frame of `of` each frame is."""
+    """Returns the index in `of` of each frame."""
     distance = np.abs(frames.mean((1, 2, 3))[:, None] - of.mean((1, 2, 3))[None])
     return distance.argmin(1).tolist()
 
@@ -36,7 +36,7 @@ def video(tmp_path_factory):
 
 @pytest.mark.parametrize(("codec", "options"), [("mpeg4", {"bf": "2"}), ("libx264", {"bf": "3", "g": "8"})])
 def test_an_avi_with_b_frames_shows_every_frame_at_its_time(codec, options, tmp_path):
-    """AVI does not store presentation times, and the decoder's estimates are off by several frames."""
+    """AVI does not store presentation times, and the decoder's estimates are wrong by several frames."""
     path, clip = tmp_path / "a.avi", ramp()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=12, options=options)
@@ -49,14 +49,14 @@ def test_an_avi_with_b_frames_shows_every_frame_at_its_time(codec, options, tmp_
     assert numbers(np.stack(list(video_files.each_frame(path, first=5))), clip) == list(range(5, 12))
 
 
-def test_an_mp4_has_the_frames_and_the_rate_it_was_given(video):
+def test_an_mp4_has_the_frames_and_the_rate_it_was_written_with(video):
     assert video_files.video_info(video) == video_files.VideoInfo(12, 12.0)
     frames = video_files.read_video(video)
     assert frames.shape == (12, 32, 48, 3) and frames.dtype == np.uint8
     assert np.abs(frames.astype(int) - ramp()).max() <= 6
 
 
-def test_a_real_picture_survives_compression(tmp_path):
+def test_shapes_survive_compression(tmp_path):
     clip = moving_shapes.clip("train", 1, height=64, width=96).pixels
     frames = video_files.read_video(video_files.save_video(clip, tmp_path / "a.mp4", fps=7.5))
     assert np.abs(frames.astype(int) - clip).mean() < 4
@@ -79,7 +79,7 @@ def test_reading_by_time(video, arguments, expected):
     assert numbers(video_files.read_video(video, **arguments), ramp()) == expected
 
 
-def test_frames_come_one_at_a_time_as_reading_by_time_gives_them(tmp_path):
+def test_frames_read_one_by_one_equal_those_read_by_time(tmp_path):
     path = video_files.save_video(np.tile(ramp(), (22, 1, 1, 1)), tmp_path / "long.mp4", fps=30)  # two key frames
     for first in (0, 240, 249, 250, 260):
         part = np.stack(list(itertools.islice(video_files.each_frame(path, first=first), 5)))
@@ -90,8 +90,8 @@ def test_frames_come_one_at_a_time_as_reading_by_time_gives_them(tmp_path):
     assert next(video_files.each_frame(path, shorter_side=64)).shape == (32, 48, 3)  # never enlarged
 
 
-def test_frames_of_a_varying_rate_are_shown_as_long_as_they_last(tmp_path):
-    """Ten frames in 1.2 seconds, the fourth shown for 0.4: at the average rate it comes more often."""
+def test_frames_of_a_variable_rate_keep_their_durations(tmp_path):
+    """Ten frames in 1.2 seconds, the fourth of 0.4 seconds: at the mean rate it is repeated."""
     times = np.array([0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1])
     path = videos.encode(tmp_path / "a.mkv", ramp(10), 10, times=times)
     rate = video_files.video_info(path).fps
@@ -111,23 +111,17 @@ def test_a_seek_into_a_long_video_is_exact(tmp_path):
         np.testing.assert_array_equal(part, whole[first : first + 5])
 
 
-def test_a_clip_of_a_turned_camera_stands_upright(tmp_path):
+def test_a_clip_with_rotation_in_its_header_is_read_upright(tmp_path):
     frames = np.zeros((3, 32, 48, 3), np.uint8)
-    frames[:, :, :24] = 200  # the left half; turned clockwise, the upper one
+    frames[:, :, :24] = 200  # the left half, which becomes the upper one
     path = video_files.save_video(frames, tmp_path / "a.mp4", fps=8)
-    one, zero, last = (value.to_bytes(4, "big") for value in (0x10000, 0, 0x40000000))
-    identity = one + zero * 3 + one + zero * 3 + last
-    clockwise = zero + one + zero + (0xFFFF0000).to_bytes(4, "big") + zero * 4 + last
-    content = path.read_bytes()
-    place = content.index(b"tkhd")
-    assert content.count(identity, place) == 1
-    (tmp_path / "turned.mp4").write_bytes(content[:place] + content[place:].replace(identity, clockwise))
+    (tmp_path / "turned.mp4").write_bytes(videos.turned(path.read_bytes()))
     for turned in (video_files.read_video(tmp_path / "turned.mp4"), video_files.read_clip(tmp_path / "turned.mp4")[0]):
         assert turned.shape == (3, 48, 32, 3)
         assert turned[:, :20].min() > 180 and turned[:, 28:].max() < 20
 
 
-def test_a_video_that_is_too_short_or_no_video_is_refused(video, tmp_path):
+def test_files_that_are_too_short_or_not_videos_are_refused(video, tmp_path):
     with pytest.raises(UserError, match="too short for 20 frames at 12 fps"):
         video_files.read_video(video, frames=20)
     (tmp_path / "text.mp4").write_text("no video")
@@ -136,13 +130,13 @@ def test_a_video_that_is_too_short_or_no_video_is_refused(video, tmp_path):
             video_files.read_video(path)
 
 
-def test_a_cut_file_is_refused(video, tmp_path):
+def test_a_truncated_file_is_refused(video, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:-200])
     with pytest.raises(UserError):
         video_files.read_video(tmp_path / "cut.mp4")
 
 
-def test_npz_and_png_are_exact_and_a_gif_has_the_frames_and_the_length(tmp_path):
+def test_npz_and_png_are_exact_and_a_gif_keeps_frames_and_duration(tmp_path):
     clip = moving_shapes.clip("train", 2, frames=9).pixels
     with np.load(video_files.save_as(clip, tmp_path / "v", "npz", fps=8)) as arrays:
         np.testing.assert_array_equal(arrays["video"], clip)
@@ -150,7 +144,7 @@ def test_npz_and_png_are_exact_and_a_gif_has_the_frames_and_the_length(tmp_path)
     folder = video_files.save_as(clip, tmp_path / "v", "png", fps=8)
     np.testing.assert_array_equal([pixels_of(path) for path in sorted(folder.iterdir())], clip)
     video_files.save_as(clip[:4], tmp_path / "v", "png", fps=8)
-    assert len(list(folder.iterdir())) == 4  # no frames of the longer one
+    assert len(list(folder.iterdir())) == 4  # frames of the longer clip are removed
     image = video_files.save_as(clip[:1], tmp_path / "image", "png", fps=8)
     np.testing.assert_array_equal(pixels_of(image), clip[0])
     with Image.open(video_files.save_as(clip, tmp_path / "v", "gif", fps=8)) as gif:
@@ -162,7 +156,7 @@ def test_npz_and_png_are_exact_and_a_gif_has_the_frames_and_the_length(tmp_path)
     assert abs(sum(durations) - 9 * 125) <= 10
 
 
-def test_a_dotted_name_keeps_its_dots(tmp_path):
+def test_dots_in_a_name_are_kept(tmp_path):
     assert video_files.save_as(ramp(), tmp_path / "v1.5-x", "npz", fps=8).name == "v1.5-x.npz"
 
 
@@ -174,13 +168,13 @@ def test_a_dotted_name_keeps_its_dots(tmp_path):
         (ramp(), "mp5", 8, "did you mean 'mp4'"),
     ],
 )
-def test_what_cannot_be_written_is_refused(tmp_path, frames, format, fps, message):
+def test_clips_that_a_format_cannot_hold_are_refused(tmp_path, frames, format, fps, message):
     with pytest.raises(UserError, match=message):
         video_files.save_as(frames, tmp_path / "v", format, fps=fps)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_what_was_there(video, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(video, tmp_path, monkeypatch):
     path = tmp_path / "v.npz"
     path.write_text("before")
 
@@ -199,7 +193,7 @@ def test_a_path_below_a_file_is_refused(tmp_path):
         video_files.save_video(ramp(), tmp_path / "file" / "v.mp4", fps=8)
 
 
-def test_a_contact_sheet_shows_a_row_a_video(tmp_path):
+def test_a_contact_sheet_has_one_row_per_video(tmp_path):
     videos = [moving_shapes.clip("train", i).pixels for i in range(3)]
     captions = [
         "first",
@@ -220,8 +214,8 @@ def test_a_contact_sheet_shows_a_row_a_video(tmp_path):
         video_files.contact_sheet(videos, captions[:2], tmp_path / "sheet.png")
 
 
-def test_the_same_frames_give_the_same_bytes_whatever_was_in_memory(tmp_path):
-    """Not so with x264's code for AVX-512, on machines that have it."""
+def test_encoding_the_same_frames_always_gives_the_same_bytes(tmp_path):
+    """x264's code for AVX-512 reads uninitialised memory; the encoder disables it."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (25, 45, 3), np.uint8).repeat(5, 0).repeat(5, 1)
     frames = [picture[i : i + 96, 2 * i : 2 * i + 160] for i in range(24)]

@@ -25,9 +25,9 @@ from lavie_jax.stages import STAGES
 from lavie_jax.weights import folder, folder_hash, load_folder, load_part, save_folder
 from lavie_jax.weights.diffusers_configs import inflated_config, unet_config
 from lavie_jax.weights.expected import compare, expected_shapes
-from lavie_jax.weights.folder import recover_folder
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.safetensors_io import DTYPES, read_safetensors, write_safetensors
+from lavie_jax.weights.saving import recover_folder
 
 MANIFESTS = Path(__file__).parent / "manifests"
 SD = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
@@ -186,7 +186,7 @@ def as_given(folder, **changes):
     } | changes
 
 
-def test_a_folder_comes_back_as_it_was_saved(base, tmp_path):
+def test_a_saved_folder_loads_unchanged(base, tmp_path):
     schedule = Schedule(kind="scaled_linear", beta_end=0.012, prediction="v_prediction")
     dtypes = iter([np.float16, ml_dtypes.bfloat16, np.float32])
     given = as_given(base, schedule=schedule, sampling={"height": 8, "fps": 8})

@@ -1,4 +1,4 @@
-"""Weights folders with tiny random models and a tokenizer of a few words, each written within a second."""
+"""Writes weights folders with tiny random models and a tokenizer of a few words, each within a second."""
 
 import dataclasses
 import zlib
@@ -16,7 +16,7 @@ from lavie_jax.stages import STAGES
 from lavie_jax.weights import save_folder
 
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "left", "right")
-CONTEXT = 8  # tokens, start and end among them
+CONTEXT = 8  # tokens, including those of start and end
 SAMPLING = {
     "height": 16, "width": 24, "frames": 4, "fps": 8, "sampler": "ddim", "steps": 3, "guidance": 4.0,
     "prompt_suffix": "", "negative_prompt": "",
@@ -61,7 +61,7 @@ TEXT = CLIPTextConfig(
 
 
 def random_params(config) -> dict:
-    """Float32 parameters of a config's network, seeded by their paths, scaled to keep activations near 1."""
+    """Returns float32 parameters of a config's network, seeded by their paths and scaled to keep activations near 1."""
 
     def value(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -74,12 +74,12 @@ def random_params(config) -> dict:
 
 
 def make_base(path: Path, **sampling) -> Path:
-    """Writes the folder; `sampling` override the defaults in SAMPLING."""
+    """Writes the folder of the base stage; `sampling` overrides SAMPLING."""
     return make_stage(path, "base", **sampling)
 
 
 def make_stage(path: Path, stage: str, **sampling) -> Path:
-    """Writes the folder of a stage; `sampling` override the defaults in SAMPLING and LATER_SAMPLING's."""
+    """Writes the folder of a stage; `sampling` overrides SAMPLING and LATER_SAMPLING."""
     config = UNETS[stage]
     tokenizer = save_small_tokenizer(path.with_name(f"{path.name}-tokenizer"), WORDS, length=CONTEXT)
     save_folder(

@@ -1,4 +1,4 @@
-"""Genuine video files for tests: textures that move like what a panning camera sees, encoded in many ways."""
+"""Real video files for tests: textures that move as under a panning camera, in many formats."""
 
 import io
 from fractions import Fraction
@@ -11,7 +11,7 @@ HEIGHT, WIDTH = 96, 160
 
 
 def pan(seed, frames=24, *, height=HEIGHT, width=WIDTH, speed=3):
-    """Frames of a camera that pans over a landscape, uint8 (T, H, W, 3). Every seed has different colours."""
+    """Returns frames of a camera that pans over a landscape, uint8 (T, H, W, 3). Every seed has different colours."""
     rng = np.random.default_rng(seed)
     wide = width + speed * frames
     spots = rng.integers(0, 256, (max(2, height // 12), wide // 12, 3), np.uint8)
@@ -35,7 +35,7 @@ def lettered(frames, text="SAMPLE (C) 2023"):
 
 
 def encode(path, frames, rate=24, *, codec="libx264", times=None, sound=False, crf="14", options=None):
-    """Writes frames, at `times` in seconds where they are given, else one every 1 / `rate`."""
+    """Writes frames at `times`, in seconds; by default one every 1 / `rate`. Odd sides are stored as 4:4:4."""
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=Fraction(rate), options={"crf": crf} if codec == "libx264" else {})
         stream.height, stream.width = frames.shape[1:3]
@@ -55,24 +55,25 @@ def encode(path, frames, rate=24, *, codec="libx264", times=None, sound=False, c
         container.mux(stream.encode())
         if audio is not None:
             tone = (0.1 * np.sin(np.arange(16000) / 8)).astype(np.float32)[None]
-            heard = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-            heard.sample_rate = 16000
-            container.mux(audio.encode(heard))
+            samples = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            samples.sample_rate = 16000
+            container.mux(audio.encode(samples))
             container.mux(audio.encode())
     return path
 
 
 def turned(content):
-    """The bytes of an mp4 from a camera turned clockwise, which only the header records."""
+    """Returns the bytes of an mp4 with a clockwise rotation in its header; the frames are unchanged."""
     one, zero, last = (value.to_bytes(4, "big") for value in (0x10000, 0, 0x40000000))
     identity = one + zero * 3 + one + zero * 3 + last
     clockwise = zero + one + zero + (0xFFFF0000).to_bytes(4, "big") + zero * 4 + last
-    place = content.index(b"tkhd")
-    return content[:place] + content[place:].replace(identity, clockwise)
+    header = content.index(b"tkhd")
+    assert content.count(identity, header) == 1
+    return content[:header] + content[header:].replace(identity, clockwise)
 
 
 def write_wild(folder):
-    """Writes a realistic folder. Returns {file name: (caption, reason for dropping it)}; "" = it is kept."""
+    """Writes a realistic folder. Returns {file name: (caption, reason for dropping it, or "" for kept files)}."""
     folder.mkdir(parents=True)
     expected = {}
 

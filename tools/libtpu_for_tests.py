@@ -23,6 +23,7 @@ def requirement() -> str:
 
 
 def main() -> None:
+    """Installs libtpu, unless the right version is installed."""
     libtpu, note = requirement(), FOLDER / "wanted"
     if note.exists() and note.read_text() == libtpu:
         print(f"{libtpu} is installed in {FOLDER}: the planner's compilation tests run.")

@@ -294,6 +294,7 @@ def notebook() -> str:
 
 
 def main() -> None:
+    """Writes the notebook."""
     NOTEBOOK.parent.mkdir(exist_ok=True)
     NOTEBOOK.write_text(notebook(), encoding="utf-8")
     print(f"wrote {NOTEBOOK}")

@@ -20,6 +20,7 @@ LIMITS = {"base": 24, "interpolation": 12, "vsr": 12}  # MiB, by stage
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="weights folder of a training run")
     parser.add_argument("destination", type=Path, help="weights folder to write")

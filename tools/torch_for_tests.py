@@ -44,6 +44,7 @@ def install() -> str | None:
 
 
 def main() -> None:
+    """Installs PyTorch, unless it is installed or would bring CUDA packages."""
     try:
         print(f"torch {metadata.version('torch')} is installed: the converter's tests run.")
         return

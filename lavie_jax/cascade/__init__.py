@@ -35,7 +35,7 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
-from lavie_jax.diffusion import late_start, make_sampler
+from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
@@ -165,7 +165,7 @@ def resolve_settings(
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
-        if _other_chain(own, weights[stage].sampling) and (warning := late_start(sampler)):
+        if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
             logging.warning("stage %s: %s", stage, warning)
         settings[stage] = own
         clip = _output_of(own)

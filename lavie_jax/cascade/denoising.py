@@ -168,6 +168,7 @@ def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w
     """Returns the clip's state after its next evaluation, which returned `prediction`."""
 
     def update(frames):
+        """Returns the next state of a range of frames."""
         part = slice(frames.start, frames.stop)
         state = {name: array[part] for name, array in clip.state.items()}
         noise = clip.noise(clip.step + 1, frames) if sampler.needs_noise else None
@@ -212,6 +213,7 @@ def predict_rows(
     """Returns the guided predictions; each device computes those of its own rows."""
 
     def predict(params, x_t, t, text, null_text, condition):
+        """Runs on each device, with its rows of the arguments."""
         return denoiser(
             unet, params, text, null_text, condition,
             guidance=guidance, rescale=rescale, image=image, sequential_guidance=sequential_guidance,

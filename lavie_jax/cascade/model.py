@@ -189,8 +189,10 @@ def _encode_text(
 
 
 def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise for each row of words. Generator, variant and seed are explicit, because a user's jax
-    configuration must not change samples."""
+    """Returns standard normal noise for each row of words.
+
+    Generator, variant and seed are explicit: the user's configuration of jax must not change samples.
+    """
     with jax.threefry_partitionable(True):
         return _threefry_normal(words, shape=shape)
 
@@ -198,7 +200,8 @@ def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[A
 @functools.partial(jax.jit, static_argnames="shape")
 def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
-        # `jax.random.key` of a 32-bit seed, but for jax_random_seed_offset
+        """Returns the noise of one row."""
+        # `jax.random.key` of a 32-bit seed, but independent of jax_random_seed_offset
         key = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(words[0]), words[0]]), impl="threefry2x32")
         for word in words[1:]:
             key = jax.random.fold_in(key, word)
@@ -216,7 +219,7 @@ def encode_rows(
     vae: VAE,
     mesh: Mesh,
 ) -> Float[Array, "n h w c"]:
-    """Scaled latents of one piece of `StageModel.encode`, rows split over the devices."""
+    """Returns the scaled latents of one piece of `StageModel.encode`; rows are split over the devices."""
 
     def encode(params, frames, noise):
         images = frames if jnp.issubdtype(frames.dtype, jnp.floating) else to_float(frames)
@@ -228,7 +231,7 @@ def encode_rows(
 
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def decode_rows(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
-    """Frames of one piece of `StageModel.decode`, rows split over the devices."""
+    """Returns the frames of one piece of `StageModel.decode`; rows are split over the devices."""
 
     def decode(params, latents):
         images = vae.apply({"params": params}, latents / vae.config.scaling_factor, method="decode")

@@ -68,6 +68,7 @@ def _inspect(records: Records) -> Iterator[dict[str, object] | UserError]:
     """Yields the fields of each image, or why it cannot be read. Decodes every image, as headers can be intact."""
 
     def inspect(index: int) -> dict[str, object] | UserError:
+        """Returns the fields of an image, or the error instead of raising it, for the thread pool."""
         try:
             record = records[index]
             height, width = read_image(record).shape[1:3]

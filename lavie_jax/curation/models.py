@@ -59,6 +59,7 @@ def _model_captioner(folder: Path) -> Captioner:
     model.eval()
 
     def caption(frames: np.ndarray) -> str:
+        """Captions the middle frame."""
         picture = Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2]))
         with torch.no_grad():
             ids = model.generate(
@@ -94,6 +95,7 @@ def make_scorer(clip: Path, head: Path) -> Scorer:
         raise UserError(f"{head} takes embeddings of {layers[0][0].shape[1]} numbers; CLIP in {clip} has {width}")
 
     def score(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
+        """Returns the mean score of the first, middle and last frame."""
         chosen = frames[[0, len(frames) // 2, -1]]
         pixels = np.stack([(_square(frame, side) / 255 - CLIP_MEAN) / CLIP_STD for frame in chosen])
         pixels = torch.from_numpy(np.ascontiguousarray(rearrange(pixels, "t h w c -> t c h w"), np.float32))

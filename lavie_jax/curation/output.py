@@ -1,4 +1,4 @@
-"""The output folder of a run: its lists and manifest, and the lock and settings that make a run resumable.
+"""The output folder of a run: lists, manifest, and the lock and settings that make a run resumable.
 
 While a run is in progress, `OUT/.work` holds its lock, its settings and the results so far. The manifest is written
 last: it marks a finished set.
@@ -27,7 +27,7 @@ def refuse_finished(out: Path) -> None:
     """Raises UserError if `out` contains a finished set."""
     if (out / MANIFEST).exists():
         shutil.rmtree(out / WORK, ignore_errors=True)  # left by a run that was killed after writing the manifest
-        raise UserError(f"{os.fspath(out)!r} contains a finished set: name another --out, or remove it")
+        raise UserError(f"{os.fspath(out)!r} contains a finished set: give another --out, or remove this set")
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def _mark_cuts(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple
     shown, repeats, before = 0, 0, None
 
     def show(frame: np.ndarray) -> None:
+        """Gives the detector its next frame and stores the cuts that it finds."""
         nonlocal shown
         # The frame rate given to the time code is irrelevant: cuts are read back as frame numbers.
         detected = detector.process_frame(timecode(shown, 30.0), np.ascontiguousarray(frame[:, :, ::-1]))  # BGR
@@ -89,6 +90,7 @@ def _mark_cuts(frames: Iterable[np.ndarray], threshold: float) -> Iterator[tuple
         shown += 1
 
     def decided() -> Iterator[tuple[np.ndarray, bool]]:
+        """Yields the waiting frames that the detector has looked past."""
         while waiting and waiting[0][1] < shown - _REACH:
             frame, number = waiting.popleft()
             yield frame, number in cuts

@@ -1,6 +1,6 @@
 """Curates one video: finds its scenes, judges each, and encodes the kept scenes as clips.
 
-A result is a folder that gets its final name when it is complete, so a result is either whole or absent.
+A result is a folder, written under a temporary name and renamed: it is either complete or absent.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Segment:
     """The result for one scene from `start` to `end` seconds, or for a whole file dropped without decoding it.
 
     Attributes:
-        reason: why it is dropped, one of REASONS; "" = it is kept.
+        reason: why it is dropped, one of REASONS, or "" if it is kept.
         detail: the measured value behind the reason.
         file: name of the clip in the folder of its video.
         height, width: size of the clip, upright and without black bars.
@@ -80,7 +80,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Cost and yield of a video: seconds of it that were decoded, CPU seconds, numbers of segments."""
+    """Cost and yield of a video: decoded seconds, CPU seconds, and numbers of kept and dropped segments."""
 
     video_seconds: float
     core_seconds: float
@@ -91,7 +91,7 @@ class Summary:
 def curate_video(
     video: Video, work: Path, thresholds: Thresholds, *, captioner: Captioner | None, scorer: Scorer | None
 ) -> Summary:
-    """Writes the result and the kept clips to `work/KEY`. An unreadable file is a result too."""
+    """Writes the result and the kept clips to `work/KEY`. An unreadable file has a result too."""
     began = time.process_time()
     folder, temporary = work / video.key, work / f".{os.getpid()}-{video.key}"
     judge = _Judge(video, thresholds, captioner, scorer)
@@ -155,7 +155,7 @@ class _Judge:
     scorer: Scorer | None
 
     def file(self, whole: Segment, size: tuple[int, int]) -> Segment | None:
-        """Returns the whole file as dropped if no scene of it can be kept, which saves decoding it; else None."""
+        """Returns the file as one dropped segment if none of its scenes can be kept; then it is not decoded."""
         if min(size) < self.thresholds.min_height:
             return dataclasses.replace(whole, reason="low resolution", detail=f"{size[0]}x{size[1]}")
         if self.captioner is None:
@@ -167,7 +167,7 @@ class _Judge:
         """Judges a scene.
 
         Returns:
-            The scene with its measurements, caption and the reason if it is dropped; its black bars in the samples.
+            The scene with measurements, caption and the reason if it is dropped; and the black bars of its samples.
         """
         want, count = self.thresholds, scene.last - scene.first
         segment = Segment(start=scene.first / fps, end=scene.last / fps, frames=count, fps=fps)

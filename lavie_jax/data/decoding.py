@@ -66,10 +66,10 @@ def opened(source: str | Path | bytes, name: str = "") -> Iterator[tuple]:
 
 
 def info_of(container, stream, what: str) -> VideoInfo:
-    """Measures what can be shown, without decoding. Headers are not believed about their length.
+    """Measures the frames that can be shown, without decoding and without trusting the header.
 
-    They count frames that an edit list hides, sound that runs on, and the missing part of truncated files. The packets
-    at both ends are read instead, and all packets only where there is no plausible rate.
+    Headers count frames that an edit list hides, sound longer than the video, and the missing part of truncated files.
+    Instead, the packets at both ends are read, and all packets only if there is no plausible rate.
 
     Args:
         container: an open container.
@@ -77,7 +77,7 @@ def info_of(container, stream, what: str) -> VideoInfo:
         what: names the video in messages.
 
     Raises:
-        UserError: nothing can be shown, or not as it is meant to be: HDR, interlaced.
+        UserError: nothing can be shown, or it would look wrong: HDR, interlaced.
     """
     check_header(stream, what)
     base, rate = float(stream.time_base), float(stream.average_rate or 0)

@@ -17,6 +17,7 @@ class LeftOut:
         self.reasons: dict[str, list[str]] = {}
 
     def add(self, reason: str, name: str | Path) -> None:
+        """Counts a file, for a reason that continues "3 of 7 ...", such as "are hidden copies"."""
         self.reasons.setdefault(reason, []).append(os.fspath(name))
 
     def __len__(self) -> int:

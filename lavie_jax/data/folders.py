@@ -155,6 +155,7 @@ def caption_of(text: bytes | None, fields: bytes | None) -> tuple[str, str]:
 
 def _checked(rows: list[tuple[Path, str]], check: Callable[[Path], None], dropped: LeftOut) -> list[tuple[Path, str]]:
     def problem(row: tuple[Path, str]) -> str:
+        """Returns what `check` raises for a file, or ""."""
         try:
             check(row[0])
         except UserError as error:
@@ -205,6 +206,7 @@ def _rows(path: Path, medium: Medium) -> Iterator[tuple[str, Mapping[str, object
     name = os.fspath(path)
 
     def check(columns: Sequence[str]) -> str:
+        """Returns what is wrong with the header of the table, or ""."""
         row = dict.fromkeys(columns, "")
         try:
             _column(path, row, CAPTION_COLUMNS)
@@ -269,8 +271,8 @@ class _Finder:
         if "videoid" in row and not set(FILE_COLUMNS) & set(row):
             page, stem = str(row.get("page_dir") or "").strip(), str(row["videoid"]).strip()
             names = [Path(stem + suffix) for suffix in SUFFIXES[self.medium]]
-            places = [folder / "videos" / page, folder / page, folder]
-            return next((file for place in places if (file := self._any(place, names))), None)
+            folders = [folder / "videos" / page, folder / page, folder]
+            return next((file for candidate in folders if (file := self._any(candidate, names))), None)
         name = row[_column(self.table, row, (self.medium, *FILE_COLUMNS))]  # a table may list a clip and an image
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             return None

@@ -40,8 +40,8 @@ def constant_rate(
     most = min(_MAX_RATE / nominal, _MAX_REPEATS * count / (end * nominal))
     for fold in range(1, max(1, int(most)) + 1):
         rate = float(np.round(times[-1] * nominal * fold) / times[-1])  # more exact: over the whole length
-        places = times * rate
-        if len(np.unique(np.round(places))) == count and np.abs(places - np.round(places)).max() <= _JITTER:
+        positions = times * rate
+        if len(np.unique(np.round(positions))) == count and np.abs(positions - np.round(positions)).max() <= _JITTER:
             break
     else:
         rate = float(nominal)

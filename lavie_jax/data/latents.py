@@ -7,8 +7,8 @@ a `manifest.json` that records the models. In addition to its caption, a record 
     text      float16 (L, D): the caption's encoding by the text encoder
 
 The posterior is stored instead of a sample, because training uses a new sample each time, as it does with pixels. The
-standard deviation is stored instead of its logarithm: rounding to float16 then changes a sample by at most one part in
-2048 of its mean and of its noise, and the range, 3e-7 to 22026, fits.
+standard deviation is stored instead of its logarithm: then rounding to float16 changes the mean and the noise of a
+sample by at most one part in 2048. Its range, 3e-7 to 22026, is within that of float16.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class LatentSet:
         null_caption: the text that replaces dropped captions.
         null_text: its encoding.
         weights: SHA-256 of each model that computed the set, see `training.latents.identity`.
-        made_from: name of the weights folder at that time.
+        made_from: name of the weights folder when the set was computed.
     """
 
     path: Path
@@ -139,7 +139,7 @@ def unpack_record(name: str, fields: Mapping[str, Any]) -> LatentRecord:
 
 
 def packed(name: str, array: Float16[np.ndarray, "..."]) -> dict[str, Any]:
-    """The fields of a record that store an array: its bytes, little-endian, and its shape."""
+    """Returns the fields of a record that store an array: little-endian bytes and shape."""
     return {name: np.ascontiguousarray(array, "<f2").tobytes(), f"{name}_shape": list(array.shape)}
 
 
@@ -185,9 +185,8 @@ class LatentSource:
 
     def _item(self, record: LatentRecord, window: ClipWindow, place: float, rng: np.random.Generator) -> Item:
         if self.random_crop:
-            rng.random(
-                2
-            )  # used for the crop of pixels: keeps dropped captions and windows equal to those of training on pixels
+            # Training on pixels crops with these two numbers: the ones after them, for dropped captions, stay the same.
+            rng.random(2)
         info = VideoInfo(len(record.latents), self.fps)
         start = window.room(info) * place
         if start < 0:

@@ -66,7 +66,7 @@ def _part_of(number: int, shares: Sequence[Fraction]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Assigns examples to parts: in turn by their shares, then shuffled within each batch.
+    """Assigns examples to parts: evenly by their shares, then shuffled within each batch.
 
     The shuffle spreads a slow part over all processes, each of which computes some rows of a batch.
 
@@ -82,7 +82,7 @@ class Order:
 
     @functools.cached_property
     def _phases(self) -> list[tuple[int, tuple[Fraction, ...], tuple[int, ...]]]:
-        """(first example, shares, earlier examples of each part) of each row of weights."""
+        """(first example, shares, number of earlier examples of each part) for each row of weights."""
         phases: list = []
         for step, row in self.weights:
             exact = [Fraction(w / max(row)).limit_denominator(10**6) for w in row]
@@ -95,7 +95,7 @@ class Order:
         return phases
 
     def __call__(self, index: int) -> tuple[int, int]:
-        """(part, index within the part) of example `index`."""
+        """Returns (part, index within the part) of example `index`."""
         step, row = divmod(index, self.batch)
         index = step * self.batch + int(_in_batch(self.batch, "mixture", self.seed, step)[row])
         start, shares, before = self._phases[bisect.bisect(self._phases, index, key=lambda phase: phase[0]) - 1]
@@ -105,7 +105,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Videos of several sources and images of several, each with its own `Order`."""
+    """A source that takes videos and images from several sources, each medium in an `Order` of its own."""
 
     videos: tuple[Source, ...]
     images: tuple[Source, ...]

@@ -220,6 +220,7 @@ def _prefetched(source: Iterator[dict], count: int) -> Generator[dict, None, Non
     stop = threading.Event()
 
     def put(item: tuple) -> bool:
+        """Waits for room in the queue. Returns False if the reader has stopped."""
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -229,6 +230,7 @@ def _prefetched(source: Iterator[dict], count: int) -> Generator[dict, None, Non
         return False
 
     def work() -> None:
+        """Runs in the thread: puts (item, None) for each item, or (None, error)."""
         try:
             for item in source:
                 if not put((item, None)):

@@ -65,11 +65,11 @@ class Readers:
             counts = list(tqdm(counts, "shards", len(paths), disable=len(paths) < 500, leave=False))
         self.starts = np.cumsum([0, *counts])
 
-    def __getitem__(self, place: int) -> bytes:
-        if not 0 <= place < self.starts[-1]:
-            raise IndexError(place)
-        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return _POOL.reader(self.paths[shard]).read([int(place - self.starts[shard])])[0]
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < self.starts[-1]:
+            raise IndexError(index)
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return _POOL.reader(self.paths[shard]).read([int(index - self.starts[shard])])[0]
 
 
 def _open(path: str, options: str = "", buffer: int | None = None) -> Any:

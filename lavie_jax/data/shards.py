@@ -68,11 +68,11 @@ class ShardRecords:
         listed = np.zeros(len(hashes), bool)
         for path, start, end in zip(map(Path, self.paths), self.starts, self.starts[1:]):
             hashes[start:end] = [name_hash(f"{path.name}[{i}]") for i in range(end - start)]
-            place = next((p for p in (path.parent, path.parent.parent) if (p / LIST).is_file()), None)
-            if place is None:
+            folder = next((p for p in (path.parent, path.parent.parent) if (p / LIST).is_file()), None)
+            if folder is None:
                 continue
-            sources = _listed_sources(place / LIST, (place / LIST).stat().st_mtime_ns)
-            indices, of_sources = sources.get(path.relative_to(place).as_posix(), (np.empty(0, int), None))
+            sources = _listed_sources(folder / LIST, (folder / LIST).stat().st_mtime_ns)
+            indices, of_sources = sources.get(path.relative_to(folder).as_posix(), (np.empty(0, int), None))
             if len(indices) and 0 <= indices.min() and indices.max() < end - start:
                 hashes[start + indices], listed[start + indices] = of_sources, True
         if len(hashes) > 1 and listed.all() and (hashes == hashes[0]).all():
@@ -89,10 +89,10 @@ class ShardRecords:
 
     def fields(self, index: int) -> tuple[str, dict[str, Any]]:
         """(name for messages, all fields) of a record."""
-        place = int(self.indices[index])
-        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
-        name = f"{self.paths[shard]}[{place - self.starts[shard]}]"
-        return name, _fields(self.reader, place, name)
+        position = int(self.indices[index])
+        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        name = f"{self.paths[shard]}[{position - self.starts[shard]}]"
+        return name, _fields(self.reader, position, name)
 
     def listed_sizes(self) -> list[tuple[int, int]] | None:
         """(height, width) of each record if there is a list beside every shard; else None."""
@@ -130,10 +130,10 @@ def _listed_sources(path: Path, mtime: int) -> dict[str, tuple[np.ndarray, np.nd
     }
 
 
-def _fields(reader: Any, place: int, name: str) -> dict[str, Any]:
-    """All fields of the record at `place`."""
+def _fields(reader: Any, position: int, name: str) -> dict[str, Any]:
+    """Returns all fields of a record, given its position in the reader."""
     try:
-        packed = reader[place]
+        packed = reader[position]
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{name}: cannot be read: {error}") from error
     return unpack(packed, name)
@@ -262,10 +262,10 @@ class TFDSRecords:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:
-        place = int(self.indices[index])
-        name = f"{self.name}[{place}]"
+        position = int(self.indices[index])
+        name = f"{self.name}[{position}]"
         try:
-            fields = self.records[place]
+            fields = self.records[position]
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"cannot read {name}: {error}") from error
         return _record(fields, self.medium, name)

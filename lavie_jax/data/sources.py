@@ -33,7 +33,7 @@ _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # other formats have pages, layers o
 
 
 class Skipped(NamedTuple):
-    """A record that could not be used, and why. Messages may contain times and places, so records are counted."""
+    """A record that could not be used, and why. Its message may contain a random time, so records are counted."""
 
     record: str
     error: str
@@ -283,6 +283,7 @@ def open_records(
         return TarRecords(path, **options)
 
     def long_enough(clip: Path) -> None:
+        """Raises UserError with the reason to leave a file out: it cannot be shown or read, or is too short."""
         try:
             info = video_files.video_info(clip)
         except UnusableVideo as error:

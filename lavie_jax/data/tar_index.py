@@ -82,13 +82,13 @@ def open_index(
     digest = hashlib.sha256(spelled.encode(errors="surrogateescape")).hexdigest()[:8]
     name = f".lavie_jax_index-{medium}{f'-{digest}' if spelled else ''}.npy"
     entries = [_entry(tar, folder) for tar in tars]
-    places = [folder / name, *_cache(folder, name)]
-    stored = {file: found for file in places if (found := _read(file)) is not None}
+    candidates = [folder / name, *_cache(folder, name)]
+    stored = {file: found for file in candidates if (found := _read(file)) is not None}
     for file, found in stored.items():
         if found.tars == entries:
             return Rows(file, found.rows, _key(entries)), found.left_out
     index = _updated(next(iter(stored.values()), None), tars, entries, walk)
-    for file in places:
+    for file in candidates:
         with contextlib.suppress(OSError):
             _write(file, index)
             if (written := _read(file)) is not None and written.tars == entries:
@@ -120,7 +120,7 @@ def _updated(found: _Index | None, tars: Sequence[Path], entries: list[list], wa
 
 
 def _cache(folder: Path, name: str) -> list[Path]:
-    """The place of an index in the user's cache folder; none without a home."""
+    """Returns the path of an index in the user's cache folder, or nothing if the user has no home folder."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:

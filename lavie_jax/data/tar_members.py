@@ -1,6 +1,7 @@
-"""Lists the members of a tar file, and of tars joined by `cat`.
+"""Lists the members of a tar file, which may be several concatenated tars.
 
-Plain headers are parsed here, several times as fast as by tarfile, which gets the rest: there are tens of millions.
+Data sets have tens of millions of members, so plain headers are parsed here, several times as fast as tarfile does.
+Archives with other headers are left to tarfile.
 """
 
 import os
@@ -45,7 +46,7 @@ def archives(file: BinaryIO) -> Iterator[list[Member]]:
         if not block.strip(b"\0") or start >= end:
             return
         if len(block) < BLOCK:
-            raise tarfile.ReadError(f"what follows its end at byte {start} is not a tar")
+            raise tarfile.ReadError(f"the data after its end, at byte {start}, are not a tar")
 
 
 def is_header(block: bytes) -> bool:
@@ -57,7 +58,7 @@ def is_header(block: bytes) -> bool:
 
 
 def _plain(file: BinaryIO, offset: int) -> tuple[list[Member], int]:
-    """(members, position of the end mark) of an archive with plain headers only."""
+    """Returns the members of an archive with plain headers only, and the position of its end mark."""
     members: list[Member] = []
     fields: dict[bytes, bytes] = {}
     descriptor = file.fileno()
@@ -85,7 +86,7 @@ def _plain(file: BinaryIO, offset: int) -> tuple[list[Member], int]:
 
 
 def _pax_fields(content: bytes) -> dict[bytes, bytes]:
-    """The fields of an extended header: "LENGTH KEY=VALUE\\n", one after another."""
+    """Returns the fields of an extended header, a sequence of "LENGTH KEY=VALUE\\n"."""
     fields: dict[bytes, bytes] = {}
     while content:
         length, _, _ = content.partition(b" ")
@@ -98,7 +99,7 @@ def _pax_fields(content: bytes) -> dict[bytes, bytes]:
 
 
 def _by_tarfile(file: BinaryIO, start: int) -> tuple[list[Member], int]:
-    """The same of any archive."""
+    """Does the same as `_plain` for any archive."""
     file.seek(start)
     members = []
     with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -291,6 +291,7 @@ def read_clip(
         info = info_of(container, stream, repr(name))
 
         def check_memory(count: int, fps: float) -> None:
+            """Refuses clips of more frames than fit into memory."""
             height, width = frames[0].shape[:2]
             if count * frames[0].nbytes > max_bytes:
                 seconds = max(1, int(max_bytes / frames[0].nbytes / 2 / fps))

@@ -191,9 +191,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m lavie_jax.evaluation.cascade",
         description="Compares interpolation and super-resolution with the true frames, on Moving Shapes.",
     )
-    parser.add_argument("--interpolation-weights", type=Path, help="a weights folder (default: the shipped one)")
-    parser.add_argument("--vsr-weights", type=Path, help="a weights folder (default: the shipped one)")
-    parser.add_argument("--stages", default="interpolation,vsr", help="stages to measure (default: %(default)s)")
+    for stage in MEASURES:
+        parser.add_argument(f"--{stage}-weights", type=Path, help="a weights folder (default: the shipped one)")
+    parser.add_argument("--stages", default=",".join(MEASURES), help="stages to measure (default: %(default)s)")
     parser.add_argument("--split", default="held_out", help=f"one of {', '.join(SPLITS)} (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=16, help="number of clips (default: %(default)s)")
     parser.add_argument(

@@ -32,8 +32,8 @@ from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
 from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 from lavie_jax.stages.settings import MAIN_STAGE, parse_stages
+from lavie_jax.text_files import read_json
 from lavie_jax.weights import folder_hash, load_part
-from lavie_jax.weights.folder import read_json
 
 SPLITS = ("val", "held_out", "image_only", "image")
 DEFAULT_SPLITS = SPLITS[:3]

@@ -101,7 +101,8 @@ def _platform() -> str:
 def _xla(q, k, v, bias, mask, causal):
     q, k, v = (rearrange(x, "b s n k -> b n s k") for x in (q / math.sqrt(q.shape[-1]), k, v))
 
-    def rows(q, k, v):  # any leading axes; passes over the scores, the largest arrays, are kept to a minimum
+    def rows(q, k, v):
+        """Plain attention for any leading axes, with as few passes as possible over the scores, the largest arrays."""
         scores = jnp.einsum("...qk,...sk->...qs", q, k, preferred_element_type=jnp.float32)
         if bias is not None:
             scores = scores + bias
@@ -147,8 +148,11 @@ def _blockwise(q, k, v, mask):
         visible_blocks = rearrange(padded, "b (blocks s) -> blocks b 1 1 s", s=k_block)
 
     def one_query_block(queries):
+        """Returns the attention of a block of queries to all keys, with the softmax accumulated over blocks of keys."""
+
         @jax.checkpoint  # so that the backward pass recomputes the block's scores instead of keeping them
         def one_key_block(carry, block):
+            """Updates the running maximum m, denominator d and output o of the softmax."""
             m, d, o = carry
             keys, values, visible = block
             visible = visible < sk if mask is None else visible
@@ -179,6 +183,7 @@ def _flash(q, k, v, mask):
     from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
     def on_one_device(q, k, v, mask=None):
+        """Calls the kernel, which expects heads before the sequence."""
         # queries see the keys of their own segment: 1, where masked keys are 0
         segments = None if mask is None else SegmentIds(jnp.ones(q.shape[:2], jnp.int32), mask.astype(jnp.int32))
         q, k, v = (rearrange(x, "b s n k -> b n s k") for x in (q, k, v))

@@ -142,6 +142,7 @@ def _convolve(x: Float[Array, "n *pixels c"], kernel: Array, strides: tuple[int,
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
     def product(x, kernel):
+        """A 3x3 convolution as one matrix product, which is faster for small frames on a CPU."""
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         height, width = x.shape[1] - 2, x.shape[2] - 2
         shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

@@ -77,6 +77,7 @@ class VAE(nn.Module):
     attention_kernel: str = "auto"
 
     def setup(self):
+        """Creates the layers: encoding and decoding are separate methods, so `nn.compact` does not fit."""
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config, self.dtype, self.attention_kernel)
         self.decoder = Decoder(self.config, self.dtype, self.attention_kernel)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest, user_location
 from lavie_jax.planner import chips, report, tables
-from lavie_jax.planner.sampling import sampling_program
+from lavie_jax.planner.sampling import program_names, sampling_program
 from lavie_jax.planner.subprocess import Make, measure_in_subprocess
 from lavie_jax.planner.training import held_out_program, training_program
 from lavie_jax.results import check_path
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(path)
             return
         if args.sample:
-            for name in _chosen(tables.SAMPLINGS[args.sample], args.program):
+            for name in _chosen(program_names(STAGES[args.sample]), args.program):
                 make = functools.partial(sampling_program, config, args.sample, name, rows=args.per_chip_batch)
                 _record(args, make, args.sample, args.per_chip_batch, "none")
             return

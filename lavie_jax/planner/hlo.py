@@ -36,6 +36,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     runs: dict[str, tuple[_Collective, int]] = {}
 
     def visit(name: str, times: int) -> None:
+        """Counts the collectives of a computation that runs `times` times, and of those that it calls."""
         for one in collected[name]:
             # The compiler writes a reduce-scatter as an all-reduce and a slice, in a computation of this name.
             if one.kind == "all-reduce" and name.startswith("all-reduce-scatter"):

@@ -18,8 +18,14 @@ from lavie_jax.planner.programs import Program, cast, placed
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import Condition, Prompts
 from lavie_jax.stages.settings import Settings
+from lavie_jax.stages.stage import Stage
 from lavie_jax.training import build
 from lavie_jax.weights import Part, Weights
+
+
+def program_names(stage: Stage) -> tuple[str, ...]:
+    """Returns the names of the programs that sampling a stage runs."""
+    return ("guided step", "VAE decode", *(("VAE encode",) if stage.encodes_clip else ()))
 
 
 def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
@@ -105,6 +111,7 @@ def _vae_programs(weights: Weights, settings: Settings, vae, params: dict, mesh:
     beside = (params["unet"], params["text_encoder"])
 
     def program(name, count, height, width, function, arguments):
+        """Returns the program that en- or decodes one piece of a clip of `count` frames."""
         _, size = pieces(count, height, width, devices=mesh.size)[0]
         note = f"{size // mesh.size} frames of {height}x{width} per chip, {jnp.dtype(vae.dtype).name}"
         arrays = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for shape, dtype in arguments]

@@ -7,18 +7,8 @@ from lavie_jax.errors import UserError
 from lavie_jax.planner import chips
 from lavie_jax.planner.chips import bound
 from lavie_jax.planner.report import Row, collectives_text, fits, gib, planned, read, total
-
-# Rows of the pages, measured or not: (config, topology, rows per chip), and the programs of each stage.
-_STAGES, _MORE = ("base", "interpolation", "vsr"), ("v4:2x2x4", "v5e:16x16", "v6e:4x4")
-TRAININGS = (
-    *((f"configs/{stage}.py", topology, 1) for topology in ("v5e:4x4", "v5p:2x4x4") for stage in _STAGES),
-    *(("configs/base.py", topology, 1) for topology in _MORE),
-)
-SAMPLINGS = {
-    "base": ("guided step", "VAE decode"),
-    "interpolation": ("guided step", "VAE decode", "VAE encode"),
-    "vsr": ("guided step", "VAE decode"),
-}
+from lavie_jax.planner.sampling import program_names
+from lavie_jax.stages import STAGES
 
 
 def write_tables(path: Path) -> list[Path]:
@@ -50,10 +40,6 @@ def _training_page(rows: list[Row], source: str) -> str:
         memory.append([*_name(row), _mesh(row), str(row["per_chip_batch"]), row["remat"], *_memory_cells(row, chip)])
         if row["fits"]:
             time.append([*_name(row), str(row["per_chip_batch"]), *_time_cells(row, chip)])
-    measured = {(row["config"], row["topology"], row["per_chip_batch"]) for row in rows}
-    for config, topology, count in TRAININGS:
-        if (config, topology, count) not in measured:
-            memory.append(_missing([f"`{config}`", topology, "", str(count)], len(memory_header)))
     return TRAINING.format(
         source=source, memory=results.markdown(memory_header, memory), time=results.markdown(time_header, time),
         versions=_versions(rows),
@@ -66,20 +52,14 @@ def _sampling_page(rows: list[Row], source: str) -> str:
     ]  # fmt: skip
     by_program = {(row["kind"], row["program"]): row for row in rows}
     cells = []
-    for stage, program in ((stage, program) for stage, programs in SAMPLINGS.items() for program in programs):
-        row = by_program.get((stage, program))
-        if row is None:
-            cells.append(_missing([stage, program], len(header)))
+    for stage, program in ((s.name, program) for s in STAGES.values() for program in program_names(s)):
+        if (row := by_program.get((stage, program))) is None:
             continue
         chip, _ = chips.parse(row["topology"])
         plan = [_cell(row, name) for name in ("arguments", "temporary", "outputs", "code", "beside")]
         verdict = "yes" if fits(row) else "**no**"
         cells.append([stage, program, row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
     return SAMPLING.format(source=source, table=results.markdown(header, cells), versions=_versions(rows))
-
-
-def _missing(name: list[str], columns: int) -> list[str]:
-    return [*name, "not compiled", *[""] * (columns - len(name) - 1)]
 
 
 def _name(row: Row) -> list[str]:

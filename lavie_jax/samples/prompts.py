@@ -70,7 +70,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from None
-    # Byte order marks inside, of files that were joined, are not shown by any editor.
+    # Concatenated files contain byte order marks, which editors do not show.
     prompts = list(reader(path, text.replace("\ufeff", "")))
     if not prompts:
         raise UserError(f"prompt file {path} contains no prompts")
@@ -87,6 +87,7 @@ def _from_table(path: Path, text: str) -> Iterator[Prompt]:
     named: list[str] = []
 
     def check(columns: Sequence[str]) -> str:
+        """Stores the names of the columns. Returns what is wrong with them, or ""."""
         named[:] = [column for column in columns if column]
         try:
             _check_fields(f"{path}, header", named)
@@ -99,7 +100,7 @@ def _from_table(path: Path, text: str) -> Iterator[Prompt]:
         where = f"{path}, line {number}"
         if len(row) < len(named):
             raise UserError(f"{where}: {len(named)} columns are needed, as in the header; {_QUOTE}")
-        # an empty cell is not given
+        # an empty cell counts as absent
         yield _prompt(where, {n: v for n, v in row.items() if v.strip()})
 
 

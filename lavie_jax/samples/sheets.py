@@ -1,4 +1,4 @@
-"""Contact sheets: the samples of a run on one page, with the stages of a cascade one below the other."""
+"""Contact sheets: overviews of the samples of a run, with the stages of a cascade below each other."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -13,11 +13,11 @@ from lavie_jax.data.video_files import contact_sheet
 COLUMNS = 7
 SIDE = 256  # maximum side of a frame in pixels: a sheet of large frames would fill the host's memory
 DETAIL = 512  # maximum side of an upscaled frame, which is cropped to the middle instead of scaled down
-EMPTY = 250  # the sheet's white, where a clip does not have a frame
+EMPTY = 250  # the sheet's background, shown where a clip has no frame
 
 
 class ContactSheets:
-    """`OUT/{stem}.png`, a row for each sample or each of its stages; after `ROWS` rows follows `OUT/{stem}-2.png`."""
+    """Writes `OUT/{stem}.png`, with a row for each sample or each of its stages, and a new page after `ROWS` rows."""
 
     ROWS = 24
 
@@ -54,7 +54,7 @@ class ContactSheets:
 
 
 def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple[np.ndarray, str]]:
-    """(frames, caption) of each clip, all at the same moments and enlarged by whole pixels to the size of the largest.
+    """Returns (frames, caption) of each clip, at the same moments and enlarged by whole factors to the largest size.
 
     The sides of the clips are multiples of the smallest's. A row is empty at moments without a frame of its clip.
     """
@@ -86,7 +86,7 @@ def compared(clips: Mapping[str, UInt8[np.ndarray, "_t _h _w 3"]]) -> list[tuple
 
 
 def moments(lengths: Sequence[int]) -> list[Fraction]:
-    """Moments, from 0 (first frame) to 1 (last), at which to compare clips with these numbers of frames.
+    """Returns the moments, from 0 (first frame) to 1 (last), at which clips of these lengths are compared.
 
     They alternate between frames of the shortest clip and frames of a longer one in between.
     """
@@ -99,11 +99,11 @@ def moments(lengths: Sequence[int]) -> list[Fraction]:
 
 
 def evenly(length: int, count: int) -> np.ndarray:
-    """Indices of up to `count` of `length` frames, evenly spaced from the first to the last."""
+    """Returns the indices of up to `count` of `length` frames, evenly spaced from the first to the last."""
     return np.unique(np.round(np.linspace(0, length - 1, count)).astype(int))
 
 
 def thinned(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t _h _w 3"]:
-    """Frames subsampled to at most SIDE pixels a side."""
+    """Subsamples frames to at most SIDE pixels per side."""
     step = -(-max(frames.shape[1:3]) // SIDE)
     return frames[:, ::step, ::step].copy()

@@ -148,6 +148,7 @@ def denoiser(
         return _apply(unet, params, x_t, t, half, condition)
 
     def denoise(x_t, t):
+        """Predicts with and without the text, and combines both by guidance."""
         t = jnp.broadcast_to(t, x_t.shape[:1])
         if guidance == 1.0:
             return predict_half(x_t, t, text, condition)

@@ -87,6 +87,7 @@ def make_autoencoder_task(
         return {**values, "latent_mean": latents.mean(), "latent_std": latents.std()}
 
     def _evaluate(params: Any, images: Array, rows: Rows, rng: random.Key) -> tuple[Losses, Array]:
+        """Returns the losses of every image as means, and the sampled latents."""
         mean, logvar = vae.apply({"params": params}, images, method="encode")
         eps = rows.draw(rng, lambda key, count: jax.random.normal(key, (count, *mean.shape[1:])))
         latents = mean + jnp.exp(0.5 * logvar) * eps
@@ -134,6 +135,7 @@ class Rows(NamedTuple):
         """Returns the random numbers of all frames; `draw(key, frames)` returns those of as many frames."""
 
         def by_row(key: Array, count: int) -> Array:
+            """Returns `draw` for `count` rows of frames and images, grouped by row."""
             every = draw(key, count * (self.frames + self.images))
             video, images = jnp.split(every, [count * self.frames])
             parts = [(video, self.frames), (images, self.images)]

@@ -109,6 +109,7 @@ class StageLoss:
         eps = random.normal(noise_rng, latents.shape)
 
         def at(step: Array) -> Losses:
+            """Returns the losses at one timestep, the same for all rows."""
             t = jnp.full((latents.shape[0],), step)
             image_t = jnp.full((latents.shape[0], self.images), step)
             pair = self.stage.training_pair_at(
@@ -197,6 +198,7 @@ def make_diffusion_task(
         raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {models.schedule.steps - 1}.")
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
+        """Writes a weights folder of the stage; the held-out values are not part of it."""
         text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,
@@ -233,13 +235,13 @@ def encode_frames(
 
     batch, count, height, width, _ = frames.shape
     mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else parallel.batch_ways(mesh)  # that share the rows
+    devices = jax.device_count() if mesh.empty else parallel.batch_ways(mesh)  # those that share the rows
     at_once = max(1, VAE_PIXELS * devices // (batch * height * width))
     parts = -(-count // at_once)
     if parts == 1:
         return encode(frames)
-    # Not `lax.map(batch_size=)`: its vmap puts a part's frames before the rows, so that devices, each of which has some
-    # of the rows, would have to gather them all.
+    # `lax.map(batch_size=)` would put the frames of a part before the rows. Each device has some of the rows, and would
+    # have to gather all of them.
     padded = jnp.pad(frames, [(0, 0), (0, -count % parts), *[(0, 0)] * 3])
     moments = jax.lax.map(encode, einops.rearrange(padded, "b (parts f) h w c -> parts b f h w c", parts=parts))
     return jax.tree.map(lambda x: einops.rearrange(x, "parts b f h w c -> b (parts f) h w c")[:, :count], moments)

@@ -72,6 +72,7 @@ def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, seed
     """
 
     def create(init: Any) -> tuple[dict, dict]:
+        """Runs under `jit`, so that every array is created where its sharding puts it."""
         if task.start is not None:
             return make_state(init, task, tx), {}
         params = task.init(init)

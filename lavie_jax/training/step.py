@@ -100,6 +100,8 @@ def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Ba
     """
 
     def gradients(flat: dict, frozen: Any, batch: Batch, rng: random.Key):
+        """Returns gradients and losses of one part of a batch."""
+
         def loss(flat):
             return task.loss(task.join(unflatten_dict(flat, sep="/"), frozen), frozen, batch, rng)
 
@@ -107,6 +109,7 @@ def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Ba
         return grads, {"loss": value, **losses}
 
     def accumulated(flat: dict, frozen: Any, batch: Batch, rng: jax.Array):
+        """Returns the means of gradients and losses over the parts, one part after the other."""
         if accumulate == 1:
             return gradients(flat, frozen, batch, rng)
 

@@ -21,10 +21,11 @@ from lavie_jax.stages import STAGES
 from lavie_jax.stages.stage import Stage
 from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare, refuse
-from lavie_jax.weights.folder import check_new_file, check_new_folder, read_part, save_folder
+from lavie_jax.weights.folder import read_part
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.pretrained import Pretrained, PretrainedPart, read_pretrained, read_unet_file
 from lavie_jax.weights.safetensors_io import Tensor, as_tensor, read_safetensors, write_safetensors
+from lavie_jax.weights.saving import check_new_file, check_new_folder, save_folder
 from lavie_jax.weights.tokenizer_files import check_tokenizer
 from lavie_jax.weights.torch_files import import_torch, write_torch
 

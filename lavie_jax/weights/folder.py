@@ -1,4 +1,4 @@
-"""The weights folder: the format that conversion and training write, and sampling reads.
+"""The weights folder: its format, how it is read, and its hash. `saving.py` writes it.
 
     config.json                                 format version, stage, sampling defaults, parts in other folders
     unet/ vae/ text_encoder/                    config.json and model.safetensors, our parameter paths joined by dots
@@ -11,32 +11,22 @@ Stage "vae" has only a VAE. `parts` in config.json refers to parts of other fold
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, check_folder, suggest, user_path
-from lavie_jax.models.registry import PARTS, Config, default_network, network_name, networks_of
+from lavie_jax.errors import UserError, suggest, user_path
+from lavie_jax.models.registry import PARTS, Config, default_network, networks_of
 from lavie_jax.stages import STAGES
-from lavie_jax.text_files import read_text
-from lavie_jax.weights.expected import compare, fingerprint, refuse
+from lavie_jax.text_files import read_json
+from lavie_jax.weights.expected import compare, fingerprint
 from lavie_jax.weights.names import is_buffer
-from lavie_jax.weights.safetensors_io import (
-    SHOW_PROGRESS_FROM,
-    Tensor,
-    check_finite,
-    read_safetensors,
-    write_safetensors,
-)
-from lavie_jax.weights.tokenizer_files import copy_tokenizer
+from lavie_jax.weights.safetensors_io import SHOW_PROGRESS_FROM, Tensor, check_finite, read_safetensors
 
 FORMAT_VERSION = 1
 CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
@@ -83,7 +73,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
             of the wrong shape, or has NaN or Inf; or the parts do not belong together.
     """
     path = user_path(path)
-    config = _read_config(path, stage)
+    config = read_config(path, stage)
     contents = CONTENTS[config["stage"]]
     for name in contents:
         if not _part_dir(path, config, name).is_dir():
@@ -152,34 +142,22 @@ def _read_network_config(file: Path, part: str) -> Config:
     return networks[name].config.from_dict(fields)
 
 
-def _network_fields(config: Config, part: str) -> dict[str, Any]:
-    """The content of a part's config.json, but for its fingerprint."""
-    name = network_name(config)
-    return config.to_dict() | ({} if name == default_network(part) else {NETWORK: name})
-
-
 def part_dir(path: str | Path, part: str) -> Path:
     """Returns the folder of a part of a weights folder, which config.json may place elsewhere."""
     path = user_path(path)
-    return _part_dir(path, _read_config(path, None), part)
+    return _part_dir(path, read_config(path), part)
 
 
 def _part_dir(path: Path, config: Mapping, name: str) -> Path:
     return path / config.get("parts", {}).get(name, name)
 
 
-def read_json(path: Path) -> dict:
-    """Reads the object in a JSON file. Raises UserError when there is none."""
-    try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must contain a JSON object.")
-    return value
+def read_config(path: Path, stage: str | None = None) -> dict:
+    """Returns the content of a weights folder's config.json.
 
-
-def _read_config(path: Path, stage: str | None) -> dict:
+    Raises:
+        UserError: it is not a weights folder of this format, or not of `stage`.
+    """
     if path.is_file():
         raise UserError(f"{path} is a file, not a weights folder. Convert PyTorch files with convert_torch.py import.")
     if not path.is_dir():
@@ -217,165 +195,10 @@ def _read_schedule(path: Path, config: Mapping, name: str) -> Schedule:
     return Schedule.from_json(read_json(_part_dir(path, config, name) / "scheduler_config.json"))
 
 
-def save_folder(
-    path: str | Path,
-    *,
-    stage: str,
-    vae: tuple[Any, Mapping],
-    sampling: Mapping | None = None,
-    unet: tuple[Any, Mapping] | None = None,
-    text_encoder: tuple[Any, Mapping] | None = None,
-    tokenizer: Any = None,
-    schedule: Schedule | None = None,
-    low_res_schedule: Schedule | None = None,
-    share: str | Path | None = None,
-    dialects: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes a weights folder. Nothing is left at `path` unless all of it could be written.
-
-    Args:
-        path: where to write it.
-        stage: a key of `CONTENTS`, which has the parts that must be given.
-        vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
-            to write.
-        sampling: the stage's sampling defaults.
-        tokenizer: a folder whose tokenizer files are copied, or a transformers tokenizer.
-        schedule, low_res_schedule: noise schedules.
-        share: a weights folder; parts that are the same there are referred to instead of repeated.
-        dialects: the naming dialect of each part's PyTorch file, for the export.
-        overwrite: whether to replace a weights folder at `path`.
-
-    Raises:
-        UserError: `path` exists, or a parameter does not fit its config, or has NaN or Inf.
-    """
-    given = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
-             "scheduler": schedule, "low_res_scheduler": low_res_schedule}  # fmt: skip
-    if stage not in CONTENTS:
-        raise UserError(f"unknown stage {stage!r}{suggest(stage, CONTENTS)}")
-    if (present := {name for name, value in given.items() if value is not None}) != set(CONTENTS[stage]):
-        raise ValueError(f"a folder of stage {stage!r} has {CONTENTS[stage]}, but {sorted(present)} were given")
-    check_new_folder(path, overwrite=overwrite)
-    if share is not None:
-        share = user_path(share)
-        _read_config(share, None)
-    path = user_path(path)
-    with new_folder(path) as folder:
-        for name, value in given.items():
-            if value is not None:
-                _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
-        config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
-        if share is not None and (parts := _same_parts(folder, share, path)):
-            config["parts"] = parts
-        write_json(folder / "config.json", config)
-
-
-def _write_part(folder: Path, value, dialect: str) -> None:
-    """Writes the subfolder of a schedule, of a tokenizer, or of (config, parameters)."""
-    if isinstance(value, Schedule):
-        folder.mkdir()
-        write_json(folder / "scheduler_config.json", value.to_json())
-    elif isinstance(value, str | Path):
-        copy_tokenizer(value, folder)
-    elif hasattr(value, "save_pretrained"):
-        value.save_pretrained(folder)
-    else:
-        config, params = value
-        flat = flatten_dict(params, sep="/")
-        shapes = {p: tuple(t.shape) for p, t in flat.items()}
-        refuse(compare(folder.name, config, shapes))
-        folder.mkdir()
-        write_json(
-            folder / "config.json", _network_fields(config, folder.name) | {FINGERPRINT: fingerprint(config, shapes)}
-        )
-        tensors = {p.replace("/", "."): t for p, t in flat.items()}
-        write_safetensors(folder / MODEL_FILE, tensors, {"dialect": dialect})
-
-
-def write_json(path: Path, value: Mapping) -> None:
-    """Writes an indented JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _same_parts(folder: Path, share: Path, final: Path) -> dict[str, str]:
-    """Removes the parts of `folder` that `share` has too, and returns their paths relative to `final`.
-
-    Parts within `final` do not count, since `folder` is about to take its place.
-    """
-    shared = {}
-    for name in ("vae", "text_encoder", "tokenizer"):
-        other = part_dir(share, name)
-        if final.resolve() in other.resolve().parents:
-            continue
-        if other.is_dir() and (folder / name).is_dir() and hash_dir(other) == hash_dir(folder / name):
-            shutil.rmtree(folder / name)
-            shared[name] = os.path.relpath(other.resolve(), final.resolve())
-    return shared
-
-
-def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raises UserError when a weights folder cannot or must not be written at `path`.
-
-    With `overwrite`, it may replace a weights folder or an empty folder, and nothing else.
-    """
-    path = user_path(path)
-    check_new_file(path, overwrite=overwrite)
-    if os.path.lexists(path) and not (
-        path.is_dir() and (not any(path.iterdir()) or "format_version" in _read_if_json(path / "config.json"))
-    ):
-        raise UserError(f"{path} exists and is not a weights folder; remove it, or choose another name.")
-
-
-def _read_if_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
-
-
-def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raises UserError when an output cannot or must not be written at `path`."""
-    path = user_path(path)
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path} already exists; remove it, choose another name, or pass --overwrite.")
-    check_folder(path.parent, f"{path}")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.is_dir():
-            path.rename(old)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(path: Path) -> None:
-    """Cleans up after a process was killed inside `new_folder`: removes partial folders, restores a moved one.
-
-    Call it only where no other process can be writing `path`.
-    """
-    for old in sorted(path.parent.glob(f".{path.name}.old-*")):
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(path)
-    for partial in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def folder_hash(path: str | Path) -> str:
     """Returns the SHA-256, in hex, of a weights folder's config and of the files of its parts, wherever they are."""
     path = user_path(path)
-    config = _read_config(path, None)
+    config = read_config(path)
     settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
     digest = hashlib.sha256(settings.encode())
     for name in CONTENTS[config["stage"]]:

@@ -27,10 +27,11 @@ from lavie_jax.weights.convert import (
 )
 from lavie_jax.weights.diffusers_configs import unet_config
 from lavie_jax.weights.expected import expected_shapes, refuse
-from lavie_jax.weights.folder import check_new_folder, load_folder, part_dir, read_part, save_folder
+from lavie_jax.weights.folder import load_folder, part_dir, read_part
 from lavie_jax.weights.names import ZERO_AT_FIRST, is_buffer
 from lavie_jax.weights.pretrained import read_pretrained
 from lavie_jax.weights.safetensors_io import Tensor
+from lavie_jax.weights.saving import check_new_folder, save_folder
 from lavie_jax.weights.tokenizer_files import check_tokenizer
 
 TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that image models do not have

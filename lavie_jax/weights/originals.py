@@ -15,35 +15,35 @@ from lavie_jax.models.registry import PARTS
 from lavie_jax.weights.reading import SHARD, candidates
 
 HUB = "hub:"
-PLACE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
+LOCATION = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 SMALL_FILES = re.compile(r"(tokenizer|scheduler|low_res_scheduler)/[^/]+|(unet|vae|text_encoder)/config\.json")
 
 
-def get(place: str, downloads: str | Path, *, sha256: str = "") -> Path:
+def get(location: str, downloads: str | Path, *, sha256: str = "") -> Path:
     """Returns the path of a file or folder, after downloading it if necessary.
 
     Args:
-        place: its location.
+        location: a path, or the hub's, see above.
         downloads: the folder to download to.
         sha256: the file's hash in hex; for a folder, the output of the command sha256sum for any of its files
             (`HASH NAME`), as lines or separated by commas. Empty for no check.
 
     Raises:
-        UserError: there is nothing at `place`, the download fails, or a hash differs.
+        UserError: there is nothing at `location`, the download fails, or a hash differs.
     """
-    path = _from_hub(place, user_path(downloads)) if place.startswith(HUB) else user_path(place)
+    path = _from_hub(location, user_path(downloads)) if location.startswith(HUB) else user_path(location)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a path, or {HUB}OWNER/NAME for an image model on the hub")
     check_sha256(path, sha256)
     return path
 
 
-def discard(place: str, downloads: str | Path) -> None:
+def discard(location: str, downloads: str | Path) -> None:
     """Deletes a converted original: a file, or a download. Folders of the user are never deleted."""
-    if place.startswith(HUB):
-        shutil.rmtree(_folder(_parsed(place), user_path(downloads)), ignore_errors=True)
-    elif user_path(place).is_file():
-        user_path(place).unlink()
+    if location.startswith(HUB):
+        shutil.rmtree(_folder(_parsed(location), user_path(downloads)), ignore_errors=True)
+    elif user_path(location).is_file():
+        user_path(location).unlink()
 
 
 def check_sha256(path: Path, given: str) -> None:
@@ -63,10 +63,10 @@ def check_sha256(path: Path, given: str) -> None:
             raise UserError(f"{file} is damaged or a different file: its SHA-256 is {actual}, not {wanted.lower()}")
 
 
-def _parsed(place: str) -> re.Match:
-    match = PLACE.fullmatch(place)
+def _parsed(location: str) -> re.Match:
+    match = LOCATION.fullmatch(location)
     if match is None:
-        raise UserError(f"{place!r} is not a location on the hub; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
+        raise UserError(f"{location!r} is not a location on the hub; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
     return match
 
 
@@ -75,10 +75,10 @@ def _folder(match: re.Match, downloads: Path) -> Path:
     return downloads / "--".join([*match["repository"].split("/"), *([match["revision"]] if match["revision"] else [])])
 
 
-def _from_hub(place: str, downloads: Path) -> Path:
+def _from_hub(location: str, downloads: Path) -> Path:
     import huggingface_hub  # comes with transformers; slow to import
 
-    match = _parsed(place)
+    match = _parsed(location)
     folder = _folder(match, downloads)
     where = {"repo_id": match["repository"], "revision": match["revision"]}
     try:
@@ -88,7 +88,7 @@ def _from_hub(place: str, downloads: Path) -> Path:
         huggingface_hub.snapshot_download(allow_patterns=files, local_dir=folder, **where)
     except Exception as error:  # of the hub, the network or the disk; each library below has its own types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{place} cannot be downloaded: {reason}") from error
+        raise UserError(f"{location} cannot be downloaded: {reason}") from error
     return folder
 
 

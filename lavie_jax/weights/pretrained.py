@@ -9,8 +9,8 @@ from typing import Any
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.registry import PARTS
+from lavie_jax.text_files import read_json
 from lavie_jax.weights import compvis
-from lavie_jax.weights.folder import read_json
 from lavie_jax.weights.model_kinds import other_part, refuse_other_kind
 from lavie_jax.weights.reading import MODEL_FILES, WEIGHTS, find_weights, read_weights
 from lavie_jax.weights.safetensors_io import Tensor

@@ -1,11 +1,11 @@
 """Reads weights files: a single one, or the shards of a model that is split over several."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from lavie_jax.errors import UserError
+from lavie_jax.text_files import read_json
 from lavie_jax.weights.file_kinds import file_format
 from lavie_jax.weights.safetensors_io import Tensor, read_safetensors
 from lavie_jax.weights.torch_files import read_torch
@@ -127,11 +127,7 @@ def _shards(shard: re.Match) -> list[str]:
 
 def _read_index(path: Path, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Reads a sharded model: {"weight_map": {tensor: file}}."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    where = content.get("weight_map") if isinstance(content, dict) else None
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{path} is not the index of a sharded model: it has no weight_map of tensors to files.")
     outside = next((file for file in where.values() if file != Path(file).name or file in ("", ".", "..")), None)

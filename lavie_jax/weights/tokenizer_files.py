@@ -3,12 +3,12 @@
 Read without transformers, which takes seconds to import.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError
+from lavie_jax.text_files import read_json
 
 COMPLETE = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a complete tokenizer
 FILES = {
@@ -65,15 +65,7 @@ def check_tokenizer(folder: str | Path, *, vocab_size: int, length: int, owner: 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must contain a JSON object.")
-    return content
+    return read_json(file) if file.is_file() else {}
 
 
 def _vocabulary_size(folder: Path) -> int:

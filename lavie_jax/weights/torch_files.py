@@ -228,6 +228,7 @@ def _as_tensor(torch, path: Path, name: str, tensor) -> Tensor:
         raise UserError(f"{path}: {name} is a {tensor.dtype} tensor ({tensor.layout}), which is not supported.")
 
     def read() -> np.ndarray:
+        """Returns the values, without copying them."""
         values = tensor.detach()
         if tensor.dtype is torch.bfloat16:  # numpy has no such type
             return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
