@@ -1,24 +1,25 @@
-"""Samples videos from prompts, through one to three stages.
+"""Samples videos from prompts, pictures and clips, through one or more stages.
 
     python sample.py --prompt "a red circle moving left"
     python sample.py --prompt "a red circle moving left" --stages base,interpolation,vsr --weights weights
     python sample.py --prompt "a red circle moving left" --stages vsr --input clip.mp4 --weights weights/vsr
+    python sample.py --prompt "a red circle moving left" --stages prediction --first-frame photo.png
+    python sample.py --prompt "a red circle | a blue circle" --stages base,prediction --segments 4
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
 Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index is the prompt's, with a JSON file that
 records everything needed to reproduce it. OUT/contact-sheet.png shows the samples of the last command. With several
 stages, or with --input, OUT/stages contains the lossless frames of every stage (.npy), and the contact sheet has a row
 for each stage, at the same points in time. Existing samples are skipped, and an interrupted run resumes at the same
-prompt, stage and denoising step. `--part I/N` splits the samples over machines that run the same command with the same
-OUT. Omitted settings default to the weights folder's config.json.
+prompt, stage, segment and denoising step. `--part I/N` splits the samples over machines that run the same command with
+the same OUT. Omitted settings default to the weights folder's config.json.
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
-import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
+from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, file_hash, read_pictures
 from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
 from lavie_jax.samples.sheets import ContactSheets
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
@@ -56,6 +58,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="clip for the first stage to start from: a video file, or an .npz with the arrays video, "
         "uint8 (T, H, W, 3), and optionally fps, a number (default 8)",
     )
+    takers = ", ".join(stage for stage, info in STAGE_INFO.items() if info.takes_known)
+    for name in PICTURES:
+        text = f"picture of any size that is the {name} frame of the video, for {takers}"
+        add(f"--{name}-frame", type=Path, metavar="FILE", help=text)
     add("--seed", default="0", metavar="S", help="seed of the first video of each prompt (default 0)")
     add("--num-videos", type=int, default=1, metavar="N", help="per prompt, with seeds S to S+N-1 (default 1)")
     add(
@@ -77,7 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="videos that the base stage denoises together (default: one per device)",
+        help="videos that base and prediction denoise together (default: one per device)",
     )
     add(
         "--weights",
@@ -139,6 +145,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
             raise UserError(f"{name.replace('_', '-')} must be at least 1, not {value}")
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
+    args.pictures = {name: path for name in PICTURES if (path := getattr(args, f"{name}_frame")) is not None}
     check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
     args.seed = check_seed(args.seed, "seed")
@@ -168,8 +175,7 @@ def read_input(path: Path) -> tuple:
 
     frames, fps = read_clip(path, max_bytes=free_memory() / 2, warn=lambda line: warn([line]))
     clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
-    with path.open("rb") as file:
-        return frames, clip, hashlib.file_digest(file, "sha256").hexdigest()
+    return frames, clip, file_hash(path)
 
 
 def plan_outputs(
@@ -178,19 +184,21 @@ def plan_outputs(
     settings: dict[str, Settings],
     hashes: dict[str, str],
     clip_hash: str | None,
+    given: Mapping[int, Picture],
 ) -> list[Output]:
     """Returns one output for each prompt and seed."""
     last = settings[args.stages[-1]]
     odd = last.height % 2 or last.width % 2
-    formats = args.format or (("png",) if last.frames == 1 or odd else ("mp4",))
-    check_formats(formats, frames=last.frames, height=last.height, width=last.width)
+    formats = args.format or (("png",) if last.output_frames == 1 or odd else ("mp4",))
+    check_formats(formats, frames=last.output_frames, height=last.height, width=last.width)
     outputs = []
     for index, prompt in enumerate(prompts):
         first = args.seed if prompt.seed is None else prompt.seed
         for seed in range(first, first + args.num_videos):
             request = make_request(
-                prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash
-            )
+                prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash,
+                known_hashes={frame: picture.sha256 for frame, picture in given.items()},
+            )  # fmt: skip
             outputs.append(Output(folder=args.out, index=index, formats=formats, request=request))
     return outputs
 
@@ -198,10 +206,12 @@ def plan_outputs(
 def add_to_sheet(sheets: ContactSheets, output: Output, video, stages: Sequence[str], clips: dict, dtype: str) -> None:
     """Adds a row for each clip that the sample started from (`clips`) and for each of its stages.
 
-    A `video` of None is read from the sample's files.
+    The rows show the same moments. A stage that continues the clip of the one before is therefore the first. A `video`
+    of None is read from the sample's files.
     """
     cache = output.cache(dtype)
-    intermediate = {stage: frames for stage in stages[:-1] if (frames := cache.get(stage)) is not None}
+    first = max((i for i, stage in enumerate(stages) if STAGE_INFO[stage].takes_known), default=0)
+    intermediate = {stage: frames for stage in stages[first:-1] if (frames := cache.get(stage)) is not None}
     try:
         video = output.read() if video is None else video
     except UserError as error:  # a damaged sample of an earlier run must not stop this one
@@ -219,6 +229,7 @@ def warn(lines: list[str]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Samples every request. Raises UserError before any weights are loaded if a request is wrong."""
     prompts = read_requests(args)
+    pictures = read_pictures(args.pictures, args.stages, own_clip=args.input is not None)
 
     # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
     from lavie_jax.parallel import keep_compiled_programs, local_devices
@@ -240,9 +251,14 @@ def run(args: argparse.Namespace) -> None:
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
     frames, clip, clip_hash = read_input(args.input) if args.input else (None, None, None)
     settings = cascade.resolve_settings(weights, args.stages, args.given, clip)
+    taker = next((own for stage, own in settings.items() if STAGE_INFO[stage].takes_known), None)
+    given = by_frame(pictures, taker.output_frames) if taker else {}
+    known = {frame: picture.pixels for frame, picture in given.items()}
+    cascade.check_known(settings, clip, known)
+    texts_of = {prompt.text: cascade.stage_prompts(settings, prompt.text) for prompt in prompts}
     hashes = {stage: folder_hash(folders[stage]) for stage in settings}
     part, parts = args.part
-    outputs = plan_outputs(args, prompts, settings, hashes, clip_hash)[part::parts]
+    outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given)[part::parts]
 
     # ---- existing samples ----
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
@@ -256,11 +272,15 @@ def run(args: argparse.Namespace) -> None:
     caches = [output.cache(dtype.name) for output in todo]
     for cache in caches if not args.overwrite else ():
         cache.check()
-    warn(cascade.padding_notes(weights, settings, clip))
+    names = {frame: str(picture.path) for frame, picture in given.items()}
+    warn(cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
     warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
     for stage in settings:
-        pairs = [(output.request["prompt"], of_stage(output.request, stage)) for output in todo]
-        texts = [text for prompt, own in pairs for text in (prompt + own["prompt_suffix"], own["negative_prompt"])]
+        texts = []
+        for output in todo:
+            own = of_stage(output.request, stage)
+            texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
+            texts.append(own["negative_prompt"])
         warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
 
     # ---- sampling ----
@@ -270,16 +290,21 @@ def run(args: argparse.Namespace) -> None:
     requests = [
         cascade.Request(
             prompt=output.request["prompt"], seed=output.request["seed"],
-            negative_prompt=output.request.get("negative_prompt"),
+            negative_prompt=output.request.get("negative_prompt"), known=known,
         )
         for output in todo
     ]  # fmt: skip
     made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
     made_with |= {"input": str(args.input)} if args.input else {}
+    made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
     videos = iter(())
     if pipe is not None:
         made_with |= pipe.made_with()
         videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=True)
+    clips = {} if frames is None else {"input": frames}
+    if STAGE_INFO[args.stages[0]].takes_known:
+        shown = cascade.given_frames(settings, frames, known)
+        clips = {} if shown is None else {"given, white where generated": shown}
     caches = iter(caches)
     for output, missing in zip(outputs, formats):
         video = next(videos) if missing else None
@@ -288,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
         if missing:
             next(caches).clear()
         if not args.no_contact_sheet:
-            add_to_sheet(sheets, output, video, args.stages, {} if frames is None else {"input": frames}, dtype.name)
+            add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
     sheets.flush()
 
 

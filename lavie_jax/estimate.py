@@ -37,7 +37,8 @@ def sampling_warnings(
         windows = STAGES[stage].windows(STAGES[stage].latent_shape(weights[stage], made), made)
         frames, height, width = windows[0].shape
         each = unet_flops(weights[stage].unet.config, frames=frames, height=height, width=width)
-        evaluations = made.steps * (1 if made.guidance == 1 else 2) * len(windows)
+        passes = len(windows) * len(STAGES[stage].segments(made))
+        evaluations = made.steps * (1 if made.guidance == 1 else 2) * passes
         lines.append(_warning(f"stage {stage}: a sample", each * evaluations))
     return [line for line in lines if line]
 

@@ -45,8 +45,9 @@ class Model(StageModel):
 def clip(seed=0, **fields) -> Clip:
     rng = np.random.default_rng(seed)
     noises = rng.normal(size=(9, *SHAPE)).astype(np.float32)
+    text = Prompts(rng.normal(size=(3, 5)).astype(np.float32))
     return Clip(
-        text=Prompts(rng.normal(size=(3, 5)).astype(np.float32)),
+        text=lambda window: text,
         null_text=Prompts(rng.normal(size=(3, 5)).astype(np.float32)),
         shape=SHAPE, noise=lambda stream, frames: jnp.asarray(noises[stream, frames.start : frames.stop]),
         concat=rng.normal(size=(*SHAPE[:3], 3)).astype(np.float32), noise_level=20, **fields,
@@ -79,7 +80,7 @@ def test_a_clip_is_denoised_as_by_the_plain_loop(sampler):
             x = jnp.concatenate([x_t, jnp.asarray(sample_clip.concat)[None]], axis=-1)
             return UNET.apply({}, x, jnp.broadcast_to(t, (1,)), jnp.asarray(text)[None], noise_level=jnp.array([20]))
 
-        with_prompt, without = half(sample_clip.text.hidden), half(sample_clip.null_text.hidden)
+        with_prompt, without = half(sample_clip.text(WHOLE[0]).hidden), half(sample_clip.null_text.hidden)
         return without + 3.0 * (with_prompt - without)
 
     x0 = sample(

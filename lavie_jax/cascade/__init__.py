@@ -29,7 +29,10 @@ from jaxtyping import UInt8
 
 import lavie_jax
 from lavie_jax import parallel
+from lavie_jax.cascade.known import check_known, fitting_notes
+from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
+from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
@@ -40,6 +43,7 @@ from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
+from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, load_folder
 
 SHIPPED = Path(__file__).parents[1] / "assets"
@@ -184,7 +188,7 @@ def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Setting
 
 
 def _output_of(settings: Settings) -> ClipInfo:
-    return ClipInfo(frames=settings.frames, height=settings.height, width=settings.width, fps=settings.fps)
+    return ClipInfo(frames=settings.output_frames, height=settings.height, width=settings.width, fps=settings.fps)
 
 
 class Cascade:
@@ -236,6 +240,7 @@ class Cascade:
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str] | None = None,
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
+        known: Known | None = None,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
@@ -250,6 +255,7 @@ class Cascade:
             seed: from 0 to 2^32 - 1.
             negative_prompt: for the base stage; other stages take it as a setting.
             clip: the clip that the first stage starts from, if `stages` begins with a later stage.
+            known: pictures that are frames of the prediction stage's output, {index: uint8 (H, W, 3)}, of any size.
             batch_size: see `videos`.
             progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
@@ -274,17 +280,21 @@ class Cascade:
                 f"negative_prompt belongs to the stage {MAIN_STAGE}, which is not run; for {stages[0]}: "
                 f'{stages[0]}={{"negative_prompt": ...}}'
             )
+        known = known or {}
+        check_known(resolved, clip_info, known)
         requests = [
-            Request(prompt=text, seed=check_seed(number), negative_prompt=other)
+            Request(prompt=text, seed=check_seed(number), negative_prompt=other, known=known)
             for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
         ]
-        lines = padding_notes(self.weights, resolved, clip_info)
+        prompts = [stage_prompts(resolved, request.prompt) for request in requests]
+        lines = padding_notes(self.weights, resolved, clip_info) + fitting_notes(resolved, clip_info, known)
         lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
         for line in lines:
             logging.warning("%s", line)
         for stage, own in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
-            for line in text_warnings(tokenizer, [r.prompt + own.prompt_suffix for r in requests]):
+            texts = [text + own.prompt_suffix for parts in prompts for text, _ in parts[stage]]
+            for line in text_warnings(tokenizer, texts):
                 logging.warning("%s", line)
         return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
 
@@ -305,8 +315,8 @@ class Cascade:
             settings: {stage: settings} of the stages to run, from `resolve_settings`.
             clip: the clip that the first stage starts from, if it needs one.
             caches: one for each request; they store the stages' outputs, which are not computed again.
-            batch_size: how many samples the base stage denoises together, rounded up to a multiple of the devices.
-                Default: one per device.
+            batch_size: how many samples a stage with small clips denoises together, rounded up to a multiple of the
+                devices. Default: one per device.
             progress: whether to show a progress bar for each stage.
         """
         videos = self._videos(requests, settings, clip, caches, batch_size, progress)
@@ -337,10 +347,11 @@ class Cascade:
             later = list(settings)[number:]
             for sample in samples:  # the output of a later stage may be cached already
                 sample.needed = all(sample.cache.get(name) is None for name in later)
+                sample.prompts = stage_prompts(settings, sample.request.prompt)[stage]
             for sample, _ in zip(samples, self._stage(stage, samples, settings[stage], batch_size, progress)):
                 sample.previous = stage
         for sample in samples:
-            sample.needed = True
+            sample.needed, sample.prompts = True, stage_prompts(settings, sample.request.prompt)[last]
         yield from self._stage(last, samples, settings[last], batch_size, progress)
 
     def _stage(

@@ -33,7 +33,7 @@ class Clip:
     """One sample between noise and latents.
 
     Attributes:
-        text: embedding of the prompt.
+        text: returns the embedding of the prompt of a window.
         null_text: embedding of the negative or empty prompt.
         shape: shape of the latents (T, h, w, C).
         noise: `noise(stream, frames)` is the noise of some frames. Stream 0 is the start, stream i + 1 is fresh noise
@@ -45,7 +45,7 @@ class Clip:
         save: called with `step` and `state` every `SAVE_EVERY` evaluations.
     """
 
-    text: Prompts
+    text: Callable[[Window], Prompts]
     null_text: Prompts
     shape: tuple[int, int, int, int]
     noise: Callable[[int, range], Array]
@@ -152,7 +152,8 @@ def _predict_windows(
         condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in rows))
     return predict_rows(
         model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
-        stacked_prompts(clip.text for clip, _ in rows), stacked_prompts(clip.null_text for clip, _ in rows), condition,
+        stacked_prompts(clip.text(window) for clip, window in rows),
+        stacked_prompts(clip.null_text for clip, _ in rows), condition,
         unet=model.unet, guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
         sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]), mesh=model.mesh,
     )  # fmt: skip

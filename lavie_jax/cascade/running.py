@@ -1,10 +1,15 @@
-"""Runs one stage for many samples: prepare, denoise, decode, finish. Resumes the work of an interrupted run."""
+"""Runs one stage for many samples: prepare, denoise, decode, finish. Resumes the work of an interrupted run.
+
+Segments of a long video are generated one after the other, each from the frames of the one before, as they are stored
+in the cache. Memory therefore holds the latents of one segment.
+"""
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,20 +18,33 @@ from tqdm.auto import tqdm
 
 from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
+from lavie_jax.cascade.prompts import Parts, prompt_of
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
-from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.samples.stage_cache import MemoryCache, segment_name
+from lavie_jax.stages.conditioning import Prompts
 from lavie_jax.stages.settings import Settings
-from lavie_jax.stages.stage import Stage
+from lavie_jax.stages.stage import Known, Segment, Stage
+from lavie_jax.stages.windows import Window
+
+ONLY = Segment()  # the segment of a stage that has one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A sample to generate. `negative_prompt` replaces the setting of the main stage."""
+    """A sample to generate.
+
+    Attributes:
+        prompt: the prompt; for a stage with segments, prompts that are separated by "|".
+        seed: from 0 to 2^32 - 1.
+        negative_prompt: replaces the setting of the main stage.
+        known: pictures of any size that are given as frames of the clip, by their index.
+    """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
+    known: Known = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,11 +52,12 @@ class Sample:
     """One sample in progress.
 
     Attributes:
-        request: the prompt, seed and negative prompt.
+        request: what is requested.
         cache: stores the stages' frames and states.
         clip: the user's clip to start from, if any.
         previous: the stage whose output the next one starts from; None for the user's clip.
         needed: whether the current stage has to be run for it.
+        prompts: the prompts of the current stage's output (`stage_prompts`); None if it has only the request's.
     """
 
     request: Request
@@ -46,6 +65,7 @@ class Sample:
     clip: UInt8[np.ndarray, "t h w 3"] | None
     previous: str | None = None
     needed: bool = True
+    prompts: Parts | None = None
 
     @property
     def source(self) -> UInt8[np.ndarray, "t h w 3"] | None:
@@ -69,10 +89,11 @@ def run_stage(
         rows=rows,
         image=stage.is_image(settings),
     )
-    count = len(plan.windows)
-    group_size = max(1, rows // count)
+    segments = stage.segments(settings)
+    count, group_size = len(plan.windows), max(1, rows // len(plan.windows))
+    each = plan.sampler.evaluations * count  # steps or windows of a segment
     bar = tqdm(
-        total=len(samples) * plan.sampler.evaluations * count, unit="step" if count == 1 else "window",
+        total=len(samples) * len(segments) * each, unit="step" if count == 1 else "window",
         desc=f"{stage.name}: compiling", disable=not progress,
     )  # fmt: skip
 
@@ -83,57 +104,114 @@ def run_stage(
     with bar:
         for start in range(0, len(samples), group_size):
             group = samples[start : start + group_size]
-            with _memory_advice(stage):
-                clips = _prepared(model, settings, group)
-                bar.update(count * sum(clip.step for clip in clips))
-                denoise(model, clips, plan, on_window)
-            for clip, sample in zip(clips, group):
+            for segment in segments:
+                name = _cache_name(stage, settings, segment)
+                unfinished = [sample for sample in group if sample.cache.get(name) is None]
+                bar.update(each * (len(group) - len(unfinished)))
                 with _memory_advice(stage):
-                    pieces = _decoded(model, settings, clip.state["x"], sample.source, progress)
-                    shape = (settings.frames, settings.height, settings.width, 3)
-                    frames = sample.cache.put(stage.name, shape, pieces)
-                yield frames
+                    clips = _prepared(model, settings, unfinished, segment)
+                    bar.update(count * sum(clip.step for clip in clips))
+                    denoise(model, clips, plan, on_window)
+                latents = {sample: clip.state["x"] for sample, clip in zip(unfinished, clips)}
+                for sample in group:
+                    with _memory_advice(stage):
+                        if sample in latents:
+                            _decode(model, settings, latents.pop(sample), sample, segment, progress)
+                    if segment == segments[-1]:
+                        yield _joined(stage, settings, sample)
 
 
-def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample]) -> list[Clip]:
+def _cache_name(stage: Stage, settings: Settings, segment: Segment) -> str:
+    """The name under which a cache holds a segment: the stage's if it is the whole output."""
+    first, *others = stage.segments(settings)
+    return segment_name(stage.name, segment.index) if others or first.repeated else stage.name
+
+
+def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample], segment: Segment = ONLY) -> list[Clip]:
     """Returns the samples' clips, restored to the step at which an interrupted run stopped."""
     stage, clips = model.stage, []
     shape = stage.latent_shape(model.weights, settings)
+    name, first = _cache_name(stage, settings, segment), segment.index * shape[0]
     for sample in samples:
-        seed, own = sample.request.seed, sample.request.negative_prompt
-        negative = own if stage.info.main and own is not None else settings.negative_prompt
-        prompts = model.encode_text([sample.request.prompt + settings.prompt_suffix, negative])
-        text, null_text = (jax.tree.map(lambda x, row=row: x[row], prompts) for row in range(2))
-        concat, noise_level = stage.prepare(model, settings, seed, sample.source)
+        seed = sample.request.seed
+        text, null_text = _encoded_prompts(model, settings, sample, segment)
+        concat, noise_level = stage.prepare(model, settings, seed, _segment_input(stage, settings, sample, segment))
 
         def noise(stream: int, frames: range, seed: int = seed):
-            return stage.noise(model, seed, stream, frames, shape)
+            return stage.noise(model, seed, stream, range(first + frames.start, first + frames.stop), shape)
 
         clip = Clip(
             text=text, null_text=null_text, shape=shape, noise=noise, concat=concat, noise_level=noise_level,
-            save=functools.partial(sample.cache.save_state, stage.name),
+            save=functools.partial(sample.cache.save_state, name),
         )  # fmt: skip
-        if saved := sample.cache.load_state(stage.name):
+        if saved := sample.cache.load_state(name):
             clip.step, clip.state = saved
         clips.append(clip)
     return clips
 
 
-def _decoded(
-    model: StageModel,
-    settings: Settings,
-    latents: np.ndarray,
-    source: UInt8[np.ndarray, "t h w 3"] | None,
-    progress: bool,
-) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-    """Yields the stage's output, decoded from latents a few frames at a time."""
-    stage, start = model.stage, 0
-    desc = f"{stage.name}: decoding"
-    with tqdm(total=len(latents), unit="frame", desc=desc, leave=False, disable=not progress) as bar:
-        for frames in model.decode(latents):
-            yield stage.finish(frames, start, settings, source)
-            start += len(frames)
-            bar.update(len(frames))
+def _encoded_prompts(
+    model: StageModel, settings: Settings, sample: Sample, segment: Segment
+) -> tuple[Callable[[Window], Prompts], Prompts]:
+    """Returns the embeddings of a segment's prompt, as a function of its window, and of the negative prompt."""
+    own = sample.request.negative_prompt
+    negative = own if model.stage.info.main and own is not None else settings.negative_prompt
+    parts = sample.prompts or [(sample.request.prompt, 1)]
+    texts = [text + settings.prompt_suffix for text in dict.fromkeys(text for text, _ in parts)]
+    embeddings = model.encode_text([*texts, negative])
+    *each, null_text = (jax.tree.map(lambda x, row=row: x[row], embeddings) for row in range(len(texts) + 1))
+    by_text = dict(zip(texts, each))
+
+    def text(window: Window) -> Prompts:
+        frames = window.spans[0]
+        new = range(segment.start + max(frames.start, segment.repeated), segment.start + frames.stop)
+        return by_text[prompt_of(new, settings.output_frames, parts) + settings.prompt_suffix]
+
+    return text, null_text
+
+
+def _segment_input(stage: Stage, settings: Settings, sample: Sample, segment: Segment) -> Any:
+    """Returns what a segment starts from, given the segment before, which is in the cache."""
+    segments, before = stage.segments(settings), sample.source
+    if (number := segments.index(segment)) > 0:
+        before = sample.cache.get(_cache_name(stage, settings, segments[number - 1]))
+    return stage.segment_input(settings, segment, before, sample.request.known)
+
+
+def _decode(
+    model: StageModel, settings: Settings, latents: np.ndarray, sample: Sample, segment: Segment, progress: bool
+) -> None:
+    """Decodes the frames of a segment into the sample's cache."""
+    stage = model.stage
+    source = _segment_input(stage, settings, sample, segment)
+
+    def pieces() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        start = 0
+        with tqdm(
+            total=len(latents), unit="frame", desc=f"{stage.name}: decoding", leave=False, disable=not progress
+        ) as bar:
+            for frames in model.decode(latents):
+                yield stage.finish(frames, start, settings, source)
+                start += len(frames)
+                bar.update(len(frames))
+
+    shape = (settings.frames, settings.height, settings.width, 3)
+    sample.cache.put(_cache_name(stage, settings, segment), shape, pieces())
+
+
+def _joined(stage: Stage, settings: Settings, sample: Sample) -> UInt8[np.ndarray, "t H W 3"]:
+    """Returns the stage's output, in which frames that a segment repeats are left out."""
+    if (frames := sample.cache.get(stage.name)) is not None:
+        return frames
+    segments = stage.segments(settings)
+
+    def pieces() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        if segments[0].repeated:
+            yield sample.source
+        for segment in segments:
+            yield sample.cache.get(_cache_name(stage, settings, segment))[segment.repeated :]
+
+    return sample.cache.put(stage.name, (settings.output_frames, settings.height, settings.width, 3), pieces())
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from lavie_jax.data import moving_shapes, transforms, video_files
 from lavie_jax.data.display import UnusableVideo, picture_pixels
 from lavie_jax.data.folders import open_folder
-from lavie_jax.data.records import VAL_FRACTION, Medium, Record, Records
+from lavie_jax.data.records import SUFFIXES, VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
 from lavie_jax.data.tars import TarRecords
 from lavie_jax.errors import UserError, suggest, user_location
@@ -29,6 +29,7 @@ from lavie_jax.errors import UserError, suggest, user_location
 KINDS = ("video_folder", "array_record", "tfds", "webdataset")  # of records
 ATTEMPTS = 8  # to read a record: after as many unreadable ones in a row, the run stops
 _ENDLESS = 2**40
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # other formats have pages, layers or thumbnails
 
 
 class Skipped(NamedTuple):
@@ -142,6 +143,22 @@ def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
             return picture_pixels(ImageOps.exif_transpose(picture))[None]
     except Exception as error:  # Pillow raises many types for broken images
         raise UserError(f"cannot read the image {record.name!r}: {error}") from error
+
+
+def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a user's picture, as it is shown. Raises UserError for a video, an animation and a file that is damaged."""
+    if not path.is_file():
+        raise UserError(f"the picture {os.fspath(path)!r} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        with Image.open(path) as picture:
+            frames = getattr(picture, "n_frames", 1) if picture.format in _ANIMATED else 1
+    except Exception as error:  # as above
+        if path.suffix.lower() in SUFFIXES["video"]:
+            raise UserError(f"{os.fspath(path)!r} is a video, where a picture is needed") from error
+        frames = 1  # reading it raises an error that says why
+    if frames > 1:
+        raise UserError(f"{os.fspath(path)!r} is an animation of {frames} frames, where a picture is needed")
+    return read_image(Record(os.fspath(path), "", path))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

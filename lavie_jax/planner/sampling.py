@@ -124,9 +124,10 @@ def _vae_programs(weights: Weights, settings: Settings, vae, params: dict, mesh:
     latents = ((height // factor, width // factor, channels), jnp.float32)
     programs = [program("VAE decode", settings.frames, height, width, decode_rows, [latents])]
     if stage.encodes_clip:
-        frames = ((height, width, 3), jnp.uint8)
-        keys = stage.default_clip(weights).frames
-        programs.append(program("VAE encode", keys, height, width, encode_rows, [frames, latents]))
+        clip = stage.default_clip(weights)  # without one, the stage encodes its own clip, of which frames are known
+        dtype, count = (jnp.float32, settings.frames) if clip is None else (jnp.uint8, clip.frames)
+        frames = ((height, width, 3), dtype)
+        programs.append(program("VAE encode", count, height, width, encode_rows, [frames, latents]))
     return programs
 
 

@@ -85,15 +85,19 @@ def make_request(
     *,
     negative_prompt: str | None = None,
     clip_hash: str | None = None,
+    known_hashes: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """Returns everything that determines a sample, as JSON values.
 
     `settings` and `hashes` (of the weights) are {stage: ...}. The main stage's are entries of the
-    request itself, as in a call and on the command line; another stage's are under its name.
+    request itself, as in a call and on the command line; another stage's are under its name. `known_hashes` are those
+    of the pictures that are given as frames.
     """
     request = {"prompt": prompt, "seed": seed, "stages": list(settings)}
     if clip_hash is not None:
         request["input_sha256"] = clip_hash
+    if known_hashes:
+        request["known_sha256"] = {str(frame): known_hashes[frame] for frame in sorted(known_hashes)}
     for stage, own in settings.items():
         values = {**own.to_dict(), "weights_sha256": hashes[stage]}
         request |= values if STAGE_INFO[stage].main else {stage: values}

@@ -1,8 +1,9 @@
 """Intermediate results of a sample: the lossless frames of every stage, and the state of an unfinished stage.
 
 `OUT/stages/{stem}/{stage}.npy` contains frames, uint8 (T, H, W, 3), `{stage}.json` the request that they belong to, and
-`{stage}.state.npz` the state during denoising. Every file is complete when its name appears, so that an interrupted run
-resumes at the stage and step where it stopped. A cache of another request is refused.
+`{stage}.state.npz` the state during denoising. A stage that generates several segments has `{stage}.{segment}.npy` and
+`{stage}.{segment}.state.npz` until all are finished. Every file is complete when its name appears, so that an
+interrupted run resumes at the stage, segment and step where it stopped. A cache of another request is refused.
 """
 
 import json
@@ -20,8 +21,16 @@ from lavie_jax.errors import UserError
 from lavie_jax.stages.settings import complete
 
 
+def segment_name(stage: str, index: int) -> str:
+    """The name under which a cache holds one segment of a stage's output."""
+    return f"{stage}.{index}"
+
+
 class MemoryCache:
-    """A stage cache in memory, without states, for users of the library."""
+    """A stage cache in memory, without states, for users of the library.
+
+    Its methods take the name of a stage, or that of a segment (`segment_name`).
+    """
 
     def __init__(self):
         self.frames = {}
@@ -33,9 +42,14 @@ class MemoryCache:
     def put(
         self, stage: str, shape: tuple[int, ...], pieces: Iterable[UInt8[np.ndarray, "n h w 3"]]
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """Stores and returns a stage's frames of the given shape, which arrive in pieces."""
-        self.frames[stage] = np.concatenate(list(pieces))
-        return self.frames[stage]
+        """Stores and returns frames of the given shape, which arrive in pieces. A stage's replace its segments'."""
+        frames, start = np.empty(shape, np.uint8), 0
+        for piece in pieces:
+            frames[start : start + len(piece)] = piece
+            start += len(piece)
+        self.frames = {name: other for name, other in self.frames.items() if not name.startswith(f"{stage}.")}
+        self.frames[stage] = frames
+        return frames
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
         """Returns (next step, arrays) of an unfinished stage, or None."""
@@ -87,7 +101,7 @@ class StageCache(MemoryCache):
     def put(
         self, stage: str, shape: tuple[int, ...], pieces: Iterable[UInt8[np.ndarray, "n h w 3"]]
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """Writes a stage's frames as they arrive, so that memory holds one piece, and removes its state."""
+        """Writes frames as they arrive, so that memory holds one piece, and removes their state and segments."""
         self._record(stage)
         path = self._path(stage, "npy")
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
@@ -96,6 +110,8 @@ class StageCache(MemoryCache):
             for piece in pieces:
                 file.write(np.ascontiguousarray(piece).data)
         self._path(stage, "state.npz").unlink(missing_ok=True)
+        for segment in self.folder.glob(f"{stage}.[0-9]*"):
+            segment.unlink()
         return self.get(stage)
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -138,6 +154,7 @@ class StageCache(MemoryCache):
 
     def _record(self, stage: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        stage, _, _ = stage.partition(".")  # segments have the record of their stage
         path = self._path(stage, "json")
         if not path.exists():
             with finished(path) as part:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError
+from lavie_jax.stages.clips import check_sides
 from lavie_jax.stages.settings import BaseSettings
 from lavie_jax.stages.stage import LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, grid, whole
@@ -28,14 +28,7 @@ class Base(Stage):
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: None) -> BaseSettings:
         settings = BaseSettings.make(weights.sampling, given)
-        factor = weights.vae.config.factor
-        for name in ("height", "width"):
-            side = getattr(settings, name)
-            if side % factor:
-                nearest = max(factor, round(side / factor) * factor)
-                raise UserError(
-                    f"{name}: {side} is not a multiple of {factor}, the factor of this model's VAE; use {nearest}"
-                )
+        check_sides(settings.height, settings.width, weights.vae.config.factor)
         return settings
 
     def is_image(self, settings: BaseSettings) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
+from PIL import Image, ImageOps
 
 from lavie_jax.errors import UserError
 
@@ -30,6 +31,16 @@ def padded(frames: UInt8[np.ndarray, "t h w 3"], multiple: int) -> UInt8[np.ndar
     return np.pad(frames, [(0, 0), (0, more[0]), (0, more[1]), (0, 0)], mode="edge") if any(more) else frames
 
 
+def check_sides(height: int, width: int, factor: int) -> None:
+    """Raises UserError for the size of an output that the VAE cannot make."""
+    for name, side in (("height", height), ("width", width)):
+        if side % factor:
+            nearest = max(factor, round(side / factor) * factor)
+            raise UserError(
+                f"{name}: {side} is not a multiple of {factor}, the factor of this model's VAE; use {nearest}"
+            )
+
+
 def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
     """Returns a warning if the clip has to be padded, else None."""
     sides = [side + -side % multiple for side in (clip.height, clip.width)]
@@ -39,6 +50,24 @@ def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
         f"{stage}: {clip.height}x{clip.width} is not a multiple of {multiple}: padded to {sides[0]}x{sides[1]} and "
         "cropped in the result"
     )
+
+
+def fitted(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """A picture of any size, cropped around its centre to the aspect ratio and scaled to the size."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC))
+
+
+def fitting_note(what: str, size: tuple[int, int], height: int, width: int) -> str | None:
+    """Returns a warning if `fitted` changes a picture of this size (height, width), else None."""
+    if size == (height, width):
+        return None
+    scale = max(height / size[0], width / size[1])
+    kept = tuple(min(side, max(1, round(target / scale))) for side, target in zip(size, (height, width)))
+    changes = [f"cropped to its middle {kept[0]}x{kept[1]}"] if kept != size else []
+    changes += [f"scaled to {height}x{width}"] if kept != (height, width) else []
+    return f"{what}: {size[0]}x{size[1]} is {' and '.join(changes)}"
 
 
 def check_memory(clip: ClipInfo, bytes_per_pixel: float) -> None:

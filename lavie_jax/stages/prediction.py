@@ -3,13 +3,15 @@
 The UNet is the base's, with more input channels: a mask, 1 where a frame is to be generated, and the latents of the
 masked clip, in which such frames are mid-grey. One model animates a picture (the first frame is known), makes a
 transition between two (the first and the last), continues a clip (its last frames), and starts from text (none). The
-known frames are generated too: the result shows the model's rendering of them.
+known frames are generated too: the result shows the model's rendering of them, unless they are kept.
+
+A long video is a sequence of segments. The last frames of a segment, as decoded, are the first known ones of the next.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,33 @@ from jaxtyping import Array, Float, UInt8
 
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
 from lavie_jax.stages.base import STAGE as BASE
-from lavie_jax.stages.clips import ClipInfo, to_float
+from lavie_jax.stages.clips import ClipInfo, check_sides, fitted, to_float
 from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
-from lavie_jax.stages.settings import KnownFrames, PredictionSettings
-from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
+from lavie_jax.stages.settings import KnownFrames, PredictionSettings, check_derived
+from lavie_jax.stages.stage import (
+    CONDITION_STREAM,
+    LINEAR_BETAS,
+    Known,
+    LoadedStage,
+    Segment,
+    Stage,
+    StageWeights,
+)
 from lavie_jax.stages.windows import Window, grid, whole
+
+
+class SegmentInput(NamedTuple):
+    """What is given of a segment.
+
+    Attributes:
+        known: known frames in the output's size, by their index in the segment.
+        index: index of the segment.
+    """
+
+    known: Mapping[int, UInt8[np.ndarray, "H W 3"]]
+    index: int = 0
 
 
 def masked_clip(
@@ -71,7 +94,8 @@ class Prediction(Stage):
     image_model = None
     inflates = "base"
     encodes_clip = True
-    memory_advice = "fewer frames, or a smaller height and width"
+    batched = True
+    memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """Adapts the released settings to the size, length and rate of the base model's clips, given in `source`."""
@@ -113,7 +137,54 @@ class Prediction(Stage):
     # ---- sampling ----
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> PredictionSettings:
-        return PredictionSettings.make(weights.sampling, given)
+        """A previous stage's clip is the first segment and determines the size. A user's clip determines the rate only.
+
+        The frames of a user's clip are cropped and scaled to the size, as pictures are.
+        """
+        derived: dict[str, Any] = {}
+        if clip is not None and not clip.own:
+            derived = {"height": clip.height, "width": clip.width, "clip_frames": clip.frames}
+            check_derived(given, derived)
+            if given.get("segments") is None:
+                derived["segments"] = max(2, weights.sampling.get("segments", 1))
+        if clip is not None and given.get("fps") is None:
+            derived["fps"] = clip.fps
+        settings: PredictionSettings = PredictionSettings.make(weights.sampling, {**given, **derived})
+        check_sides(settings.height, settings.width, weights.vae.config.factor)
+        if settings.clip_frames and settings.segments < 2:
+            raise UserError("segments must be at least 2 after another stage, whose clip is the first segment, not 1")
+        if (clip is not None or settings.segments > 1) and settings.known_frames >= settings.frames:
+            raise UserError(
+                f"known_frames must be below frames = {settings.frames}, so that there are frames to generate, not "
+                f"{settings.known_frames}"
+            )
+        if clip is not None and clip.frames < settings.known_frames:
+            raise UserError(
+                f"the clip has {clip.frames} frame{'s' * (clip.frames > 1)}, fewer than known_frames = "
+                f"{settings.known_frames}: give a longer clip, or fewer known frames"
+            )
+        return settings
+
+    def check_known(self, settings: PredictionSettings, clip: ClipInfo | None, known: Known) -> None:
+        generated = settings.clip_frames or (0 if clip is None else settings.known_frames)
+        for index in known:
+            if not 0 <= index < settings.output_frames:
+                raise UserError(
+                    f"known frame {index} is beyond the clip, whose frames are 0 to {settings.output_frames - 1}"
+                )
+            if index < generated:
+                raise UserError(
+                    f"known frame {index} is given twice, by a picture and by the clip that is continued: pictures can "
+                    f"be frames {generated} to {settings.output_frames - 1}"
+                )
+
+    def segments(self, settings: PredictionSettings) -> list[Segment]:
+        segments, start = [], 0
+        for index, length in enumerate(settings.segment_lengths()):
+            repeated = settings.known_frames if index else 0
+            segments.append(Segment(index=index, start=start - repeated, repeated=repeated))
+            start += length
+        return segments[1:] if settings.clip_frames else segments
 
     def latent_shape(self, weights: StageWeights, settings: PredictionSettings) -> tuple[int, int, int, int]:
         factor = weights.vae.config.factor
@@ -122,18 +193,45 @@ class Prediction(Stage):
     def windows(self, shape: Sequence[int], settings: PredictionSettings) -> list[Window]:
         return grid(*map(whole, shape[:3]))
 
+    def segment_input(
+        self,
+        settings: PredictionSettings,
+        segment: Segment,
+        before: UInt8[np.ndarray, "t H W 3"] | None,
+        known: Known,
+    ) -> SegmentInput:
+        """The last `known_frames` of the clip or segment before come first, then the user's pictures."""
+        last = [] if before is None else before[-settings.known_frames :]
+        given = dict(enumerate(last))
+        own = range(segment.start + len(given), segment.start + settings.frames)
+        given |= {index - segment.start: known[index] for index in known if index in own}
+        return SegmentInput(
+            {index: fitted(np.asarray(picture), settings.height, settings.width) for index, picture in given.items()},
+            segment.index,
+        )
+
     def prepare(
-        self, model: LoadedStage, settings: PredictionSettings, seed: int, frames: UInt8[np.ndarray, "t H W 3"] | None
+        self, model: LoadedStage, settings: PredictionSettings, seed: int, frames: SegmentInput
     ) -> tuple[Float[np.ndarray, "t h w c"], None]:
-        """Encodes the masked clip, in which the last `known_frames` of the clip before come first."""
-        last = [] if frames is None else frames[-settings.known_frames :]
-        clip, mask = masked_clip(dict(enumerate(last)), settings.frames, settings.height, settings.width)
+        """Encodes the masked clip, unknown frames included."""
+        clip, mask = masked_clip(frames.known, settings.frames, settings.height, settings.width)
         noise = None
         if settings.known_latents == "sample":
-            side = self.latent_shape(model.weights, settings)[1:]
-            noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, range(settings.frames), side))
+            side, first = self.latent_shape(model.weights, settings)[1:], frames.index * settings.frames
+            numbers = range(first, first + settings.frames)
+            noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, numbers, side))
         masked_latents = model.encode(clip, noise)
         return np.asarray(self.condition({"mask": mask[None], "masked_latents": masked_latents[None]}).concat[0]), None
+
+    def finish(
+        self, decoded: UInt8[np.ndarray, "n H W 3"], start: int, settings: PredictionSettings, frames: SegmentInput
+    ) -> UInt8[np.ndarray, "n H W 3"]:
+        if settings.keep_known_frames:
+            decoded = decoded.copy()
+            for index in range(start, start + len(decoded)):
+                if index in frames.known:
+                    decoded[index - start] = frames.known[index]
+        return decoded
 
 
 STAGE = Prediction()

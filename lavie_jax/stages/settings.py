@@ -90,6 +90,19 @@ class Settings:
         """The settings by name, as JSON values."""
         return dataclasses.asdict(self)
 
+    @property
+    def output_frames(self) -> int:
+        """The number of frames of the output."""
+        return self.frames
+
+    def prompts(self, prompt: str) -> list[tuple[str, int]] | None:
+        """Returns (prompt, number of frames) for each segment of the output; None if the stage has no segments.
+
+        Raises:
+            UserError: `prompt` does not fit the number of segments.
+        """
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseSettings(Settings):
@@ -102,18 +115,54 @@ class BaseSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictionSettings(Settings):
-    """Settings of prediction: the size of its clips, which may start from text alone, and what is given of them."""
+    """Settings of prediction: the size of its clips, which may start from text alone, and what is given of them.
+
+    Attributes:
+        clip_frames: number of frames of the previous stage's clip, which is the first segment; 0 if there is none.
+    """
 
     frames: int = field("number of frames of a segment, the known ones included", metavar="T", low=1)
     height: int = field("height in pixels", metavar="H", low=1)
     width: int = field("width in pixels", metavar="W", low=1)
-    known_frames: int = field("number of last frames of the clip before that are given", metavar="N", default=4, low=1)
+    known_frames: int = field(
+        "number of last frames of the clip or segment before that are given",
+        metavar="N", default=4, low=1, flag="known-frames",
+    )  # fmt: skip
     known_latents: str = field(
         "latents of the known frames: a sample of the VAE's posterior, as in SEINE, or its mode",
         metavar="NAME",
         default="sample",
         choices=("sample", "mode"),
     )
+    keep_known_frames: bool = field(
+        "copy the known frames' pixels into the result", default=False, flag="keep-known-frames"
+    )
+    segments: int = field(
+        "number of segments of a long video, each continuing the one before; a clip of the base stage is the first",
+        metavar="S", default=1, low=1, flag="segments",
+    )  # fmt: skip
+    clip_frames: int = field("set by the program", default=0, low=0, hidden=True, flag=None)
+
+    @property
+    def output_frames(self) -> int:
+        return sum(self.segment_lengths())
+
+    def segment_lengths(self) -> list[int]:
+        """The number of frames that each segment adds to the output."""
+        return [self.clip_frames or self.frames] + [self.frames - self.known_frames] * (self.segments - 1)
+
+    def prompts(self, prompt: str) -> list[tuple[str, int]]:
+        """Splits `prompt` at "|", one for each segment; the last one holds for the remaining segments."""
+        texts = [text.strip() for text in prompt.split("|")]
+        if len(texts) > self.segments:
+            raise UserError(
+                f"{len(texts)} prompts, separated by |, are given for {self.segments} "
+                f"segment{'s' * (self.segments > 1)}: give at most one for each, or more --segments"
+            )
+        if len(texts) > 1 and not all(texts):
+            raise UserError(f"prompt: a prompt between two | is empty: {prompt!r}")
+        texts += texts[-1:] * (self.segments - len(texts))
+        return list(zip(texts, self.segment_lengths()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +250,8 @@ class StageInfo:
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
+        takes_known: whether frames of its output can be given, as pictures or as the end of its input clip. The output
+            continues that clip, where other stages show the same moments again.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
             sample's JSON, and whether it takes the negative prompts of a prompt file.
     """
@@ -211,6 +262,7 @@ class StageInfo:
     consumes: tuple[str, ...] = ()
     training: Mapping[str, type] = dataclasses.field(default_factory=dict)
     clip_optional: bool = False
+    takes_known: bool = False
     main: bool = False
 
     @property
@@ -245,7 +297,7 @@ STAGE_INFO = {
         StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
         StageInfo(
             name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
-            clip_optional=True, training={"known": KnownFrames},
+            clip_optional=True, takes_known=True, training={"known": KnownFrames},
         ),
         StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
         StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),
@@ -271,14 +323,14 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
             raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
     if not stages:
         raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
-    if repeated := next((name for name in stages if stages.count(name) > 1), None):
-        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
                 f"stages: {','.join(stages)} cannot be run in this order: {after} cannot start from the output of "
                 f"{before}. Allowed order: {', '.join(STAGE_INFO)}"
             )
+    if repeated := next((name for name in stages if stages.count(name) > 1), None):
+        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     first = STAGE_INFO[stages[0]]
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)

@@ -1,5 +1,6 @@
 """The interface of a stage. The file of each stage contains a subclass of `Stage` and its instance `STAGE`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -57,11 +58,30 @@ class LoadedStage(Protocol):
         mode."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A part of a stage's output that is denoised as one clip. Most stages have one segment.
+
+    Attributes:
+        index: index of the segment in the output.
+        start: index in the output of its first frame.
+        repeated: number of its first frames that the output has already, from the clip or segment before.
+    """
+
+    index: int = 0
+    start: int = 0
+    repeated: int = 0
+
+
+Known = Mapping[int, np.ndarray]  # pictures, uint8 (H, W, 3) of any size, by the index of their frame
+
+
 class Stage:
     """One stage of the cascade: its released settings, what its UNet is conditioned on, and how a clip goes through it.
 
     The methods come in the order in which they are called: `training_inputs`, `condition` and `training_pair` in
-    training; `resolve`, `latent_shape`, `windows`, `prepare`, `noise` and `finish` in sampling.
+    training; `resolve`, `segments`, `latent_shape`, `windows`, `segment_input`, `prepare`, `noise` and `finish` in
+    sampling.
 
     Attributes:
         name: see `StageInfo`.
@@ -226,17 +246,40 @@ class Stage:
         """Whether the output is an image, which skips the temporal layers."""
         return False
 
+    def check_known(self, settings: Settings, clip: ClipInfo | None, known: Known) -> None:
+        """Raises UserError if frames cannot be given, for a stage that `takes_known` frames of its output."""
+
+    def segments(self, settings: Settings) -> Sequence[Segment]:
+        """Returns the segments of the output, in the order in which they are generated.
+
+        If the first one repeats frames of the input clip, the output begins with that clip.
+        """
+        return (Segment(),)
+
     def padding(self, weights: StageWeights) -> int:
         """Returns the number that the height and width of the input clip are padded to multiples of."""
         return 1
 
     def latent_shape(self, weights: StageWeights, settings: Settings) -> tuple[int, int, int, int]:
-        """Returns the shape (T, h, w, C) of the latents to denoise, including padding."""
+        """Returns the shape (T, h, w, C) of the latents to denoise in a segment, including padding."""
         raise NotImplementedError
 
     def windows(self, shape: Sequence[int], settings: Settings) -> list[Window]:
         """Returns the windows in which latents of `shape` (T, h, w, C) are denoised."""
         raise NotImplementedError
+
+    def segment_input(
+        self, settings: Settings, segment: Segment, before: UInt8[np.ndarray, "t H W 3"] | None, known: Known
+    ) -> Any:
+        """Returns what `prepare` and `finish` get as `frames`.
+
+        Args:
+            settings: the stage's settings.
+            segment: the segment to generate.
+            before: frames of the previous segment; for the first segment those of the input clip, if there is one.
+            known: the frames of the output that the user gives.
+        """
+        return before
 
     def prepare(
         self, model: LoadedStage, settings: Settings, seed: int, frames: UInt8[np.ndarray, "t H W 3"] | None
@@ -257,5 +300,5 @@ class Stage:
         settings: Settings,
         frames: UInt8[np.ndarray, "t h w 3"] | None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
-        """Crops decoded frames to the output size; `start` is the index of the first one."""
+        """Crops decoded frames to the output size; `start` is the index of the first one in the segment."""
         return decoded[:, : settings.height, : settings.width]
