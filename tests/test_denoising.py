@@ -58,7 +58,7 @@ WHOLE = grid(*map(whole, SHAPE[:3]))
 OVERLAPPING = grid(overlapping(11, 4, 2), overlapping(6, 4, 1), overlapping(10, 4, 2))
 
 
-def plan(windows, sampler="ddim", rows=1, steps=3) -> DenoisingPlan:
+def plan(windows, sampler="ddim", rows=1, steps=4) -> DenoisingPlan:
     schedule = Schedule(prediction="v_prediction")
     return DenoisingPlan(sampler=make_sampler(sampler, steps, schedule), guidance=3.0, windows=windows, rows=rows)
 
