@@ -21,6 +21,11 @@ def set_fields(group: Any, **values: Any) -> None:
 
 
 def set_stage(config: Any, stage: str) -> None:
-    """Turns a base stage's config into a config of another stage, with that stage's fields of `sampling`."""
+    """Turns a base stage's config into one of another stage, with its fields of `sampling` and the groups that only it
+    has."""
+    new = new_config(stage)
     config.stage = stage
-    config.sampling = new_config(stage).sampling
+    config.sampling = new.sampling
+    for group in new:
+        if group not in config:
+            config[group] = new[group]

@@ -40,6 +40,7 @@ IMAGE = unet_config(SD_UNET)
 X4_IMAGE = unet_config(X4_UNET)
 STAGE_CONFIGS = {
     "base": video_config(IMAGE, STAGES["base"], 4),
+    "prediction": video_config(IMAGE, STAGES["prediction"], 4),
     "interpolation": video_config(IMAGE, STAGES["interpolation"], 4),
     "vsr": video_config(X4_IMAGE, STAGES["vsr"], 4),
 }

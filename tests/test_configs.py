@@ -37,7 +37,9 @@ def at_root(monkeypatch):
 
 
 # Their networks equal those of Moving Shapes' base and vsr, or differ only in the first layer.
-LIKE_OTHERS = [f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "interpolation", "upscaler")]
+LIKE_OTHERS = [
+    f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "prediction", "interpolation", "upscaler")
+]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,7 @@ def test_a_stage_builds_at_full_size(name):
 
 RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the released checkpoints)
     "configs/base.py": ((16, 4, 320, 512), 909.1, 909.1),
+    "configs/prediction.py": ((16, 4, 320, 512), 909.2, 909.2),
     "configs/interpolation.py": ((61, 0, 256, 256), 909.1, 909.1),
     "configs/vsr.py": ((8, 0, 320, 320), 691.0, 217.6),
 }
@@ -82,9 +85,15 @@ def millions(tree) -> float:
 
 
 @pytest.mark.parametrize(
-    ("stage", "vae", "text"), [("base", "sd", "sd"), ("interpolation", "sd", "sd"), ("vsr", "x4", "x4")]
+    ("stage", "case", "vae", "text"),
+    [
+        ("base", "base", "sd", "sd"),
+        ("prediction", "seine", "sd", "sd"),
+        ("interpolation", "interpolation", "sd", "sd"),
+        ("vsr", "vsr", "x4", "x4"),
+    ],
 )
-def test_full_size_is_the_released_models_size(stage, vae, text):
+def test_full_size_is_the_released_models_size(stage, case, vae, text):
     """The outputs of `convert_torch.py inflate` on Stable Diffusion 1.4 and the x4-upscaler can be trained."""
 
     def released(name):
@@ -92,7 +101,7 @@ def test_full_size_is_the_released_models_size(stage, vae, text):
 
     config = options.load(f"configs/{stage}.py")
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
-    assert models.unet.config == unet_config(released(f"{stage}_unet_full"), STAGE[stage])
+    assert models.unet.config == unet_config(released(f"{case}_unet_full"), STAGE[stage])
     assert models.vae.config == dataclasses.replace(
         vae_config(released(f"{vae}_vae_full")), scaling_factor=VAEConfig().scaling_factor
     )
@@ -123,7 +132,7 @@ def test_sampling_settings_can_be_used(name, mode):
 
 def test_the_vae_of_moving_shapes_fits_its_stages():
     vae = options.load("configs/moving_shapes/vae.py").vae
-    for name in ("image", "base", "interpolation"):
+    for name in ("image", "base", "prediction", "interpolation"):
         for mode in ("", ":cpu"):
             assert options.load(f"configs/moving_shapes/{name}.py{mode}").vae == vae
     large = options.load("configs/moving_shapes/vsr_vae.py").vae
@@ -137,7 +146,7 @@ def test_the_vae_of_moving_shapes_fits_its_stages():
     assert mean.shape == (1, 16, 16, 4)
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
 def test_the_full_size_config_is_tiny_on_moving_shapes(stage):
     a, b = options.load(f"configs/{stage}.py:tiny"), options.load(f"configs/moving_shapes/{stage}.py:tiny")
     assert a == b  # so the run below covers both
@@ -189,6 +198,12 @@ def test_each_tiny_model_starts_from_the_previous_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, base.text_encoder.params, later.text_encoder.params)
     assert 0 < np.abs(later.unet.params["conv_in"]["kernel"][:, :, :4] - end).max() < 0.01
 
+    tiny_run("prediction", tmp_path / "prediction", *words)
+    later = weights.load_folder(tmp_path / "prediction" / "weights", stage="prediction")
+    kernel = later.unet.params["conv_in"]["kernel"]
+    assert 0 < np.abs(kernel[:, :, :4] - end).max() < 0.01
+    assert all(kernel[:, :, channel].any() for channel in range(4, 9))  # the mask and the masked latents are used
+
 
 @pytest.mark.heavy  # test_stage_training.py has a lighter version
 def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
@@ -205,7 +220,14 @@ def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
     assert not before.any() and after.any()
 
 
-FRAMES = {"image": 1, "base": 4, "interpolation": 5, "upscaler": 3, "vsr": 3}  # in the weights' sampling settings
+FRAMES = {
+    "image": 1,
+    "base": 4,
+    "prediction": 4,
+    "interpolation": 5,
+    "upscaler": 3,
+    "vsr": 3,
+}  # in the weights' sampling settings
 
 
 def tiny_run(name, workdir, *extra):
@@ -223,7 +245,7 @@ def tiny_run(name, workdir, *extra):
     assert {"loss", "learning_rate"} <= set(lines[0])
     assert "clips_per_second" in lines[1]  # the first step compiles and has no speed
     assert ("video_loss" in lines[0], "image_loss" in lines[0]) == (
-        name not in ("image", "upscaler"), name in ("image", "base", "upscaler")
+        name not in ("image", "upscaler"), name in ("image", "base", "prediction", "upscaler")
     )  # fmt: skip
     kind = "video" if "video_loss" in lines[0] else "image"
     assert {f"held_out/{kind}_loss_t{t}" for t in (100, 300, 500, 700, 900)} <= set(lines[-1])

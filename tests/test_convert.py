@@ -52,7 +52,13 @@ def test_an_imported_folder_is_complete(base, sd):
 
 
 @pytest.mark.parametrize(
-    "stage, dtype", [("base", ml_dtypes.bfloat16), ("interpolation", np.float16), ("vsr", np.float32)]
+    "stage, dtype",
+    [
+        ("base", ml_dtypes.bfloat16),
+        ("prediction", np.float16),
+        ("interpolation", np.float16),
+        ("vsr", np.float32),
+    ],
 )
 def test_export_gives_back_every_byte(stage, dtype, sd, x4, tmp_path, capsys):
     original, folder = tmp_path / "original.pt", tmp_path / "weights"

@@ -16,6 +16,8 @@ from checkpoints import (
     TEXT,
     VAE,
     X4_IMAGE,
+    import_stage,
+    lavie,
     make_base,
     make_sd,
     make_x4,
@@ -85,6 +87,27 @@ def test_inflated_interpolation_initially_ignores_the_key_frames(base, tmp_path)
     keys = random_array("keys", 2, 4, 4, 6, 4)  # different for each frame: they must not matter
     video = apply(unet.config, unet.params, np.concatenate([np.repeat(x, 4, axis=1), keys], axis=-1))
     np.testing.assert_allclose(video, np.repeat(expected, 4, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_inflated_prediction_outputs_what_the_base_outputs(base, tmp_path):
+    """Temporal layers are copied too, and the mask and the masked latents have no effect until trained."""
+    assert run("inflate", "--stage", "prediction", "--from", base[1], "--out", tmp_path / "init") == 0
+    weights, source = load_folder(tmp_path / "init", stage="prediction"), load_folder(base[1])
+    assert weights.sampling == STAGES["prediction"].sampling
+    assert weights.unet.config == STAGE_CONFIGS["prediction"]
+    x = random_array("x", 2, 3, 4, 6, 4)
+    masked = STAGES["prediction"].condition(
+        {"mask": np.array([[0, 1, 1]] * 2), "masked_latents": random_array("known", *x.shape)}
+    )
+    video = apply(weights.unet.config, weights.unet.params, np.concatenate([x, masked.concat], axis=-1))
+    np.testing.assert_array_equal(video, apply(source.unet.config, source.unet.params, x))
+
+
+def test_a_checkpoint_of_seine_is_told_from_one_of_the_base(base, sd, tmp_path, capsys):
+    torch.save({"ema": lavie("prediction")}, tmp_path / "seine.pt")
+    for stage, file, other in (("base", tmp_path / "seine.pt", "prediction"), ("prediction", base[0], "base")):
+        code = import_stage(stage, file, sd, tmp_path / "out")
+        assert f"is a checkpoint of the stage {other}" in refused(capsys, tmp_path / "out", code)
 
 
 def test_interpolation_of_a_small_base_samples_at_its_size(base, tmp_path):

@@ -244,6 +244,17 @@ def test_extreme_numbers_of_steps_sample_the_data(name, steps):
     assert abs(x0.mean() - 2) < 0.1 and x0.std() < 0.2
 
 
+def test_the_larger_variance_leaves_noise_in_short_chains():
+    """The warned-about noise is in the result, in addition to the spread of the data."""
+    shape = (2000, 1)
+    for steps in (10, 39):
+        sampler = make("respaced_ddpm", steps)
+        x0 = run(sampler, normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
+        assert float(x0.std()) == pytest.approx((0.01 + sampler.noise_left**2) ** 0.5, rel=0.1)
+        assert (noisy_end(sampler) is None) == (steps == 39)
+    assert "use at least" in noisy_end(make("respaced_ddpm", 38))
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_state_stays_float32_with_a_half_precision_network(name):
     sampler = make(name, 4)

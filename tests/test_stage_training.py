@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from lavie_jax import weights
 from lavie_jax.data import moving_shapes, pipeline, video_files
@@ -16,7 +17,8 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips
-from lavie_jax.stages.settings import MAX_NOISE_LEVEL
+from lavie_jax.stages.prediction import draw_masks
+from lavie_jax.stages.settings import MAX_NOISE_LEVEL, KnownFrames
 from lavie_jax.training import build, checkpoint, diffusion, optimizer, options
 from lavie_jax.training.state import abstract_params, make_state
 from lavie_jax.training.step import make_update
@@ -25,6 +27,8 @@ from tests.tiny import make_base, make_stage, random_params
 
 ROOT = Path(__file__).parents[1]
 VAE_CONFIG = VAEConfig(latent_channels=2, scaling_factor=0.5, patch_size=2)
+GREY = EncodedClips(None, jnp.full((1, 1, 4, 2, 2), 9.0), jnp.full((1, 1, 4, 2, 2), -30.0))
+SETUP = ConditionSetup(VAE_CONFIG, GREY, {"known": KnownFrames()})
 
 
 def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
@@ -40,16 +44,12 @@ def clips(*lead: int, logvar: float = -30.0) -> EncodedClips:
 
 def test_every_fourth_frame_is_a_key_frame_of_its_neighbours():
     clip = clips(2, 9)
-    inputs = STAGES["interpolation"].training_inputs(
-        clip, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1)
-    )
+    inputs = STAGES["interpolation"].training_inputs(clip, SETUP, jax.random.key(0), jax.random.key(1))
     assert inputs["key_latents"].shape == (2, 3, 4, 2, 2)
     shown = STAGES["interpolation"].condition(inputs).concat
     np.testing.assert_allclose(shown, 0.5 * clip.mean[:, [0, 0, 0, 4, 4, 4, 4, 8, 8]], atol=1e-5)
     blurred = clips(2, 9, logvar=0.0)
-    keys = STAGES["interpolation"].training_inputs(
-        blurred, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1)
-    )
+    keys = STAGES["interpolation"].training_inputs(blurred, SETUP, jax.random.key(0), jax.random.key(1))
     targets = blurred.sample(jax.random.key(2), VAE_CONFIG)[:, ::4]
     assert float(jnp.abs(keys["key_latents"] - targets).min()) > 0  # the target's own sample is not in the input
 
@@ -71,7 +71,7 @@ def test_interpolation_trains_on_whole_gaps(frames):
 
 def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row():
     clip = clips(400, 2)
-    inputs = STAGES["vsr"].training_inputs(clip, ConditionSetup(VAE_CONFIG), jax.random.key(0), jax.random.key(1))
+    inputs = STAGES["vsr"].training_inputs(clip, SETUP, jax.random.key(0), jax.random.key(1))
     np.testing.assert_allclose(inputs["low_res"][3, 1, 2, 1], clip.pixels[3, 1, 4:6, 2:4].mean((0, 1)), atol=1e-6)
     level = np.asarray(inputs["noise_level"])
     assert level.shape == (400,) and level.min() < 20 and 330 < level.max() <= MAX_NOISE_LEVEL
@@ -82,22 +82,63 @@ def test_low_resolution_frames_are_means_of_squares_with_a_noise_level_per_row()
     np.testing.assert_allclose([rest.mean(), rest.std()], [0, 1], atol=0.03)
 
 
-@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+def test_masks_are_drawn_by_the_weights_of_their_modes():
+    """In clips of 8 frames; the mask is 0 at known frames."""
+
+    def known(**weights):
+        none = dict.fromkeys(("first", "first_and_last", "share", "uniform", "none"), 0)
+        return 1 - np.asarray(draw_masks(jax.random.key(0), 300, 8, KnownFrames(**{**none, **weights})))
+
+    first, both, share, uniform = (known(**{m: 2.0}) for m in ("first", "first_and_last", "share", "uniform"))
+    assert (np.diff(first) <= 0).all() and set(first.sum(1)) == {1, 2, 3, 4}
+    assert (first.sum(1) == 1).mean() == pytest.approx(0.5, abs=0.1)  # few known frames are the most frequent
+    assert (both == both[:, ::-1]).all() and both[:, 0].all() and set(both.sum(1)) == {2, 4}
+    assert set(share.sum(1)) == {1, 2, 3, 4} and (share.mean(0) > 0.1).all()
+    assert set(uniform.sum(1)) == set(range(9))
+    assert not known(none=1.0).any()
+    mixed = known(first=1.0, none=3.0)
+    assert mixed.any(1).mean() == pytest.approx(0.25, abs=0.08)
+    with pytest.raises(UserError, match="all weights are 0"):
+        known()
+
+
+def test_unknown_frames_are_grey_and_noise_is_on_the_latents_only():
+    clip = clips(40, 5)
+    inputs = STAGES["prediction"].training_inputs(clip, SETUP, jax.random.key(0), jax.random.key(1))
+    mask = np.asarray(inputs["mask"])
+    assert mask.shape == (40, 5) and 0 < mask.mean() < 1
+    shown = np.where(mask[..., None, None, None] == 1, 0.5 * 9.0, 0.5 * clip.mean)
+    np.testing.assert_allclose(inputs["masked_latents"], shown, atol=1e-5)
+    pair = STAGES["prediction"].training_pair(0.5 * clip.mean, inputs, jax.random.key(2))
+    np.testing.assert_array_equal(pair.condition.concat[..., 0], np.broadcast_to(mask[..., None, None], (40, 5, 4, 2)))
+    np.testing.assert_array_equal(pair.condition.concat[..., 1:], inputs["masked_latents"])
+    assert pair.x_t.shape == pair.target.shape == (40, 5, 4, 2, 2)
+    blurred = clips(40, 5, logvar=0.0)
+    other = STAGES["prediction"].training_inputs(blurred, SETUP, jax.random.key(0), jax.random.key(1))
+    np.testing.assert_array_equal(other["mask"], mask)
+    errors = (other["masked_latents"] - shown)[mask == 0]
+    assert float(errors.std()) == pytest.approx(0.5, rel=0.2)  # a sample of each known frame's own posterior
+
+
+@pytest.mark.parametrize("stage", ["prediction", "interpolation", "vsr"])
 def test_images_beside_a_clip_have_their_own_conditions(stage):
     """Each image is a clip of one frame, and a row has one noise level."""
     video, images = clips(2, 5), clips(2, 3, 1)
     rng, level_rng = jax.random.key(0), jax.random.key(1)
     make = STAGES[stage].training_inputs
     latents = jnp.concatenate([video.mean, images.mean[:, :, 0]], axis=1)
-    image_inputs = make(images, VAE_CONFIG, rng, level_rng)
+    image_inputs = make(images, SETUP, rng, level_rng)
     pair = STAGES[stage].training_pair(
-        latents, make(video, VAE_CONFIG, rng, level_rng), rng, images=3, image_inputs=image_inputs
+        latents, make(video, SETUP, rng, level_rng), rng, images=3, image_inputs=image_inputs
     )
     assert pair.condition.concat.shape[:2] == (2, 8)
     images_alone = STAGES[stage].training_pair(latents[:, 5:], None, rng, images=3, image_inputs=image_inputs)
     np.testing.assert_array_equal(images_alone.condition.concat, pair.condition.concat[:, 5:])
     if stage == "interpolation":
         np.testing.assert_allclose(pair.condition.concat[:, 5:], 0.5 * images.mean[:, :, 0], atol=1e-5)
+    elif stage == "prediction":  # nothing of an image is known
+        assert (pair.condition.concat[:, 5:, ..., 0] == 1).all()
+        np.testing.assert_allclose(pair.condition.concat[:, 5:, ..., 1:], 4.5, atol=1e-5)
     else:
         assert pair.condition.noise_level.shape == (2,)
         np.testing.assert_array_equal(images_alone.condition.noise_level, pair.condition.noise_level)
@@ -123,7 +164,7 @@ def small_config(stage: str, base: Path | None = None):
     with config.unlocked():
         config.unet.attention_levels = (base is not None and stage != "vsr",)
         config.unet.norm_num_groups = 8
-        config.data.frames = {"base": 3, "interpolation": 5, "vsr": 3}[stage]
+        config.data.frames = {"base": 3, "prediction": 3, "interpolation": 5, "vsr": 3}[stage]
     if base is not None:
         loaded = weights.load_folder(base)
         config.init_from, config.vae_from, config.train_text_encoder = str(base), "", False
@@ -155,6 +196,20 @@ def test_interpolation_takes_the_spatial_weights_of_a_base(tmp_path):
     assert not np.array_equal(block["attn_temporal"]["to_q"]["kernel"], old["attn_temporal"]["to_q"]["kernel"])
     assert not block["attn_temporal"]["to_out_0"]["kernel"].any()
     assert set(task.frozen) == {"vae", "text_encoder"} and same_tokenizer(tokenizer, base)
+
+
+def test_prediction_takes_all_weights_of_a_base(tmp_path):
+    base = make_base(tmp_path / "base")
+    loaded, config = weights.load_folder(base), small_config("prediction", base)
+    config.unet.motion_embedding, config.unet.caption_modulation = False, False
+    task, _ = build.make_task(config, jnp.float32, tmp_path)
+    after, before = (flatten_dict(tree, sep="/") for tree in (task.start["unet"], loaded.unet.params))
+    kernel = after.pop("conv_in/kernel")
+    np.testing.assert_array_equal(kernel[:, :, :4], before.pop("conv_in/kernel"))
+    assert kernel.shape[2] == 9 and not kernel[:, :, 4:].any()
+    assert all(np.array_equal(after[path], value) for path, value in before.items())
+    new = {path for path in after if path not in before}
+    assert new and all("known_frame_" in path and not after[path].any() for path in new)
 
 
 def test_super_resolution_takes_the_text_encoder_of_a_base(tmp_path):
@@ -225,7 +280,7 @@ def test_a_resumed_run_reads_only_frozen_models_and_its_first_folder_may_be_gone
         build.make_task(config, jnp.float32, scratch[1], resumed=exported)
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
 def test_dropped_captions_become_the_null_caption_of_the_stage(stage):
     config = options.load(str(ROOT / f"configs/{stage}.py"))
     assert "null_caption" not in config.data
@@ -266,7 +321,7 @@ def started(task) -> dict:
 
 
 @pytest.mark.parametrize(
-    "stage", ["vsr", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("base", "interpolation"))]
+    "stage", ["vsr", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("base", "prediction", "interpolation"))]
 )
 def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch):
     """The loss on held-out clips falls."""

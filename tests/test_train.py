@@ -102,15 +102,16 @@ def drawing_task(stage: str) -> Task:
     losses = diffusion.StageLoss(
         stage=STAGES[stage], models=models, frames=5, images=2, train_text_encoder=False,
         loss=diffusion.DiffusionLoss(min_snr_gamma=5.0, logit_normal=(0.0, 1.0) if stage == "base" else ()),
+        options={group: cls() for group, cls in STAGES[stage].info.training.items()},
     )  # fmt: skip
     return Task(
-        init=lambda _: {"unet": {"scale": jnp.ones(9)[: 3 + 3 * (stage != "base")]}}, start=None,
+        init=lambda _: {"unet": {"scale": jnp.ones(3 + {"base": 0, "prediction": 4}.get(stage, 3))}}, start=None,
         frozen={"vae": {"scale": jnp.ones(3)}}, loss=losses.train, held_out=losses.held_out, export=lambda *_: None,
         judged_by="video_loss",
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["vae", "base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["vae", "base", "prediction", "interpolation", "vsr"])
 def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, monkeypatch):
     """Each row has the same noise, timesteps and crops in 1, 2 and 4 parts. The same holds for held-out losses."""
     monkeypatch.setattr(autoencoder, "VAE", lambda config, dtype: Linear(config))

@@ -12,7 +12,13 @@ from flax import traverse_util
 
 from lavie_jax.errors import UserError
 from lavie_jax.flops import count_flops
-from lavie_jax.models.additions import BETWEEN_KEYS, ConditionSkip, conditions_around
+from lavie_jax.models.additions import (
+    BETWEEN_KEYS,
+    ConditionSkip,
+    KnownFrameSkip,
+    conditions_around,
+    known_frames_around,
+)
 from lavie_jax.models.layers import Frames
 from lavie_jax.models.transformer import Setting, Transformer
 from lavie_jax.models.unet import UNet
@@ -208,6 +214,41 @@ def test_the_mean_of_the_key_frames_around_is_the_cross_fade():
     place = np.arange(17) / 4
     faded = [np.interp(place, range(5), keys[0, :, i, j, c]) for i, j, c in np.ndindex(2, 3, 4)]
     np.testing.assert_allclose(output[0], np.stack(faded, 1).reshape(17, 2, 3, 4), atol=1e-6)
+
+
+def test_the_known_frames_around_are_the_nearest_on_either_side():
+    latents = np.random.default_rng(0).normal(size=(2, 6, 2, 3, 4)).astype(np.float32)
+    mask = np.array([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]])
+    condition = STAGES["prediction"].condition({"mask": mask, "masked_latents": latents}).concat
+    x = jnp.concatenate([jnp.ones_like(condition[..., :4]), condition], axis=-1)
+    known, around = known_frames_around(x, 4)
+    np.testing.assert_array_equal(known, mask == 0)
+    before, after = np.split(np.asarray(around), 2, axis=-1)
+    nearest = {before.tobytes(): [None, 1, 1, 1, 4, 4], after.tobytes(): [1, 1, 4, 4, 4, None]}
+    for side in (before, after):
+        for frame, source in enumerate(nearest[side.tobytes()]):
+            if source is None:
+                assert not side[0, frame].any()
+                continue
+            np.testing.assert_array_equal(side[0, frame, ..., :4], latents[0, source])
+            np.testing.assert_allclose(side[0, frame, 0, 0, 4:], [1, abs(source - frame) / 6], rtol=1e-6)
+        assert not side[1].any()
+
+
+def test_a_linear_map_predicts_a_known_frame_exactly():
+    """v of a known frame follows from x_t and its latents; the map is zero at initialization."""
+    rng, alpha, sigma = np.random.default_rng(0), 0.6, 0.8
+    x0, eps = (rng.normal(size=(1, 3, 2, 2, 4)).astype(np.float32) for _ in range(2))
+    condition = STAGES["prediction"].condition({"mask": np.array([[0, 1, 0]]), "masked_latents": x0}).concat
+    x, temb = jnp.concatenate([alpha * x0 + sigma * eps, condition], axis=-1), jnp.ones((1, 3, 6))
+    skip = KnownFrameSkip()
+    params = skip.init(jax.random.key(0), x, temb, 4)["params"]
+    assert not skip.apply({"params": params}, x, temb, 4).any()
+    rows = np.zeros((22, 4))  # own x_t, mask and latents, whether known, and two frames around
+    rows[:4], rows[5:9] = np.eye(4) * alpha / sigma, np.eye(4) * -1 / sigma
+    output = skip.apply({"params": {"matrix": {**params["matrix"], "bias": rows.reshape(-1)}}}, x, temb, 4)
+    np.testing.assert_allclose(output[:, ::2], (alpha * eps - sigma * x0)[:, ::2], atol=1e-5)
+    assert not output[:, 1].any()
 
 
 def test_conditions_around_are_the_neighbors_and_borders_repeat():

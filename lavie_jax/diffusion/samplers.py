@@ -199,8 +199,9 @@ class DDPM(Sampler):
 class RespacedDDPM(DDPM):
     """DDPM on a schedule respaced to fewer timesteps, with the variance b ("fixed large", arXiv 2102.09672, sec. 3.1).
 
-    b is the upper bound of the variance and the posterior's the lower (sec. 3.2, arXiv 2006.11239). The prediction
-    stage's default.
+    b is the upper bound of the variance and the posterior's the lower (sec. 3.2, arXiv 2006.11239). The last of this
+    noise is added above timestep 0, where the network cannot remove it: many steps are needed. The prediction stage's
+    default.
     """
 
     default_spacing = "linspace"
