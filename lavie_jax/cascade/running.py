@@ -51,7 +51,7 @@ class Request:
 
     @classmethod
     def make(cls, prompt: str | None, prompts_at: Any, frames: int, **fields: Any) -> "Request":
-        """A request with a prompt, or with prompts over time. Raises UserError if they do not fit a clip of `frames`."""
+        """Returns a request with a prompt or prompts over time. Raises UserError if a clip of `frames` is too short."""
         if prompt is not None:
             return cls(prompt=prompt, **fields)
         prompts_at = check_prompts_at(prompts_at)
