@@ -250,9 +250,9 @@ def test_the_larger_variance_leaves_noise_in_short_chains():
     for steps in (10, 39):
         sampler = make("respaced_ddpm", steps)
         x0 = run(sampler, normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
-        assert float(x0.std()) == pytest.approx((0.01 + sampler.noise_left**2) ** 0.5, rel=0.1)
-        assert (noisy_end(sampler) is None) == (steps == 39)
-    assert "use at least" in noisy_end(make("respaced_ddpm", 38))
+        assert float(x0.std()) == pytest.approx((0.01 + sampler.residual_noise**2) ** 0.5, rel=0.1)
+        assert (chain_warning(sampler) is None) == (steps == 39)
+    assert "Use at least 39 steps" in chain_warning(make("respaced_ddpm", 38))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -69,6 +69,15 @@ def state_arrays(name: str) -> int:
     return _kind(name).state_arrays
 
 
+def adds_noise(name: str) -> bool:
+    """Whether the sampler called `name` adds fresh noise at every step.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return _kind(name).needs_noise
+
+
 def _kind(name: str) -> type[Sampler]:
     if name not in _SAMPLERS:
         raise UserError(f"unknown sampler {name!r}{suggest(name, SAMPLERS)}")

@@ -111,6 +111,15 @@ class BaseSettings(Settings):
     frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
     height: int = field("height in pixels", metavar="H", low=1)
     width: int = field("width in pixels", metavar="W", low=1)
+    long: str | None = field(
+        "how to make more frames than the model was trained on: free_noise, FreeNoise's windows (default: as any clip)",
+        metavar="NAME",
+        default=None,
+        choices=("free_noise",),
+    )
+    long_window: int | None = field(
+        "frames per window of --long (default: as many as the model was trained on)", metavar="T", default=None, low=2
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
