@@ -45,7 +45,7 @@ UNETS = {
     ),
 }  # fmt: skip
 LATER_SAMPLING = {
-    "prediction": {"sampler": "respaced_ddpm", "known_frames": 2},
+    "prediction": {"sampler": "respaced_ddpm", "steps": 4, "known_frames": 2},
     "interpolation": {"sampler": "respaced_ddim", "fps": 24, "prompt_suffix": " right", "negative_prompt": "square"},
     "vsr": {"negative_prompt": "blue", "noise_level": 50},
 }
