@@ -4,6 +4,7 @@ The order matters: the environment is set before jax is imported, the devices be
 import hook is installed before lavie_jax is imported. Programs that tests start inherit the environment.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -28,13 +29,20 @@ jaxtyping.install_import_hook("lavie_jax", "typecheck.checked")
 # Files whose tests take minutes. Each worker takes the next file when it is done with one, so these come first: none is
 # left for the end, when the other workers have nothing to do.
 LONGEST = (
-    "test_train.py", "test_configs.py", "test_survival.py", "test_unet.py", "test_buckets.py", "test_notebook.py",
-    "test_crash.py", "test_stage_training.py",
+    "test_unet.py", "test_crash.py", "test_sample.py", "test_cascade.py", "test_survival.py", "test_train.py",
+    "test_configs.py", "test_curation.py", "test_later_stages.py", "test_latents.py", "test_parity.py",
+    "test_buckets.py", "test_notebook.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    """Exempts what importing allocated from garbage collection, as train.py does after compiling."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():
