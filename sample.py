@@ -28,7 +28,15 @@ from tqdm import tqdm
 from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, file_hash, read_pictures
-from lavie_jax.samples.prompts import Prompt, check_seed, check_unicode, read_prompts
+from lavie_jax.samples.prompts import (
+    Prompt,
+    check_seed,
+    check_unicode,
+    check_within,
+    one_line,
+    parse_prompts_at,
+    read_prompts,
+)
 from lavie_jax.samples.sheets import ContactSheets
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
 
@@ -39,10 +47,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be repeated")
     add(
+        "--prompts-at",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='prompts over time instead of one, such as "0: a red circle | 32: a blue circle": the text changes '
+        "linearly between these frames of the first stage's clip; may be repeated",
+    )
+    add(
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="txt (one prompt per line), csv, tsv or jsonl (prompt, and optionally seed and negative_prompt)",
+        help="txt (one prompt per line), csv, tsv or jsonl (prompt or prompts_at, and optionally seed and "
+        "negative_prompt)",
     )
     add(
         "--stages",
@@ -155,6 +172,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     for text in args.prompt:
         check_unicode(text, "prompt")
     prompts = [Prompt(text=text.strip()) for text in args.prompt]
+    prompts += [Prompt(text=one_line(at), at=at) for at in map(parse_prompts_at, args.prompts_at)]
     prompts += read_prompts(args.prompt_file) if args.prompt_file else []
     if not prompts:
         raise UserError('give a --prompt, e.g. --prompt "a red circle moving left", or a --prompt-file')
@@ -193,11 +211,13 @@ def plan_outputs(
     check_formats(formats, frames=last.output_frames, height=last.height, width=last.width)
     outputs = []
     for index, prompt in enumerate(prompts):
+        if prompt.at is not None:
+            check_within(prompt.at, settings[args.stages[0]].output_frames, "prompts-at")
         first = args.seed if prompt.seed is None else prompt.seed
         for seed in range(first, first + args.num_videos):
             request = make_request(
                 prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash,
-                known_hashes={frame: picture.sha256 for frame, picture in given.items()},
+                known_hashes={frame: picture.sha256 for frame, picture in given.items()}, prompts_at=prompt.at,
             )  # fmt: skip
             outputs.append(Output(folder=args.out, index=index, formats=formats, request=request))
     return outputs
@@ -255,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     given = by_frame(pictures, taker.output_frames) if taker else {}
     known = {frame: picture.pixels for frame, picture in given.items()}
     cascade.check_known(settings, clip, known)
-    texts_of = {prompt.text: cascade.stage_prompts(settings, prompt.text) for prompt in prompts}
+    texts_of = {prompt.text: cascade.stage_prompts(settings, prompt.text, prompt.at) for prompt in prompts}
     hashes = {stage: folder_hash(folders[stage]) for stage in settings}
     part, parts = args.part
     outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given)[part::parts]
@@ -287,13 +307,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype, fsdp=args.fsdp) if todo else None
     for cache in caches if args.overwrite else ():
         cache.prepare_overwrite()
-    requests = [
-        cascade.Request(
-            prompt=output.request["prompt"], seed=output.request["seed"],
-            negative_prompt=output.request.get("negative_prompt"), known=known,
-        )
-        for output in todo
-    ]  # fmt: skip
+    requests = [cascade.Request.stored(output.request, known=known) for output in todo]
     made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}

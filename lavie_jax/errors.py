@@ -28,7 +28,7 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """`path` as a user gives it, on a command line, in a config or to a function: a leading `~` is a home folder.
+    """Expands a leading `~` in a path that a user gives on a command line, in a config or to a function.
 
     Raises:
         UserError: the home folder is unknown.

@@ -13,7 +13,7 @@ MAX_FLOPS = 1e14  # of a sample or a training step on a CPU, above which a warni
 
 
 def unet_flops(config: UNetConfig, *, frames: int, height: int, width: int) -> float:
-    """FLOPs of one evaluation of a UNet on a clip of latents, to about a half: counting them in a trace takes minutes.
+    """Estimates the FLOPs of a UNet for a clip of latents, within about 50 %: counting them in a trace takes minutes.
 
     A residual block of width w has two convolutions of 9 w^2 products per position. A transformer block has about 26:
     4 for each of three attentions, 12 for the feed-forward layers and 2 for the projections around it.

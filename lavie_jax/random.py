@@ -1,4 +1,4 @@
-"""Random numbers of a batch that may be processed in parts, so that its rows get the same numbers in any of them.
+"""Random numbers for a batch that may be processed in parts: a row gets the same numbers whatever the parts.
 
 A function of some rows draws with these functions instead of those of `jax.random`. It is called with a key of jax if
 the rows are a whole batch, and with a `PartKey` if they are part of one: then the numbers of the whole batch are drawn,
@@ -18,8 +18,8 @@ class PartKey(NamedTuple):
 
     Attributes:
         key: jax's key.
-        index: of the part; it has every `parts`-th row, from this one on.
-        parts: into how many the batch is divided.
+        index: index of the part, which has every `parts`-th row from this one on.
+        parts: number of parts of the batch.
     """
 
     key: Array
@@ -36,7 +36,7 @@ def part_of(batch: Shaped[Array, "rows ..."], index: Array | int, parts: int) ->
 
 
 def rows(key: Key, count: int, draw: Callable[[Array, int], Array]) -> Array:
-    """Returns the numbers of `count` rows; `draw(key, rows)` returns those of as many rows, on the first axis."""
+    """Returns the numbers of `count` rows; `draw(key, rows)` returns those of that many rows, on the first axis."""
     if not isinstance(key, PartKey):
         return draw(key, count)
     return part_of(draw(key.key, key.parts * count), key.index, key.parts)

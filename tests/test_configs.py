@@ -36,14 +36,8 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-# Their networks equal those of Moving Shapes' base and vsr, or differ only in the first layer.
-LIKE_OTHERS = [
-    f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "prediction", "interpolation", "upscaler")
-]
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name in LIKE_OTHERS)) for name in STAGES]
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name != "configs/base.py")) for name in STAGES]
 )
 def test_a_stage_builds_at_full_size(name):
     config = options.load(name)

@@ -245,13 +245,14 @@ def test_later_stages_need_sampled_videos(words, capsys):
     assert "later stages need sampled videos" in refusal(evaluation.main, words, capsys)
 
 
-def test_the_whole_cascade_is_scored(tmp_path):
+@pytest.mark.parametrize("stages", ["base", pytest.param("base,interpolation,vsr", marks=pytest.mark.heavy)])
+def test_the_samples_of_a_cascade_are_scored(stages, tmp_path):
     """With random weights, all stages are sampled and every row is scored."""
     folder, out = make_cascade(tmp_path / "cascade"), tmp_path / "result.json"
-    words = ["--weights", str(folder), "--stages", "base,interpolation,vsr", "--samples", "3", "--batch-size", "2"]
+    words = ["--weights", str(folder), "--stages", stages, "--samples", "3", "--batch-size", "2"]
     evaluation.main([*words, "--split", "val", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert result["splits"]["val"]["all"]["n"] == 3 and result["stages"] == ["base", "interpolation", "vsr"]
+    assert result["splits"]["val"]["all"]["n"] == 3 and result["stages"] == stages.split(",")
 
 
 # ---- noise levels ----

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -255,7 +257,7 @@ def test_untrained_channels_answer_as_the_base(folder, pipe, monkeypatch):
     untrained = Cascade({"prediction": inflated}, devices=pipe.devices)
     monkeypatch.setattr(STAGE, "noise_number", STAGES["base"].noise_number, raising=False)
     monkeypatch.setattr(STAGE, "noise", STAGES["base"].noise)
-    video = predicted(untrained, known={0: PICTURES[0]}, sampler="ddim")
+    video = predicted(untrained, known={0: PICTURES[0]}, sampler="ddim", steps=3)
     assert np.abs(video.astype(int) - pipe(PROMPT, seed=3)[0]).max() <= 1
 
 
@@ -270,8 +272,24 @@ def noise_of_the_first_segment(monkeypatch):
         yield
 
 
+def alive_clips(monkeypatch) -> list[int]:
+    """The number of clips in memory whenever another one is made, from now on."""
+    made, alive = [], []
+
+    class Counted(denoising.Clip):
+        def __init__(self, **fields):
+            super().__init__(**fields)
+            gc.collect()
+            made.append(weakref.ref(self))
+            alive.append(sum(ref() is not None for ref in made))
+
+    monkeypatch.setattr(running, "Clip", Counted)
+    return alive
+
+
 def test_segments_equal_clips_that_are_continued_one_by_one(pipe, monkeypatch):
     known, prompts = {0: PICTURES[0], 7: PICTURES[1]}, ("a red circle", "a blue square", "a blue square")
+    alive = alive_clips(monkeypatch)
     with noise_of_the_first_segment(monkeypatch):
         long = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=3)
         first = predicted(pipe, prompts[0], known={0: PICTURES[0]})
@@ -279,8 +297,9 @@ def test_segments_equal_clips_that_are_continued_one_by_one(pipe, monkeypatch):
         third = predicted(pipe, prompts[2], clip=second, known={3: PICTURES[1]})
     assert long.shape == (8, *SIZE, 3)
     np.testing.assert_array_equal(long, np.concatenate([first, second[2:], third[2:]]))
-    own = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=3)
+    own = predicted(pipe, " | ".join(prompts[:2]), known=known, segments=4)
     np.testing.assert_array_equal(own[:4], long[:4])
+    assert max(alive) <= 2, "the latents of finished segments are freed"
     assert (own[4:6] != long[4:6]).any(), "each segment has its own noise"
 
 
@@ -371,7 +390,7 @@ def test_a_killed_run_resumes_at_its_segment_and_step(run, tmp_path, monkeypatch
     args = ("--prompt", "a red circle | a blue square", "--segments", "3")
     stem = "0000-a-red-circle-a-blue-square-0"
     assert run(*args, out="whole") == 0
-    assert "9/9" in capsys.readouterr().err, "one progress bar for the three segments"
+    assert "12/12" in capsys.readouterr().err, "one progress bar for the three segments"
     monkeypatch.setattr(denoising, "SAVE_EVERY", 1)
     save = StageCache.save_state
 
@@ -392,7 +411,7 @@ def test_a_killed_run_resumes_at_its_segment_and_step(run, tmp_path, monkeypatch
     )
     assert run(*args, "--segments", "4") == 2
     assert run(*args) == 0
-    assert len(calls) == 1 + 3  # the last step of the second segment, and the third
+    assert len(calls) == 2 + 4  # the last steps of the second segment, and the third
     video = video_in(tmp_path / "out" / f"{stem}.npz")
     assert len(video) == 4 + 2 * 2
     np.testing.assert_array_equal(video, video_in(tmp_path / "whole" / f"{stem}.npz"))
@@ -434,7 +453,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(case, run, folder, tmp_pat
 
 
 @pytest.mark.heavy
-def test_a_long_video_goes_through_the_later_stages(tmp_path):
-    pipe = lavie_jax.load(tiny.make_cascade(tmp_path / "cascade"))
+def test_a_long_video_goes_through_the_later_stages(tmp_path, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(running, "prompt_of", lambda *args: (prompts.append(prompt_of(*args)), prompts[-1])[1])
+    pipe = lavie_jax.load(tiny.make_cascade(tmp_path / "cascade"), devices=jax.devices()[:1])
     video = pipe("a red circle | a blue square", stages="base,prediction,interpolation,vsr", prediction={"segments": 5})
     assert video.shape == (1, 4 * 11 + 1, 64, 96, 3)
+    first, second = "a red circle", "a blue square"  # 4 frames, then 8
+    steps = [first] * 3 + [second] * 4 * 4 + [second] * 3  # the base's, the segments', and interpolation's one window
+    assert prompts[: len(steps)] == steps
+    assert prompts[len(steps) :] == [first, first, *[second] * 6] * 3  # windows of super-resolution

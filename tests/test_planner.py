@@ -310,6 +310,7 @@ def test_the_search_compiles_at_most_four_times():
 # ---- programs ----
 
 
+@pytest.mark.heavy  # the next test plans a small config, and test_parallel.py how parameters are split
 def test_the_training_program_has_the_shapes_of_its_config():
     config = options.load("configs/base.py")
     program = training_program(config, jax.devices(), 2)
@@ -455,7 +456,7 @@ def block(devices):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [tiny_decode, tiny_step, block], ids=COMMITTED)
+@pytest.mark.parametrize("make", [tiny_decode, pytest.param(tiny_step, marks=pytest.mark.heavy), block], ids=COMMITTED)
 def test_memory_does_not_grow(make, request, libtpu):
     """Stops at the memory plan: generating the machine code of the block takes a minute."""
     row = measure_in_subprocess(make, "v5e:1x1", code=False)
@@ -470,6 +471,7 @@ def products(devices):
     return Program(name="products", function=function, arguments=(x,), mesh=mesh, held={})
 
 
+@pytest.mark.heavy  # test_a_compiled_row_and_a_planned_row_agree compares the two on a CPU
 def test_a_compiled_program_needs_as_much_memory_as_was_planned(libtpu):
     early, full = (measure_in_subprocess(products, "v5e:1x1", code=code) for code in (False, True))
     assert full["temporary"] > 2**26 and full["needs"] - full["code"] == pytest.approx(early["needs"], abs=2**21)

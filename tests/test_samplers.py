@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, guide, late_start, make_sampler, noisy_end, sample
+from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, chain_warning, guide, make_sampler, sample
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
@@ -235,8 +235,9 @@ def test_extreme_numbers_of_steps_sample_the_data(name, steps):
         with pytest.raises(UserError, match="would return noise"):
             make(name, steps)
         return
-    if noisy_end(make(name, steps)):
-        assert name == "respaced_ddpm" and steps < 10
+    if name == "respaced_ddpm" and steps in (2, 3):
+        with pytest.raises(UserError, match="would remain in the result. Use at least 4 steps"):
+            make(name, steps)
         return
     shape = (2000, 1)
     x0 = run(make(name, steps), normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
@@ -249,9 +250,9 @@ def test_the_larger_variance_leaves_noise_in_short_chains():
     for steps in (10, 39):
         sampler = make("respaced_ddpm", steps)
         x0 = run(sampler, normal(0, shape), normal(1, (steps, *shape)), mean=2.0, variance=0.01, rounded=False)
-        assert float(x0.std()) == pytest.approx((0.01 + sampler.noise_left**2) ** 0.5, rel=0.1)
-        assert (noisy_end(sampler) is None) == (steps == 39)
-    assert "use at least" in noisy_end(make("respaced_ddpm", 38))
+        assert float(x0.std()) == pytest.approx((0.01 + sampler.residual_noise**2) ** 0.5, rel=0.1)
+        assert (chain_warning(sampler) is None) == (steps == 39)
+    assert "Use at least 39 steps" in chain_warning(make("respaced_ddpm", 38))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -431,11 +432,13 @@ def test_a_chain_that_starts_far_below_the_last_timestep_is_described_and_only_o
     logged = []
     monkeypatch.setattr(logging, "warning", lambda message, *args: logged.append(message % args))
     for steps in (3, 10, 50, 100, 500, 1000):
-        assert late_start(make("ddim", steps)) is None
-    warning = late_start(make("ddim", 501))
+        assert chain_warning(make("ddim", steps)) is None
+    warning = chain_warning(make("ddim", 501))
     assert "ddim with 501 steps and 'leading' spacing starts at timestep 501 of 1000" in warning
     assert "7.7% of the variance" in warning and "500 steps" in warning
-    assert late_start(make("ddim", 501, spacing="trailing")) is None
+    assert chain_warning(make("ddim", 501, spacing="trailing")) is None
+    assert chain_warning(make("respaced_ddpm", 250)) is None
+    assert "noise of standard deviation 0.18 in the result. Use at least" in chain_warning(make("respaced_ddpm", 20))
     assert not logged
 
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 MOMENTS = ("start", "training", "save")
 EVERY = 4  # steps between checkpoints
-TIMEOUT = 600.0  # seconds for one process
+TIMEOUT = 600.0  # seconds until a run reaches the moment of a kill
+WHOLE_TIMEOUT = 3600.0  # seconds for a run that is not killed
 ALONE = 30.0  # seconds in which a host must end after the other was killed
 
 
@@ -46,7 +47,12 @@ def start(
 
 def finish(process: subprocess.Popen, workdir: Path) -> str:
     """Waits for a run and returns the parameter hash that it prints at the end."""
-    if process.wait(TIMEOUT):
+    try:
+        code = process.wait(WHOLE_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise SystemExit(f"train.py took more than {WHOLE_TIMEOUT:.0f} s: {workdir.with_suffix('.err')}") from None
+    if code:
         raise SystemExit(f"train.py failed: {workdir.with_suffix('.err').read_text()[-2000:]}")
     return workdir.with_suffix(".out").read_text().split()[-1]
 
@@ -176,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "compiled")  # for the child processes
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
-        expected = finish(start(whole, steps), whole)
+        expected = finish(start(whole, steps, checkpoint_every=steps), whole)  # its checkpoints are not needed
         actual = survive(parts, kills, steps=steps, seed=args.seed)
         if actual != expected or losses(parts) != losses(whole) or len(losses(whole)) != steps:
             raise SystemExit(f"parameters after {alone} kills: {actual}; of an uninterrupted run: {expected}")

@@ -35,7 +35,7 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
-from lavie_jax.diffusion import late_start, make_sampler, noisy_end
+from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
@@ -165,7 +165,7 @@ def resolve_settings(
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
-        if _other_chain(own, weights[stage].sampling) and (warning := late_start(sampler) or noisy_end(sampler)):
+        if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
             logging.warning("stage %s: %s", stage, warning)
         settings[stage] = own
         clip = _output_of(own)
@@ -234,8 +234,9 @@ class Cascade:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        prompts_at: Mapping[int, str] | Sequence[Mapping[int, str]] | None = None,
         stages: str | Sequence[str] = (MAIN_STAGE,),
         seed: int | Sequence[int] = 0,
         negative_prompt: str | Sequence[str] | None = None,
@@ -251,6 +252,8 @@ class Cascade:
 
         Args:
             prompt: one for all samples, or one for each of B samples; the same holds for `seed` and `negative_prompt`.
+            prompts_at: several prompts over time instead of one, `{0: "a red circle", 32: "a blue circle"}`, or a list
+                of such; the text changes linearly between these frames of the first stage's clip.
             stages: the stages to run, in order.
             seed: from 0 to 2^32 - 1.
             negative_prompt: for the base stage; other stages take it as a setting.
@@ -280,13 +283,19 @@ class Cascade:
                 f"negative_prompt belongs to the stage {MAIN_STAGE}, which is not run; for {stages[0]}: "
                 f'{stages[0]}={{"negative_prompt": ...}}'
             )
+        if (prompt is None) == (prompts_at is None):
+            raise UserError("give either a prompt or prompts_at")
         known = known or {}
         check_known(resolved, clip_info, known)
         requests = [
-            Request(prompt=text, seed=check_seed(number), negative_prompt=other, known=known)
-            for text, number, other in _aligned(prompt=prompt, seed=seed, negative_prompt=negative_prompt)
+            Request.make(
+                text, at, resolved[stages[0]].output_frames, seed=check_seed(number), negative_prompt=other, known=known
+            )
+            for text, at, number, other in _aligned(
+                prompt=prompt, prompts_at=prompts_at, seed=seed, negative_prompt=negative_prompt
+            )
         ]
-        prompts = [stage_prompts(resolved, request.prompt) for request in requests]
+        prompts = [stage_prompts(resolved, request.prompt, request.prompts_at) for request in requests]
         lines = padding_notes(self.weights, resolved, clip_info) + fitting_notes(resolved, clip_info, known)
         lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
         for line in lines:
@@ -339,19 +348,20 @@ class Cascade:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         samples = [
-            Sample(request, cache, clip)
+            Sample(request, cache, clip, next(iter(settings.values())).output_frames)
             for request, cache in zip(requests, caches or [MemoryCache() for _ in requests])
         ]
+        prompts = {s: stage_prompts(settings, s.request.prompt, s.request.prompts_at) for s in samples}
         *first, last = settings
         for number, stage in enumerate(first, start=1):
             later = list(settings)[number:]
             for sample in samples:  # the output of a later stage may be cached already
                 sample.needed = all(sample.cache.get(name) is None for name in later)
-                sample.prompts = stage_prompts(settings, sample.request.prompt)[stage]
+                sample.prompts = prompts[sample][stage]
             for sample, _ in zip(samples, self._stage(stage, samples, settings[stage], batch_size, progress)):
                 sample.previous = stage
         for sample in samples:
-            sample.needed, sample.prompts = True, stage_prompts(settings, sample.request.prompt)[last]
+            sample.needed, sample.prompts = True, prompts[sample][last]
         yield from self._stage(last, samples, settings[last], batch_size, progress)
 
     def _stage(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
+from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
@@ -33,7 +34,7 @@ class Clip:
     """One sample between noise and latents.
 
     Attributes:
-        text: returns the embedding of the prompt of a window.
+        text: returns the embedding of a window's prompt, or one for each of its frames.
         null_text: embedding of the negative or empty prompt.
         shape: shape of the latents (T, h, w, C).
         noise: `noise(stream, frames)` is the noise of some frames. Stream 0 is the start, stream i + 1 is fresh noise
@@ -67,6 +68,7 @@ class DenoisingPlan:
         rows: number of windows in one UNet call, a multiple of the number of devices.
         rescale: rescaling of the guidance (`diffusion.guide`).
         image: whether clips are single images, without temporal layers.
+        attention_windows: windows of the temporal attention inside the UNet.
     """
 
     sampler: Sampler
@@ -75,6 +77,7 @@ class DenoisingPlan:
     rows: int
     rescale: float = 0.0
     image: bool = False
+    attention_windows: AttentionWindows | None = None
 
 
 def denoise(
@@ -140,6 +143,7 @@ def _predict_windows(
     def stacked_prompts(prompts):
         return jax.tree.map(lambda *arrays: stacked(arrays), *prompts)
 
+    texts = _texts(rows)
     inputs = [
         plan.sampler.model_input({name: array[window.box] for name, array in clip.state.items()}, i)
         for clip, window in rows
@@ -152,11 +156,28 @@ def _predict_windows(
         condition = condition._replace(noise_level=stacked(np.int32(clip.noise_level) for clip, _ in rows))
     return predict_rows(
         model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
-        stacked_prompts(clip.text(window) for clip, window in rows),
-        stacked_prompts(clip.null_text for clip, _ in rows), condition,
-        unet=model.unet, guidance=float(plan.guidance), rescale=float(plan.rescale), image=plan.image,
+        stacked_prompts(text for text, _ in texts), stacked_prompts(null_text for _, null_text in texts), condition,
+        unet=in_windows(model.unet, plan.attention_windows), guidance=float(plan.guidance),
+        rescale=float(plan.rescale), image=plan.image,
         sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]), mesh=model.mesh,
     )  # fmt: skip
+
+
+def _texts(rows: Sequence[tuple[Clip, Window]]) -> list[tuple[Prompts, Prompts]]:
+    """Returns text and null text of windows: one for every frame of each if any of them has several."""
+    texts = [(clip.text(window), clip.null_text) for clip, window in rows]
+    if not any(text.per_frame for text, _ in texts):
+        return texts
+    lengths = [window.shape[0] for _, window in rows]
+    return [
+        tuple(prompts if prompts.per_frame else prompts.repeated(length) for prompts in pair)
+        for pair, length in zip(texts, lengths)
+    ]
+
+
+def in_windows(unet, windows: AttentionWindows | None):
+    """Returns the UNet with these windows of its temporal attention."""
+    return unet if windows is None else unet.clone(attention_windows=windows)
 
 
 def sequential_guidance(rows: int, window: Window) -> bool:

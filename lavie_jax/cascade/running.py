@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import Parts, prompt_of
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
+from lavie_jax.samples.prompts import check_prompts_at, check_within, one_line
 from lavie_jax.samples.stage_cache import MemoryCache, segment_name
-from lavie_jax.stages.conditioning import Prompts
+from lavie_jax.stages.conditioning import Prompts, travel_weights
 from lavie_jax.stages.settings import Settings
 from lavie_jax.stages.stage import Known, Segment, Stage
 from lavie_jax.stages.windows import Window
@@ -39,12 +40,35 @@ class Request:
         seed: from 0 to 2^32 - 1.
         negative_prompt: replaces the setting of the main stage.
         known: pictures of any size that are given as frames of the clip, by their index.
+        prompts_at: prompts over time, {frame of the first stage's output: prompt}, which `prompt` has in one line.
     """
 
     prompt: str
     seed: int
     negative_prompt: str | None = None
     known: Known = dataclasses.field(default_factory=dict)
+    prompts_at: Mapping[int, str] | None = None
+
+    @classmethod
+    def make(cls, prompt: str | None, prompts_at: Any, frames: int, **fields: Any) -> "Request":
+        """Returns a request with a prompt or prompts over time. Raises UserError if a clip of `frames` is too short."""
+        if prompt is not None:
+            return cls(prompt=prompt, **fields)
+        prompts_at = check_prompts_at(prompts_at)
+        check_within(prompts_at, frames)
+        return cls(prompt=one_line(prompts_at), prompts_at=prompts_at, **fields)
+
+    @classmethod
+    def stored(cls, request: Mapping[str, Any], **fields: Any) -> "Request":
+        """Returns the request that is stored with a sample (`samples.outputs.make_request`)."""
+        at = request.get("prompts_at")
+        return cls(
+            prompt=request["prompt"],
+            seed=request["seed"],
+            negative_prompt=request.get("negative_prompt"),
+            prompts_at=None if at is None else {int(frame): text for frame, text in at.items()},
+            **fields,
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +79,7 @@ class Sample:
         request: what is requested.
         cache: stores the stages' frames and states.
         clip: the user's clip to start from, if any.
+        frames: number of frames of the first stage's output.
         previous: the stage whose output the next one starts from; None for the user's clip.
         needed: whether the current stage has to be run for it.
         prompts: the prompts of the current stage's output (`stage_prompts`); None if it has only the request's.
@@ -63,6 +88,7 @@ class Sample:
     request: Request
     cache: MemoryCache
     clip: UInt8[np.ndarray, "t h w 3"] | None
+    frames: int
     previous: str | None = None
     needed: bool = True
     prompts: Parts | None = None
@@ -88,6 +114,7 @@ def run_stage(
         windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
         rows=rows,
         image=stage.is_image(settings),
+        attention_windows=stage.attention_windows(settings),
     )
     segments = stage.segments(settings)
     count, group_size = len(plan.windows), max(1, rows // len(plan.windows))
@@ -138,7 +165,8 @@ def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample], 
         concat, noise_level = stage.prepare(model, settings, seed, _segment_input(stage, settings, sample, segment))
 
         def noise(stream: int, frames: range, seed: int = seed):
-            return stage.noise(model, seed, stream, range(first + frames.start, first + frames.stop), shape)
+            frames = range(first + frames.start, first + frames.stop)
+            return stage.noise(model, settings, seed, stream, frames, shape)
 
         clip = Clip(
             text=text, null_text=null_text, shape=shape, noise=noise, concat=concat, noise_level=noise_level,
@@ -161,6 +189,12 @@ def _encoded_prompts(
     embeddings = model.encode_text([*texts, negative])
     *each, null_text = (jax.tree.map(lambda x, row=row: x[row], embeddings) for row in range(len(texts) + 1))
     by_text = dict(zip(texts, each))
+    if (at := sample.request.prompts_at) is not None and len(at) > 1:
+        several = jax.tree.map(
+            lambda *x: np.stack(x), *(by_text[text + settings.prompt_suffix] for text in at.values())
+        )
+        weights = travel_weights(list(at), sample.frames, settings.frames)
+        return lambda window: several.mixed(weights[window.box[0]]), null_text
 
     def text(window: Window) -> Prompts:
         frames = window.spans[0]

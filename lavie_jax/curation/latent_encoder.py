@@ -70,7 +70,7 @@ class LatentEncoder:
         replicated = parallel.replicated(self._mesh)
         self._vae = parallel.put(_float32(vae_part.params), replicated)
         self._text = parallel.put(_float32(text_part.params), replicated)
-        # In full float32, once and for all epochs; TPUs multiply in bfloat16 unless told otherwise.
+        # In full float32, once and for all epochs; by default, TPUs multiply in bfloat16.
         exact = jax.default_matmul_precision("highest")
         self._encode, self._decode, self._encode_text = (
             parallel.on_mesh(exact(jax.jit(f)), self._mesh) for f in (encode, decode, encode_text)

@@ -16,12 +16,12 @@ from jaxtyping import Int
 from lavie_jax.data.display import Screen, check_header
 from lavie_jax.errors import UserError
 
-MAX_FPS = 250  # headers that claim more are not believed: browsers write 1000
+MAX_FPS = 250  # higher rates in headers are ignored: browsers write 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a file shows.
+    """Length and rate of what a file shows.
 
     Attributes:
         frames: number of frames, at `fps`, that can be decoded.
@@ -108,7 +108,7 @@ def info_of(container, stream, what: str) -> VideoInfo:
 
 
 def _fits(times: list[int], base: float, rate: float) -> bool:
-    """Whether as many packets come in that time at `rate`, but for the rounding of time stamps."""
+    """Whether that many packets take that time at `rate`, up to the rounding of time stamps."""
     if len(times) < 5:
         return True
     length, expected = (times[-1] - times[0]) * base, (len(times) - 1) / rate
@@ -139,7 +139,7 @@ _FAR = 1_000_000  # seconds: beyond the end of every file
 
 
 def _packets(container, stream) -> Iterator[Any]:
-    """Yields the packets of a stream from the current position on, but the empty one at the end."""
+    """Yields the packets of a stream from the current position on, except the empty one at the end."""
     for packet in container.demux(stream):
         if packet.size and _time_of(packet) is not None:
             yield packet
@@ -159,7 +159,7 @@ def _seek(container, stream, time: int) -> None:
 
 
 def _seek_end(container, stream, start: int) -> None:
-    """Seeks to the last key frame; to the first packet where that is not possible."""
+    """Seeks to the last key frame, or to the first packet if that is not possible."""
     if container.format.name in _UNINDEXED:
         _rewind(container, stream)
     else:
@@ -212,7 +212,7 @@ def shown_at(info: VideoInfo, *, start: float, frames: int, rate: float) -> Int[
 
 
 def too_short(what: str, wanted: str, info: VideoInfo) -> UserError:
-    """The error for a video with fewer frames than are wanted."""
+    """The error for a video with fewer frames than requested."""
     return UserError(f"the video {what} is too short for {wanted}: it has {info.frames} at {info.fps:g} fps")
 
 
@@ -225,8 +225,8 @@ def numbered_frames(container, stream, info: VideoInfo, *, first: int, what: str
     if _lacks_times(container, stream):
         yield from _numbered_by_order(container, stream, info)
         return
-    # The key frame before a frame does not suffice where frames refer across it (open GOPs), and some containers seek
-    # to a later one. Then the seek goes further back, at last to the start.
+    # The key frame before a frame is not enough if frames refer to frames before it (open GOPs), and some containers
+    # seek to a later one. Then the seek goes further back, finally to the start.
     seconds, back = first / info.fps, 0.0
     while True:
         time = 0.0 if container.format.name in _SEEKLESS else max(0.0, seconds - back)
@@ -247,8 +247,8 @@ def numbered_frames(container, stream, info: VideoInfo, *, first: int, what: str
 def _frames_from(container, stream, info: VideoInfo, *, time: float, wanted: int) -> Iterator[tuple[int, Any]]:
     """Yields (index, frame) from the key frame before `time` on.
 
-    Nothing, if that key frame is later than index `wanted`. Frames shown before the key frame are left out: they refer
-    to frames before it.
+    Yields nothing if that key frame is later than index `wanted`. Frames shown before the key frame are left out,
+    because they refer to earlier frames.
     """
     base, number, key = float(stream.time_base), -1, None
 

@@ -1,6 +1,6 @@
 """Frames as players show them: upright, with square pixels, in the colours that the file declares.
 
-What cannot be shown right is refused: HDR, which would need tone mapping, and interlaced frames.
+Frames that would look wrong are refused: HDR, which would need tone mapping, and interlaced ones.
 """
 
 import functools
@@ -24,11 +24,11 @@ _OTHER_MATRICES = {8: "YCgCo", 10: "BT.2020 constant luminance", 12: "chromatici
 _HDR = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 16: "PQ", 17: "SMPTE 428", 18: "HLG"}
 _PROGRESSIVE = 0, 1  # field orders; 0 is unknown
 _ALWAYS_PROGRESSIVE = ("vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "gif", "hevc", "png")
-_WIDEST = 8  # pixels wider or taller than this are a damaged header
+_WIDEST = 8  # only damaged headers have wider or taller pixels
 
 
 class UnusableVideo(UserError):
-    """A readable video that cannot be shown right; `reason` is one of REASONS."""
+    """A readable video that would look wrong; `reason` is one of REASONS."""
 
     REASONS = ("HDR", "interlaced")
 
@@ -41,7 +41,7 @@ class UnusableVideo(UserError):
 
 
 def check_header(stream: Any, what: str) -> None:
-    """Raises UserError if the header already shows that the frames of a stream cannot be shown right."""
+    """Raises UserError if, according to its header, a stream would look wrong."""
     context = stream.codec_context
     _check_transfer(context.color_trc, what)
     if context.colorspace in _OTHER_MATRICES:
@@ -52,12 +52,12 @@ def check_header(stream: Any, what: str) -> None:
 
 
 def declares_field_order(stream: Any) -> bool:
-    """Whether the header contains whether frames are interlaced, or the codec has progressive frames only."""
+    """Whether the header states if frames are interlaced, or the codec has progressive frames only."""
     return bool(stream.codec_context.field_order) or stream.codec_context.name in _ALWAYS_PROGRESSIVE
 
 
 def check_frame(frame: Any, what: str) -> None:
-    """Raises UserError if a decoded frame cannot be shown right, where the header does not contain it."""
+    """Raises UserError if a decoded frame would look wrong, which not every header states."""
     _check_transfer(frame.color_trc, what)
     if frame.interlaced_frame:
         raise _interlaced(what)
@@ -89,8 +89,7 @@ def pixel_aspect(stream: Any, what: str) -> Fraction:
 class Screen:
     """Converts the frames of a stream to pixels as they are shown, all in the size of the first.
 
-    Frames get square pixels by a change of their width. Of the rotation and mirroring in the metadata, quarter turns
-    and flips are applied.
+    Frames are resized in width to get square pixels. Quarter turns and flips in the metadata are applied.
 
     Args:
         stream: the video stream.

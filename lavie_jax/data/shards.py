@@ -59,10 +59,10 @@ class ShardRecords:
             raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
 
     def _split_hashes(self) -> np.ndarray:
-        """The hash of each record by which it is assigned to a split, the same for all scenes of one video.
+        """Returns the hash of each record by which it is assigned to a split, the same for all scenes of one video.
 
-        The video is that of the list beside the shards (for latents, above them): to find it in the records, all clips
-        would have to be read.
+        The list beside the shards (for latents, above them) has the video of each clip; finding it in the records would
+        mean reading all clips.
         """
         hashes = np.empty(self.starts[-1], np.uint64)
         listed = np.zeros(len(hashes), bool)
@@ -192,8 +192,13 @@ def write_shards(
 ) -> list[Path]:
     """Writes `records`, maps of bytes, str and numbers, as `folder/name-00000.array_record` and so on.
 
-    A shard has a temporary name until it is whole. Returns the paths. Raises UserError where shards of this name
-    are already, and without records.
+    A shard has a temporary name until it is complete.
+
+    Returns:
+        The paths of the shards.
+
+    Raises:
+        UserError: shards of this name exist already, or there are no records.
     """
     folder, paths, records = Path(folder), [], iter(records)
     if list(folder.glob(f"{name}-*{SUFFIX}")):
@@ -207,7 +212,7 @@ def write_shards(
 
 
 def write_shard(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes one shard, which has a temporary name until it is whole."""
+    """Writes one shard, which has a temporary name until it is complete."""
     import msgpack
     from array_record.python import array_record_module
 

@@ -148,7 +148,7 @@ def read_image(record: Record) -> UInt8[np.ndarray, "1 h w 3"]:
 def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """Reads a user's picture, as it is shown. Raises UserError for a video, an animation and a file that is damaged."""
     if not path.is_file():
-        raise UserError(f"the picture {os.fspath(path)!r} does not exist")
+        raise UserError(f"the picture {os.fspath(path)!r} {'is not a file' if path.exists() else 'does not exist'}")
     try:
         with Image.open(path) as picture:
             frames = getattr(picture, "n_frames", 1) if picture.format in _ANIMATED else 1

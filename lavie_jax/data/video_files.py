@@ -84,7 +84,7 @@ def encode(
         stream = container.add_stream("libx264", rate=rate, options={**SAME_EVERYWHERE, **options})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count = 1  # for the same reason as SAME_EVERYWHERE
-        # Untagged, players would guess: BT.601 for small videos, BT.709 for large ones.
+        # Players guess the matrix of untagged files: BT.601 for small videos, BT.709 for large ones.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
@@ -118,7 +118,7 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
 
 
 def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
-    # A gif counts in hundredths of a second: rounding times instead of durations keeps the total length.
+    # Durations in a gif are hundredths of a second: rounding times instead of durations keeps the total length.
     times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int) * 10
     with finished(path) as temporary:
         Image.fromarray(frames[0]).save(
@@ -170,9 +170,9 @@ def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str,
 
 
 def video_info(source: str | Path | bytes, *, name: str = "") -> VideoInfo:
-    """Length and rate of what can be shown; `name` is for messages about bytes.
+    """Returns the length and rate of what can be shown; `name` is for messages about bytes.
 
-    Nothing is decoded, but the first frame where only frames contain whether they are interlaced.
+    Decodes nothing, or only the first frame if the header does not state whether frames are interlaced.
 
     Raises:
         UserError: the file cannot be read, or is HDR or interlaced.
@@ -211,7 +211,7 @@ def read_video(
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Returns `frames` frames (default: all) from `start` seconds on, at `fps` (default: the file's own).
 
-    At another rate than the file's, each time gets the frame that is shown then. Only the necessary part is decoded.
+    At another rate than the file's, the frame on screen at each time is returned. Only the necessary part is decoded.
 
     Raises:
         UserError: the file cannot be read or is too short.
@@ -248,7 +248,7 @@ def each_frame(path: str | Path, *, first: int = 0, shorter_side: int = 0) -> It
         pixels_of = Screen(stream, what, shorter_side=shorter_side)
         due, until, before = first, 0, None
         for number, frame in numbered_frames(container, stream, info, first=first, what=what):
-            if number > 2 * (stream.frames or info.frames) + 100:  # damaged times would repeat one for hours
+            if number > 2 * (stream.frames or info.frames) + 100:  # damaged time stamps could repeat a frame for hours
                 raise UserError(f"the video {what} has a frame at {number / info.fps:g} s, beyond its end")
             if before is not None and due < number:
                 pixels = pixels_of(before)
@@ -270,7 +270,7 @@ def read_clip(
 
     They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is NPZ_FPS.
 
-    Varying frame times are resampled to one rate, so that each moment shows what the file shows then.
+    A variable frame rate is resampled to a constant one, so that each frame is the one on screen at its time.
 
     Args:
         path: the file.

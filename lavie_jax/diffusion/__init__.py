@@ -5,7 +5,7 @@ Nothing here depends on the network: a model is any function `denoise(x_t, t)`.
 
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
-from lavie_jax.diffusion.making import SAMPLERS, late_start, make_sampler, noisy_end
+from lavie_jax.diffusion.making import SAMPLERS, chain_warning, make_sampler
 from lavie_jax.diffusion.samplers import Sampler, sample
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.diffusion.spacing import SPACINGS
@@ -17,9 +17,8 @@ __all__ = [
     "Schedule",
     "guide",
     "joint_loss",
-    "late_start",
+    "chain_warning",
     "make_sampler",
     "min_snr_weight",
-    "noisy_end",
     "sample",
 ]

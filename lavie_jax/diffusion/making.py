@@ -1,8 +1,8 @@
 """Samplers by name: `make_sampler`, and checks of where a chain starts.
 
 A chain starts from pure noise, although x_t at its first timestep holds alpha_t x0. Chains that start almost without
-noise are refused, because they return the noise that they were given; `late_start` describes those that start far
-below the last timestep, and `noisy_end` those that leave noise in the result.
+noise are refused, because they return the noise that they were given; so are those that leave most of their fresh noise
+in the result. `chain_warning` describes chains that have a little of either.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ from lavie_jax.diffusion.second_order import DPMSolver2M, Heun, UniPC
 from lavie_jax.diffusion.spacing import SPACINGS
 from lavie_jax.errors import UserError, suggest
 
-# abar at the first timestep may exceed that of the schedule's last by this much before `late_start` says so. Stable
-# Diffusion's last timestep has 0.005 (arXiv 2305.08891).
+# abar at the first timestep may exceed that of the schedule's last by this much before `chain_warning` reports it.
+# Stable Diffusion's last timestep has 0.005 (arXiv 2305.08891).
 MAX_EXCESS_SIGNAL = 0.02
-MAX_NOISE_LEFT = 0.1  # standard deviation, of latents with one of 1, above which `noisy_end` says so
+MAX_RESIDUAL_NOISE = 0.9  # standard deviation, for data of standard deviation 1: above, the result is noise
+VISIBLE_NOISE = 0.1
 
 _SAMPLERS = {
     "ddpm": DDPM,
@@ -55,6 +56,7 @@ def make_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None 
         raise UserError(f"spacing 'karras' needs a sampler with fractional timesteps ({takers}), not {name}")
     sampler = kind(steps, schedule, spacing)
     _check_start(name, sampler)
+    _check_residual_noise(name, sampler)
     return sampler
 
 
@@ -67,10 +69,23 @@ def state_arrays(name: str) -> int:
     return _kind(name).state_arrays
 
 
+def adds_noise(name: str) -> bool:
+    """Whether the sampler called `name` adds fresh noise at every step.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    return _kind(name).needs_noise
+
+
 def _kind(name: str) -> type[Sampler]:
     if name not in _SAMPLERS:
         raise UserError(f"unknown sampler {name!r}{suggest(name, SAMPLERS)}")
     return _SAMPLERS[name]
+
+
+def _name(sampler: Sampler) -> str:
+    return next(name for name, kind in _SAMPLERS.items() if kind is type(sampler))
 
 
 def _starts_noisy(sampler: Sampler) -> bool:
@@ -97,9 +112,29 @@ def _check_start(name: str, sampler: Sampler) -> None:
         )
 
 
-def late_start(sampler: Sampler) -> str | None:
-    """Returns a warning about a chain that starts far below the schedule's last timestep, or None."""
+def _check_residual_noise(name: str, sampler: Sampler) -> None:
+    """Refuses chains whose result is mostly their fresh noise."""
+    if sampler.residual_noise > MAX_RESIDUAL_NOISE:
+        raise UserError(
+            f"{name} cannot sample in {sampler.steps} steps: the noise that it adds before the last step would remain "
+            f"in the result. Use at least {_least_steps(sampler, MAX_RESIDUAL_NOISE)} steps, or a deterministic sampler"
+        )
+
+
+def _least_steps(sampler: Sampler, residual_noise: float) -> int:
+    """Returns the least number of steps, above the sampler's, with at most this residual noise."""
+    longer = (dataclasses.replace(sampler, steps=n) for n in range(sampler.steps + 1, sampler.schedule.steps + 1))
+    return next(other.steps for other in longer if other.residual_noise <= residual_noise)
+
+
+def chain_warning(sampler: Sampler) -> str | None:
+    """Returns a warning about a chain that starts far below the last timestep or leaves visible noise, or None."""
     steps, schedule = sampler.steps, sampler.schedule
+    if sampler.residual_noise > VISIBLE_NOISE:
+        return (
+            f"{_name(sampler)} with {steps} steps leaves noise of standard deviation {sampler.residual_noise:.2f} in "
+            f"the result. Use at least {_least_steps(sampler, VISIBLE_NOISE)} steps, or a deterministic sampler."
+        )
     if _excess_signal(sampler) <= MAX_EXCESS_SIGNAL:
         return None
     others = (dataclasses.replace(sampler, steps=n) for n in range(1, schedule.steps + 1))
@@ -108,22 +143,6 @@ def late_start(sampler: Sampler) -> str | None:
     return (
         f"{_name(sampler)} with {steps} steps and {sampler.spacing!r} spacing starts at timestep "
         f"{sampler.step_timesteps[0]} of {schedule.steps}, where {sampler.levels[0]:.1%} of the variance should be "
-        f"signal but all of it is noise. {nearest} steps, or another sampler or spacing, start closer to the last "
-        "timestep."
+        f"signal but all of it is noise. {nearest} steps, or another sampler or spacing, start closer to "
+        "the last timestep."
     )
-
-
-def noisy_end(sampler: Sampler) -> str | None:
-    """Returns a warning about a chain that leaves noise in its result, or None."""
-    if sampler.noise_left <= MAX_NOISE_LEFT:
-        return None
-    others = (dataclasses.replace(sampler, steps=n) for n in range(sampler.steps + 1, sampler.schedule.steps + 1))
-    enough = next(other.steps for other in others if other.noise_left <= MAX_NOISE_LEFT)
-    return (
-        f"{_name(sampler)} with {sampler.steps} steps leaves noise of standard deviation {sampler.noise_left:.2f} in "
-        f"the result: use at least {enough} steps, or another sampler."
-    )
-
-
-def _name(sampler: Sampler) -> str:
-    return next(name for name, kind in _SAMPLERS.items() if kind is type(sampler))

@@ -101,8 +101,8 @@ class Sampler:
         return 1.0
 
     @property
-    def noise_left(self) -> float:
-        """Standard deviation of the noise that stays in x0, about, even if every prediction is exact."""
+    def residual_noise(self) -> float:
+        """Standard deviation of the fresh noise that the result still contains."""
         return 0.0
 
     def init(self, noise: Float[ArrayLike, "b ..."]) -> State:
@@ -208,9 +208,12 @@ class RespacedDDPM(DDPM):
     coefficient_dtype = np.float64
 
     @property
-    def noise_left(self) -> float:
-        abar_t, abar_s = self.levels[:-1], self.levels[1:]
-        return float(np.sqrt(self._variance(abar_t, abar_s)[-2:][0]))
+    def residual_noise(self) -> float:
+        # The variance that x_t has at the last evaluation in addition to the schedule's, which the network removes.
+        if self.steps == 1:
+            return 0.0
+        abar_t, abar_s = self.levels[-3:-2], self.levels[-2:-1]
+        return float(np.sqrt(self._variance(abar_t, abar_s) - super()._variance(abar_t, abar_s))[0])
 
     def _variance(self, abar_t, abar_s):
         return np.where(abar_s < 1, 1 - abar_t / abar_s, 0.0)

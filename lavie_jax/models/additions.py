@@ -14,7 +14,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from lavie_jax.models.layers import Frames, conv, dense, items_to_frames, on_video, timestep_features
+from lavie_jax.models.layers import Frames, conv, dense, items_to_frames, on_video, per_frame, timestep_features
 from lavie_jax.models.unet_config import UNetConfig
 
 BETWEEN_KEYS = (-1, 0, 1, 2)  # frame offsets; the mean of their key frames is the cross-fade between two key frames
@@ -39,13 +39,16 @@ def add_motion(
     video: Float[Array, "b t h w c"],
     text: Float[Array, "b items l d"],
     mask: Bool[Array, "b items l"] | None,
+    frames: Frames,
     dtype: DTypeLike,
 ) -> Float[Array, "b t h w c"]:
     """`motion_embedding`: adds the embedding of caption, time and position before temporal attention."""
     if not config.motion_embedding:
         return video
     embedding = MotionEmbedding(dtype, name="motion_embedding_temporal")
-    return video + embedding(text[:, 0], None if mask is None else mask[:, 0], video.shape[1:4], video.shape[-1])
+    items = slice(frames.video) if frames.video > 1 and per_frame(text, frames) else 0
+    mask = None if mask is None else mask[:, items]
+    return video + embedding(text[:, items], mask, video.shape[1:4], video.shape[-1])
 
 
 def add_frames_around(
@@ -122,8 +125,8 @@ class MotionEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        text: Float[Array, "b l d"],
-        mask: Bool[Array, "b l"] | None,
+        text: Float[Array, "b *t l d"],
+        mask: Bool[Array, "b *t l"] | None,
         size: tuple[int, int, int],
         channels: int,
     ) -> Float[Array, "b t h w c"]:
@@ -133,7 +136,8 @@ class MotionEmbedding(nn.Module):
         def positions(length):
             return timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)
 
-        caption = rearrange(max_over_words(dense("text")(text), mask), "b c -> b 1 1 1 c")
+        caption = max_over_words(dense("text")(text), mask)  # (B, C), or (B, T, C) where frames have their own texts
+        caption = rearrange(caption, "b c -> b 1 1 1 c" if caption.ndim == 2 else "b t c -> b t 1 1 c")
         time = rearrange(dense("time")(positions(size[0])), "t c -> t 1 1 c")
         rows, columns = dense("row")(positions(size[1])), dense("column")(positions(size[2]))
         position = rearrange(rows, "h c -> h 1 c") + columns
@@ -235,6 +239,7 @@ def known_frames_around(
     after = jax.lax.cummin(jnp.where(known, index, count), axis=1, reverse=True)
 
     def side(source: Array) -> Array:
+        """Returns the latents of the frames `source`, 1, and the distance to them; zeros where there is none."""
         there = ((source >= 0) & (source < count))[:, :, None, None, None]
         picked = jnp.take_along_axis(latents, jnp.clip(source, 0, count - 1)[:, :, None, None, None], axis=1)
         distance = (jnp.abs(index - source) / count)[:, :, None, None, None]

@@ -3,7 +3,7 @@
 Arrays are channels-last. A video and the images trained jointly with it (LaVie, sec. 3.2) share the frame axis,
 `(B, T+M, H, W, C)`: T video frames, then M images; `Frames(T, M)` holds the counts. Values that exist once for the
 whole video and once for every image (time embedding, text) have an *items* axis: item 0 is the video, when there is
-one, followed by the M images.
+one, followed by the M images. Where the video's frames have texts of their own, every frame is an item (`per_frame`).
 """
 
 import math
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from lavie_jax.models.placement import split_by_rows
 
@@ -31,9 +31,14 @@ class Frames(NamedTuple):
     images: int
 
 
+def per_frame(x: Shaped[Array, "b items ..."], frames: Frames) -> bool:
+    """Whether every frame is an item of its own, as where T <= 1."""
+    return x.shape[1] == frames.video + frames.images
+
+
 def items_to_frames(x: Float[Array, "b items ..."], frames: Frames) -> Float[Array, "b frames ..."]:
     """Broadcasts the values of items to their frames: the video's to all T frames, every image's to itself."""
-    if frames.video <= 1:
+    if per_frame(x, frames):
         return x
     video = jnp.broadcast_to(x[:, :1], (x.shape[0], frames.video, *x.shape[2:]))
     return jnp.concatenate([video, x[:, 1:]], axis=1) if frames.images else video

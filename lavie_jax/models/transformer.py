@@ -5,6 +5,7 @@ feed-forward layer, the block, and the transformer around it. Parameter paths mi
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jaxtyping import Array, Bool, Float
 from lavie_jax.models import layers
 from lavie_jax.models.additions import add_motion
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
-from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, dense, on_video
+from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, dense, on_video, per_frame
+from lavie_jax.models.temporal_windows import AttentionWindows, attend_in_windows
 from lavie_jax.models.unet_config import UNetConfig
 
 ROTARY_WIDTH = 32  # channels of every head that are rotated; all of them in narrower heads
@@ -31,6 +33,7 @@ class Setting:
     dtype: DTypeLike
     kernel: str
     remat: str = "none"
+    windows: AttentionWindows | None = None  # of the temporal attention; None: one over all frames
 
 
 class Attention(nn.Module):
@@ -53,15 +56,19 @@ class Attention(nn.Module):
             dense(channels, bias=False, dtype=dtype, name=name)(y)
             for name, y in (("to_q", x), ("to_k", context), ("to_v", context))
         )
-        bias = None
+        bias, windows = None, self.s.windows if self.temporal else None
         if self.temporal and self.s.config.temporal_position:
             width = min(ROTARY_WIDTH, channels // self.heads)
             q, k = (rotary_embedding(y, self.heads, width) for y in (q, k))
-            bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(x.shape[1])
+            length = x.shape[1] if windows is None else windows.size
+            bias = RelativePositionBias(self.heads, name="time_rel_pos_bias")(length)
         q, k, v = (rearrange(y, "b s (n k) -> b s n k", n=self.heads) for y in (q, k, v))
         # T is small enough to materialize the scores where the chosen kernel does not support a bias
         kernel = "auto" if bias is not None and self.s.kernel in ("blockwise", "flash") else self.s.kernel
-        out = attention(q, k, v, bias=bias, mask=mask, kernel=kernel)
+        if windows is None or windows.size == x.shape[1]:
+            out = attention(q, k, v, bias=bias, mask=mask, kernel=kernel)
+        else:
+            out = attend_in_windows(functools.partial(attention, bias=bias, kernel=kernel), q, k, v, windows)
         # weight and bias of the temporal output start at zero: at step 0 the video model equals the image model
         init = nn.initializers.zeros if self.temporal else layers.KERNEL_INIT
         out = rearrange(out, "b s n k -> b s (n k)")
@@ -105,8 +112,8 @@ class GEGLUProjection(nn.Module):
 class TransformerBlock(nn.Module):
     """Spatial self-attention, cross-attention to the text, temporal self-attention, feed-forward.
 
-    Each is pre-norm and residual. x is (B, T+M, H, W, C), text (B, items, L, D) with the video as item 0. In the
-    interpolation stage the temporal attention comes last.
+    Each is pre-norm and residual. x is (B, T+M, H, W, C), text (B, items, L, D) with the video as item 0, or with an
+    item for every frame. In the interpolation stage the temporal attention comes last.
     """
 
     s: Setting
@@ -155,8 +162,13 @@ class TransformerBlock(nn.Module):
         return jnp.concatenate(out + [within(images)] if frames.images else out, axis=1)
 
     def _to_text(self, attn, x, text, mask):
-        """Attends to the text. The frames of a video share one text and form one sequence; images have their own."""
+        """Attends to the text. The frames of a video share one text and form one sequence; images have their own.
+
+        Frames with texts of their own are treated as images are.
+        """
         batch, height, frames = x.shape[0], x.shape[2], self.s.frames
+        if frames.video > 1 and per_frame(text, frames):
+            frames = Frames(0, x.shape[1])
         out = []
         if frames.video:
             video = rearrange(x[:, : frames.video], "b t h w c -> b (t h w) c")
@@ -175,7 +187,7 @@ class TransformerBlock(nn.Module):
 
         def over_time(video):
             batch, height = video.shape[0], video.shape[2]
-            video = add_motion(self.s.config, video, text, mask, self.s.dtype)
+            video = add_motion(self.s.config, video, text, mask, self.s.frames, self.s.dtype)
             y = attn(rearrange(norm(video), "b t h w c -> (b h w) t c"))
             return video + rearrange(y, "(b h w) t c -> b t h w c", b=batch, h=height)
 

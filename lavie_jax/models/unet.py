@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from lavie_jax.models import additions, layers
 from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, on_video
+from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.models.transformer import TRANSFORMER_EPS, Setting, Transformer
 from lavie_jax.models.unet_config import UNetConfig
 
@@ -155,23 +156,26 @@ class UNet(nn.Module):
         remat: which activations the backward pass recomputes to save memory. "none"; "block": those inside each down,
             mid and up block; "full": as "block", and those inside each layer once more; "offload": those inside each
             layer, while the outputs of layers wait in the host's memory.
+        attention_windows: windows of the temporal attention, for clips longer than those of training; None: one over
+            all frames.
     """
 
     config: UNetConfig
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "auto"
     remat: str = "none"
+    attention_windows: AttentionWindows | None = None
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b frames h w c_in"],
         t: Num[Array, " b"],
-        text: Float[Array, "b l d"] | None,
+        text: Float[Array, "b l d"] | Float[Array, "b t l d"] | None,
         image_text: Float[Array, "b m l d"] | None = None,
         image_t: Num[Array, "b m"] | None = None,
         noise_level: Num[Array, " b"] | None = None,
-        text_mask: Bool[Array, "b l"] | None = None,
+        text_mask: Bool[Array, "b l"] | Bool[Array, "b t l"] | None = None,
         image_text_mask: Bool[Array, "b m l"] | None = None,
     ) -> Float[Array, "b frames h w c_out"]:
         """Predicts in float32. The video does not depend on the images, nor an image on anything else.
@@ -180,7 +184,7 @@ class UNet(nn.Module):
             x: noisy latents, with the stage's condition concatenated to their channels. The first T frames are the
                 video's, the last M are images (LaVie sec. 3.2); M = 0 without `image_text`.
             t: timestep of each row.
-            text: the video's caption, None when T = 0.
+            text: the video's caption, or one for each of its frames; None when T = 0.
             image_text: the images' captions.
             image_t: timesteps of the images; those of their rows by default.
             noise_level: noise level of the super-resolution stage's low-resolution input (sec. 3.4).
@@ -191,9 +195,11 @@ class UNet(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"Unknown remat: {self.remat!r}. Choose from {', '.join(REMAT)}.")
         frames = split_frames(x, text, image_text)
-        s = Setting(config, frames, dtype, self.attention_kernel, self.remat)
+        s = Setting(config, frames, dtype, self.attention_kernel, self.remat, self.attention_windows)
 
-        t_items = _timestep_per_item(t, image_t, frames)
+        if text is not None and text.ndim == 3:  # one item for the whole video
+            text, text_mask = text[:, None], None if text_mask is None else text_mask[:, None]
+        t_items = _timestep_per_item(t, image_t, frames, 0 if text is None else text.shape[1])
         text_items = _concatenate_items(text, image_text).astype(dtype)
         mask_items = _mask_per_item(text, text_mask, image_text, image_text_mask)
         temb = TimestepEmbedding(config.block_out_channels[0], dtype, name="time_embedding")(t_items)
@@ -242,6 +248,8 @@ def split_frames(x: Array, text: Array | None, image_text: Array | None) -> Fram
     """Returns how many frames of x are the video's and how many are images; ValueError if the texts do not match."""
     images = 0 if image_text is None else image_text.shape[1]
     video = x.shape[1] - images
+    if text is not None and text.ndim == 4 and text.shape[1] != video:
+        raise ValueError(f"The video has {video} frames, but text for {text.shape[1]}.")
     if video < 0 or (video > 0) != (text is not None):
         raise ValueError(
             f"{x.shape[1]} frames with {images} image captions leave {video} for the video, whose text is "
@@ -250,14 +258,16 @@ def split_frames(x: Array, text: Array | None, image_text: Array | None) -> Fram
     return Frames(video, images)
 
 
-def _timestep_per_item(t: Array, image_t: Array | None, frames: Frames) -> Num[Array, "b items"]:
+def _timestep_per_item(t: Array, image_t: Array | None, frames: Frames, texts: int) -> Num[Array, "b items"]:
+    """The timesteps of the video, which has `texts` items, and of the images."""
     if image_t is None:
         image_t = jnp.broadcast_to(t[:, None], (t.shape[0], frames.images))
-    return jnp.concatenate([t[:, None], image_t], axis=1) if frames.video else image_t
+    video_t = jnp.broadcast_to(t[:, None], (t.shape[0], texts))
+    return jnp.concatenate([video_t, image_t], axis=1) if frames.video else image_t
 
 
 def _concatenate_items(video: Array | None, images: Array | None) -> Array:
-    items = [] if video is None else [video[:, None]]
+    items = [] if video is None else [video]
     return jnp.concatenate(items if images is None else [*items, images], axis=1)
 
 

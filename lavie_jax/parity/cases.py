@@ -62,7 +62,7 @@ class Needs:
     shapes: tuple[str, ...] = ()  # inputs, given by their shapes
     numbers: tuple[str, ...] = ()  # inputs, given as lists of numbers
     masks: tuple[str, ...] = ()  # inputs, given as a row of zeros and ones for each clip
-    settings: tuple[str, ...] = ()  # numbers, or `shape` or `modes`
+    settings: tuple[str, ...] = ()  # numbers, or `shape`, `modes` or `shuffles`
     stored: tuple[str, ...] = ()  # arrays; without the latents of samplers, which each case chooses
 
 
@@ -84,6 +84,14 @@ NEEDS = {
         shapes=("frames", "low_res_noise", "init", "context", "uncond_context"),
         settings=("steps", "guidance_scale", "noise_level"),
         stored=("noised_low_res", "latents"),
+    ),
+    "freenoise_unet": Needs(
+        shapes=("sample", "context"), numbers=("timesteps",), settings=("window", "stride"), stored=("output",)
+    ),
+    "freenoise_sample": Needs(
+        shapes=("init", "context", "uncond_context"),
+        settings=("steps", "guidance_scale", "window", "stride", "shuffles"),
+        stored=("noise",),
     ),
     "sampling_loops": Needs(model=False, settings=("shape",)),
     "seine_unet": Needs(
@@ -168,7 +176,7 @@ def check_fields(path: Path, case: Case, needs: Needs) -> None:
         require(path, is_mask(case.inputs.get(name)), f"the input {name} must be rows of zeros and ones")
     for name in needs.settings:
         value = case.settings.get(name)
-        valid = {"shape": is_shape, "modes": is_names}.get(name, is_number)(value)
+        valid = {"shape": is_shape, "modes": is_names, "shuffles": is_shuffles}.get(name, is_number)(value)
         require(path, valid, f"{name} is missing or invalid: {value!r}")
     for name in needs.stored:
         require(path, name in case.stored, f"its npz lacks {name}")
@@ -199,6 +207,13 @@ def is_names(value: Any) -> bool:
 def is_shape(value: Any) -> bool:
     """Whether a JSON value is a list of positive integers."""
     return isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
+
+
+def is_shuffles(value: Any) -> bool:
+    """Whether a JSON value is a list of lists of frames."""
+    if not isinstance(value, list) or not all(isinstance(block, list) for block in value):
+        return False
+    return all(type(frame) is int and frame >= 0 for block in value for frame in block)
 
 
 def first_line(error: BaseException) -> str:

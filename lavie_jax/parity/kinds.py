@@ -15,8 +15,10 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
 from lavie_jax.diffusion import Schedule, make_sampler, sample
+from lavie_jax.diffusion.free_noise import noise_sources
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
+from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
@@ -74,7 +76,7 @@ def load_params(case: Case, part: str, config: UNetConfig | VAEConfig | CLIPText
 def stage_of(case: Case) -> Stage:
     """Returns the stage that a case of a UNet or of its sampling belongs to."""
     name = case.kind.rpartition("_")[0]
-    return STAGES[{"seine": "prediction"}.get(name, name)]
+    return STAGES[{"seine": "prediction", "freenoise": "base"}.get(name, name)]
 
 
 def masked(case: Case) -> Condition:
@@ -114,16 +116,24 @@ def run_unet(case: Case) -> Arrays:
         return jnp.broadcast_to(jnp.asarray(case.inputs[name]), x.shape[:1])
 
     timesteps, level = per_row("timesteps"), per_row("noise_level") if "noise_level" in case.inputs else None
-    unet = UNet(unet_config(case.model, stage_of(case)))
+    unet = UNet(unet_config(case.model, stage_of(case)), attention_windows=attention_windows(case))
     variables = {"params": load_params(case, "unet", unet.config)}
     output = jax.jit(unet.apply)(variables, x, timesteps, take(case, "context"), noise_level=level)
     return {"output": channels_first(output)}
 
 
-def run_trajectory(case: Case, samplers: list[str], condition: Condition, null_context: str) -> Arrays:
-    """Returns each sampler's final latents, from the case's `init` noise, with classifier-free guidance."""
+def attention_windows(case: Case) -> AttentionWindows | None:
+    """Returns the windows of the temporal attention in FreeNoise's cases."""
+    sizes = [case.settings.get(name) for name in ("window", "stride")]
+    return None if None in sizes else AttentionWindows(*sizes)
+
+
+def run_trajectory(
+    case: Case, samplers: list[str], condition: Condition, null_context: str, init: jax.Array | None = None
+) -> Arrays:
+    """Returns each sampler's final latents, from the noise `init` (the case's by default), with guidance."""
     stage = stage_of(case)
-    unet = UNet(unet_config(case.model, stage))
+    unet = UNet(unet_config(case.model, stage), attention_windows=attention_windows(case))
     params = load_params(case, "unet", unet.config)
     text, null_text = Prompts(take(case, "context")), Prompts(take(case, null_context))
     guidance = case.settings["guidance_scale"]
@@ -138,16 +148,25 @@ def run_trajectory(case: Case, samplers: list[str], condition: Condition, null_c
     def noise_at(i):
         return channels_last(case.draw(f"{case.name}/noise/{i}", case.inputs["init"]))
 
-    latents = {}
+    latents, init = {}, take(case, "init") if init is None else init
     for name in samplers:
         sampler = make_sampler(name, case.settings["steps"], stage.schedule)
-        latents[name] = channels_first(sample(sampler, denoise, take(case, "init"), noise_at))
+        latents[name] = channels_first(sample(sampler, denoise, init, noise_at))
     return latents
 
 
 def run_base_sample(case: Case) -> Arrays:
     """Samples the base stage with each sampler for which the case has latents."""
     return run_trajectory(case, sorted(case.stored), STAGES["base"].condition({}), "uncond_context")
+
+
+def run_freenoise_sample(case: Case) -> Arrays:
+    """Samples the base stage with FreeNoise: rescheduled noise, then windowed temporal attention."""
+    sources = noise_sources(case.settings["window"], case.settings["shuffles"])
+    noise = take(case, "init")[:, sources]
+    samplers = sorted(set(case.stored) - {"noise"})
+    latents = run_trajectory(case, samplers, STAGES["base"].condition({}), "uncond_context", init=noise)
+    return {"noise": channels_first(noise), **latents}
 
 
 def run_interpolation_sample(case: Case) -> Arrays:
@@ -266,6 +285,8 @@ RUN: dict[str, Callable[[Case], Arrays]] = {
     "base_sample": run_base_sample,
     "interpolation_sample": run_interpolation_sample,
     "vsr_sample": run_vsr_sample,
+    "freenoise_unet": run_unet,
+    "freenoise_sample": run_freenoise_sample,
     "sampling_loops": run_sampling_loops,
     "seine_unet": run_unet,
     "seine_sample": run_seine_sample,

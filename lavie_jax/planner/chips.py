@@ -107,7 +107,7 @@ def versions() -> dict[str, str]:
 
 
 class Bound(NamedTuple):
-    """Lower bounds of a step's time in seconds, for three reasons."""
+    """Lower bounds of a step's time in seconds, set by arithmetic, memory traffic and links."""
 
     arithmetic: float
     memory: float

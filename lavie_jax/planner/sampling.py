@@ -9,7 +9,7 @@ import numpy as np
 
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
-from lavie_jax.cascade.denoising import predict_rows, sequential_guidance
+from lavie_jax.cascade.denoising import in_windows, predict_rows, sequential_guidance
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
@@ -94,8 +94,9 @@ def _guided_step(
         function=predict_rows,
         arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), Prompts(text), Prompts(text), condition),
         static={
-            "unet": unet, "guidance": float(settings.guidance), "rescale": float(settings.guidance_rescale),
-            "image": False, "sequential_guidance": sequential, "mesh": mesh,
+            "unet": in_windows(unet, stage.attention_windows(settings)), "guidance": float(settings.guidance),
+            "rescale": float(settings.guidance_rescale), "image": False,
+            "sequential_guidance": sequential, "mesh": mesh,
         },
         mesh=mesh,
         held={"parameters": params["unet"]},

@@ -50,15 +50,16 @@ def _sampling_page(rows: list[Row], source: str) -> str:
     header = [
         "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "HBM limit", "fits",
     ]  # fmt: skip
-    by_program = {(row["kind"], row["program"]): row for row in rows}
+    by_program = {(row["kind"], row["program"]): row for row in rows if not row["changed"]}
+    wanted = [(stage.name, program) for stage in STAGES.values() for program in program_names(stage)]
+    named = [(stage, by_program[stage, program]) for stage, program in wanted if (stage, program) in by_program]
+    named += [(_changed(row), row) for row in rows if row["changed"]]
     cells = []
-    for stage, program in ((s.name, program) for s in STAGES.values() for program in program_names(s)):
-        if (row := by_program.get((stage, program))) is None:
-            continue
+    for stage, row in named:
         chip, _ = chips.parse(row["topology"])
         plan = [_cell(row, name) for name in ("arguments", "temporary", "outputs", "code", "beside")]
         verdict = "yes" if fits(row) else "**no**"
-        cells.append([stage, program, row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
+        cells.append([stage, row["program"], row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
     return SAMPLING.format(source=source, table=results.markdown(header, cells), versions=_versions(rows))
 
 
@@ -66,6 +67,11 @@ def _name(row: Row) -> list[str]:
     changed = "".join(f" {name}={value}" for name, value in row["changed"].items())
     where = row["topology"] if row["slices"] == 1 else f"{row['slices']} x {row['topology']}"
     return [f"`{row['config']}`{changed}", where]
+
+
+def _changed(row: Row) -> str:
+    """The stage with its changed settings: `base long=free_noise`."""
+    return " ".join([row["kind"], *(f"{name.rpartition('.')[2]}={value}" for name, value in row["changed"].items())])
 
 
 def _mesh(row: Row) -> str:
@@ -139,6 +145,8 @@ commands add the rows:
     python -m lavie_jax.planner --config configs/base.py --sample base --json docs/{source}
     python -m lavie_jax.planner --config configs/interpolation.py --sample interpolation --json docs/{source}
     python -m lavie_jax.planner --config configs/vsr.py --sample vsr --json docs/{source}
+    python -m lavie_jax.planner --config configs/base.py --sample base --program "guided step" --json docs/{source} \\
+        --config.sampling.frames=64 --config.sampling.long=free_noise --config.sampling.long_window=16
 
 GiB of one TPU v5e chip, from the compiler's plan ({versions}); nothing was run on a TPU. The programs are those of
 `lavie_jax/cascade/` at its default sizes: weights in bfloat16, the x4 VAE in float32, flash attention where it fits.

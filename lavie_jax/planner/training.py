@@ -21,7 +21,7 @@ from lavie_jax.training.step import Task, make_held_out, make_update
 
 
 class _Run(NamedTuple):
-    """What both programs of a run share: its task, and the shapes that are on the devices all the time."""
+    """Shared by both programs of a run: its task, and the shapes that are on the devices all the time."""
 
     task: Task
     tx: optax.GradientTransformation

@@ -1,1 +1,1 @@
-"""Requests and files of `sample.py`: prompts, outputs, contact sheets, cached stages. No jax: errors come fast."""
+"""Requests and files of `sample.py`: prompts, outputs, sheets, cached stages. Without jax, for early error messages."""

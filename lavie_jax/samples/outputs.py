@@ -84,11 +84,13 @@ def make_request(
     hashes: Mapping[str, str],
     *,
     negative_prompt: str | None = None,
+    prompts_at: Mapping[int, str] | None = None,
     clip_hash: str | None = None,
     known_hashes: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """Returns everything that determines a sample, as JSON values.
 
+    `prompts_at` are several prompts over time, of which `prompt` is then the name.
     `settings` and `hashes` (of the weights) are {stage: ...}. The main stage's are entries of the
     request itself, as in a call and on the command line; another stage's are under its name. `known_hashes` are those
     of the pictures that are given as frames.
@@ -103,6 +105,8 @@ def make_request(
         request |= values if STAGE_INFO[stage].main else {stage: values}
     if negative_prompt is not None:
         request["negative_prompt"] = negative_prompt
+    if prompts_at is not None:
+        request["prompts_at"] = {str(frame): text for frame, text in prompts_at.items()}
     return request
 
 

@@ -1,9 +1,11 @@
 """Prompts from the command line and from txt, csv and jsonl files. Standard library only, for a fast start."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,27 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import MAX_SEED
 from lavie_jax.text_files import read_delimited, read_text
 
-FIELDS = ("prompt", "seed", "negative_prompt")
+FIELDS = ("prompt", "prompts_at", "seed", "negative_prompt")
 _QUOTE = 'put a prompt with commas in "quotes"'
 _WHOLE = re.compile(r"\d+\.0*")
+_AT = re.compile(r"\s*([0-9]{1,9})\s*:(.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt to sample; None means the run's seed or negative prompt."""
+    """A prompt to sample; None means the run's seed or negative prompt.
+
+    `at` are several prompts over time, {frame: prompt}, which `text` then writes in one line.
+    """
 
     text: str
+    at: Mapping[int, str] | None = None
     seed: int | None = None
     negative: str | None = None
 
 
 def check_seed(seed: Any, where: str = "seed") -> int:
-    """`seed` as an int. Raises UserError when it is not a whole number from 0 to 2^32 - 1."""
+    """Returns `seed` as an int. Raises UserError unless it is a whole number from 0 to 2^32 - 1."""
     try:
         if isinstance(seed, str) and _WHOLE.fullmatch(seed.strip()):
             seed = seed.strip().partition(".")[0]  # spreadsheets write 42.0
@@ -47,12 +54,58 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: not valid Unicode text: {text!r}") from None
 
 
+def parse_prompts_at(text: str, where: str = "prompts-at") -> dict[int, str]:
+    """Parses `"0: a red circle | 32: a blue circle"` to {frame: prompt}. Raises UserError for any other form."""
+    pairs = []
+    for part in text.split("|"):
+        match = _AT.fullmatch(part)
+        if match is None:
+            raise UserError(
+                f'{where}: {part.strip()!r} is not FRAME: PROMPT; write "0: a red circle | 32: a blue circle"'
+            )
+        pairs.append((int(match[1]), match[2]))
+    return _in_order(pairs, where)
+
+
+def check_prompts_at(prompts: Any, where: str = "prompts_at") -> dict[int, str]:
+    """Returns prompts over time, {frame: prompt}. Raises UserError if they are anything else, or in disorder."""
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise UserError(f'{where} must be like {{0: "a red circle", 32: "a blue circle"}}, not {prompts!r}')
+    return _in_order(list(prompts.items()), where)
+
+
+def _in_order(pairs: Sequence[tuple[Any, Any]], where: str) -> dict[int, str]:
+    for frame, text in pairs:
+        if not isinstance(frame, Integral) or isinstance(frame, bool) or frame < 0:
+            raise UserError(f"{where}: frames are whole numbers from 0, not {frame!r}")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: the prompt of frame {frame} is empty or not text: {text!r}")
+        check_unicode(text, where)
+    for (frame, _), (after, _) in itertools.pairwise(pairs):
+        if after == frame:
+            raise UserError(f"{where}: frame {frame} is given twice")
+        if after < frame:
+            raise UserError(f"{where}: frames must ascend, but {after} follows {frame}")
+    return {int(frame): " ".join(text.split()) for frame, text in pairs}
+
+
+def one_line(prompts: Mapping[int, str]) -> str:
+    """Returns prompts over time as `parse_prompts_at` reads them."""
+    return " | ".join(f"{frame}: {text}" for frame, text in prompts.items())
+
+
+def check_within(prompts: Mapping[int, str], frames: int, where: str = "prompts_at") -> None:
+    """Raises UserError for a prompt at a frame beyond a clip of `frames`."""
+    if (last := max(prompts)) >= frames:
+        raise UserError(f"{where}: frame {last} is beyond the clip, whose frames are 0 to {frames - 1}")
+
+
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, at least one.
+    """Returns the prompts of a file, at least one.
 
     - `.txt`: one prompt per line; empty lines are skipped.
     - `.csv` and `.tsv`: a header with `prompt`, and optionally `seed` and `negative_prompt`; divided by commas, tabs,
-      semicolons or vertical bars.
+      semicolons or vertical bars. `prompts_at` replaces `prompt` in rows with several prompts over time.
     - `.jsonl`: one object per line with the same names.
 
     Raises UserError for a file that is missing, empty, not UTF-8 or of another type, and for an invalid line, with its
@@ -129,12 +182,17 @@ def _check_fields(where: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in FIELDS:
             raise UserError(f"{where}: unknown field {name!r}{suggest(str(name), FIELDS)}")
-    if "prompt" not in names:
+    if not {"prompt", "prompts_at"}.intersection(names):
         raise UserError(f"{where}: the field 'prompt' is missing")
 
 
 def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
-    text, negative = values.get("prompt", ""), values.get("negative_prompt")
+    text, negative, at = values.get("prompt", ""), values.get("negative_prompt"), values.get("prompts_at")
+    if at is not None:
+        if text or not isinstance(at, str):
+            raise UserError(f"{where}: give a text as either prompt or prompts_at")
+        at = parse_prompts_at(at, f"{where}, prompts_at")
+        text = one_line(at)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the prompt is empty or not text: {text!r}")
     if negative is not None and not isinstance(negative, str):
@@ -142,4 +200,4 @@ def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
     for part in (text, negative or ""):
         check_unicode(part, where)
     seed = check_seed(values["seed"], f"{where}, seed") if "seed" in values else None
-    return Prompt(text=" ".join(text.split()), seed=seed, negative=negative)
+    return Prompt(text=" ".join(text.split()), at=at, seed=seed, negative=negative)

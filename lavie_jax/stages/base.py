@@ -1,15 +1,28 @@
-"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only."""
+"""Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only.
 
+`long="free_noise"` makes clips that are longer than those of training, without training (FreeNoise, arXiv 2310.15169):
+frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md).
+"""
+
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float
 
+from lavie_jax.diffusion.free_noise import noise_sources, shuffle_count, shuffles
+from lavie_jax.diffusion.making import adds_noise
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
+from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.stages.clips import check_sides
 from lavie_jax.stages.settings import BaseSettings
 from lavie_jax.stages.stage import LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, grid, whole
+
+LONG_SAMPLER = "ddim"  # FreeNoise's; fresh noise at every step would undo the rescheduling
+SHUFFLE_STREAM = 2**32 - 2  # of the noise whose order shuffles the frames
 
 
 class Base(Stage):
@@ -27,9 +40,36 @@ class Base(Stage):
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: None) -> BaseSettings:
-        settings = BaseSettings.make(weights.sampling, given)
+        settings: BaseSettings = BaseSettings.make(weights.sampling, given)
         check_sides(settings.height, settings.width, weights.vae.config.factor)
-        return settings
+        if settings.long is None and settings.long_window is not None and given.get("long_window") is not None:
+            raise UserError(f"long_window = {settings.long_window} is for long = free_noise, which is not given")
+        return settings if settings.long is None else self._resolve_long(weights, given, settings)
+
+    def _resolve_long(self, weights: StageWeights, given: Mapping[str, Any], settings: BaseSettings) -> BaseSettings:
+        """Sets the window and the sampler. Raises UserError if the model, the clip or the sampler cannot do it."""
+        trained = weights.sampling.get("long_window") or weights.sampling["frames"]
+        window = settings.long_window or trained
+        if weights.unet.config.temporal_attention == "none" or trained < 2:
+            raise UserError(f"long: {settings.long} needs a model that was trained on videos; this one makes images")
+        if window > trained:
+            raise UserError(
+                f"long_window: {window} frames are more than this model was trained on; use at most {trained}"
+            )
+        if settings.frames < window:
+            raise UserError(
+                f"long: {settings.long} makes clips of at least one window, {window} frames, not {settings.frames}: "
+                "give more frames, or leave out long"
+            )
+        sampler = settings.sampler
+        if adds_noise(sampler):
+            if given.get("sampler") is not None:
+                raise UserError(
+                    f"long: {settings.long} needs a sampler without fresh noise at every step, such as {LONG_SAMPLER}, "
+                    f"not {sampler}"
+                )
+            sampler = LONG_SAMPLER
+        return dataclasses.replace(settings, long_window=window, sampler=sampler)
 
     def is_image(self, settings: BaseSettings) -> bool:
         return settings.frames == 1
@@ -41,10 +81,29 @@ class Base(Stage):
     def windows(self, shape: Sequence[int], settings: BaseSettings) -> list[Window]:
         return grid(*map(whole, shape[:3]))
 
+    def attention_windows(self, settings: BaseSettings) -> AttentionWindows | None:
+        """Returns windows that start every quarter of their length, as FreeNoise's."""
+        if settings.long is None:
+            return None
+        return AttentionWindows(settings.long_window, max(1, settings.long_window // 4))
+
     def noise(
-        self, model: LoadedStage, seed: int, stream: int, frames: range, shape: tuple[int, int, int, int]
+        self,
+        model: LoadedStage,
+        settings: BaseSettings,
+        seed: int,
+        stream: int,
+        frames: range,
+        shape: tuple[int, int, int, int],
     ) -> Float[Array, "t h w c"]:
-        return model.noise(seed, stream, shape)[frames.start : frames.stop]
+        part = slice(frames.start, frames.stop)
+        windows = self.attention_windows(settings)
+        if windows is None:
+            return model.noise(seed, stream, shape)[part]
+        blocks = shuffle_count(shape[0], windows.size, windows.stride)
+        scores = np.asarray(model.noise(seed, SHUFFLE_STREAM, (blocks, windows.stride)))
+        sources = noise_sources(windows.size, shuffles(shape[0], windows.size, scores))
+        return model.noise(seed, stream, (windows.size, *shape[1:]))[sources[part]]
 
 
 STAGE = Base()

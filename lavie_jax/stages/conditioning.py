@@ -4,11 +4,12 @@ Both use the same `Condition`, from `Stage.condition`. Latents are scaled, (B, T
 and never generated inside a condition, so that a sample depends only on its own seed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lavie_jax import random
@@ -27,12 +28,13 @@ class Condition(NamedTuple):
 class Text(NamedTuple):
     """Encoded captions of the videos and of the images; None if the batch has no videos or no images.
 
-    The masks are True at tokens and False at padding. None means no padding, as in CLIP's captions.
+    A video has one caption, or one for each of its frames, (B, T, L, D). The masks are True at tokens and False at
+    padding. None means no padding, as in CLIP's captions.
     """
 
-    video: Float[Array, "b l d"] | None
+    video: Float[Array, "b *t l d"] | None
     images: Float[Array, "b m l d"] | None = None
-    video_mask: Bool[Array, "b l"] | None = None
+    video_mask: Bool[Array, "b *t l"] | None = None
     image_mask: Bool[Array, "b m l"] | None = None
 
 
@@ -41,6 +43,32 @@ class Prompts(NamedTuple):
 
     hidden: Float[ArrayLike, "*b l d"]
     mask: Bool[ArrayLike, "*b l"] | None = None
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether these are the prompts of a clip's frames, (T, L, D), and not one, (L, D)."""
+        return self.hidden.ndim == 3
+
+    def repeated(self, frames: int) -> "Prompts":
+        """One prompt for each of many frames."""
+        return jax.tree.map(lambda x: np.broadcast_to(x, (frames, *x.shape)), self)
+
+    def mixed(self, weights: Float[np.ndarray, "t k"]) -> "Prompts":
+        """Mixes K prompts to the text of each of T frames, whose tokens are real where any of their prompts has one."""
+        hidden = np.tensordot(weights, np.asarray(self.hidden, np.float32), 1).astype(self.hidden.dtype)
+        return Prompts(hidden, None if self.mask is None else (weights > 0) @ self.mask)
+
+
+def travel_weights(at: Sequence[int], frames: int, length: int) -> Float[np.ndarray, "t k"]:
+    """Returns the weight of K prompts in each frame: linear between the frames `at` which they hold, constant outside.
+
+    Args:
+        at: the frame of each prompt, ascending, counted in a clip of `frames`.
+        frames: length of that clip.
+        length: number of frames of the clip at hand, which shows the same at another frame rate.
+    """
+    time = np.linspace(0, frames - 1, length)
+    return np.stack([np.interp(time, at, alone) for alone in np.eye(len(at))], axis=-1).astype(np.float32)
 
 
 class EncodedClips(NamedTuple):
@@ -130,8 +158,8 @@ def denoiser(
     Args:
         unet: the network, whose `apply` is called.
         params: its parameters.
-        text: encoded prompts.
-        null_text: encoded negative or empty prompts.
+        text: encoded prompts, one for each video or for each of its frames.
+        null_text: encoded negative or empty prompts, likewise.
         condition: the stage's condition.
         guidance: the guidance scale; 1 leaves out the unconditional half.
         rescale: see `guide`.

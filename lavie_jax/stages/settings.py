@@ -111,6 +111,15 @@ class BaseSettings(Settings):
     frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
     height: int = field("height in pixels", metavar="H", low=1)
     width: int = field("width in pixels", metavar="W", low=1)
+    long: str | None = field(
+        "how to make more frames than the model was trained on: free_noise, FreeNoise's windows (default: as any clip)",
+        metavar="NAME",
+        default=None,
+        choices=("free_noise",),
+    )
+    long_window: int | None = field(
+        "frames per window of --long (default: as many as the model was trained on)", metavar="T", default=None, low=2
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,14 +332,14 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
             raise UserError(f"stages: unknown {name!r}{suggest(name, STAGE_INFO)}")
     if not stages:
         raise UserError(f"stages: none given. Allowed: {', '.join(STAGE_INFO)}")
-    if repeated := next((name for name in stages if stages.count(name) > 1), None):
-        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     for before, after in zip(stages, stages[1:]):
         if STAGE_INFO[before].produces not in STAGE_INFO[after].consumes:
             raise UserError(
                 f"stages: {','.join(stages)} cannot be run in this order: {after} cannot start from the output of "
                 f"{before}. Allowed order: {', '.join(STAGE_INFO)}"
             )
+    if repeated := next((name for name in stages if stages.count(name) > 1), None):
+        raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     first = STAGE_INFO[stages[0]]
     if own_clip and not first.consumes:
         others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)

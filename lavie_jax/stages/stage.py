@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.registry import PARTS
+from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.conditioning import (
     Condition,
@@ -80,8 +81,8 @@ class Stage:
     """One stage of the cascade: its released settings, what its UNet is conditioned on, and how a clip goes through it.
 
     The methods come in the order in which they are called: `training_inputs`, `condition` and `training_pair` in
-    training; `resolve`, `segments`, `latent_shape`, `windows`, `segment_input`, `prepare`, `noise` and `finish` in
-    sampling.
+    training; `resolve`, `segments`, `latent_shape`, `windows`, `attention_windows`, `segment_input`, `prepare`, `noise`
+    and `finish` in sampling.
 
     Attributes:
         name: see `StageInfo`.
@@ -287,8 +288,18 @@ class Stage:
         """Returns `concat` and `noise_level` of one clip's condition, computed from the frames of the input clip."""
         return None, None
 
+    def attention_windows(self, settings: Settings) -> AttentionWindows | None:
+        """Returns windows of the temporal attention inside the UNet; None for one over all frames."""
+        return None
+
     def noise(
-        self, model: LoadedStage, seed: int, stream: int, frames: range, shape: tuple[int, int, int, int]
+        self,
+        model: LoadedStage,
+        settings: Settings,
+        seed: int,
+        stream: int,
+        frames: range,
+        shape: tuple[int, int, int, int],
     ) -> Float[Array, "t h w c"]:
         """Returns standard normal noise for frames of latents of `shape`, keyed by seed, stream and frame index."""
         return model.frame_noise(seed, stream, frames, shape[1:])

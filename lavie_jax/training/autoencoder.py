@@ -116,9 +116,9 @@ class Rows(NamedTuple):
     """The frames of a batch: those of the clips of all rows, then the images of all rows.
 
     Attributes:
-        count: of rows.
-        frames: of the clip of a row.
-        images: of a row.
+        count: number of rows.
+        frames: number of frames of a row's clip.
+        images: number of images of a row.
     """
 
     count: int
@@ -132,7 +132,7 @@ class Rows(NamedTuple):
         return cls(next(iter(batch.values())).shape[0], frames, images)
 
     def draw(self, key: random.Key, draw: Callable[[Array, int], Array]) -> Array:
-        """Returns the random numbers of all frames; `draw(key, frames)` returns those of as many frames."""
+        """Returns the random numbers of all frames; `draw(key, frames)` returns those of that many frames."""
 
         def by_row(key: Array, count: int) -> Array:
             """Returns `draw` for `count` rows of frames and images, grouped by row."""

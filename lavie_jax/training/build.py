@@ -16,7 +16,7 @@ from lavie_jax import weights
 from lavie_jax.data import moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
-from lavie_jax.diffusion import late_start, make_sampler, noisy_end
+from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
@@ -115,7 +115,7 @@ def check_stage(config: Any) -> None:
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
     chosen = any(config.sampling.get(name) is not None for name in ("sampler", "steps", "spacing"))
-    if chosen and (warning := late_start(sampler) or noisy_end(sampler)):
+    if chosen and (warning := chain_warning(sampler)):
         logging.warning("config group 'sampling': %s", warning)
     factor = models.vae.config.factor
     for height, width in data.sizes:

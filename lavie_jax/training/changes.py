@@ -1,4 +1,4 @@
-"""What a resumed run changes: fields of its config that differ from the checkpoint's, and what follows from them."""
+"""Reports what a resumed run changes: fields that differ from the checkpoint's config, and the consequences."""
 
 from collections.abc import Mapping
 from typing import Any

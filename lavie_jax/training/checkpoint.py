@@ -127,7 +127,7 @@ class Checkpoints:
             self._give_up(error)
 
     def measured(self, step: int, held_out: float) -> None:
-        """Records the held-out loss of a step that was saved. A step without is never among the best."""
+        """Records the held-out loss of a saved step. A step without one is never among the best."""
         self._held_out[step] = held_out
         there = {str(k): v for k, v in self._held_out.items() if k in {*self._manager.all_steps(), step}}
         if jax.process_index() == 0:

@@ -3,13 +3,13 @@
 A host whose program fails leaves the others waiting in a collective, for ever or until jax gives up after minutes.
 Three things prevent that, all of them by the key-value store of jax's coordination service, which the first host runs:
 
-* Problems of the start are agreed on: every host reports at the end of a `Hosts.agreed` block whether it succeeded, and
-  all raise an error if one did not, so that each can clean up.
+* Errors at the start are shared: at the end of a `Hosts.agreed` block, every host reports whether it succeeded. All of
+  them raise an error if one did not, so that each can clean up.
 * Later, a host that fails stores the reason and leaves at once (`Hosts.leave_together`). A thread of each other host
   sees the reason within a second, prints it and ends the process, whatever the main thread waits for.
-* That thread is also the host's heartbeat. The first host watches those of all, and ends the run if one is silent.
+* That thread also sends the host's heartbeat. The first host watches all heartbeats, and ends the run if one stops.
 
-On one host everything here does nothing.
+With one host, everything here does nothing.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from jax._src import distributed  # the only way to the key-value store
 
 from lavie_jax.errors import AgreedError, UserError
 
-BEAT = 1.0  # seconds between two looks at the other hosts
+BEAT = 1.0  # seconds between checks of the other hosts
 SILENT = 20.0  # seconds without a heartbeat after which a host counts as dead
 GRACE = 2.0  # seconds in which a host may report an error of its own before it leaves because of another's
 PATIENCE = 5.0  # seconds that the first host stays for the others, which need its service to learn the reason

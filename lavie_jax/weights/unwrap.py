@@ -1,4 +1,4 @@
-"""Takes off what trainers put around a model's names: wrappers, one common prefix, averages, schedule buffers.
+"""Removes what trainers add to a model's tensors: wrappers and a prefix of names, averages, schedule buffers.
 
 Each function returns the tensors under plain names, and notes for the user on what it did.
 """
@@ -20,7 +20,7 @@ ANCHORS = {
 }
 # Modules of torch.compile, FSDP and DeepSpeed, which can be anywhere in a name.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# Other modules of a whole pipeline, by the part that was asked for.
+# Other modules of a whole pipeline, by the requested part.
 OTHER_MODULES = {
     "unet": ("vae.", "first_stage_model.", "text_encoder.", "cond_stage_model."),
     "vae": ("loss.",),  # the discriminator that trained it
