@@ -335,14 +335,14 @@ def test_held_out_batches_and_losses_are_planned():
     assert held_out.trace().out_info["video_loss"].shape == ()
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
 def test_the_sampling_programs_have_the_shapes_of_their_stage(stage):
     step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
     assert (step.name, *(p.name for p in others)) == program_names(STAGES[stage])
-    sides = {"base": (16, 40, 64), "interpolation": (61, 40, 64), "vsr": (8, 320, 512)}[stage]
+    sides = {"interpolation": (61, 40, 64), "vsr": (8, 320, 512)}.get(stage, (16, 40, 64))
     assert step.arguments[1].shape == (1, *sides, 4)
-    assert step.static["sequential_guidance"] == (stage != "base")
-    frames = {"base": (4, 40, 64, 4), "interpolation": (4, 40, 64, 4), "vsr": (1, 320, 512, 4)}[stage]
+    assert step.static["sequential_guidance"] == (stage in ("interpolation", "vsr"))
+    frames = (1, 320, 512, 4) if stage == "vsr" else (4, 40, 64, 4)
     assert others[0].arguments[1].shape == frames
 
 
