@@ -1,0 +1,171 @@
+"""LoRA files and textual inversions for the stages that take them: `--lora`, `--embedding`, and `load(loras=...)`.
+
+Both are merged into the weights when these are loaded, one tensor at a time. They are checked before, against the names
+and shapes in the weights folders.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lavie_jax.data import tokens
+from lavie_jax.errors import UserError, user_path
+from lavie_jax.stages import STAGES
+from lavie_jax.weights import Part, Weights
+from lavie_jax.weights.embeddings import Embedding, read_embedding
+from lavie_jax.weights.folder import read_part
+from lavie_jax.weights.lora import Lora, merge_array, read_lora, shapes_of
+
+TOKEN_EMBEDDING = "embeddings/token_embedding/embedding"  # path of CLIP's table of tokens
+PARTS = ("unet", "text_encoder")  # that a LoRA may change
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Parses FILE[:SCALE]; the scale is what parses as a number after the last colon."""
+    file, colon, scale = text.rpartition(":")
+    if not colon or not file or user_path(text).exists():
+        return text, 1.0
+    try:
+        return file, float(scale)
+    except ValueError:
+        return text, 1.0
+
+
+def parse_embedding(text: str) -> tuple[str, str | None]:
+    """Parses FILE[:TOKEN]; a token does not contain slashes, and a drive's letter is not a file."""
+    file, colon, word = text.rpartition(":")
+    if not colon or len(file) < 2 or set(word) & set("/\\") or user_path(text).exists():
+        return text, None
+    return file, word
+
+
+@dataclasses.dataclass(frozen=True)
+class Personal:
+    """What a user adds to the weights.
+
+    Attributes:
+        loras: (file, strength), merged in this order.
+        embeddings: new words.
+    """
+
+    loras: tuple[tuple[Lora, float], ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+
+    @classmethod
+    def read(cls, loras: Iterable[Any] = (), embeddings: Iterable[Any] = ()) -> "Personal":
+        """Reads files: a LoRA is a path or (path, strength), an embedding a path or (path, word). Raises UserError."""
+        pairs = [one if isinstance(one, tuple | list) else (one, 1.0) for one in loras]
+        for file, strength in pairs:
+            if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+                raise UserError(f"the scale of the LoRA {file} must be a finite number, not {strength!r}")
+        words = [one if isinstance(one, tuple | list) else (one, None) for one in embeddings]
+        return cls(
+            loras=tuple((read_lora(Path(file)), float(strength)) for file, strength in pairs),
+            embeddings=tuple(read_embedding(Path(file), word) for file, word in words),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.loras or self.embeddings)
+
+    @property
+    def words(self) -> dict[str, int]:
+        """{new word: number of its vectors}."""
+        words = {}
+        for one in self.embeddings:
+            if one.word in words:
+                raise UserError(f"two embeddings have the word {one.word!r}: give one another, as in FILE:WORD")
+            words[one.word] = len(one.vectors)
+        return words
+
+    def record(self) -> dict[str, Any]:
+        """Returns what determines a sample, as JSON values; {} without files."""
+        loras = [{"scale": strength, "sha256": lora.sha256} for lora, strength in self.loras]
+        embeddings = [{"word": one.word, "sha256": one.sha256} for one in self.embeddings]
+        return ({"loras": loras} if loras else {}) | ({"embeddings": embeddings} if embeddings else {})
+
+    def files(self) -> dict[str, list[str]]:
+        """Returns the paths of the files, for the record of how a sample was made; {} without files."""
+        loras, embeddings = [str(lora.path) for lora, _ in self.loras], [str(one.path) for one in self.embeddings]
+        return ({"loras": loras} if loras else {}) | ({"embeddings": embeddings} if embeddings else {})
+
+    def apply(self, weights: Mapping[str, Weights]) -> tuple[dict[str, Weights], list[str]]:
+        """Merges everything into the stages that take it.
+
+        Args:
+            weights: {stage: weights folder}; for one that was loaded without parameters, all is checked and the words
+                are added.
+
+        Returns:
+            The weights, and notes for the user about what does not apply.
+
+        Raises:
+            UserError: a file belongs to another model, or a word is in the vocabulary.
+        """
+        if not self:
+            return dict(weights), []
+        takers = [stage for stage in weights if STAGES[stage].takes_adapters]
+        others = [stage for stage in weights if stage not in takers]
+        what = " and ".join(
+            ["LoRA files"] * bool(self.loras) + ["embeddings"] * bool(self.embeddings)
+        )  # of Stable Diffusion 1.x
+        if not takers:
+            raise UserError(
+                f"{what} of Stable Diffusion 1.x do not fit the stage {', '.join(others)}; they are for "
+                f"{', '.join(name for name, stage in STAGES.items() if stage.takes_adapters)}"
+            )
+        notes = [f"{what} are not applied to {', '.join(others)}, which is of another model family"] if others else []
+        changed = dict(weights)
+        for stage in takers:
+            changed[stage], more = self._stage(weights[stage])
+            notes += [line for line in more if line not in notes]
+        return changed, notes
+
+    def _stage(self, weights: Weights) -> tuple[Weights, list[str]]:
+        """Returns the weights of one stage, with everything merged, and notes."""
+        notes, parts = [], {}
+        flat = {part: flatten_dict(getattr(weights, part).params, sep="/") for part in PARTS}
+        loaded = any(flat.values())
+        shapes = {part: shapes_of(flat[part] if loaded else read_part(weights.path, part)[1]) for part in PARTS}
+        merges: list[tuple[Any, float]] = []
+        for lora, strength in self.loras:
+            changes, more = lora.changes(shapes)
+            notes += more
+            merges.append((changes, strength))
+        for part in PARTS if loaded else ():
+            for path in flat[part]:
+                own = [(changes[part][path], strength) for changes, strength in merges if path in changes[part]]
+                if own:
+                    flat[part][path] = merge_array(flat[part][path], own)
+            parts[part] = Part(getattr(weights, part).config, unflatten_dict(flat[part], sep="/"))
+        weights = dataclasses.replace(weights, **parts)
+        return (self._with_words(weights, shapes["text_encoder"]) if self.embeddings else weights), notes
+
+    def _with_words(self, weights: Weights, shapes: Mapping[str, Sequence[int]]) -> Weights:
+        """Returns weights whose tokenizer and token embedding have the new words."""
+        width = shapes.get(TOKEN_EMBEDDING, (0, 0))[1]
+        for one in self.embeddings:
+            if one.vectors.shape[1] != width:
+                family = {1024: ", Stable Diffusion 2's", 1280: ", Stable Diffusion XL's"}.get(one.vectors.shape[1], "")
+                raise UserError(
+                    f"{one.path} has vectors of width {one.vectors.shape[1]}{family}, but the text encoder of "
+                    f"{weights.path} has {width}"
+                )
+        first = len(tokens.load_tokenizer(weights.tokenizer_dir, self.words)) - sum(self.words.values())
+        rows = np.concatenate([one.vectors for one in self.embeddings])
+        part = weights.text_encoder
+        size = max(part.config.vocab_size, first + len(rows))
+        params = flatten_dict(part.params, sep="/")
+        if params:
+            old = np.asarray(params[TOKEN_EMBEDDING])
+            table = np.zeros((size, width), old.dtype)
+            table[: len(old)] = old
+            table[first : first + len(rows)] = rows.astype(old.dtype)
+            params[TOKEN_EMBEDDING] = table
+        config = dataclasses.replace(part.config, vocab_size=size)
+        encoder = Part(config, unflatten_dict(params, sep="/"))
+        return dataclasses.replace(weights, text_encoder=encoder, new_words=self.words)
