@@ -276,10 +276,11 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from lavie_jax import cascade
-    from lavie_jax.cascade.personal import Personal, parse_embedding, parse_lora
+    from lavie_jax.cascade.personal import Personal, parse_embedding
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
+    from lavie_jax.weights.lora import parse_lora
 
     devices = local_devices()  # fails in one line, before weights are read
 

@@ -36,9 +36,11 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-# Their networks equal those of Moving Shapes' base and vsr, or differ only in the first layer.
+# Their networks equal those of base and vsr, or differ only in the first layer.
 LIKE_OTHERS = [
-    f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "prediction", "interpolation", "upscaler")
+    "configs/lora.py",
+    "configs/moving_shapes/lora.py",
+    *(f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "prediction", "interpolation", "upscaler")),
 ]
 
 
@@ -77,6 +79,7 @@ RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the r
     "configs/prediction.py": ((16, 4, 320, 512), 909.2, 909.2),
     "configs/interpolation.py": ((61, 0, 256, 256), 909.1, 909.1),
     "configs/vsr.py": ((8, 0, 320, 320), 691.0, 217.6),
+    "configs/lora.py": ((0, 1, 320, 512), 909.1, 1.6),
 }
 
 

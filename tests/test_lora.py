@@ -10,10 +10,10 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from lavie_jax.cascade.personal import Personal, parse_embedding, parse_lora
+from lavie_jax.cascade.personal import Personal, parse_embedding
 from lavie_jax.errors import UserError
 from lavie_jax.weights import load_folder
-from lavie_jax.weights.lora import merge_array, read_lora
+from lavie_jax.weights.lora import merge_array, parse_lora, read_lora
 from lavie_jax.weights.lora_deltas import ModuleDelta
 from lavie_jax.weights.lora_keys import module_table
 from lavie_jax.weights.names import from_torch, to_torch

@@ -5,7 +5,6 @@ and shapes in the weights folders.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,10 @@ from lavie_jax.stages import STAGES
 from lavie_jax.weights import Part, Weights
 from lavie_jax.weights.embeddings import Embedding, read_embedding
 from lavie_jax.weights.folder import read_part
-from lavie_jax.weights.lora import Lora, merge_array, read_lora, shapes_of
+from lavie_jax.weights.lora import Lora, check_scale, merge_array, read_lora, shapes_of
 
 TOKEN_EMBEDDING = "embeddings/token_embedding/embedding"  # path of CLIP's table of tokens
 PARTS = ("unet", "text_encoder")  # that a LoRA may change
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """Parses FILE[:SCALE]; the scale is what parses as a number after the last colon."""
-    file, colon, scale = text.rpartition(":")
-    if not colon or not file or user_path(text).exists():
-        return text, 1.0
-    try:
-        return file, float(scale)
-    except ValueError:
-        return text, 1.0
 
 
 def parse_embedding(text: str) -> tuple[str, str | None]:
@@ -60,12 +48,10 @@ class Personal:
     def read(cls, loras: Iterable[Any] = (), embeddings: Iterable[Any] = ()) -> "Personal":
         """Reads files: a LoRA is a path or (path, strength), an embedding a path or (path, word). Raises UserError."""
         pairs = [one if isinstance(one, tuple | list) else (one, 1.0) for one in loras]
-        for file, strength in pairs:
-            if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-                raise UserError(f"the scale of the LoRA {file} must be a finite number, not {strength!r}")
+        checked = [(file, check_scale(file, strength)) for file, strength in pairs]
         words = [one if isinstance(one, tuple | list) else (one, None) for one in embeddings]
         return cls(
-            loras=tuple((read_lora(Path(file)), float(strength)) for file, strength in pairs),
+            loras=tuple((read_lora(Path(file)), strength) for file, strength in checked),
             embeddings=tuple(read_embedding(Path(file), word) for file, word in words),
         )
 

@@ -99,6 +99,26 @@ class Lora:
         )
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """Parses FILE[:SCALE]; the scale is what parses as a number after the last colon."""
+    file, colon, scale = text.rpartition(":")
+    if not colon or not file or user_path(text).exists():
+        return text, 1.0
+    try:
+        return file, check_scale(file, float(scale))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        return text, 1.0
+
+
+def check_scale(file: object, scale: Any) -> float:
+    """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
+    return float(scale)
+
+
 def read_lora(path: str | Path) -> Lora:
     """Reads the keys of a LoRA file, or of the folder of a PEFT or diffusers adapter.
 
