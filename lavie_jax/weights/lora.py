@@ -29,7 +29,8 @@ PEFT_CONFIG = "adapter_config.json"
 FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin",
                 "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # fmt: skip
 HEADER_CONFIG = "lora_adapter_metadata"  # diffusers: the PEFT configuration of each part, as JSON in the header
-OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # inputs of attention to the text
+OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of encoded text
+TEXT_INPUTS = re.compile(r"attn2[._]to_[kv]$|self_attn[._][qkv]_proj$")  # layers whose inputs have this width
 OTHER_VERSIONS = ("sdxl", "sd3", "flux", "lumina", "hunyuan")  # in kohya's ss_base_model_version
 CONV_IN = "conv_in/kernel"  # of the UNet; later stages have more input channels than image models
 
@@ -89,7 +90,7 @@ class Lora:
         if not misfits:
             return
         module, delta, needed = misfits[0]
-        text = [(d.matrix_shape()[1], n[1]) for m, d, n in misfits if re.search(r"attn2[._]to_[kv]$", m)]
+        text = [(d.matrix_shape()[1], n[1]) for m, d, n in misfits if TEXT_INPUTS.search(m)]
         model = next((OTHER_WIDTHS[given] for given, wanted in text if given in OTHER_WIDTHS and given != wanted), None)
         rows, columns = delta.matrix_shape()
         raise UserError(
