@@ -279,6 +279,7 @@ ONE = np.ones((2, 2), np.float32)
 REFUSED = {
     "XL text": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "Stable Diffusion XL"),
     "XL unet": (pair("lora_unet_input_blocks_4_1_proj_in"), "Stable Diffusion XL"),
+    "XL in diffusers' names": (GOOD | pair(f"unet.{BLOCK[:-1]}1.attn1.to_q"), "Stable Diffusion XL"),
     "SD 2": (pair(kohya(f"{BLOCK}.attn2.to_k"), inputs=1024), "Stable Diffusion 2"),
     "flux": (pair("lora_unet_double_blocks_0_img_attn_proj"), "Flux"),
     "motion": (pair("down_blocks.0.motion_modules.0.temporal_transformer.proj_in"), "motion LoRA"),
@@ -340,6 +341,8 @@ def test_arguments(tmp_path, monkeypatch):
     assert parse_embedding(r"C:\cat.pt:<cat>") == (r"C:\cat.pt", "<cat>")
     with pytest.raises(UserError, match="finite"):
         Personal.read([("a.safetensors", float("nan"))])
+    with pytest.raises(UserError, match="lists of files"):
+        Personal.read(("a.safetensors", 0.5))
 
 
 def test_later_stages(tmp_path, base):
@@ -357,6 +360,12 @@ def test_later_stages(tmp_path, base):
         assert {n for n, x in changed[stage].items() if (x != before[stage][n]).any()} == names
     with pytest.raises(UserError, match="do not fit the stage vsr"):
         personal.apply({"vsr": stages["vsr"]})
+    conv = {key: value for key, value in tensors.items() if "conv_in" in key}
+    only_base = Personal.read([save(tmp_path / "conv_in.safetensors", conv)])
+    after, notes = only_base.apply({"base": base, "interpolation": stages["interpolation"]})
+    assert len(notes) == 1 and notes[0].startswith("not applied to interpolation")
+    with pytest.raises(UserError, match="changes nothing in this model"):
+        only_base.apply({"interpolation": stages["interpolation"]})
 
 
 def test_names_of_full_size_models():

@@ -5,6 +5,7 @@ and shapes in the weights folders.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lavie_jax.stages import STAGES
 from lavie_jax.weights import Part, Weights
 from lavie_jax.weights.embeddings import Embedding, read_embedding
 from lavie_jax.weights.folder import read_part
-from lavie_jax.weights.lora import Lora, check_scale, merge_array, read_lora, shapes_of
+from lavie_jax.weights.lora import Changes, Lora, check_scale, merge_array, read_lora, shapes_of
 
 TOKEN_EMBEDDING = "embeddings/token_embedding/embedding"  # path of CLIP's table of tokens
 PARTS = ("unet", "text_encoder")  # that a LoRA may change
@@ -47,9 +48,9 @@ class Personal:
     @classmethod
     def read(cls, loras: Iterable[Any] = (), embeddings: Iterable[Any] = ()) -> "Personal":
         """Reads files: a LoRA is a path or (path, strength), an embedding a path or (path, word). Raises UserError."""
-        pairs = [one if isinstance(one, tuple | list) else (one, 1.0) for one in loras]
+        pairs = [_pair(one, 1.0) for one in _several(loras)]
         checked = [(file, check_scale(file, strength)) for file, strength in pairs]
-        words = [one if isinstance(one, tuple | list) else (one, None) for one in embeddings]
+        words = [_pair(one, None) for one in _several(embeddings)]
         return cls(
             loras=tuple((read_lora(Path(file)), strength) for file, strength in checked),
             embeddings=tuple(read_embedding(Path(file), word) for file, word in words),
@@ -96,44 +97,44 @@ class Personal:
             return dict(weights), []
         takers = [stage for stage in weights if STAGES[stage].takes_adapters]
         others = [stage for stage in weights if stage not in takers]
-        what = " and ".join(
-            ["LoRA files"] * bool(self.loras) + ["embeddings"] * bool(self.embeddings)
-        )  # of Stable Diffusion 1.x
+        what = " and ".join(["LoRA files"] * bool(self.loras) + ["embeddings"] * bool(self.embeddings))
         if not takers:
             raise UserError(
                 f"{what} of Stable Diffusion 1.x do not fit the stage {', '.join(others)}; they are for "
                 f"{', '.join(name for name, stage in STAGES.items() if stage.takes_adapters)}"
             )
         notes = [f"{what} are not applied to {', '.join(others)}, which is of another model family"] if others else []
+        changes, more = self._changes({stage: weights[stage] for stage in takers})
         changed = dict(weights)
         for stage in takers:
-            changed[stage], more = self._stage(weights[stage])
-            notes += [line for line in more if line not in notes]
-        return changed, notes
+            changed[stage] = _merged(weights[stage], changes[stage])
+            if self.embeddings:
+                changed[stage] = self._with_words(changed[stage])
+        return changed, list(dict.fromkeys(notes + more))
 
-    def _stage(self, weights: Weights) -> tuple[Weights, list[str]]:
-        """Returns the weights of one stage, with everything merged, and notes."""
-        notes, parts = [], {}
-        flat = {part: flatten_dict(getattr(weights, part).params, sep="/") for part in PARTS}
-        loaded = any(flat.values())
-        shapes = {part: shapes_of(flat[part] if loaded else read_part(weights.path, part)[1]) for part in PARTS}
-        merges: list[tuple[Any, float]] = []
+    def _changes(self, weights: Mapping[str, Weights]) -> tuple[dict[str, list[tuple[Changes, float]]], list[str]]:
+        """Returns the changes of each stage, and notes. Raises UserError for a LoRA that fits none of them."""
+        shapes = {stage: {part: _shapes(own, part) for part in PARTS} for stage, own in weights.items()}
+        found: dict[str, list[tuple[Changes, float]]] = {stage: [] for stage in weights}
+        notes = []
         for lora, strength in self.loras:
-            changes, more = lora.changes(shapes)
-            notes += more
-            merges.append((changes, strength))
-        for part in PARTS if loaded else ():
-            for path in flat[part]:
-                own = [(changes[part][path], strength) for changes, strength in merges if path in changes[part]]
-                if own:
-                    flat[part][path] = merge_array(flat[part][path], own)
-            parts[part] = Part(getattr(weights, part).config, unflatten_dict(flat[part], sep="/"))
-        weights = dataclasses.replace(weights, **parts)
-        return (self._with_words(weights, shapes["text_encoder"]) if self.embeddings else weights), notes
+            errors = []
+            for stage in weights:
+                try:
+                    changes, more = lora.changes(shapes[stage])
+                except UserError as error:
+                    errors.append((stage, error))
+                else:
+                    found[stage].append((changes, strength))
+                    notes += more
+            if len(errors) == len(weights):
+                raise errors[0][1]
+            notes += [f"not applied to {stage}: {error}" for stage, error in errors]
+        return found, notes
 
-    def _with_words(self, weights: Weights, shapes: Mapping[str, Sequence[int]]) -> Weights:
+    def _with_words(self, weights: Weights) -> Weights:
         """Returns weights whose tokenizer and token embedding have the new words."""
-        width = shapes.get(TOKEN_EMBEDDING, (0, 0))[1]
+        width = _shapes(weights, "text_encoder").get(TOKEN_EMBEDDING, (0, 0))[1]
         for one in self.embeddings:
             if one.vectors.shape[1] != width:
                 family = {1024: ", Stable Diffusion 2's", 1280: ", Stable Diffusion XL's"}.get(one.vectors.shape[1], "")
@@ -155,3 +156,37 @@ class Personal:
         config = dataclasses.replace(part.config, vocab_size=size)
         encoder = Part(config, unflatten_dict(params, sep="/"))
         return dataclasses.replace(weights, text_encoder=encoder, new_words=self.words)
+
+
+def _shapes(weights: Weights, part: str) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of a part, from its file if its parameters were not loaded."""
+    params = flatten_dict(getattr(weights, part).params, sep="/")
+    return shapes_of(params or read_part(weights.path, part)[1])
+
+
+def _merged(weights: Weights, changes: Sequence[tuple[Changes, float]]) -> Weights:
+    """Returns weights with changes merged into the parameters, if these were loaded."""
+    parts = {}
+    for part in PARTS:
+        flat = flatten_dict(getattr(weights, part).params, sep="/")
+        for path in flat:
+            own = [(one[part][path], strength) for one, strength in changes if path in one[part]]
+            if own:
+                flat[path] = merge_array(flat[path], own)
+        parts[part] = Part(getattr(weights, part).config, unflatten_dict(flat, sep="/"))
+    return dataclasses.replace(weights, **parts)
+
+
+def _several(files: Any) -> list[Any]:
+    """Returns a list of files; a single path is a list of one."""
+    return [files] if isinstance(files, str | os.PathLike) else list(files)
+
+
+def _pair(given: Any, default: Any) -> tuple[Any, Any]:
+    """Returns (path, value) of a path, or of such a pair. Raises UserError for anything else."""
+    path, value = given if isinstance(given, tuple | list) and len(given) == 2 else (given, default)
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(
+            f"loras and embeddings are lists of files, or of (file, scale) and (file, word); given {given!r}"
+        )
+    return path, value

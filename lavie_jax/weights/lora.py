@@ -31,6 +31,7 @@ FOLDER_FILES = ("adapter_model.safetensors", "adapter_model.bin",
 HEADER_CONFIG = "lora_adapter_metadata"  # diffusers: the PEFT configuration of each part, as JSON in the header
 OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of encoded text
 TEXT_INPUTS = re.compile(r"attn2[._]to_[kv]$|self_attn[._][qkv]_proj$")  # layers whose inputs have this width
+XL_ONLY = re.compile(r"transformer_blocks[._][1-9]")  # Stable Diffusion 1.x has one block in each transformer
 OTHER_VERSIONS = ("sdxl", "sd3", "flux", "lumina", "hunyuan")  # in kohya's ss_base_model_version
 CONV_IN = "conv_in/kernel"  # of the UNet; later stages have more input channels than image models
 
@@ -84,14 +85,17 @@ class Lora:
 
     def _refuse(self, unknown: Sequence[str], misfits: Sequence[tuple[str, ModuleDelta, tuple[int, ...]]]) -> None:
         """Raises UserError if there are keys without a weight, or with one of another shape."""
+        text = [d.matrix_shape()[1] for m, d, _ in misfits if TEXT_INPUTS.search(m)]
+        model = next((OTHER_WIDTHS[width] for width in text if width in OTHER_WIDTHS), None)
+        if any(XL_ONLY.search(key) for key in unknown):
+            model = OTHER_WIDTHS[2048]
         if unknown:
             count = "no key belongs" if len(unknown) == len(self.modules) else f"{len(unknown)} modules do not belong"
-            raise UserError(f"{self.path} was made for another model: {count} to this one, such as {unknown[0]}.")
+            model = model or "another model"
+            raise UserError(f"{self.path} was made for {model}: {count} to this one, such as {unknown[0]}.")
         if not misfits:
             return
-        module, delta, needed = misfits[0]
-        text = [(d.matrix_shape()[1], n[1]) for m, d, n in misfits if TEXT_INPUTS.search(m)]
-        model = next((OTHER_WIDTHS[given] for given, wanted in text if given in OTHER_WIDTHS and given != wanted), None)
+        _, delta, needed = misfits[0]
         rows, columns = delta.matrix_shape()
         raise UserError(
             f"{self.path} was made for {model or 'another model, or one of another size'}: "
