@@ -9,17 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from lavie_jax.errors import UserError
-from lavie_jax.weights.folder import (
-    check_new_file,
-    check_new_folder,
-    load_folder,
-    read_part,
-    save_folder,
-)
+from lavie_jax.weights.folder import load_folder, read_part
 from lavie_jax.weights.lora import FOLDER_FILES, HEADER_CONFIG, Lora, merge_tensors, shapes_of
 from lavie_jax.weights.lora_keys import KOHYA_PREFIXES
 from lavie_jax.weights.names import to_torch
 from lavie_jax.weights.safetensors_io import write_safetensors
+from lavie_jax.weights.saving import check_new_file, check_new_folder, save_folder
 
 NAMES = ("kohya", "diffusers")
 FOLDER_FILE = FOLDER_FILES[2]  # diffusers' name of an adapter's file in its folder
