@@ -71,6 +71,7 @@ RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the r
     "configs/prediction.py": ((16, 4, 320, 512), 909.2, 909.2),
     "configs/interpolation.py": ((61, 0, 256, 256), 909.1, 909.1),
     "configs/vsr.py": ((8, 0, 320, 320), 691.0, 217.6),
+    "configs/lora.py": ((0, 1, 320, 512), 909.1, 1.6),
 }
 
 
