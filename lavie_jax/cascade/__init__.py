@@ -69,8 +69,8 @@ def load(
         load("weights", loras=["style.safetensors", ("subject.safetensors", 0.8)], embeddings=["cat.safetensors"])
 
     Args:
-        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default, without
-            `folders`: the small cascade that is shipped with the package.
+        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default,
+            without `folders`: the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: see `default_dtype`.
