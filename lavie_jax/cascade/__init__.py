@@ -64,8 +64,8 @@ def load(
     """Loads the stages in a weights folder.
 
     Args:
-        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default, without
-            `folders`: the small cascade that is shipped with the package.
+        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default,
+            without `folders`: the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: see `default_dtype`.
