@@ -209,7 +209,10 @@ def test_prediction_takes_all_weights_of_a_base(tmp_path):
     assert kernel.shape[2] == 9 and not kernel[:, :, 4:].any()
     assert all(np.array_equal(after[path], value) for path, value in before.items())
     new = {path for path in after if path not in before}
-    assert new and all("known_frame_" in path and not after[path].any() for path in new)
+    assert {path.split("/")[0] for path in new} == {
+        "known_frame_embedding_temporal", "known_frame_skip_temporal", "velocity_temporal"
+    }  # fmt: skip
+    assert not any(after[path].any() for path in new if not path.startswith("velocity_temporal/text/"))
 
 
 def test_super_resolution_takes_the_text_encoder_of_a_base(tmp_path):

@@ -248,7 +248,7 @@ def test_the_known_frames_around_are_the_nearest_on_either_side():
     mask = np.array([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]])
     condition = STAGES["prediction"].condition({"mask": mask, "masked_latents": latents}).concat
     x = jnp.concatenate([jnp.ones_like(condition[..., :4]), condition], axis=-1)
-    known, around = known_frames_around(x, 4)
+    known, around = known_frames_around(x, jnp.zeros((2, 1, 2)), 4)
     np.testing.assert_array_equal(known, mask == 0)
     before, after = np.split(np.asarray(around), 2, axis=-1)
     nearest = {before.tobytes(): [None, 1, 1, 1, 4, 4], after.tobytes(): [1, 1, 4, 4, 4, None]}
@@ -262,6 +262,21 @@ def test_the_known_frames_around_are_the_nearest_on_either_side():
         assert not side[1].any()
 
 
+def test_known_frames_move_with_the_velocity():
+    """A known frame's pixel is found where the velocity moves it, before and after that frame."""
+    latents, mask = np.zeros((1, 4, 8, 8, 1), np.float32), np.array([[1, 0, 1, 1]])
+    latents[0, 1, 4, 3] = 1
+    condition = STAGES["prediction"].condition({"mask": mask, "masked_latents": latents}).concat
+    x = jnp.concatenate([jnp.ones_like(condition[..., :1]), condition], axis=-1)
+    velocity = jnp.array([[[-0.5, 1.0]]])  # per clip of 4 frames: one row up and two columns right per frame
+    _, around = known_frames_around(x, velocity, 1)
+    before, after = around[0, ..., 0], around[0, ..., 3]
+    assert [before[2, 3, 5], before[3, 2, 7], after[0, 5, 1], after[1, 4, 3]] == [1, 1, 1, 1]
+    assert float(before[2].sum()) == 1
+    _, halves = known_frames_around(x, velocity / 2, 1)
+    np.testing.assert_allclose(halves[0, 2, 3:5, 4, 0], [0.5, 0.5])
+
+
 def test_a_linear_map_predicts_a_known_frame_exactly():
     """v of a known frame follows from x_t and its latents; the map is zero at initialization."""
     rng, alpha, sigma = np.random.default_rng(0), 0.6, 0.8
@@ -269,11 +284,12 @@ def test_a_linear_map_predicts_a_known_frame_exactly():
     condition = STAGES["prediction"].condition({"mask": np.array([[0, 1, 0]]), "masked_latents": x0}).concat
     x, temb = jnp.concatenate([alpha * x0 + sigma * eps, condition], axis=-1), jnp.ones((1, 3, 6))
     skip = KnownFrameSkip()
-    params = skip.init(jax.random.key(0), x, temb, 4)["params"]
-    assert not skip.apply({"params": params}, x, temb, 4).any()
+    still = jnp.zeros((1, 1, 2))
+    params = skip.init(jax.random.key(0), x, still, temb, 4)["params"]
+    assert not skip.apply({"params": params}, x, still, temb, 4).any()
     rows = np.zeros((22, 4))  # own x_t, mask and latents, whether known, and two frames around
     rows[:4], rows[5:9] = np.eye(4) * alpha / sigma, np.eye(4) * -1 / sigma
-    output = skip.apply({"params": {"matrix": {**params["matrix"], "bias": rows.reshape(-1)}}}, x, temb, 4)
+    output = skip.apply({"params": {"matrix": {**params["matrix"], "bias": rows.reshape(-1)}}}, x, still, temb, 4)
     np.testing.assert_allclose(output[:, ::2], (alpha * eps - sigma * x0)[:, ::2], atol=1e-5)
     assert not output[:, 1].any()
 

@@ -51,10 +51,25 @@ def add_motion(
     return video + embedding(text[:, items], mask, video.shape[1:4], video.shape[-1])
 
 
+def velocity(
+    config: UNetConfig,
+    text: Float[Array, "b items l d"],
+    mask: Bool[Array, "b items l"] | None,
+    frames: Frames,
+    dtype: DTypeLike,
+) -> Float[Array, "b items 2"] | None:
+    """`known_frames_around`: returns by how much the caption moves known frames, see `Velocity`."""
+    if not (config.known_frames_around and frames.video):
+        return None
+    items = slice(frames.video) if per_frame(text, frames) else slice(1)
+    return Velocity(dtype, name="velocity_temporal")(text[:, items], None if mask is None else mask[:, items])
+
+
 def add_frames_around(
     config: UNetConfig,
     h: Float[Array, "b frames h w c"],
     x: Float[Array, "b frames h w c_in"],
+    velocity: Float[Array, "b items 2"] | None,
     frames: Frames,
     dtype: DTypeLike,
 ) -> Float[Array, "b frames h w c"]:
@@ -64,7 +79,7 @@ def add_frames_around(
         h = on_video(lambda y: y + keys(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
     if config.known_frames_around:
         known = KnownFrameEmbedding(dtype, name="known_frame_embedding_temporal")
-        h = on_video(lambda y: y + known(x[:, : frames.video], config.out_channels, y.shape[-1]), h, frames)
+        h = on_video(lambda y: y + known(x[:, : frames.video], velocity, config.out_channels, y.shape[-1]), h, frames)
     return h
 
 
@@ -72,6 +87,7 @@ def add_condition(
     config: UNetConfig,
     prediction: Float[Array, "b frames h w c_out"],
     x: Float[Array, "b frames h w c_in"],
+    velocity: Float[Array, "b items 2"] | None,
     temb: Float[Array, "b items e"],
     frames: Frames,
 ) -> Float[Array, "b frames h w c_out"]:
@@ -90,7 +106,7 @@ def add_condition(
     if config.known_frames_around:
         known = KnownFrameSkip(name="known_frame_skip_temporal")
         prediction = on_video(
-            lambda y: y + known(x[:, video], frame_temb[:, video], config.out_channels), prediction, frames
+            lambda y: y + known(x[:, video], velocity, frame_temb[:, video], config.out_channels), prediction, frames
         )
     return prediction
 
@@ -222,15 +238,49 @@ class ConditionSkip(nn.Module):
         return noise_level_map(jnp.concatenate([x[..., :features], around], axis=-1), temb, features)
 
 
+class Velocity(nn.Module):
+    """Rows and columns, in sides of a frame, by which a caption moves the content of a clip: (B, items, L, D) -> 2.
+
+    Given a picture, "moving left" says where its content is in any other frame: at the picture's position, moved in
+    proportion to the time between them. Convolutions and attention learn such a product of caption, time and position
+    slowly (see `MotionEmbedding`), and a shift at once, as motion compensation in video coding does.
+    """
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b items l d"], mask: Bool[Array, "b items l"] | None
+    ) -> Float[Array, "b items 2"]:
+        words = max_over_words(dense(text.shape[-1], dtype=self.dtype, name="text")(text), mask)
+        out = nn.Dense(2, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="out")
+        return out(words.astype(jnp.float32))
+
+
+def shifted(
+    x: Float[Array, "b t h w c"], rows: Float[Array, "b t"], columns: Float[Array, "b t"]
+) -> Float[Array, "b t h w c"]:
+    """Moves frames by fractions of pixels, down and to the right, by linear interpolation; borders are repeated."""
+
+    def weights(shift: Array, size: int) -> Float[Array, "b t size size"]:
+        source = jnp.clip(jnp.arange(size) - shift[..., None], 0, size - 1)
+        return jnp.maximum(1 - jnp.abs(source[..., None] - jnp.arange(size)), 0).astype(x.dtype)
+
+    moved = jnp.einsum("btij,btjwc->btiwc", weights(rows, x.shape[2]), x)
+    return jnp.einsum("btij,bthjc->bthic", weights(columns, x.shape[3]), moved)
+
+
 def known_frames_around(
-    x: Float[Array, "b t h w c_in"], width: int
+    x: Float[Array, "b t h w c_in"], velocity: Float[Array, "b items 2"], width: int
 ) -> tuple[Bool[Array, "b t"], Float[Array, "b t h w c"]]:
     """Returns which frames are known, and the nearest known frame on either side of each frame, itself included.
 
-    A side has the latents of that frame, 1, and its distance in clips; where there is none, it has zeros.
+    A side has the latents of that frame, moved by the velocity, 1, and its distance in clips; where there is none, it
+    has zeros.
 
     Args:
         x: x_t with the condition of the prediction stage behind it: the mask, then the masked latents.
+        velocity: sides per clip, of the clip or of each frame.
         width: number of channels of x_t.
     """
     known, latents, count = x[:, :, 0, 0, width] < 0.5, x[..., width + 1 :], x.shape[1]
@@ -242,9 +292,12 @@ def known_frames_around(
         """Returns the latents of the frames `source`, 1, and the distance to them; zeros where there is none."""
         there = ((source >= 0) & (source < count))[:, :, None, None, None]
         picked = jnp.take_along_axis(latents, jnp.clip(source, 0, count - 1)[:, :, None, None, None], axis=1)
-        distance = (jnp.abs(index - source) / count)[:, :, None, None, None]
+        later = (index - source) / count
+        sides = velocity * later[..., None] * jnp.asarray(x.shape[2:4])
+        picked = shifted(picked, sides[..., 0], sides[..., 1])
         flat = jnp.ones_like(picked[..., :1])
-        return jnp.where(there, jnp.concatenate([picked, flat, distance * flat], axis=-1), 0)
+        distance = jnp.abs(later)[:, :, None, None, None] * flat
+        return jnp.where(there, jnp.concatenate([picked, flat, distance], axis=-1), 0)
 
     return known, jnp.concatenate([side(before), side(after)], axis=-1)
 
@@ -258,24 +311,30 @@ class KnownFrameEmbedding(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t h w c_in"], width: int, features: int) -> Float[Array, "b t h w features"]:
-        _, around = known_frames_around(x, width)
+    def __call__(
+        self, x: Float[Array, "b t h w c_in"], velocity: Float[Array, "b items 2"], width: int, features: int
+    ) -> Float[Array, "b t h w features"]:
+        _, around = known_frames_around(x, velocity, width)
         return conv(features, (3, 3), name="conv", dtype=self.dtype, zero=True)(around.astype(self.dtype))
 
 
 class KnownFrameSkip(nn.Module):
     """A linear prediction from the known frames: (B, T, H, W, C_in) -> (B, T, H, W, C_out).
 
-    The prediction of a known frame is a linear map of x_t and its own latents, which other frames do not have; a plain
-    background is one of the nearest known frames. See `ConditionSkip`.
+    The prediction of a known frame is a linear map of x_t and its own latents, which other frames do not have; that of
+    other frames is nearly one of the nearest known frames, moved. See `ConditionSkip`.
     """
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c_in"], temb: Float[Array, "b t e"], features: int
+        self,
+        x: Float[Array, "b t h w c_in"],
+        velocity: Float[Array, "b items 2"],
+        temb: Float[Array, "b t e"],
+        features: int,
     ) -> Float[Array, "b t h w features"]:
         x = x.astype(jnp.float32)
-        known, around = known_frames_around(x, features)
+        known, around = known_frames_around(x, velocity, features)
         own = jnp.where(known[:, :, None, None, None], x, 0)
         flags = jnp.broadcast_to(known[:, :, None, None, None], (*x.shape[:-1], 1)).astype(jnp.float32)
         return noise_level_map(jnp.concatenate([own, flags, around], axis=-1), temb, features)

@@ -206,12 +206,13 @@ class UNet(nn.Module):
         temb = self._add_noise_level(temb, noise_level)
         caption = additions.caption_embedding(config, text_items, mask_items, temb, dtype)
         cond = Conditioning(temb, text_items, caption, mask_items)
+        velocity = additions.velocity(config, text_items, mask_items, frames, dtype)
 
         def temporal_module(present, name, h):
             return remat_block(TemporalModule, self.remat)(s, name=name)(h, temb) if present else h
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
-        h = additions.add_frames_around(config, h, x, frames, dtype)
+        h = additions.add_frames_around(config, h, x, velocity, frames, dtype)
         levels = range(len(config.block_out_channels))
         skips = [h]
         for level in levels:
@@ -232,7 +233,7 @@ class UNet(nn.Module):
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
         h = layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h))
-        return additions.add_condition(config, h.astype(jnp.float32), x, temb, frames)
+        return additions.add_condition(config, h.astype(jnp.float32), x, velocity, temb, frames)
 
     def _add_noise_level(self, temb: Array, noise_level: Array | None) -> Array:
         classes = self.config.num_class_embeds

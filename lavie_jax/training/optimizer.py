@@ -102,7 +102,7 @@ def _matrices(params: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensio
 
     def inner(path: str) -> bool:
         first_or_last = re.search(
-            r"/(conv_in|conv_out|(key|known)_frame_(embedding|skip)_temporal|low_res_skip)/", path
+            r"/(conv_in|conv_out|(key|known)_frame_(embedding|skip)_temporal|velocity_temporal|low_res_skip)/", path
         )
         return path.endswith("/kernel") and not first_or_last
 

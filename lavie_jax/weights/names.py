@@ -50,7 +50,7 @@ DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
 # model.
 ZERO_AT_FIRST = re.compile(
     r"(^|/)(attn_temporal/to_out_0|motion_embedding_temporal/out|(key|known)_frame_embedding_temporal/conv"
-    r"|(key|known)_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
+    r"|velocity_temporal/out|(key|known)_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
 )
 BUFFER = re.compile(r"(^|[/._])(rotary_emb[/.]freqs|position_ids)$")
 EMBEDDING = re.compile(r"(embedding|relative_attention_bias)\.weight$")
