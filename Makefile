@@ -1,7 +1,7 @@
 # make demo           install, then sample from the included models into demo/: three clips, and one through the full cascade
 # make check          lint, type check and the fast tests; run it before every commit
 # make test           the test suite
-# make heavy-test     tests that are too slow for `make test`: more meshes, stages and tiny configs (10 minutes)
+# make heavy-test     tests that are too slow for `make test`: more meshes, stages, sizes and whole runs
 # make crash-test     kill a small training run at 50 random moments, also inside saves and on two hosts; the result must not change
 # make lint           ruff: rules and formatting
 # make typecheck      ty: names, attributes, imports and the arguments of calls

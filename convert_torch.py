@@ -4,9 +4,12 @@ r"""Converts between PyTorch files and weights folders.
         --pretrained stable-diffusion-v1-4/ --out weights/base
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ --out weights/base-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
+    python convert_torch.py merge-lora --weights weights/base --lora style.safetensors:0.8 --out weights/style
+    python convert_torch.py export-lora --lora runs/cat/weights --names kohya --out cat.safetensors
 
 `import` converts a released LaVie checkpoint and the image model that it was trained from. `inflate` creates a model to
-start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte. The
+start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte.
+`merge-lora` writes a weights folder with LoRA files merged; `export-lora` renames the tensors of a trained LoRA. The
 exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a message and nothing written.
 
 Files are recognized by their content, whatever their ending. A sharded model is given as its folder or its index, an
@@ -24,6 +27,9 @@ from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
 from lavie_jax.weights.convert import differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
+from lavie_jax.weights.lora import parse_lora, read_lora
+from lavie_jax.weights.lora_files import NAMES as LORA_NAMES
+from lavie_jax.weights.lora_files import export_lora, merge_folder
 from lavie_jax.weights.pretrained import read_part_file
 from lavie_jax.weights.reading import read_weights_file
 
@@ -67,7 +73,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     back.add_argument("--part", choices=PARTS, default="unet")
     back.add_argument("--out", type=Path, help=".pt (a dict with the key ema) or .safetensors")
     back.add_argument("--check", type=Path, metavar="ORIGINAL", help="compare with this file, byte for byte")
-    for command in (into, grow, back):
+
+    merge = commands.add_parser("merge-lora", help="a weights folder and LoRA files -> a weights folder")
+    merge.add_argument("--weights", required=True, type=Path)
+    merge.add_argument("--lora", required=True, action="append", metavar="FILE[:SCALE]", help="may be repeated")
+    merge.add_argument("--out", required=True, type=Path, help="the weights folder to write")
+
+    rename = commands.add_parser("export-lora", help="a LoRA, as training writes it -> kohya's or diffusers' names")
+    rename.add_argument("--lora", required=True, type=Path, help="the folder or file of the LoRA")
+    rename.add_argument("--names", required=True, choices=LORA_NAMES)
+    rename.add_argument("--out", required=True, type=Path, help="a .safetensors file")
+    for command in (into, grow, back, merge, rename):
         command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 
     args = parser.parse_args(argv)
@@ -125,6 +141,21 @@ def export(args: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
+def merge_lora(args: argparse.Namespace) -> None:
+    """Runs `merge-lora`: writes a weights folder."""
+    loras = [(read_lora(file), scale) for file, scale in map(parse_lora, args.lora)]
+    count, notes = merge_folder(args.weights, loras, args.out, overwrite=args.overwrite)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {args.out}: {count} weights changed")
+
+
+def rename_lora(args: argparse.Namespace) -> None:
+    """Runs `export-lora`: writes a file."""
+    count = export_lora(read_lora(args.lora), args.out, names=args.names, overwrite=args.overwrite)
+    print(f"wrote the changes of {count} layers to {args.out}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
@@ -132,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         use_cpu()
         if args.command == "export":
             return export(args)
-        convert(args)
+        {"merge-lora": merge_lora, "export-lora": rename_lora}.get(args.command, convert)(args)
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -108,6 +108,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help=f"weights folder of a stage, or a folder of {'/, '.join(STAGE_INFO)}/ (default: the shipped models)",
     )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA of Stable Diffusion 1.x (kohya, LyCORIS, diffusers or PEFT), or its folder, merged into every stage "
+        "but vsr; may be repeated (default scale 1)",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="textual inversion of Stable Diffusion 1.x, and the word for it in prompts; may be repeated (default: the "
+        "file's own word)",
+    )
     for stage in STAGE_INFO:
         add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if not inside --weights")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
@@ -203,8 +219,9 @@ def plan_outputs(
     hashes: dict[str, str],
     clip_hash: str | None,
     given: Mapping[int, Picture],
+    personal: Mapping[str, Any],
 ) -> list[Output]:
-    """Returns one output for each prompt and seed."""
+    """Returns one output for each prompt and seed; `personal` records the LoRA files and embeddings."""
     last = settings[args.stages[-1]]
     odd = last.height % 2 or last.width % 2
     formats = args.format or (("png",) if last.output_frames == 1 or odd else ("mp4",))
@@ -219,6 +236,7 @@ def plan_outputs(
                 prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash,
                 known_hashes={frame: picture.sha256 for frame, picture in given.items()}, prompts_at=prompt.at,
             )  # fmt: skip
+            request |= personal
             outputs.append(Output(folder=args.out, index=index, formats=formats, request=request))
     return outputs
 
@@ -258,9 +276,11 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from lavie_jax import cascade
+    from lavie_jax.cascade.personal import Personal, parse_embedding
     from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
+    from lavie_jax.weights.lora import parse_lora
 
     devices = local_devices()  # fails in one line, before weights are read
 
@@ -269,6 +289,8 @@ def run(args: argparse.Namespace) -> None:
     folders = cascade.stage_folders(args.weights, named, args.stages)
     available = [stage for stage in args.stages if stage in folders]
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
+    personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))
+    weights, notes = personal.apply(weights)
     frames, clip, clip_hash = read_input(args.input) if args.input else (None, None, None)
     settings = cascade.resolve_settings(weights, args.stages, args.given, clip)
     taker = next((own for stage, own in settings.items() if STAGE_INFO[stage].takes_known), None)
@@ -278,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
     texts_of = {prompt.text: cascade.stage_prompts(settings, prompt.text, prompt.at) for prompt in prompts}
     hashes = {stage: folder_hash(folders[stage]) for stage in settings}
     part, parts = args.part
-    outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given)[part::parts]
+    outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given, personal.record())[part::parts]
 
     # ---- existing samples ----
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
@@ -293,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
     for cache in caches if not args.overwrite else ():
         cache.check()
     names = {frame: str(picture.path) for frame, picture in given.items()}
-    warn(cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
+    warn(notes + cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
     warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
     for stage in settings:
         texts = []
@@ -301,16 +323,20 @@ def run(args: argparse.Namespace) -> None:
             own = of_stage(output.request, stage)
             texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
             texts.append(own["negative_prompt"])
-        warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir), texts))
+        warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir, weights[stage].new_words), texts))
 
     # ---- sampling ----
-    pipe = cascade.load(stages=args.stages, folders=folders, dtype=dtype, fsdp=args.fsdp) if todo else None
+    pipe = None
+    if todo:
+        loaded, _ = personal.apply({stage: load_folder(folders[stage], stage=stage) for stage in settings})
+        pipe = cascade.Cascade(loaded, dtype=dtype, fsdp=args.fsdp)
     for cache in caches if args.overwrite else ():
         cache.prepare_overwrite()
     requests = [cascade.Request.stored(output.request, known=known) for output in todo]
     made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
+    made_with |= personal.files()
     videos = iter(())
     if pipe is not None:
         made_with |= pipe.made_with()

@@ -6,7 +6,8 @@
 resumes a run that was stopped; `--restore-step N` goes back to an older checkpoint. In the workdir:
 
     checkpoints/     training state (Orbax): the newest few, the best, and every N-th, as configured
-    weights/         the newest EMA model, a weights folder for `sample.py --weights`
+    weights/         the newest EMA model, a weights folder for `sample.py --weights`; of configs/lora.py, a LoRA for
+                     `sample.py --lora`
     samples/         sample videos of fixed prompts
     metrics.jsonl    a line per logging interval; with tensorboard=True in the config, tensorboard/ as well
     profile/         with `--profile`: a trace of a few steps
@@ -206,7 +207,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
 
     def export(measured: Mapping[str, float]) -> bool:
         """Writes the EMA as a weights folder. Returns False on all hosts but the first, and if the disk is full."""
-        ema = parallel.gather(task.join(state["ema"], frozen), keep=first)
+        ema = parallel.gather(task.exported(state["ema"], frozen), keep=first)
         if not first:
             return False
         with disk.tolerate_full_disk("weights/") as written:
@@ -287,7 +288,8 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
             exported = export(measured)
         if save and exported and config.prompts and (step % config.sample_every == 0 or step == config.steps):
             grid = workdir / "samples" / f"{step:08d}.png"
-            if write_sample_grid(workdir / "weights", config.stage, config.prompts, grid):
+            base = config.init_from if config.regime == optimizer.ADAPTER else ""
+            if write_sample_grid(workdir / "weights", config.stage, config.prompts, grid, base=base):
                 writer.picture(step, "samples", grid)
         if save or step % config.held_out_every == 0:
             timer.resume()
@@ -309,14 +311,17 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
         print(digest, flush=True)
 
 
-def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path) -> bool:
+def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path, *, base: str = "") -> bool:
     """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each.
+
+    `weights` is a weights folder, or an adapter's folder if `base` names the weights that it changes.
 
     Returns False if that fails, for example for lack of memory: a grid must not end a run.
     """
     try:
         with disk.tolerate_full_disk("samples/") as written:
-            videos = cascade.load(weights)(list(prompts), stages=(stage,), seed=0)
+            model = cascade.load(base, stages=(stage,), loras=[weights]) if base else cascade.load(weights)
+            videos = model(list(prompts), stages=(stage,), seed=0)
             video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
         return bool(written)
     except Exception as error:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lavie_jax.training.options import check_mode, new_config
 
-__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage"]
+__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage", "set_subject"]
 
 
 def clip_folder(data: Any) -> None:
@@ -18,6 +18,16 @@ def set_fields(group: Any, **values: Any) -> None:
     for name, value in values.items():
         getattr(group, name)
         setattr(group, name, value)
+
+
+def set_subject(config: Any, *, images: int) -> None:
+    """Makes a base stage's config train a LoRA on a folder of a few pictures, `images` of them in each example."""
+    config.regime, config.train_text_encoder, config.remat = "lora", False, "none"
+    set_fields(config.data, source="video_folder", path=None, image_path="data/subject", frames=0, images=images)
+    config.data.hold_out = False  # of five pictures, each counts
+    config.held_out_batches = 1
+    config.keep_best = 0
+    config.ema_decay = 0.99
 
 
 def set_stage(config: Any, stage: str) -> None:

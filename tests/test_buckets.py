@@ -155,13 +155,13 @@ def test_nothing_is_distorted(stores):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
-def test_buckets_do_not_depend_on_processes_workers_or_the_first_step(stores):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.heavy)])  # test_pipeline.py has workers
+def test_buckets_do_not_depend_on_processes_workers_or_the_first_step(workers, stores):
     config = config_of(stores, image_path=str(stores["pictures"]))
     whole = take(8, config, batch_size=2)
     assert len({size_of(batch) for batch in whole}) > 1
-    for start, rest in ((5, {}), (3, {"workers": 1})):
-        for a, b in zip(take(8 - start, config, batch_size=2, start_step=start, **rest), whole[start:]):
-            assert all(np.array_equal(a[key], b[key]) for key in b)
+    for a, b in zip(take(5, config, batch_size=2, start_step=3, workers=workers), whole[3:]):
+        assert all(np.array_equal(a[key], b[key]) for key in b)
     last = take(8, config, batch_size=2, rows=[len(whole[0]["video"]) - 1])
     for batch, share in zip(whole, last):
         for key in batch:

@@ -97,13 +97,14 @@ def test_noise_does_not_depend_on_the_process_wide_configuration_of_jax(single):
             np.testing.assert_array_equal(single.base.noise(3, 1, (2, 3, 5, 4)), default)
 
 
-def test_samples_do_not_depend_on_the_process_wide_configuration_of_jax(folder, single):
-    expected = single("a red circle", steps=2, seed=3)
+@pytest.mark.parametrize("frames", [1, pytest.param(4, marks=pytest.mark.heavy)])
+def test_samples_do_not_depend_on_the_process_wide_configuration_of_jax(frames, folder, single):
+    expected = single("a red circle", steps=2, seed=3, frames=frames)
     with contextlib.ExitStack() as stack:  # all at once: each compiles everything again
         for name, value in OTHER_CONFIG.items():
             stack.enter_context(configured(name, value))
         again = lavie_jax.load(folder, devices=single.devices)
-        np.testing.assert_array_equal(again("a red circle", steps=2, seed=3), expected)
+        np.testing.assert_array_equal(again("a red circle", steps=2, seed=3, frames=frames), expected)
 
 
 def test_a_frames_noise_is_the_same_however_the_clip_is_cut(pipe, single):
@@ -160,7 +161,8 @@ def test_a_sample_equals_a_plain_loop_with_separate_guidance_halves(single):
         return without + 4.0 * (with_prompt - without)
 
     x0 = sample(sampler, denoise, model.noise(3, 0, (4, 4, 6, 4))[None])
-    images = model.vae.apply({"params": model.vae_params}, x0 / 0.18215, method="decode")
+    decode = jax.jit(lambda z: model.vae.apply({"params": model.vae_params}, z, method="decode"))
+    images = decode(x0 / 0.18215)
     expected = np.clip(np.round((np.asarray(images) + 1) * 127.5), 0, 255)
     video = single(PROMPT, seed=3, negative_prompt="a blue square")
     assert np.abs(video.astype(float) - expected).max() <= 1

@@ -36,14 +36,8 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-# Their networks equal those of Moving Shapes' base and vsr, or differ only in the first layer.
-LIKE_OTHERS = [
-    f"configs/moving_shapes/{name}.py" for name in ("image", "motion", "prediction", "interpolation", "upscaler")
-]
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name in LIKE_OTHERS)) for name in STAGES]
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name != "configs/base.py")) for name in STAGES]
 )
 def test_a_stage_builds_at_full_size(name):
     config = options.load(name)
@@ -77,6 +71,7 @@ RELEASED = {  # batch, UNet and trained parameters in millions (paper, and the r
     "configs/prediction.py": ((16, 4, 320, 512), 909.2, 909.2),
     "configs/interpolation.py": ((61, 0, 256, 256), 909.1, 909.1),
     "configs/vsr.py": ((8, 0, 320, 320), 691.0, 217.6),
+    "configs/lora.py": ((0, 1, 320, 512), 909.1, 1.6),
 }
 
 

@@ -289,6 +289,7 @@ def test_a_captioner_captions_each_scene_without_a_given_caption(wild, tmp_path)
 # ---- reproducible after interruptions ----
 
 
+@pytest.mark.heavy  # the next test curates the same videos in pieces
 def test_more_workers_write_the_same_bytes(wild, curated, tmp_path):
     out = tmp_path / "out"
     command.main(["--input", str(wild[0]), "--out", str(out), "--min-height", "80", "--workers", "3",

@@ -11,9 +11,11 @@ from einops import repeat
 from lavie_jax.data import moving_shapes as world
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import cascade, fidelity, noise_levels
+from lavie_jax.evaluation import cascade, fidelity, noise_levels, prediction
 from lavie_jax.evaluation import moving_shapes as evaluation
+from lavie_jax.evaluation.cascade import moving_samples
 from lavie_jax.evaluation.detectors import detect
+from lavie_jax.stages.settings import PredictionSettings
 from tests.tiny import make_cascade, make_stage
 
 
@@ -243,13 +245,14 @@ def test_later_stages_need_sampled_videos(words, capsys):
     assert "later stages need sampled videos" in refusal(evaluation.main, words, capsys)
 
 
-def test_the_whole_cascade_is_scored(tmp_path):
+@pytest.mark.parametrize("stages", ["base", pytest.param("base,interpolation,vsr", marks=pytest.mark.heavy)])
+def test_the_samples_of_a_cascade_are_scored(stages, tmp_path):
     """With random weights, all stages are sampled and every row is scored."""
     folder, out = make_cascade(tmp_path / "cascade"), tmp_path / "result.json"
-    words = ["--weights", str(folder), "--stages", "base,interpolation,vsr", "--samples", "3", "--batch-size", "2"]
+    words = ["--weights", str(folder), "--stages", stages, "--samples", "3", "--batch-size", "2"]
     evaluation.main([*words, "--split", "val", "--json", str(out)])
     result = json.loads(out.read_text())
-    assert result["splits"]["val"]["all"]["n"] == 3 and result["stages"] == ["base", "interpolation", "vsr"]
+    assert result["splits"]["val"]["all"]["n"] == 3 and result["stages"] == stages.split(",")
 
 
 # ---- noise levels ----
@@ -297,3 +300,69 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
         assert 0 < row["least"] < row["image"] and set(noise_levels.WORDS) < set(row)
     assert "| t | image | least | clip |" in capsys.readouterr().out
     assert "--samples must be at least 1" in refusal(noise_levels.main, ["--samples", "0"], capsys)
+
+
+# ---- prediction ----
+
+
+def test_the_prediction_stage_is_measured_and_written(tmp_path, capsys):
+    folder = make_stage(tmp_path / "prediction", "prediction", frames=3, steps=2)
+    words = ["--weights", folder, "--samples", 2, "--segments", 3, "--json", tmp_path / "r.json"]
+    prediction.main([str(word) for word in [*words, "--sheets", tmp_path / "sheets", "--plot", tmp_path / "plot.png"]])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["kind"] == "prediction" and list(result["tables"]) == list(prediction.MEASURES)
+    assert list(result["tables"]["segments"]["accuracy"]) == ["1", "2", "3"]
+    assert result["tables"]["transition"]["arrives"]["n"] == 2
+    assert (tmp_path / "plot.png").exists() and len(list((tmp_path / "sheets").iterdir())) == 3
+    table = capsys.readouterr().out
+    assert "| segments 3 | 2 |" in table and "| image to video: first frame psnr of vae |" in table
+
+
+class TrueModel(prediction.Model):
+    """In place of the model: returns true clips, whose object turns around after each segment."""
+
+    def __init__(self, samples):
+        self.samples, self.vae = samples, lambda clip: clip // 8 * 8
+        self.settings = PredictionSettings(
+            sampler="ddim", steps=1, guidance=1.0, frames=16, height=64, width=64, fps=8, known_frames=1
+        )
+
+    def sample(self, prompts, known, segments=1):
+        for i, frames in enumerate(known):
+            assert all(np.array_equal(picture, self.samples[i].pixels[j]) for j, picture in frames.items())
+        assert all(len(text.split(" | ")) == segments for text in prompts)
+        return [self._long(s.pixels // 2 * 2, segments) for s in self.samples]
+
+    def _long(self, pixels, segments):
+        return np.concatenate([pixels, *[(pixels[::-1] if i % 2 else pixels)[1:] for i in range(1, segments)]])
+
+    def parts(self, video, segments):
+        return [video[15 * i : 15 * i + 16] for i in range(segments)]
+
+
+def test_true_clips_are_right_in_every_measure_of_prediction():
+    samples = moving_samples("val", 4)
+    model = TrueModel(samples)
+    pictures, _ = prediction.image_to_video(model, samples)
+    assert pictures["accuracy"]["all"]["accuracy"] == 1
+    assert pictures["first_frame"]["psnr"]["mean"] > pictures["first_frame"]["psnr_of_vae"]["mean"] > 30
+    ends, _ = prediction.transition(model, samples)
+    assert ends["arrives"]["mean"] == 1 and ends["distance_half_way"]["mean"] < 0.01
+    turning, videos = prediction.segments(model, samples, 3)
+    assert [turning["accuracy"][str(i)]["direction"]["accuracy"] for i in (1, 2, 3)] == [1, 1, 1]
+    assert videos[0].shape[0] == 46
+    others = TrueModel([dataclasses.replace(s, pixels=s.pixels[::-1]) for s in samples])
+    assert prediction._distances(others.samples[0].pixels, samples[0].pixels)[15] > 0.3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--measure", "segment"], "did you mean 'segments'"),
+        (["--split", "train"], "unknown split 'train'"),
+        (["--segments", "0"], "--segments must be at least 1"),
+        (["--plot", "plot.txt"], "must end in .png"),
+    ],
+)
+def test_wrong_arguments_of_the_prediction_measurement_are_refused(words, message, capsys):
+    assert message in refusal(prediction.main, words, capsys)

@@ -94,13 +94,13 @@ def program(tmp_path):
 
 FAULTS = [
     ("data", "host 1: no folder '/data'"),
-    ("memory at the start", "host 1: MemoryError: too little memory"),
+    pytest.param("memory at the start", "host 1: MemoryError: too little memory", marks=pytest.mark.heavy),
     ("late", "host 1: OSError: the disk went away"),
     ("late, first host", "OSError: the disk went away"),
 ]
 
 
-@pytest.mark.parametrize(("fault", "reason"), FAULTS, ids=[fault for fault, _ in FAULTS])
+@pytest.mark.parametrize(("fault", "reason"), FAULTS)
 def test_an_error_of_one_host_ends_both_with_the_reason_in_the_first_log(fault, reason, program, tmp_path):
     codes, logs, apart = ended(*start(lambda i: [program, fault, tmp_path / "run"], tmp_path))
     assert codes == [2, 2] and apart < LIMIT, (codes, logs)

@@ -1,6 +1,7 @@
 """Interpolation and super-resolution with tiny random models, from their input to their output."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,11 @@ def prepared(pipe, stage, frames, seed=0, **given):
     return model, settings, ready
 
 
+def encoded(model, images):
+    """Returns the mean and log-variance of the posterior, from one compiled program."""
+    return jax.jit(partial(model.vae.apply, method="encode"))({"params": model.vae_params}, images)
+
+
 def latents_of(pipe, stage, frames, **given) -> np.ndarray:
     model, settings, ready = prepared(pipe, stage, frames, **given)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
@@ -81,7 +87,7 @@ def test_one_call_equals_one_call_per_stage(single):
     np.testing.assert_array_equal(video, single(PROMPT, stages=["vsr"], clip=frames, seed=1))
 
 
-@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["vsr", pytest.param("interpolation", marks=pytest.mark.heavy)])
 def test_one_device_and_eight_agree(stage, single, folder):
     """With several windows: 18 key frames, and 7 frames in windows of 4 and tiles of 8."""
     frames = clip(18, 8, 8) if stage == "interpolation" else clip(7, 8, 12)
@@ -110,7 +116,7 @@ def test_a_sample_equals_a_plain_loop(stage, single):
     side = (4, 6) if stage == "interpolation" else (16, 24)
     own = [normal(2**32 - 1, i, (*side, 4 if stage == "interpolation" else 3)) for i in range(len(frames))]
     if stage == "interpolation":
-        mean, logvar = model.vae.apply({"params": model.vae_params}, images, method="encode")
+        mean, logvar = encoded(model, images)
         keys = (mean + jnp.exp(logvar / 2) * jnp.stack(own)) * model.vae.config.scaling_factor
         concat = keys[np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3])]
     else:
@@ -137,7 +143,7 @@ def test_key_frames_can_be_the_modes_of_their_posteriors(single):
     model, settings, ready = prepared(single, "interpolation", frames, key_latents="mode")
     assert settings.key_latents == "mode"
     images = jnp.asarray(frames / np.float32(127.5) - 1)
-    mean, _ = model.vae.apply({"params": model.vae_params}, images, method="encode")
+    mean, _ = encoded(model, images)
     np.testing.assert_allclose(ready.concat[::4], mean * model.vae.config.scaling_factor, atol=2e-4)
     assert np.abs(prepared(single, "interpolation", frames)[2].concat - ready.concat).max() > 1e-3
 

@@ -65,8 +65,11 @@ def test_every_form_field_has_a_default_of_its_type():
             assert isinstance(value, kinds[re.fullmatch(r'\{type:"(\w+)"\}', kind)[1]]), name
 
 
-def test_every_cell_runs_with_the_shipped_cascade_and_reuses_its_results(tmp_path):
+@pytest.mark.parametrize("weights", ["tiny", pytest.param("", marks=pytest.mark.heavy)], ids=["tiny", "shipped"])
+def test_every_cell_runs_and_reuses_its_results(weights, tmp_path):
     values = {"results": str(tmp_path / "results"), "height": 32, "width": 32, **QUICK}
+    if weights:
+        values["weights"] = str(tiny.make_cascade(tmp_path / "weights"))
     done = run(ROOT / "notebooks", values, values, installed=False)
     assert done.returncode == 0, done.stderr
     paths = shown(done)

@@ -21,9 +21,10 @@ from lavie_jax.weights.names import to_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = sorted(path.stem for path in GOLDEN.glob("*.json") if not path.stem.endswith("_full"))
+HEAVY = ("base_unet_tiny_odd", "interpolation_sample_tiny", "vsr_sample_tiny")  # their networks are in other cases
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.heavy] * (n in HEAVY)) for n in QUICK])
 def test_golden_case(name):
     result = judge(read_case(GOLDEN / f"{name}.json"))
     assert not result.problem, result
@@ -61,9 +62,24 @@ def small_vae(tmp_path_factory):
     return parent
 
 
+@pytest.fixture(scope="module")
+def run_once():
+    """Runs VAEs, each only once: most tests change something else."""
+    run, known = RUN["vae"], {}
+
+    def outputs_of(case):
+        key = json.dumps([case.name, case.salt, case.model, case.inputs, case.parameters])
+        if key not in known:
+            known[key] = run(case)
+        return known[key]
+
+    return outputs_of
+
+
 @pytest.fixture
-def case(small_vae, tmp_path):
+def case(small_vae, tmp_path, run_once, monkeypatch):
     """A copy of that case's folder, which tests may change."""
+    monkeypatch.setitem(RUN, "vae", run_once)
     shutil.copytree(small_vae, tmp_path, dirs_exist_ok=True)
     return tmp_path / "cases"
 

@@ -310,6 +310,7 @@ def test_the_search_compiles_at_most_four_times():
 # ---- programs ----
 
 
+@pytest.mark.heavy  # the next test plans a small config, and test_parallel.py how parameters are split
 def test_the_training_program_has_the_shapes_of_its_config():
     config = options.load("configs/base.py")
     program = training_program(config, jax.devices(), 2)
@@ -334,14 +335,14 @@ def test_held_out_batches_and_losses_are_planned():
     assert held_out.trace().out_info["video_loss"].shape == ()
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
 def test_the_sampling_programs_have_the_shapes_of_their_stage(stage):
     step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
     assert (step.name, *(p.name for p in others)) == program_names(STAGES[stage])
-    sides = {"base": (16, 40, 64), "interpolation": (61, 40, 64), "vsr": (8, 320, 512)}[stage]
+    sides = {"interpolation": (61, 40, 64), "vsr": (8, 320, 512)}.get(stage, (16, 40, 64))
     assert step.arguments[1].shape == (1, *sides, 4)
-    assert step.static["sequential_guidance"] == (stage != "base")
-    frames = {"base": (4, 40, 64, 4), "interpolation": (4, 40, 64, 4), "vsr": (1, 320, 512, 4)}[stage]
+    assert step.static["sequential_guidance"] == (stage in ("interpolation", "vsr"))
+    frames = (1, 320, 512, 4) if stage == "vsr" else (4, 40, 64, 4)
     assert others[0].arguments[1].shape == frames
 
 
@@ -455,7 +456,7 @@ def block(devices):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [tiny_decode, tiny_step, block], ids=COMMITTED)
+@pytest.mark.parametrize("make", [tiny_decode, pytest.param(tiny_step, marks=pytest.mark.heavy), block], ids=COMMITTED)
 def test_memory_does_not_grow(make, request, libtpu):
     """Stops at the memory plan: generating the machine code of the block takes a minute."""
     row = measure_in_subprocess(make, "v5e:1x1", code=False)
@@ -470,6 +471,7 @@ def products(devices):
     return Program(name="products", function=function, arguments=(x,), mesh=mesh, held={})
 
 
+@pytest.mark.heavy  # test_a_compiled_row_and_a_planned_row_agree compares the two on a CPU
 def test_a_compiled_program_needs_as_much_memory_as_was_planned(libtpu):
     early, full = (measure_in_subprocess(products, "v5e:1x1", code=code) for code in (False, True))
     assert full["temporary"] > 2**26 and full["needs"] - full["code"] == pytest.approx(early["needs"], abs=2**21)

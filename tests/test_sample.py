@@ -14,7 +14,7 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax import cascade
+from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, denoising
 from lavie_jax.data.video_files import read_clip, read_video, video_info
 from lavie_jax.errors import UserError
@@ -587,6 +587,16 @@ assert "jax" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_programs_are_cached_before_anything_is_compiled(run, tmp_path, monkeypatch, capsys):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parallel, "keep_compiled_programs", full)
+    assert run("--prompt", PROMPT) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.heavy  # test_paths.py tests which folder is the cache
 def test_compiled_programs_are_cached(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     args = ("sample.py", "--prompt", PROMPT, "--frames", "1", "--weights", str(folder), "--out", str(tmp_path / "out"))

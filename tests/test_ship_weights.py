@@ -10,7 +10,7 @@ from lavie_jax.weights import load_folder
 from tools import ship_weights
 
 
-@pytest.mark.parametrize("stage", ["base", "interpolation", "vsr"])
+@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
 def test_a_stage_is_shipped_in_half_precision(tmp_path, stage):
     trained, shared, shipped = make_stage(tmp_path / "trained", stage), tmp_path / "shared", tmp_path / "assets" / stage
     ship_weights.main([str(trained), str(shared)])

@@ -1,6 +1,6 @@
 """VAE: parity with a PyTorch reference on random weights, shapes, patches, kernels, dtypes, configs."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from lavie_jax.errors import UserError
+from lavie_jax.models import registry
 from lavie_jax.models.vae import VAE, SpatialAttention, VAEConfig, sample_posterior
 from lavie_jax.weights.diffusers_configs import vae_config
 
@@ -18,9 +19,7 @@ SMALL = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8, layers_per_blo
 def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
     """Returns a VAE with random parameters throughout: initial biases of zero would hide mistakes."""
     vae = VAE(config, dtype)
-    side = 4 * config.factor
-    images = jnp.zeros((1, side, side, config.in_channels))
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), images)["params"]
+    shapes = registry.abstract_params(config)  # traced once for all tests
     rng = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -30,9 +29,18 @@ def random_vae(config=SMALL, dtype=jnp.float32, seed=0):
     return vae, {"params": jax.tree.map(fill, shapes)}
 
 
-def run(vae, params, x, method="__call__"):
+@cache
+def compiled(vae, method):
     """`vae.apply` as one compiled program; op by op, the tests would take much longer."""
-    return jax.jit(partial(vae.apply, method=method))(params, x)
+    return jax.jit(partial(vae.apply, method=method))
+
+
+def run(vae, params, x, method="__call__"):
+    return compiled(vae, method)(params, x)
+
+
+def shapes_of(vae, params, x, method="__call__"):
+    return jax.tree.map(lambda y: y.shape, jax.eval_shape(partial(vae.apply, method=method), params, x))
 
 
 def random_images(*shape, seed=1):
@@ -116,7 +124,7 @@ def test_leading_axes_are_independent_images():
     assert mean.shape == logvar.shape == (2, 3, 4, 4, 4)
     alone = run(vae, params, images[1, 2], "encode")[0]
     np.testing.assert_allclose(mean[1, 2], alone, atol=1e-5)
-    assert run(vae, params, mean, "decode").shape == images.shape
+    assert shapes_of(vae, params, mean, "decode") == images.shape
 
 
 @pytest.mark.parametrize("patch_size, widths, side", [(2, (16, 32), 4), (4, (16,), 4), (1, (8, 16, 16), 4)])
@@ -125,9 +133,9 @@ def test_factor_is_the_downsampling_of_latents(patch_size, widths, side):
     vae, params = random_vae(config)
     images = random_images(1, 16, 16)
     assert config.factor == 16 // side
-    mean, _ = run(vae, params, images, "encode")
-    assert mean.shape == (1, side, side, 4)
-    assert run(vae, params, images).shape == images.shape
+    mean, _ = shapes_of(vae, params, images, "encode")
+    assert mean == (1, side, side, 4)
+    assert shapes_of(vae, params, images) == images.shape
 
 
 def test_patches_keep_their_positions():
@@ -166,10 +174,10 @@ def test_mid_block_attention_is_the_same_blockwise():
     # more positions than fit in one block
     x = jnp.asarray(np.random.default_rng(3).normal(size=(1, 36, 32, 32)), jnp.float32)
     plain, blockwise = (SpatialAttention(SMALL, jnp.float32, kernel) for kernel in ("xla", "blockwise"))
-    params = plain.init(jax.random.key(0), x)
-    wanted = plain.apply(params, x)
+    params = jax.jit(plain.init)(jax.random.key(0), x)
+    wanted = jax.jit(plain.apply)(params, x)
     assert relative(wanted, x) > 1e-2
-    assert relative(blockwise.apply(params, x), wanted) < 1e-6
+    assert relative(jax.jit(blockwise.apply)(params, x), wanted) < 1e-6
 
 
 def test_sample_posterior_has_its_mean_and_variance():

@@ -16,7 +16,7 @@ import numpy as np
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.weights import folder_hash, load_folder, save_folder
 
-LIMITS = {"base": 24, "interpolation": 12, "vsr": 12}  # MiB, by stage
+LIMITS = {"base": 24, "prediction": 8, "interpolation": 12, "vsr": 12}  # MiB, by stage
 
 
 def main(argv: list[str] | None = None) -> None:

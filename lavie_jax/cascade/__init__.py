@@ -32,6 +32,7 @@ from lavie_jax import parallel
 from lavie_jax.cascade.known import check_known, fitting_notes
 from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
+from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Request, Sample, run_stage
 from lavie_jax.data import tokens
@@ -60,28 +61,39 @@ def load(
     dtype: DTypeLike | None = None,
     devices: Sequence[jax.Device] | None = None,
     fsdp: int = 1,
+    loras: Iterable[Any] = (),
+    embeddings: Iterable[Any] = (),
 ) -> "Cascade":
     """Loads the stages in a weights folder.
 
+        load("weights", loras=["style.safetensors", ("subject.safetensors", 0.8)], embeddings=["cat.safetensors"])
+
     Args:
-        path: a stage's folder, or a cascade's, with some of `base/ interpolation/ vsr/` inside. Default, without
-            `folders`: the small cascade that is shipped with the package.
+        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default,
+            without `folders`: the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: see `default_dtype`.
         devices: the devices that share samples and windows. Default: all of this process.
         fsdp: the number of devices that each weight is split over, for models too large for one device.
+        loras: LoRA files of Stable Diffusion 1.x, each a path or (path, scale). They are merged, in this order, into
+            the stages that take them: not into super-resolution.
+        embeddings: textual inversions, each a path or (path, word).
 
     Raises:
         UserError: a folder is missing, incomplete, damaged or of another stage; a stage has no weights; `fsdp` does
-            not divide the devices.
+            not divide the devices; a LoRA or embedding belongs to another model.
     """
     _mesh(devices, fsdp)  # raises before anything is read
+    personal = Personal.read(loras, embeddings)
     available = stage_folders(path, folders, stages)
     for stage in stages or ():
         if stage not in available:
             raise _no_weights(stage, available)
     weights = {stage: load_folder(available[stage], stage=stage) for stage in stages or available}
+    weights, notes = personal.apply(weights)
+    for line in notes:
+        logging.warning("%s", line)
     return Cascade(weights, dtype=dtype, devices=devices, fsdp=fsdp)
 
 
@@ -301,7 +313,7 @@ class Cascade:
         for line in lines:
             logging.warning("%s", line)
         for stage, own in resolved.items():
-            tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir)
+            tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir, self.weights[stage].new_words)
             texts = [text + own.prompt_suffix for parts in prompts for text, _ in parts[stage]]
             for line in text_warnings(tokenizer, texts):
                 logging.warning("%s", line)

@@ -36,7 +36,7 @@ class StageModel:
     def __init__(self, weights: Weights, *, dtype: DTypeLike, mesh: Mesh):
         self.weights, self.dtype, self.mesh = weights, dtype, mesh
         self.stage = STAGES[weights.stage]
-        self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir)
+        self.tokenizer = tokens.load_tokenizer(weights.tokenizer_dir, weights.new_words)
         self.unet, self.text_encoder, self.vae = networks(weights, dtype)
         self.unet_params = self._place(weights.unet, self.unet.dtype)
         self.text_params = self._place(weights.text_encoder, self.text_encoder.dtype)

@@ -7,7 +7,7 @@ from lavie_jax.data import mixture
 from lavie_jax.data.buckets import Buckets, Size, divide, make_buckets, size_name
 from lavie_jax.data.config import LATENTS, SOURCES, DataConfig, check, mixture_parts
 from lavie_jax.data.latents import LatentRecords, LatentSet, LatentSource, open_set
-from lavie_jax.data.records import Records
+from lavie_jax.data.records import VAL_FRACTION, Records
 from lavie_jax.data.sources import MovingShapes, RecordSource, Source, open_records
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError, suggest
@@ -39,7 +39,11 @@ def make_source(config: DataConfig, *, batch_size: int = 1) -> Source | Buckets:
         elif not config.image_parts:  # images are frames of the clips
             sides[name] = sides["videos"]
         else:
-            sides[name] = tuple(_one_source(config, ("", None), part) for part in parts)
+            captions = config.image_captions or ("",) * len(parts)
+            sides[name] = tuple(
+                _one_source(dataclasses.replace(config, image_captions=(caption,)), ("", None), part)
+                for caption, part in zip(captions, parts)
+            )
         orders[name] = mixture.Order(weights, batch_size * number, config.seed)
     return mixture.Mixture(sides["videos"], sides["images"], orders["videos"], orders["images"])
 
@@ -135,10 +139,14 @@ def _open(config: DataConfig, clips: Part, images: Part) -> tuple[Records | None
     """The records of clips and of images."""
     window = clip_window(config)
     kinds, mediums = (clips[0] or images[0], images[0] or clips[0]), ("video", "image")
+    captions = ("", next(iter(config.image_captions), ""))
+    split, fraction = (config.split, VAL_FRACTION) if config.hold_out else ("train", 0)
     return tuple(
-        None if path is None else open_records(kind, path, medium=medium, split=config.split, window=window)
-        for kind, path, medium in zip(kinds, _paths(config, clips, images), mediums)
-    )
+        None if path is None else open_records(
+            kind, path, medium=medium, split=split, window=window, val_fraction=fraction, caption=caption
+        )
+        for kind, path, medium, caption in zip(kinds, _paths(config, clips, images), mediums, captions)
+    )  # fmt: skip
 
 
 def _record_source(config: DataConfig, clips: Records | None, images: Records | None) -> RecordSource:

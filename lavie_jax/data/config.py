@@ -61,6 +61,16 @@ class DataConfig:
     images: int = field("images that accompany each clip", default=0)
     # lets networks that need clips train on images (LaVie, sec. 3.4)
     handheld: float = field("fraction of the clips that are images under a moving camera", default=0.0, low=0, high=1)
+    image_captions: tuple[str, ...] = field(
+        "captions of images in folders that have none of their own: one for image_path, or one for each of "
+        "image_parts; empty leaves such images out",
+        default=(),
+    )
+    hold_out: bool = field(
+        "whether a part of the data is held out; False, for a few pictures, trains on all, and the held-out losses are "
+        "of the same ones",
+        default=True,
+    )
     caption_drop: float = field(
         "probability that a caption is dropped, for classifier-free guidance", default=0.1, low=0, high=1
     )
@@ -129,6 +139,12 @@ def check(config: DataConfig) -> None:
         )
     if latent_paths(config):
         _check_latents(config)
+    places = len(config.image_parts) if config.source == "mixture" else int(config.image_path is not None)
+    if config.image_captions and len(config.image_captions) != places:
+        raise UserError(
+            f"data.image_captions needs one caption for image_path, or one for each of image_parts ({places}); given "
+            f"{len(config.image_captions)}"
+        )
 
 
 def check_buckets(config: DataConfig) -> None:

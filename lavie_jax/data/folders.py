@@ -45,6 +45,7 @@ def open_folder(
     medium: Medium,
     split: str,
     val_fraction: float = VAL_FRACTION,
+    caption: str = "",
     check: Callable[[Path], None] | None = None,
 ) -> FolderRecords:
     """Opens the records of a split.
@@ -55,6 +56,7 @@ def open_folder(
         medium: kind of the files.
         split: "train" or "val".
         val_fraction: fraction of the files in `val`.
+        caption: of files in a folder without one of their own; "" leaves them out.
         check: raises UserError for a file to leave out; its message starts with the reason and a colon.
 
     Raises:
@@ -64,7 +66,7 @@ def open_folder(
     if path.suffix.lower() in TABLES:
         root, files = path.parent, list(_table(path, medium, dropped))
     elif path.is_dir():
-        root, files = path, list(_sidecars(path, medium, dropped))
+        root, files = path, list(_sidecars(path, medium, dropped, one_line(caption)))
     else:
         raise UserError(f"no folder {os.fspath(path)!r}; a table of captions ends in {', '.join(TABLES)}")
     total = len(files) + len(dropped)
@@ -107,7 +109,7 @@ def warn_unindexed(files: Sequence[Path]) -> None:
         )  # fmt: skip
 
 
-def _sidecars(folder: Path, medium: Medium, dropped: LeftOut) -> Iterator[tuple[Path, str]]:
+def _sidecars(folder: Path, medium: Medium, dropped: LeftOut, default: str) -> Iterator[tuple[Path, str]]:
     files, captions = find_files(folder, medium, dropped)
     for path in files:
         beside = captions.get(path.with_suffix(""), {})
@@ -117,8 +119,8 @@ def _sidecars(folder: Path, medium: Medium, dropped: LeftOut) -> Iterator[tuple[
             dropped.add(f"have a caption that cannot be read ({error.strerror})", path)
             continue
         caption, problem = caption_of(texts.get(".txt"), texts.get(".json"))
-        if caption:
-            yield path, caption
+        if caption or default:
+            yield path, caption or default
         else:
             hint = "" if beside else f" (clip{path.suffix} needs clip.txt beside it)"
             dropped.add(f"{problem}{hint}", beside.get(".txt", path))

@@ -265,8 +265,11 @@ def open_records(
     split: str,
     window: video_files.ClipWindow,
     val_fraction: float = VAL_FRACTION,
+    caption: str = "",
 ) -> Records:
     """Opens the records of a split at `path`, of one of KINDS.
+
+    `caption` is that of files in a folder which have none of their own; other kinds do not take one.
 
     Raises:
         UserError: the kind is unknown, or the data cannot be used.
@@ -275,6 +278,8 @@ def open_records(
         raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
     path = user_location(path)
     options = {"medium": medium, "split": split, "val_fraction": val_fraction}
+    if caption and kind != "video_folder":
+        raise UserError(f"data.image_captions is for folders of images, kind video_folder; given {kind}:{path}")
     if kind == "array_record":
         return ShardRecords(path, **options)
     if kind == "tfds":
@@ -294,4 +299,4 @@ def open_records(
             raise UserError(f"are shorter than {window}: {os.fspath(clip)!r}")
 
     # Headers of separate files are read now, headers of clips in shards when the clips are used.
-    return open_folder(path, **options, check=long_enough if medium == "video" else None)
+    return open_folder(path, **options, caption=caption, check=long_enough if medium == "video" else None)

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int32
 from lavie_jax.errors import UserError, user_path
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_NEW_WORDS = "new_words"  # in the tokenizer's init_kwargs: {word: number of tokens}, see `load_tokenizer`
 _CLIP_LENGTH = 77  # for tokenizer folders without a length
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -71,11 +72,15 @@ def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: in
     return folder
 
 
-def load_tokenizer(folder: str | Path):
+def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = None):
     """Loads the CLIP tokenizer in a folder, by transformers.
 
+    Args:
+        folder: the tokenizer's.
+        new_words: {word: number of tokens that it stands for}; their ids follow the vocabulary, in this order.
+
     Raises:
-        UserError: files are missing or cannot be read.
+        UserError: files are missing or cannot be read, or a new word is in the vocabulary.
     """
     folder = user_path(folder)
     # Without these files, CLIPTokenizer silently has an empty vocabulary.
@@ -88,9 +93,51 @@ def load_tokenizer(folder: str | Path):
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(os.fspath(folder), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions for malformed files
         raise UserError(f"cannot read the tokenizer in {os.fspath(folder)!r}: {error}") from error
+    if new_words:
+        _add_words(tokenizer, new_words)
+    return tokenizer
+
+
+def _add_words(tokenizer, new_words: Mapping[str, int]) -> None:
+    """Adds a token for each vector of each word: `<cat>`, `<cat>_1`, `<cat>_2`, ... (diffusers' names)."""
+    from tokenizers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    for word in new_words:
+        if taken := next((t for t in (word, word.lower(), f"{word.lower()}</w>") if t in vocabulary), None):
+            raise UserError(f"the word {word!r} is in the vocabulary ({taken!r}): give the embedding another word.")
+    names = [name for word, count in new_words.items() for name in _token_names(word, count)]
+    if len({name.lower() for name in names}) < len(names):
+        raise UserError(f"the words {', '.join(new_words)} are not distinct: give each embedding a word of its own.")
+    first = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(name, normalized=False, single_word=name[0].isalnum()) for name in names])
+    ids = tokenizer.convert_tokens_to_ids(names)
+    if ids != list(range(first, first + len(names))):
+        raise UserError(f"the tokenizer in {tokenizer.name_or_path} does not accept new words.")
+    tokenizer.init_kwargs[_NEW_WORDS] = dict(new_words)
+
+
+def _token_names(word: str, count: int) -> list[str]:
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
+
+
+def _expand(tokenizer, text: str) -> list[tuple[str, bool]]:
+    """Splits a text at its new words: [(piece, whether it is the tokens of a new word), ...].
+
+    Words are found as CLIP finds its own: whatever their case, but not inside of another word.
+    """
+    new_words = tokenizer.init_kwargs.get(_NEW_WORDS, {})
+    if not new_words:
+        return [(text, False)]
+    by_lower = {word.lower(): " ".join(_token_names(word, count)) for word, count in new_words.items()}
+    longest = sorted(by_lower, key=len, reverse=True)
+    edges = ((r"(?<!\w)" if w[0].isalnum() else "", r"(?!\w)" if w[-1].isalnum() else "") for w in longest)
+    pattern = "|".join(f"{before}{re.escape(w)}{after}" for w, (before, after) in zip(longest, edges))
+    pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE)
+    return [(by_lower.get(piece.lower(), piece), bool(i % 2)) for i, piece in enumerate(pieces) if piece.strip()]
 
 
 def context_length(tokenizer) -> int:
@@ -114,13 +161,16 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     words = known_words(tokenizer)
     if words is None:
         return []
-    return list(dict.fromkeys(w for w in _split(text) if w[0].isalnum() and w not in words))
+    old = [word for piece, new in _expand(tokenizer, text) if not new for word in _split(piece)]
+    return list(dict.fromkeys(w for w in old if w[0].isalnum() and w not in words))
 
 
 def _readable(tokenizer, text: str) -> str:
     # The pieces of an unknown word would be tokens that were never trained, so the word is left out.
-    words = known_words(tokenizer)
-    return text if words is None else " ".join(word for word in _split(text) if word in words)
+    words, pieces = known_words(tokenizer), _expand(tokenizer, text)
+    if words is not None:
+        pieces = [(p if new else " ".join(word for word in _split(p) if word in words), new) for p, new in pieces]
+    return pieces[0][0] if len(pieces) == 1 else " ".join(piece for piece, _ in pieces)
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> Int32[np.ndarray, "n l"]:

@@ -106,6 +106,13 @@ def _unit(image: np.ndarray) -> np.ndarray:
     return flat / max(float(np.linalg.norm(flat)), 1e-6)
 
 
+def object_centres(clip: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t 2"] | None:
+    """Returns the object's centre (x, y) in each frame, in shorter sides; None if nothing stands out."""
+    pixels = clip.astype(np.float32)
+    masked = _mask(pixels, _edge(pixels))
+    return None if masked is None else _centres(masked[0])[1] / min(clip.shape[1:3])
+
+
 def detect(clip: UInt8[np.ndarray, "t h w 3"], *, fps: float = 8.0) -> Attributes:
     """Returns the attributes that a clip shows. Without an object, all except the background are "nothing"."""
     pixels = clip.astype(np.float32)

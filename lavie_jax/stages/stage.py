@@ -99,6 +99,7 @@ class Stage:
         inflates: the stage that the UNet is inflated from, or None if it is inflated from an image model.
         vae_defaults: values of fields that are missing in older published configurations of the stage's VAE.
         vae_dtype: dtype of the VAE's computation if it differs from the other networks'.
+        takes_adapters: whether LoRA files and embeddings of Stable Diffusion 1.x belong to its networks.
         encodes_clip: whether the input clip is encoded by the VAE.
         latents_suffice: whether sets of latents and encoded captions can replace pixels in training.
         batched: whether the UNet is called with `batch_size` clips at a time.
@@ -119,6 +120,7 @@ class Stage:
     inflates: ClassVar[str | None] = None
     vae_defaults: ClassVar[Mapping[str, Any]] = {}
     vae_dtype: ClassVar[DTypeLike | None] = None
+    takes_adapters: ClassVar[bool] = True
     encodes_clip: ClassVar[bool] = False
     latents_suffice: ClassVar[bool] = True
     batched: ClassVar[bool] = False

@@ -47,6 +47,7 @@ class VSR(Stage):
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True}
     image_model = "stable-diffusion-x4-upscaler"
     image_channels = 3  # the low-resolution frame
+    takes_adapters = False  # it is of the Stable Diffusion 2 family
     vae_defaults = {"scaling_factor": 0.08333}
     vae_dtype = jnp.float32  # the x4-upscaler's VAE overflows in half precision
     latents_suffice = False  # training needs pixels, and patches at random positions

@@ -24,7 +24,7 @@ from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.training import diffusion, latents, optimizer
+from lavie_jax.training import diffusion, latents, lora, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.config import init_folder
 from lavie_jax.training.diffusion import DiffusionLoss, Models
@@ -105,7 +105,8 @@ def check_stage(config: Any) -> None:
         raise UserError(
             f"data.frames = {data.frames} and data.images = {data.images}: one of them must be positive, none negative."
         )
-    if config.regime != "joint" and not data.frames:
+    lora_config(config)  # raises for settings that are out of range
+    if config.regime not in ("joint", optimizer.ADAPTER) and not data.frames:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
     if config.regime == "video_only" and data.images:
         raise UserError(f"regime 'video_only' takes no images: set data.images=0 (given {data.images}).")
@@ -144,6 +145,7 @@ def stage_task(config: Any, dtype: DTypeLike, init: InitialWeights) -> Task:
         images=data.images,
         train_text_encoder=config.train_text_encoder,
         options={group: cls(**_plain(config[group])) for group, cls in STAGES[config.stage].info.training.items()},
+        adapter=lora_config(config),
     )
     return diffusion.make_diffusion_task(
         losses,
@@ -153,6 +155,11 @@ def stage_task(config: Any, dtype: DTypeLike, init: InitialWeights) -> Task:
         sampling=sampling_defaults(config),
         tokenizer=init.tokenizer,
     )
+
+
+def lora_config(config: Any) -> lora.LoraConfig | None:
+    """Returns the settings of the adapter that a config trains, or None."""
+    return lora.LoraConfig(**_plain(config.lora)) if config.regime == optimizer.ADAPTER else None
 
 
 def sampling_defaults(config: Any) -> dict[str, Any]:
@@ -222,6 +229,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
         frozen["text_encoder"] = text
     elif start is not None:
         start["text_encoder"] = text
+    if start is not None and (settings := lora_config(config)):
+        start[optimizer.ADAPTER] = lora.start(start["unet"], settings, config.seed)
     if tokenizer is not None:  # a copy, because exports need it even if the original folder is gone by then
         tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
@@ -270,6 +279,8 @@ def _load_start(config: Any, models: Models) -> weights.Weights:
 
 def _trains_all(config: Any, models: Models) -> bool:
     """Returns whether the run trains every parameter of the UNet."""
+    if config.regime == optimizer.ADAPTER:
+        return False
     params = {"unet": registry.abstract_params(models.unet.config)}
     return not optimizer.split(params, regime=config.regime, images_only=data_config(config).frames == 0)[1]
 

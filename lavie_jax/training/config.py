@@ -22,6 +22,7 @@ from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.settings import STAGE_INFO
 from lavie_jax.training.autoencoder import AutoencoderLoss
 from lavie_jax.training.diffusion import DiffusionLoss
+from lavie_jax.training.lora import LoraConfig
 from lavie_jax.training.optimizer import REGIMES, OptimizerConfig
 
 VAE_STAGE = "vae"
@@ -123,6 +124,7 @@ def group_classes(stage: str) -> dict[str, type]:
     return {
         **shared,
         **networks,
+        "lora": LoraConfig,
         "loss": DiffusionLoss,
         "sampling": STAGE_INFO[stage].settings,
         **STAGE_INFO[stage].training,

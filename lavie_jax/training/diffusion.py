@@ -29,7 +29,8 @@ from lavie_jax.stages import conditioning
 from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips, Text, TrainingPair
 from lavie_jax.stages.stage import Stage
-from lavie_jax.training.optimizer import check_number
+from lavie_jax.training import lora
+from lavie_jax.training.optimizer import ADAPTER, check_number
 from lavie_jax.training.step import Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
 
@@ -73,6 +74,7 @@ class StageLoss:
 
     `options` are the stage's own training settings, {config group: dataclass}.
     `params` are {"unet": ..., "text_encoder": ... if trained}, `frozen` is {"vae": ..., "text_encoder": ... if not}.
+    With `adapter`, `params` also have one, which changes the UNet.
     """
 
     stage: Stage
@@ -82,13 +84,16 @@ class StageLoss:
     images: int
     train_text_encoder: bool
     options: Mapping[str, Any]
+    adapter: lora.LoraConfig | None = None
 
     def init(self, rng: jax.Array) -> Any:
         """Returns random parameters, including the temporal layers' even if there are no videos."""
         names = ("unet", "text_encoder") if self.train_text_encoder else ("unet",)
         networks = {name: getattr(self.models, name) for name in names}
         rngs = dict(zip(("unet", "text_encoder"), jax.random.split(rng)))
-        return {k: net.init(rngs[k], **registry.example_inputs(net.config))["params"] for k, net in networks.items()}
+        inputs = {name: registry.example_inputs(network.config) for name, network in networks.items()}
+        params = {name: network.init(rngs[name], **inputs[name])["params"] for name, network in networks.items()}
+        return params | ({ADAPTER: lora.initial(params["unet"], self.adapter, rng)} if self.adapter else {})
 
     def train(self, params: Any, frozen: Any, batch: Batch, rng: random.Key) -> tuple[jax.Array, Losses]:
         """Returns the loss at random timesteps, and its parts."""
@@ -167,7 +172,8 @@ class StageLoss:
         )
 
     def _losses(self, params: Any, pair: TrainingPair, text: Text) -> tuple[jax.Array, Losses]:
-        prediction = conditioning.predict(self.models.unet, params["unet"], pair, text)
+        unet = lora.with_lora(params, self.adapter) if self.adapter else params["unet"]
+        prediction = conditioning.predict(self.models.unet, unet, pair, text)
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
         value, parts = joint_loss(prediction, pair.target, weight, self.frames, self.loss.alpha)
         present = {"video": self.frames, "image": self.images}
@@ -198,7 +204,10 @@ def make_diffusion_task(
         raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {models.schedule.steps - 1}.")
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
-        """Writes a weights folder of the stage; the held-out values are not part of it."""
+        """Writes a weights folder of the stage, or its adapter; the held-out values are not part of them."""
+        if losses.adapter is not None:
+            lora.export(path, params, losses.adapter)
+            return
         text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,

@@ -187,7 +187,8 @@ def _config(values: Mapping[str, Any]) -> Any:
 def _not_finite(what: str, tree: Any) -> Iterator[str]:
     """Yields a line about a tree of arrays, and one for each of the first arrays that are not finite."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    counts = jax.device_get([jnp.sum(~jnp.isfinite(x)) for _, x in leaves])
+    count = jax.jit(lambda arrays: [jnp.sum(~jnp.isfinite(x)) for x in arrays])  # one program for all of them
+    counts = jax.device_get(count([x for _, x in leaves]))
     bad = [(path, x, int(n)) for (path, x), n in zip(leaves, counts) if n]
     yield f"{what}: {f'{len(bad)} of {len(leaves)} arrays are not finite' if bad else 'all finite'}"
     for path, x, count in bad[:NAMED]:

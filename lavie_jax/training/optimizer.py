@@ -15,8 +15,9 @@ from lavie_jax.errors import UserError, suggest
 
 # LaVie compares three regimes of fine-tuning an image model on video (appendix D): the whole UNet on images and videos
 # (best), the whole UNet on videos only (it forgets), the temporal layers only (poor). "motion_only" is ours: the motion
-# embedding only, before the rest (see `models.additions.MotionEmbedding`).
-REGIMES = ("joint", "video_only", "temporal_only", "motion_only")
+# embedding only, before the rest (see `models.additions.MotionEmbedding`). "lora" trains an adapter (`lora.py`).
+REGIMES = ("joint", "video_only", "temporal_only", "motion_only", "lora")
+ADAPTER = "lora"  # the regime, and the name of the adapter's tree in the parameters
 
 KINDS = ("adamw", "muon")
 ADAMW_RMS = 0.2  # RMS of AdamW's updates at a learning rate of 1, as measured in arXiv 2502.16982, sec. 2.2
@@ -118,6 +119,8 @@ def is_trained(path: str, *, regime: str, images_only: bool) -> bool:
     """
     if regime == "motion_only":
         return "motion_embedding" in path
+    if regime == ADAPTER:
+        return path.startswith(f"{ADAPTER}/")
     temporal = "temporal" in path
     return temporal if regime == "temporal_only" else not (temporal and images_only)
 

@@ -29,6 +29,7 @@ from lavie_jax.training.config import (
     read_networks,
     run_class,
 )
+from lavie_jax.training.optimizer import ADAPTER
 
 USAGE = (
     "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...] "
@@ -126,6 +127,8 @@ def check(config: Any, workdir: Path) -> None:
             f"prompts are sampled by stages that start from text ({', '.join(from_text)}), not by {config.stage!r}: "
             "set prompts=()."
         )
+    if config.prompts and config.regime == ADAPTER and not config.init_from:
+        raise UserError("an adapter is sampled with the weights that it was trained on: set init_from, or prompts=().")
     if config.prompts and config.sample_every % config.checkpoint_every:
         raise UserError(
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "

@@ -37,7 +37,7 @@ class Task:
 
     `params` are all parameters of the trained networks. `split` divides them in two trees, of which only the trained
     one has gradients, optimizer state and an EMA; `join` puts them together again, in front of each of the functions
-    below. An adapter is a third kind of parameters in `params` that `split` trains.
+    below. An adapter is a tree of its own in `params`, the only one that the regime "lora" trains.
 
     Attributes:
         init: rng -> params, float32.
@@ -48,7 +48,7 @@ class Task:
             that a batch is processed in.
         held_out: (params, frozen, batch, rng) -> {name: value}, deterministic, with the same `rng`.
         plain_loss: `loss` without rematerialisation; None = the same.
-        export: (path, params in numpy, held-out values) writes a weights folder.
+        export: (path, params in numpy, held-out values) writes a weights folder, or the folder of an adapter.
         average: {name: (parts,)} -> {name: value} of the batch from those of its parts, for the values of `loss` and
             `held_out`; by default their means.
         judged_by: the held-out value by which checkpoints are compared; lower is better.
@@ -75,6 +75,10 @@ class Task:
     def join(self, trained: Any, frozen: Mapping[str, Any]) -> Any:
         """Returns params: the inverse of `split`, with the untrained tree in `frozen[UNTRAINED]`."""
         return optimizer.merge(trained, frozen.get(UNTRAINED, {}))
+
+    def exported(self, trained: Any, frozen: Mapping[str, Any]) -> Any:
+        """Returns the params that `export` needs: all of them, or an adapter's alone."""
+        return trained if self.regime == optimizer.ADAPTER else self.join(trained, frozen)
 
 
 def check_same(given: Any, wanted: Any, where: str, *, ignore: Sequence[str] = ()) -> None:

@@ -9,10 +9,10 @@ Stage "vae" has only a VAE. `parts` in config.json refers to parts of other fold
 {"vae": "../base/vae"}, relative to this folder. A folder is written under a temporary name, then renamed.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FINGERPRINT = "fits"  # see `expected.fingerprint`
 NETWORK = "network"  # the network's name in the registry; absent for the part's default network
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Part:
     """A network's config and its parameters, a nested dict of arrays."""
 
@@ -44,9 +44,12 @@ class Part:
     params: dict
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Weights:
-    """A loaded weights folder. Parts that its stage does not have are None."""
+    """A loaded weights folder. Parts that its stage does not have are None.
+
+    `new_words` are words that textual inversions added to the tokenizer in `tokenizer_dir`, {word: number of tokens}.
+    """
 
     path: Path
     stage: str
@@ -57,6 +60,7 @@ class Weights:
     tokenizer_dir: Path | None
     schedule: Schedule | None
     low_res_schedule: Schedule | None
+    new_words: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, params: bool = True) -> Weights:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lavie_jax.errors import UserError
 from lavie_jax.weights.safetensors_io import Tensor
 
-MERGE = "merge it into its model, and give the merged model"
+MERGE = "sample with it (sample.py --lora), or merge it into a weights folder (convert_torch.py merge-lora)"
 FULL = "give the float16, bfloat16 or float32 file"
 FOLDER = "give the diffusers folder of the model"
 OTHER = "LaVie starts from Stable Diffusion 1.x or the x4-upscaler"

@@ -106,7 +106,7 @@ def _check_pipeline(path: Path) -> None:
             "the x4-upscaler."
         )
     if (path / "adapter_config.json").is_file() or list(path.glob("pytorch_lora_weights.*")):
-        raise UserError(f"{path} is a LoRA adapter: merge it into its model, and give the merged model.")
+        raise UserError(f"{path} is a LoRA adapter: sample.py --lora and convert_torch.py merge-lora take it.")
     if (path / "unet").is_dir() or (path / "vae").is_dir():
         return
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS and file.is_file())

@@ -98,7 +98,10 @@ def _in_folder(folder: Path) -> Path:
         if file := find_weights(folder, part):
             return file
     if (folder / "adapter_config.json").is_file() or list(folder.glob("pytorch_lora_weights.*")):
-        raise UserError(f"{folder} is a LoRA adapter: merge it into its model, and give the merged model.")
+        raise UserError(
+            f"{folder} is a LoRA adapter: sample with it (sample.py --lora), or merge it into a weights folder "
+            "(convert_torch.py merge-lora)."
+        )
     if list(folder.glob("*.distcp")):
         raise UserError(
             f"{folder} is a distributed checkpoint: convert it first, with python -m "

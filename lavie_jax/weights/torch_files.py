@@ -34,6 +34,8 @@ INNER_KEYS = ("state_dict", "module", "model", "shadow", "shadow_params")  # of 
 OLDEST = (2, 6)  # earlier versions of PyTorch can run code of a legacy file in spite of weights_only
 LEGACY_PICKLES = 4  # magic number, protocol, system, data; followed by storage keys and raw bytes
 
+# Modules of containers whose stand-ins keep their tensors: textual inversions of A1111 are pickled in a ParameterDict.
+PARAMETER_DICTS = ("torch.nn.modules.container",)
 # Stand-ins would make these harmless too, but no legitimate checkpoint contains them.
 HOSTILE_MODULES = {
     "asyncio", "code", "commands", "ctypes", "importlib", "marshal", "multiprocessing", "nt", "os", "posix",
@@ -60,13 +62,7 @@ def read_torch(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list
         UserError: the file is damaged, malicious, or without weights, or torch is missing or too old.
     """
     torch = import_torch()
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # as torch.load decides; zipfile would also accept a zip after a pickle
-    if is_zip and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated: its table of contents is missing. Copy it again.")
-    if not is_zip and tarfile.is_tarfile(path):  # torch.load would unpack it
-        raise UserError(f"{path} is a tar archive, not PyTorch weights.")
-    loaded = _load(torch, path, is_zip)
+    loaded = _load_checked(torch, path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} contains a {type(loaded).__name__}, not a dict of weights (save model.state_dict()).")
     found, notes = _find_weights(torch, loaded, ema)
@@ -79,6 +75,35 @@ def read_torch(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list
             f"{path} has no tensors at its top level{keys} nor under one of {', '.join(EMA_KEYS + WEIGHT_KEYS)}."
         )
     return weights, notes
+
+
+def read_torch_object(path: Path) -> Any:
+    """Reads a whole PyTorch file: tensors as `Tensor`, in the dicts and lists around them; foreign objects are inert.
+
+    Raises UserError as `read_torch` does, but not for a file without weights.
+    """
+    torch = import_torch()
+
+    def convert(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _as_tensor(torch, path, name, value.data)  # `data`: of a Parameter
+        if isinstance(value, list | tuple):
+            return [convert(f"{name}.{i}", one) for i, one in enumerate(value)]
+        value = vars(value).get("parameters") if type(value).__module__ in PARAMETER_DICTS else value
+        return {key: convert(f"{name}.{key}", one) for key, one in value.items()} if isinstance(value, dict) else value
+
+    return convert("the file", _load_checked(torch, path))
+
+
+def _load_checked(torch, path: Path) -> Any:
+    """Loads a file's pickle after checks that it is one."""
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # as torch.load decides; zipfile would also accept a zip after a pickle
+    if is_zip and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is truncated: its table of contents is missing. Copy it again.")
+    if not is_zip and tarfile.is_tarfile(path):  # torch.load would unpack it
+        raise UserError(f"{path} is a tar archive, not PyTorch weights.")
+    return _load(torch, path, is_zip)
 
 
 def _find_weights(torch, loaded: dict, ema: bool) -> tuple[dict, list[str]]:
@@ -202,6 +227,11 @@ def _reason(error: Exception) -> str:
     return reason.split("\n")[0] or type(error).__name__
 
 
+def _keep_parameters(self: Any, state: Any) -> None:
+    """Restores the tensors of a ParameterDict, and nothing else of it."""
+    self.parameters = state.get("_parameters") if isinstance(state, dict) else None
+
+
 def _stand_in(name: str, container: type | None) -> type:
     """Creates an inert class called `name`; with `container`, its instances are empty containers of that type."""
 
@@ -214,7 +244,7 @@ def _stand_in(name: str, container: type | None) -> type:
         "__qualname__": qualname,
         "__new__": make,
         "__init__": lambda self, *args, **kwargs: None,
-        "__setstate__": lambda self, state: None,
+        "__setstate__": _keep_parameters if module in PARAMETER_DICTS else lambda self, state: None,
     }
     return type(qualname, (), body)
 
