@@ -211,7 +211,9 @@ def prepared(pipe, known, seed=3, **given):
     """(model, settings, the clip before its first step)."""
     settings = cascade.resolve_settings(pipe.weights, ["prediction"], {"prediction": given})["prediction"]
     request = cascade.Request(prompt=PROMPT, seed=seed, known=known)
-    (ready,) = running._prepared(pipe.model("prediction"), settings, [running.Sample(request, MemoryCache(), None)])
+    (ready,) = running._prepared(
+        pipe.model("prediction"), settings, [running.Sample(request, MemoryCache(), None, settings.output_frames)]
+    )
     return pipe.model("prediction"), settings, ready
 
 
