@@ -19,7 +19,7 @@ Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,39 @@ def plan_outputs(
     return outputs
 
 
+def prompt_warnings(weights: Mapping[str, Any], outputs: Sequence[Output], texts_of: Mapping[str, Any]) -> list[str]:
+    """Returns warnings about words that a stage ignores; `texts_of` is {prompt: {stage: its prompts}}."""
+    from lavie_jax import cascade
+    from lavie_jax.data.tokens import load_tokenizer
+
+    lines = []
+    for stage, loaded in weights.items():
+        texts = []
+        for output in outputs:
+            own = of_stage(output.request, stage)
+            texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
+            texts.append(own["negative_prompt"])
+        lines += cascade.text_warnings(load_tokenizer(loaded.tokenizer_dir, loaded.new_words), texts)
+    return lines
+
+
+def written(
+    outputs: Sequence[Output], formats: Sequence[Sequence[str]], videos: Iterator, caches: Sequence, made_with: dict
+) -> Iterator[tuple[Output, Any]]:
+    """Writes the files that each output lacks (`formats`), and yields it with its video, None if it was complete.
+
+    `videos` and `caches` belong to the outputs that are not complete.
+    """
+    caches = iter(caches)
+    for output, missing in zip(outputs, formats):
+        video = next(videos) if missing else None
+        if missing:
+            for path in output.write(video, missing, made_with):
+                tqdm.write(str(path))
+            next(caches).clear()
+        yield output, video
+
+
 def add_to_sheet(sheets: ContactSheets, output: Output, video, stages: Sequence[str], clips: dict, dtype: str) -> None:
     """Adds a row for each clip that the sample started from (`clips`) and for each of its stages.
 
@@ -277,7 +310,6 @@ def run(args: argparse.Namespace) -> None:
 
     from lavie_jax import cascade
     from lavie_jax.cascade.personal import Personal, parse_embedding
-    from lavie_jax.data.tokens import load_tokenizer
     from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
     from lavie_jax.weights.lora import parse_lora
@@ -317,13 +349,7 @@ def run(args: argparse.Namespace) -> None:
     names = {frame: str(picture.path) for frame, picture in given.items()}
     warn(notes + cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
     warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
-    for stage in settings:
-        texts = []
-        for output in todo:
-            own = of_stage(output.request, stage)
-            texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
-            texts.append(own["negative_prompt"])
-        warn(cascade.text_warnings(load_tokenizer(weights[stage].tokenizer_dir, weights[stage].new_words), texts))
+    warn(prompt_warnings(weights, todo, texts_of))
 
     # ---- sampling ----
     pipe = None
@@ -345,13 +371,7 @@ def run(args: argparse.Namespace) -> None:
     if STAGE_INFO[args.stages[0]].takes_known:
         shown = cascade.given_frames(settings, frames, known)
         clips = {} if shown is None else {"given, white where generated": shown}
-    caches = iter(caches)
-    for output, missing in zip(outputs, formats):
-        video = next(videos) if missing else None
-        for path in output.write(video, missing, made_with) if missing else ():
-            tqdm.write(str(path))
-        if missing:
-            next(caches).clear()
+    for output, video in written(outputs, formats, videos, caches, made_with):
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
     sheets.flush()
