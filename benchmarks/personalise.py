@@ -83,13 +83,20 @@ def measure(lora: str | None, out: Path, seed: int) -> None:
         videos.append(video)
         texts.append(prompt)
         print(prompt, vars(found), flush=True)
-    table = {
-        group: {n: float(np.mean([r["right"][n] for r in rows if r["subject"] == subject])) for n in rows[0]["right"]}
-        for group, subject in (("subject", True), ("other prompts", False))
-    }
-    (out / "measured.json").write_text(json.dumps({"table": table, "samples": rows}, indent=2) + "\n")
+        content = {"table": summary(rows), "samples": rows}
+        (out / "measured.json").write_text(json.dumps(content, indent=2) + "\n")  # after each: a clip takes a while
     video_files.contact_sheet(videos, texts, out / "sheet.png", columns=8)
-    print(json.dumps(table, indent=2))
+    print(json.dumps(summary(rows), indent=2))
+
+
+def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Returns the fraction of samples that are right, of the subject and of other prompts."""
+    table = {}
+    for group, subject in (("subject", True), ("other prompts", False)):
+        right = [row["right"] for row in rows if row["subject"] == subject]
+        if right:
+            table[group] = {name: float(np.mean([one[name] for one in right])) for name in right[0]}
+    return table
 
 
 def main() -> None:
