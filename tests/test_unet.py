@@ -46,6 +46,7 @@ TWO_LEVELS = {
 }
 KINDS = {  # one level and the mid block have every kind of layer; the last tests, and parity, have two levels
     "base": TINY,
+    "prediction": TINY | {"in_channels": 9},
     "interpolation": TINY | {"in_channels": 8},
     "vsr": {
         **TINY,
