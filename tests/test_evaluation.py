@@ -306,7 +306,7 @@ def test_noise_levels_of_a_model(tmp_path, capsys, monkeypatch):
 
 
 def test_the_prediction_stage_is_measured_and_written(tmp_path, capsys):
-    folder = make_stage(tmp_path / "prediction", "prediction", frames=3, steps=2)
+    folder = make_stage(tmp_path / "prediction", "prediction", frames=3, steps=2, sampler="ddim")
     words = ["--weights", folder, "--samples", 2, "--segments", 3, "--json", tmp_path / "r.json"]
     prediction.main([str(word) for word in [*words, "--sheets", tmp_path / "sheets", "--plot", tmp_path / "plot.png"]])
     result = json.loads((tmp_path / "r.json").read_text())

@@ -322,7 +322,7 @@ def test_some_of_the_shipped_stages_may_be_missing(folder, tmp_path, monkeypatch
 
 def test_the_shipped_models_can_be_loaded():
     result = cascade.stage_folders()
-    assert list(result) == ["base", "interpolation", "vsr"]
+    assert list(result) == list(STAGES)
     for stage, folder in result.items():
         assert load_folder(folder, params=False).stage == stage
         for part in ("unet", "vae", "text_encoder"):

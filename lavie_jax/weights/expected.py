@@ -22,13 +22,19 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
+# Fields that were added within a version and change nothing while they are False. They are left out of fingerprints then,
+# so that folders that were written before keep theirs.
+LATER_FIELDS = ("known_frames_around",)
+
+
 def fingerprint(config: Config, given: Mapping[str, tuple[int, ...]]) -> str:
     """Returns a hash that a part's config.json stores once its tensors have been compared with the config.
 
     A file whose fingerprint matches needs no comparison when it is loaded, and so no tracing of the model: one or two
     seconds for a small UNet, four for a released one. Other versions of this library compare again.
     """
-    facts = [lavie_jax.__version__, config.to_dict(), sorted((path, list(shape)) for path, shape in given.items())]
+    fields = {name: value for name, value in config.to_dict().items() if value or name not in LATER_FIELDS}
+    facts = [lavie_jax.__version__, fields, sorted((path, list(shape)) for path, shape in given.items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
