@@ -78,7 +78,7 @@ class Model:
         settings = self._resolve(segments=segments)
         return list(self.pipe.videos(requests, settings, batch_size=self.batch_size, progress=True))
 
-    def parts(self, video: Clip, segments: int) -> list[Clip]:
+    def parts(self, video: Clip, segments: int) -> list[UInt8[np.ndarray, "_part h w 3"]]:
         """Returns the segments of a long video, each with the frames that it was given."""
         settings = self._resolve(segments=segments)[STAGE]
         return [video[s.start : s.start + settings.frames] for s in STAGES[STAGE].segments(settings)]

@@ -22,8 +22,8 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-# Fields that were added within a version and change nothing while they are False. They are left out of fingerprints then,
-# so that folders that were written before keep theirs.
+# Fields that were added within a version and change nothing while they are False. They are left out of fingerprints
+# then, so that folders that were written before keep theirs.
 LATER_FIELDS = ("known_frames_around",)
 
 
