@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lavie_jax.errors import Parser, UserError
+from lavie_jax.errors import Parser, UserError, user_location
 from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
@@ -76,7 +76,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     merge = commands.add_parser("merge-lora", help="a weights folder and LoRA files -> a weights folder")
     merge.add_argument("--weights", required=True, type=Path)
-    merge.add_argument("--lora", required=True, action="append", metavar="FILE[:SCALE]", help="may be repeated")
+    merge.add_argument(
+        "--lora", required=True, action="append", type=user_location, metavar="FILE[:SCALE]", help="may be repeated"
+    )
     merge.add_argument("--out", required=True, type=Path, help="the weights folder to write")
 
     rename = commands.add_parser("export-lora", help="a LoRA, as training writes it -> kohya's or diffusers' names")

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavie_jax.errors import Parser, UserError, check_folder
+from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, file_hash, read_pictures
 from lavie_jax.samples.prompts import (
@@ -112,6 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--lora",
         action="append",
         default=[],
+        type=user_location,
         metavar="FILE[:SCALE]",
         help="LoRA of Stable Diffusion 1.x (kohya, LyCORIS, diffusers or PEFT), or its folder, merged into every stage "
         "but vsr; may be repeated (default scale 1)",
@@ -120,6 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--embedding",
         action="append",
         default=[],
+        type=user_location,
         metavar="FILE[:TOKEN]",
         help="textual inversion of Stable Diffusion 1.x, and the word for it in prompts; may be repeated (default: the "
         "file's own word)",

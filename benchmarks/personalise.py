@@ -22,6 +22,7 @@ from PIL import Image
 import lavie_jax
 from lavie_jax.data import moving_shapes, video_files
 from lavie_jax.data.moving_shapes import Attributes
+from lavie_jax.errors import Parser, user_location
 from lavie_jax.evaluation import detectors
 
 SHAPE, COLOUR = "tee", "magenta"
@@ -101,10 +102,10 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Runs one of the two commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("pictures", "measure"))
     parser.add_argument("--count", type=int, default=5, help="number of pictures")
-    parser.add_argument("--lora", help="the LoRA to measure (default: the base without one)")
+    parser.add_argument("--lora", type=user_location, help="the LoRA to measure (default: the base without one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -46,7 +46,9 @@ def latents_of(pipe, requests, settings) -> np.ndarray:
     """Returns the latents of all requests, denoised together."""
     model, shape = pipe.base, STAGES["base"].latent_shape(pipe.base.weights, settings)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
-    clips = running._prepared(model, settings, [running.Sample(request, MemoryCache(), None) for request in requests])
+    clips = running._prepared(
+        model, settings, [running.Sample(request, MemoryCache(), None, settings.output_frames) for request in requests]
+    )
     windows = STAGES["base"].windows(shape, settings)
     denoise(
         model, clips, DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests))

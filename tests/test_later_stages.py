@@ -56,7 +56,7 @@ def prepared(pipe, stage, frames, seed=0, **given):
     """(model, settings, the clip before its first step)."""
     settings = cascade.resolve_settings(pipe.weights, [stage], {stage: given}, info(*frames.shape[:3]))[stage]
     model = pipe.model(stage)
-    sample = running.Sample(cascade.Request(prompt=PROMPT, seed=seed), MemoryCache(), frames)
+    sample = running.Sample(cascade.Request(prompt=PROMPT, seed=seed), MemoryCache(), frames, len(frames))
     (ready,) = running._prepared(model, settings, [sample])
     return model, settings, ready
 

@@ -436,7 +436,7 @@ def test_hosts_compare_the_package_the_script_and_the_configs(tmp_path, monkeypa
 def test_prompts_are_refused_where_nothing_can_be_sampled(tmp_path):
     config = options.load(str(ROOT / "configs/moving_shapes/interpolation.py:tiny"))
     options.override(config, "prompts", "('a red circle',)")
-    with pytest.raises(UserError, match="start from text .base., not by 'interpolation': set prompts"):
+    with pytest.raises(UserError, match="start from text .base, prediction., not by 'interpolation': set prompts"):
         options.check(config, tmp_path)
 
 

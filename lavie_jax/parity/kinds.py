@@ -38,7 +38,7 @@ def channels_last(x: np.ndarray) -> jax.Array:
     return jnp.asarray(rearrange(x, pattern) if pattern else x)
 
 
-def channels_first(x: jax.Array) -> np.ndarray:
+def channels_first(x: jax.Array | np.ndarray) -> np.ndarray:
     """Inverse of `channels_last`."""
     pattern = {5: "b t h w c -> b c t h w", 4: "b h w c -> b c h w"}.get(x.ndim)
     return np.asarray(rearrange(x, pattern) if pattern else x)
