@@ -225,6 +225,7 @@ def test_a_bucket_without_clips_is_left_out(stores):
 # ---- training ----
 
 
+@pytest.mark.heavy
 def test_a_run_compiles_and_logs_a_program_for_each_bucket(tmp_path):
     """Runs train.py on Moving Shapes in two sizes; the losses of both are finite."""
     line = [sys.executable, "train.py", "--config", "configs/moving_shapes/vae.py:tiny", "--workdir", tmp_path,

@@ -82,6 +82,7 @@ def test_an_inflated_model_has_the_image_models_output(stage, frames, sd, x4, tm
     np.testing.assert_allclose(video, np.repeat(expected, frames, axis=1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy  # prediction is likewise
 def test_inflated_interpolation_initially_ignores_the_key_frames(base, tmp_path):
     """The tiny base has the spatial weights of the image model, so the output is the same image."""
     assert run("inflate", "--stage", "interpolation", "--from", base[1], "--out", tmp_path / "init") == 0

@@ -87,7 +87,8 @@ def test_one_call_equals_one_call_per_stage(single):
     np.testing.assert_array_equal(video, single(PROMPT, stages=["vsr"], clip=frames, seed=1))
 
 
-@pytest.mark.parametrize("stage", ["vsr", pytest.param("interpolation", marks=pytest.mark.heavy)])
+@pytest.mark.heavy  # test_cascade.py has the base stage
+@pytest.mark.parametrize("stage", ["vsr", "interpolation"])
 def test_one_device_and_eight_agree(stage, single, folder):
     """With several windows: 18 key frames, and 7 frames in windows of 4 and tiles of 8."""
     frames = clip(18, 8, 8) if stage == "interpolation" else clip(7, 8, 12)

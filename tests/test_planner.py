@@ -57,6 +57,7 @@ def test_a_matrix_product_and_a_convolution():
     assert counted(convolve, (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
 
 
+@pytest.mark.heavy
 def test_flops_of_a_step_do_not_depend_on_remat(tmp_path):
     """They are nearly three times those of the forward pass: gradients of inputs and of parameters."""
     counts = {}
@@ -335,7 +336,9 @@ def test_held_out_batches_and_losses_are_planned():
     assert held_out.trace().out_info["video_loss"].shape == ()
 
 
-@pytest.mark.parametrize("stage", ["base", "prediction", "interpolation", "vsr"])
+@pytest.mark.parametrize(
+    "stage", ["base", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("prediction", "interpolation", "vsr"))]
+)
 def test_the_sampling_programs_have_the_shapes_of_their_stage(stage):
     step, *others = sampling_programs(options.load(f"configs/{stage}.py"), stage, jax.devices()[:1])
     assert (step.name, *(p.name for p in others)) == program_names(STAGES[stage])

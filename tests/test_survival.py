@@ -66,6 +66,7 @@ def test_a_run_that_diverges_stops_and_leaves_a_dump_that_shows_why(run, tmp_pat
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.heavy  # test_train.py has the schedules without a run
 def test_the_logged_learning_rate_is_the_applied_one(run, tmp_path, monkeypatch):
     """A batch that is not finite skips an update, so that warm-up takes a step longer."""
     put, calls = parallel.put_batch, []

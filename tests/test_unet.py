@@ -371,6 +371,7 @@ def test_remat_and_kernels_change_nothing(remat, kernels):
         assert relative_error(jax.jit(value(unet.clone(attention_kernel=kernel)))(inputs), expected[0]) < 1e-5
 
 
+@pytest.mark.heavy
 def test_remat_recomputes_or_offloads():
     """ "block" and "offload" recompute the layers once; "full" twice, except for unneeded outputs."""
     unet, (x, t, text, *_) = make("base")
