@@ -57,7 +57,7 @@ def velocity(
     mask: Bool[Array, "b items l"] | None,
     frames: Frames,
     dtype: DTypeLike,
-) -> Float[Array, "b items 2"] | None:
+) -> Float[Array, "b moved 2"] | None:
     """`known_frames_around`: returns by how much the caption moves known frames, see `Velocity`."""
     if not (config.known_frames_around and frames.video):
         return None
