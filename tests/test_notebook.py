@@ -18,6 +18,7 @@ from tools import make_notebook
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"frames": 4, "base_steps": 2, "interpolation_steps": 2, "vsr_steps": 2}
+STAGES = ["base", "interpolation", "vsr"]  # of the notebook
 
 
 def run(cwd: Path, *runs: dict, installed: bool = True) -> subprocess.CompletedProcess:
@@ -73,7 +74,7 @@ def test_every_cell_runs_and_reuses_its_results(weights, tmp_path):
     done = run(ROOT / "notebooks", values, values, installed=False)
     assert done.returncode == 0, done.stderr
     paths = shown(done)
-    assert stages_of(paths) == 2 * ["base", "interpolation", "vsr"]
+    assert stages_of(paths) == 2 * STAGES
     assert paths[:3] == paths[3:] and done.stdout.count("1 of 1 samples exist in") == 3
     base, interpolation, vsr = paths[:3]
     shapes = [read_video(path).shape for path in (base, interpolation, vsr)]
@@ -94,7 +95,7 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
     (files["upscaler"] / "scheduler/scheduler_config.json").write_text(json.dumps(checkpoints.X4_SCHEDULER))
     for folder in files.values():
         save_small_tokenizer(folder / "tokenizer", tiny.WORDS, length=tiny.CONTEXT)
-    for stage in tiny.UNETS:
+    for stage in STAGES:
         files[f"lavie_{stage}"] = tmp_path / f"{stage}.pt"
         torch.save({"ema": checkpoints.lavie(stage)}, files[f"lavie_{stage}"])
     sha256 = hashlib.sha256(files["lavie_vsr"].read_bytes()).hexdigest()
@@ -114,9 +115,9 @@ def test_pytorch_files_are_checked_converted_and_sampled(tmp_path, monkeypatch):
 
     done = run(tmp_path, {**values, "lavie_vsr_sha256": sha256})  # converted stages are skipped
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in weights.iterdir()} == set(tiny.UNETS)
+    assert {path.name for path in weights.iterdir()} == set(STAGES)
     assert load_folder(weights / "interpolation").stage == "interpolation"
     assert not (weights / "interpolation" / "vae").exists(), "it should be shared with the base"
     assert not list(tmp_path.glob("*.pt")) and (tmp_path / "sd").is_dir() and (tmp_path / "x4").is_dir()
-    assert stages_of(shown(done)) == list(tiny.UNETS)
+    assert stages_of(shown(done)) == STAGES
     assert [read_video(path).shape[:3] for path in shown(done)] == [(2, 16, 24), (5, 16, 24), (5, 32, 48)]

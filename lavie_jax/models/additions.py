@@ -69,7 +69,7 @@ def add_frames_around(
     config: UNetConfig,
     h: Float[Array, "b frames h w c"],
     x: Float[Array, "b frames h w c_in"],
-    velocity: Float[Array, "b items 2"] | None,
+    velocity: Float[Array, "b moved 2"] | None,
     frames: Frames,
     dtype: DTypeLike,
 ) -> Float[Array, "b frames h w c"]:
@@ -87,7 +87,7 @@ def add_condition(
     config: UNetConfig,
     prediction: Float[Array, "b frames h w c_out"],
     x: Float[Array, "b frames h w c_in"],
-    velocity: Float[Array, "b items 2"] | None,
+    velocity: Float[Array, "b moved 2"] | None,
     temb: Float[Array, "b items e"],
     frames: Frames,
 ) -> Float[Array, "b frames h w c_out"]:
