@@ -258,7 +258,8 @@ def test_untrained_channels_answer_as_the_base(folder, pipe, monkeypatch):
     inflated = dataclasses.replace(own, unet=Part(own.unet.config, params))
     untrained = Cascade({"prediction": inflated}, devices=pipe.devices)
     monkeypatch.setattr(STAGE, "noise_number", STAGES["base"].noise_number, raising=False)
-    monkeypatch.setattr(STAGE, "noise", STAGES["base"].noise)
+    settings = cascade.resolve_settings({"base": base}, ["base"], {})["base"]
+    monkeypatch.setattr(STAGE, "noise", lambda model, _, *rest: STAGES["base"].noise(model, settings, *rest))
     video = predicted(untrained, known={0: PICTURES[0]}, sampler="ddim", steps=3)
     assert np.abs(video.astype(int) - pipe(PROMPT, seed=3)[0]).max() <= 1
 
