@@ -35,7 +35,7 @@ def get_config(mode: str = "") -> ConfigDict:
         sampler="ddim",
         steps=20,
         guidance=4.0,
-        known_frames=1,  # clips end where the object has to turn, and the motion of more known frames would go on
+        known_frames=1,  # clips end where the object has to turn, and the motion of more known frames would continue
         known_latents="mode",
     )
     config.data.images = 1

@@ -220,6 +220,7 @@ def _decode(
     source = _segment_input(stage, settings, sample, segment)
 
     def pieces() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """Yields the decoded frames, a few at a time."""
         start = 0
         with tqdm(
             total=len(latents), unit="frame", desc=f"{stage.name}: decoding", leave=False, disable=not progress
@@ -240,6 +241,7 @@ def _joined(stage: Stage, settings: Settings, sample: Sample) -> UInt8[np.ndarra
     segments = stage.segments(settings)
 
     def pieces() -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """Yields the frames of each segment that the one before does not have."""
         if segments[0].repeated:
             yield sample.source
         for segment in segments:
