@@ -18,7 +18,7 @@ Diffusion. For a base of another architecture add `--config.unet=None --config.t
 
 Hardware: one accelerator; a test builds the program with `eval_shape`. Expected result: unknown, not run at full size.
 
-Modes: "" and "tiny" (Moving Shapes, from random weights).
+Modes: "" and "tiny" (Moving Shapes, from the included base).
 """
 
 from ml_collections import ConfigDict

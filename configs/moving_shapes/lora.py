@@ -7,7 +7,7 @@
 
 The network is small, so that all kinds of spatial layers are changed, at a high learning rate.
 
-Modes: "" for one GPU, with larger batches; "cpu"; "tiny", on random weights and Moving Shapes' own images. Hardware,
+Modes: "" for one GPU, with larger batches; "cpu"; "tiny", a few steps on Moving Shapes' own images. Hardware,
 time and result: docs/personalise.md. The mode "" has not been run.
 """
 
@@ -22,12 +22,17 @@ from configs.moving_shapes import base
 
 def get_config(mode: str = "") -> ConfigDict:
     """Returns the config of a mode."""
-    config = base.get_config(mode or "cpu")  # the included model is that of the mode "cpu"
+    common.check_mode(mode, ("cpu", "tiny"))
+    config = base.get_config("cpu")  # the network of the included model
+    config.init_from = str(Path(lavie_jax.__file__).parent / "assets" / "base")
     if mode == "tiny":
+        # A base from random weights has output layers of zero, through which an adapter gets no gradient.
         config.regime = "lora"
         config.data.frames, config.data.images, config.prompts = 0, 2, ()
+        config.batch, config.steps, config.held_out_batches = 2, 20, 1
+        common.set_fields(config.optimizer, kind="adamw", warmup=0)
+        config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
         return config
-    config.init_from = str(Path(lavie_jax.__file__).parent / "assets" / "base")
     common.set_subject(config, images=4)
     config.lora.rank, config.lora.targets = 8, ("attention", "feed_forward", "convolutions")
     config.batch, config.steps = {"": (16, 600), "cpu": (2, 300)}[mode]
