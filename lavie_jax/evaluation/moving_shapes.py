@@ -142,6 +142,25 @@ def _as_from_base(video: UInt8[np.ndarray, "t H W 3"], stages: Sequence[str]) ->
 # ---- the command ----
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of every command that samples clips of Moving Shapes and measures them, but `--samples`."""
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: %(default)s)")
+    parser.add_argument("--sampler", help="default: the weights' own, also for --steps and --guidance")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--json", type=Path, help="write the tables to this file")
+
+
+def check_sampling_flags(args: argparse.Namespace, *counts: str) -> None:
+    """Raises UserError for impossible values of `--samples`, `--batch-size`, `--seed` and other `counts`."""
+    for name in ("samples", "batch_size", *counts):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1; given {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32 - args.samples:
+        raise UserError(f"--seed must be from 0 to {2**32 - args.samples - 1} for {args.samples} samples")
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m lavie_jax.evaluation.moving_shapes",
@@ -155,12 +174,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         "base,interpolation,vsr, to measure whether they preserve the attributes")  # fmt: skip
     parser.add_argument("--split", action="append", help=f"one of {', '.join(SPLITS)}; may be repeated")
     parser.add_argument("--samples", type=int, default=256, help="samples per split (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: %(default)s)")
-    parser.add_argument("--sampler", help="default: the weights' own, also for --steps and --guidance")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--json", type=Path, help="write the tables to this file")
+    add_sampling_flags(parser)
     parser.add_argument("--sheets", type=Path, help="write a contact sheet per split to this folder")
     return parser.parse_args(argv)
 
@@ -170,14 +184,10 @@ def _check(args: argparse.Namespace) -> None:
     for split in args.split or ():
         if split not in SPLITS:
             raise UserError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
-    for name in ("samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1; given {getattr(args, name)}")
+    check_sampling_flags(args)
     args.stages = parse_stages(args.stages, own_clip=False)
     if args.stages != (MAIN_STAGE,) and (args.truth or args.vae or "image" in (args.split or ())):
         raise UserError("--stages: later stages need sampled videos, without --truth, --vae and --split image")
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0; given {args.seed}")
     results.check_path(args.json, KIND)
     if args.sheets is not None:
         check_folder(args.sheets, f"--sheets {args.sheets}")

@@ -30,7 +30,15 @@ from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, s
 from lavie_jax.evaluation.cascade import moving_samples, through_vae
 from lavie_jax.evaluation.detectors import detect, object_centres
 from lavie_jax.evaluation.fidelity import psnr
-from lavie_jax.evaluation.moving_shapes import ROWS, SHEET_ROWS, Table, score, true_samples
+from lavie_jax.evaluation.moving_shapes import (
+    ROWS,
+    SHEET_ROWS,
+    Table,
+    add_sampling_flags,
+    check_sampling_flags,
+    score,
+    true_samples,
+)
 from lavie_jax.stages import STAGES
 from lavie_jax.weights import folder_hash
 
@@ -159,12 +167,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="val", help=f"one of {', '.join(SPLITS)} (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=64, help="clips of each measurement (default: %(default)s)")
     parser.add_argument("--segments", type=int, default=8, help="segments of a long video (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: %(default)s)")
-    parser.add_argument("--sampler", help="default: the weights' own, also for --steps and --guidance")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--json", type=Path, help="write the tables to this file")
+    add_sampling_flags(parser)
     parser.add_argument("--sheets", type=Path, help="write a contact sheet per measurement to this folder")
     parser.add_argument("--plot", type=Path, help="plot the attributes against the segment; needs matplotlib")
     return parser.parse_args(argv)
@@ -177,11 +180,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--measure: unknown {name!r}{suggest(name, MEASURES)}")
     if args.split not in SPLITS:
         raise UserError(f"--split: unknown split {args.split!r}{suggest(args.split, SPLITS)}")
-    for name in ("samples", "segments", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1; given {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32 - args.samples:
-        raise UserError(f"--seed must be from 0 to {2**32 - args.samples - 1} for {args.samples} samples")
+    check_sampling_flags(args, "segments")
     if args.plot is not None and args.plot.suffix != ".png":
         raise UserError(f"--plot {args.plot} must end in .png")
     results.check_path(args.json, KIND)
