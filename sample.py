@@ -245,8 +245,7 @@ def plan_outputs(
 
 def prompt_warnings(weights: Mapping[str, Any], outputs: Sequence[Output], texts_of: Mapping[str, Any]) -> list[str]:
     """Returns warnings about words that a stage ignores; `texts_of` is {prompt: {stage: its prompts}}."""
-    from lavie_jax import cascade
-    from lavie_jax.data.tokens import load_tokenizer
+    from lavie_jax.data.tokens import load_tokenizer, text_warnings
 
     lines = []
     for stage, loaded in weights.items():
@@ -255,7 +254,7 @@ def prompt_warnings(weights: Mapping[str, Any], outputs: Sequence[Output], texts
             own = of_stage(output.request, stage)
             texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
             texts.append(own["negative_prompt"])
-        lines += cascade.text_warnings(load_tokenizer(loaded.tokenizer_dir, loaded.new_words), texts)
+        lines += text_warnings(load_tokenizer(loaded.tokenizer_dir, loaded.new_words), texts)
     return lines
 
 

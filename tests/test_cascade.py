@@ -14,6 +14,7 @@ from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, Request, running
 from lavie_jax.cascade import model as stage_model
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
+from lavie_jax.data import tokens
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
@@ -248,8 +249,8 @@ def test_a_clip_of_another_type_is_refused(clip):
 
 def test_truncated_and_unknown_words_are_named(single):
     tokenizer = single.base.tokenizer
-    assert cascade.text_warnings(tokenizer, [PROMPT]) == []
-    long, unknown = cascade.text_warnings(tokenizer, [f"{PROMPT} right left", "a dragon moving left"])
+    assert tokens.text_warnings(tokenizer, [PROMPT]) == []
+    long, unknown = tokens.text_warnings(tokenizer, [f"{PROMPT} right left", "a dragon moving left"])
     assert "8 tokens" in long and "'left'" in long
     assert "ignored: dragon." in unknown and "circle" in unknown
 

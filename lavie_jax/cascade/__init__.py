@@ -315,7 +315,7 @@ class Cascade:
         for stage, own in resolved.items():
             tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir, self.weights[stage].new_words)
             texts = [text + own.prompt_suffix for parts in prompts for text, _ in parts[stage]]
-            for line in text_warnings(tokenizer, texts):
+            for line in tokens.text_warnings(tokenizer, texts):
                 logging.warning("%s", line)
         return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
 
@@ -392,26 +392,6 @@ class Cascade:
 def _check_clip(clip: np.ndarray) -> None:
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.size:
         raise UserError(f"clip must be uint8 of shape (frames, H, W, 3), not {clip.dtype} of {clip.shape}")
-
-
-def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
-    """Returns warnings about parts of `texts` that the model ignores.
-
-    These are the ends of texts longer than its context, and words that are not in a small model's vocabulary.
-    """
-    texts = dict.fromkeys(texts)
-    length = tokens.context_length(tokenizer)
-    lines = [
-        f"a prompt is longer than the model's {length} tokens and is truncated: {lost!r} is ignored"
-        for text in texts
-        if (lost := tokens.lost_text(tokenizer, text))
-    ]
-    if unknown := dict.fromkeys(word for text in texts for word in tokens.unknown_words(tokenizer, text)):
-        known = ", ".join(tokens.known_words(tokenizer))
-        lines.append(
-            f"not in this small model's vocabulary, and ignored: {', '.join(unknown)}. Its vocabulary: {known}"
-        )
-    return lines
 
 
 def _aligned(**values: object) -> Iterable[tuple]:

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +225,23 @@ class CachedTokens:
             return self._empty
         ids, masks = zip(*(self._one(text) for text in texts))
         return np.stack(ids), None if masks[0] is None else np.stack(masks)
+
+
+def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
+    """Returns warnings about parts of `texts` that the model ignores.
+
+    These are the ends of texts longer than its context, and words that are not in a small model's vocabulary.
+    """
+    texts = dict.fromkeys(texts)
+    length = context_length(tokenizer)
+    lines = [
+        f"a prompt is longer than the model's {length} tokens and is truncated: {lost!r} is ignored"
+        for text in texts
+        if (lost := lost_text(tokenizer, text))
+    ]
+    if unknown := dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)):
+        known = ", ".join(known_words(tokenizer))
+        lines.append(
+            f"not in this small model's vocabulary, and ignored: {', '.join(unknown)}. Its vocabulary: {known}"
+        )
+    return lines

@@ -74,7 +74,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        def pooled_mean(values):  # (..., H, W, C) -> (..., 1, 1, C): each channel gets its group's mean
+        def pooled_mean(values):
+            """(..., H, W, C) -> (..., 1, 1, C): returns the mean of each channel's group."""
             # over H and W first, with contiguous channels: reducing groups of a few channels in a large array is slow
             mean = reduce(values, "... h w c -> ... 1 1 c", "mean")
             groups = reduce(mean, "... (g c) -> ... g", "mean", g=self.groups)
