@@ -35,9 +35,7 @@ class UNetConfig:
     motion_embedding: bool = False  # caption x time x position, before temporal attention; ours
     caption_modulation: bool = False  # the caption scales and shifts features in every resnet; ours
     key_frames_around: bool = False  # frames see the key frames on both sides; ours
-    known_frames_around: bool = (
-        False  # frames see the known frames on both sides, moved by the caption (prediction); ours
-    )
+    known_frames_around: bool = False  # frames see the known frames on both sides, moved by the caption; ours
     low_res_skip: bool = False  # the prediction starts from the low-resolution frame; ours
     spatial_attention: str = "self"  # "self"; "sparse_causal": to the first and the previous frame (interpolation)
     temporal_resblocks: bool = False  # temporal convolutions before each transformer (super-resolution)
