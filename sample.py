@@ -25,9 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
-from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, file_hash, read_pictures
+from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
 from lavie_jax.samples.prompts import (
     Prompt,
     check_seed,

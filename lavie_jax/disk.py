@@ -1,17 +1,25 @@
-"""Full disks, and disks that cannot lock files: recognises them, and lets a run continue on them."""
+"""Hashes of files; full disks and disks that cannot lock files, on which a run continues."""
 
 import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from absl import logging
 
 # Errors of flock on disks that do not support it: NFS without a lock daemon, some FUSE and parallel file systems.
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+def file_hash(path: Path) -> str:
+    """Returns the SHA-256 of a file, which is read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass

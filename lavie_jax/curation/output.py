@@ -5,7 +5,6 @@ last: it marks a finished set.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from absl import logging
 
 from lavie_jax.data import shards
 from lavie_jax.data.video_files import finished
-from lavie_jax.disk import flock, is_full
+from lavie_jax.disk import file_hash, flock, is_full
 from lavie_jax.errors import UserError
 
 MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
@@ -105,6 +104,4 @@ def file_hashes(out: Path, paths: Iterable[Path]) -> dict[str, dict[str, object]
 
 
 def _size_and_hash(path: Path) -> dict[str, object]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}

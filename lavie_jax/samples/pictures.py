@@ -1,13 +1,13 @@
 """Pictures from the command line that are frames of the video. No jax: errors come fast."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError
 from lavie_jax.stages.settings import STAGE_INFO
 
@@ -21,12 +21,6 @@ class Picture:
     path: Path
     pixels: UInt8[np.ndarray, "h w 3"]
     sha256: str
-
-
-def file_hash(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_pictures(paths: Mapping[str, Path], stages: Sequence[str], *, own_clip: bool) -> dict[str, Picture]:

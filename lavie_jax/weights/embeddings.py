@@ -5,7 +5,6 @@ Files in PyTorch's format are read without running their code (`torch_files.py`)
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.weights.file_kinds import file_format
 from lavie_jax.weights.safetensors_io import Tensor, check_finite, read_safetensors
@@ -65,9 +65,7 @@ def read_embedding(path: str | Path, word: str | None = None) -> Embedding:
     vectors = vectors.reshape(-1, vectors.shape[-1])
     if not 1 <= len(vectors) <= MAX_VECTORS:
         raise UserError(f"{path} has {len(vectors)} vectors for {word!r}; allowed are 1 to {MAX_VECTORS}.")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Embedding(path=path, sha256=digest, word=word, vectors=vectors)
+    return Embedding(path=path, sha256=file_hash(path), word=word, vectors=vectors)
 
 
 def _find(path: Path, content: Any) -> tuple[str | None, Tensor]:

@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.models.registry import PARTS, Config, default_network, networks_of
 from lavie_jax.stages import STAGES
@@ -225,7 +226,5 @@ def hash_dir(folder: Path, only: Collection[str] | None = None) -> str:
     digest = hashlib.sha256()
     files = (p for p in folder.rglob("*") if not any(name.startswith(".") for name in p.relative_to(folder).parts))
     for file in sorted(p for p in files if p.is_file() and (only is None or p.name in only)):
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()} {file_hash(file)}\n".encode())
     return digest.hexdigest()

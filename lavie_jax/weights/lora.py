@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.weights.file_kinds import file_format
 from lavie_jax.weights.folder import read_json
@@ -255,10 +256,7 @@ def _matches(path: Path, pattern: str, module: str) -> bool:
 
 def _hash(*paths: Path) -> str:
     """Returns the SHA-256 of a file, or of the hashes of several."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [file_hash(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

@@ -5,11 +5,11 @@ file; `hub:OWNER/NAME@REVISION` selects a branch, a tag or a commit. Only the fi
 reads are downloaded, which excludes its UNet. Interrupted downloads resume.
 """
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
 
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.models.registry import PARTS
 from lavie_jax.weights.reading import SHARD, candidates
@@ -57,8 +57,7 @@ def check_sha256(path: Path, given: str) -> None:
         if not file.is_file():
             hint = "is a folder; give HASH NAME of files in it" if file.is_dir() else "does not exist"
             raise UserError(f"the SHA-256 cannot be checked: {file} {hint}")
-        with file.open("rb") as opened:
-            actual = hashlib.file_digest(opened, "sha256").hexdigest()
+        actual = file_hash(file)
         if actual != wanted.lower():
             raise UserError(f"{file} is damaged or a different file: its SHA-256 is {actual}, not {wanted.lower()}")
 
