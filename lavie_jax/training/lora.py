@@ -10,7 +10,7 @@ which the regime "lora" trains only the second, so that checkpoints and exports 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +72,30 @@ def layers(unet: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, 
 
 
 def start(unet: Mapping[str, Any], config: LoraConfig, seed: int) -> dict[str, Any]:
-    """Returns the tree of a new run in numpy: `down` as PyTorch initialises linear layers, `up` zero."""
-    rng, flat = np.random.default_rng([seed, config.rank]), {}
-    for path, shape in sorted(layers(unet, config).items()):
-        bound = np.prod(shape[:-1]) ** -0.5
-        flat[f"{path}/down"] = rng.uniform(-bound, bound, (*shape[:-1], config.rank)).astype(np.float32)
-        flat[f"{path}/up"] = np.zeros((config.rank, shape[-1]), np.float32)
-    return {"unet": unflatten_dict(flat, sep="/")}
+    """Returns the tree of a new run in numpy."""
+    rng = np.random.default_rng([seed, config.rank])
+    return _new_factors(unet, config, lambda shape, bound: rng.uniform(-bound, bound, shape).astype(np.float32))
 
 
 def initial(unet: Mapping[str, Any], config: LoraConfig, rng: jax.Array) -> dict[str, Any]:
     """As `start`, in jax, for networks that are initialised at random too."""
+    keys = iter(jax.random.split(rng, len(layers(unet, config))))
+    return _new_factors(
+        unet, config, lambda shape, bound: jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)
+    )
+
+
+def _new_factors(
+    unet: Mapping[str, Any], config: LoraConfig, uniform: Callable[[tuple[int, ...], float], Any]
+) -> dict[str, Any]:
+    """Returns the tree of a new adapter: `down` as PyTorch initialises linear layers, `up` zero.
+
+    `uniform(shape, bound)` returns random numbers from -bound to bound.
+    """
     flat = {}
     for path, shape in sorted(layers(unet, config).items()):
-        rng, own = jax.random.split(rng)
-        bound = np.prod(shape[:-1]) ** -0.5
-        flat[f"{path}/down"] = jax.random.uniform(own, (*shape[:-1], config.rank), minval=-bound, maxval=bound)
-        flat[f"{path}/up"] = jnp.zeros((config.rank, shape[-1]))
+        flat[f"{path}/down"] = uniform((*shape[:-1], config.rank), np.prod(shape[:-1]) ** -0.5)
+        flat[f"{path}/up"] = np.zeros((config.rank, shape[-1]), np.float32)
     return {"unet": unflatten_dict(flat, sep="/")}
 
 
