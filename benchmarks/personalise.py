@@ -63,7 +63,7 @@ def _kinds() -> list[tuple[str, str]]:
 
 
 def prompts() -> list[tuple[str, Attributes]]:
-    """The prompts with what they should show: the subject in every direction, then what the base knows."""
+    """Returns prompts with the attributes that they ask for: the subject in every direction, then familiar objects."""
     directions = [motion for motion in moving_shapes.MOTIONS if motion != "still"]
     wanted = [Attributes(SHAPE, COLOUR, "large", b, m) for b, m in zip(itertools.cycle(("white", "black")), directions)]
     pairs = [(moving_shapes.caption(a).replace(f"{COLOUR} {SHAPE}", WORDS), a) for a in wanted]

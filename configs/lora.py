@@ -8,7 +8,7 @@
 PICTURES is a folder with a `.txt` beside each picture, or without: then all have the caption of `image_captions`. Only
 low-rank changes of the UNet's spatial attention are trained, on images; temporal layers, text encoder and VAE are
 frozen, so that the motion stays the base's. `lora.targets` can add feed-forward layers and convolutions. To preserve
-what the base knows of a class, mix in pictures that it made of "a photo of a cat":
+what the base knows of a class, mix in its own samples of "a photo of a cat":
 
     --config.data.source=mixture --config.data.image_parts="['video_folder:PICTURES', 'video_folder:CLASS']" \\
     --config.data.image_captions="['a photo of sks cat', 'a photo of a cat']" --config.data.image_path=None

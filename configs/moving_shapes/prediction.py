@@ -6,7 +6,7 @@
 
 Everything comes from a Moving Shapes base model, whose text encoder is now frozen. The input channels of the mask and
 of the masked latents are new. Which frames of a clip are known is drawn for each clip (`config.known`). Each frame also
-sees the nearest known frames on both sides, moved as the caption says, and its prediction starts from them
+sees the nearest known frames on both sides, moved in the caption's direction, and its prediction starts from them
 (`known_frames_around`), as in interpolation. Targets and known frames are the mode of the VAE's posterior, so that a
 known frame determines its target exactly.
 

@@ -35,7 +35,7 @@ def parse_embedding(text: str) -> tuple[str, str | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Personal:
-    """What a user adds to the weights.
+    """LoRA files and embeddings to add to the weights.
 
     Attributes:
         loras: (file, strength), merged in this order.

@@ -1,4 +1,4 @@
-"""Pictures from the command line that are frames of the video. No jax: errors come fast."""
+"""Pictures from the command line that are frames of the video. This module does not import jax."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

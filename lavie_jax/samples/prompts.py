@@ -23,7 +23,7 @@ _AT = re.compile(r"\s*([0-9]{1,9})\s*:(.*)", re.DOTALL)
 class Prompt:
     """A prompt to sample; None means the run's seed or negative prompt.
 
-    `at` are several prompts over time, {frame: prompt}, which `text` then writes in one line.
+    `at` has prompts over time, {frame: prompt}; `text` is then the same in one line.
     """
 
     text: str

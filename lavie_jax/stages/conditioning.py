@@ -95,7 +95,7 @@ class EncodedClips(NamedTuple):
 
 
 class ConditionSetup(NamedTuple):
-    """What the condition of a training clip is made with, besides the clip.
+    """Inputs of a training clip's condition, besides the clip.
 
     Attributes:
         vae: configuration of the VAE that encoded the clip.

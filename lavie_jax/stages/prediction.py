@@ -39,7 +39,7 @@ from lavie_jax.stages.windows import Window, grid, whole
 
 
 class SegmentInput(NamedTuple):
-    """What is given of a segment.
+    """The known frames of a segment.
 
     Attributes:
         known: known frames in the output's size, by their index in the segment.

@@ -220,7 +220,7 @@ class VSRSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnownFrames:
-    """Which frames of a training clip are known to the prediction stage: relative weights of the modes.
+    """Relative weights of the modes that decide which frames of a training clip are known.
 
     SEINE's distribution is not published; the defaults are our choice. Each clip draws a mode and then, where the mode
     has one, the number N of known frames: of T frames, 1 + T u^2 / 2 rounded down, with u uniform in [0, 1), so that

@@ -78,7 +78,7 @@ def start(unet: Mapping[str, Any], config: LoraConfig, seed: int) -> dict[str, A
 
 
 def initial(unet: Mapping[str, Any], config: LoraConfig, rng: jax.Array) -> dict[str, Any]:
-    """As `start`, in jax, for networks that are initialised at random too."""
+    """Returns the same as `start` in jax, for networks that are also initialised at random."""
     keys = iter(jax.random.split(rng, len(layers(unet, config))))
     return _new_factors(
         unet, config, lambda shape, bound: jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)

@@ -1,4 +1,4 @@
-"""What an adapter adds to one weight, in numpy and float32: LoRA, LoCon, LoHa, LoKr, and DoRA around any of them.
+"""The change of one weight by an adapter, in numpy and float32: LoRA, LoCon, LoHa, LoKr, and DoRA around any of them.
 
     LoRA    (alpha / r) up . down                          arXiv 2106.09685
     LoCon   the same for convolutions, with or without a factor `mid` (LyCORIS, arXiv 2309.14859)
