@@ -300,9 +300,9 @@ def test_training_on_latents_equals_training_on_the_pixels_of_the_same_clips(
         config.inflate = False  # the weights are the stage's own
     wanted, moved, shapes = trained(pixels, tmp_path, learn)
     result, moved_by_latents, latent_shapes = trained(encoded, tmp_path, learn)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), result, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), result, wanted)
     assert np.linalg.norm(moved_by_latents - moved) <= 5e-3 * np.linalg.norm(moved) and moved.any() == learn
-    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-3)  # the measure distinguishes batches
+    assert not np.isclose(wanted[0]["loss"], wanted[1]["loss"], rtol=2e-4)  # the measure distinguishes batches
     assert latent_shapes == shapes
 
 
