@@ -1,19 +1,28 @@
-"""Measures what a LoRA of the included base model learns from a few pictures: the numbers of docs/personalise.md.
+"""Measures what LoRAs of the included base model learn from a few pictures: the numbers of docs/personalise.md.
 
-    python benchmarks/personalise.py pictures --count 5 --out runs/pictures-5
+    python benchmarks/personalise.py pictures --subject tee --count 5 --out runs/pictures-5
     python train.py --config configs/moving_shapes/lora.py:cpu --workdir runs/lora-5 \\
-        --config.data.image_path=runs/pictures-5
-    python benchmarks/personalise.py measure --lora runs/lora-5/weights --out runs/measured-5
+        --config.data.image_path=runs/pictures-5 --config.cpu_devices=1 --config.prompts=
+    python benchmarks/personalise.py measure --subject tee --lora runs/lora-5/weights --out runs/measured-5
+    python benchmarks/personalise.py all --out runs/personalise     # every subject, number of pictures and seed
+    python benchmarks/personalise.py table --out runs/personalise   # of what is measured so far
 
-The subject is a magenta T. Moving Shapes has neither, so the base never saw them. The included tokenizer knows only the
-words of Moving Shapes, so that the subject takes two of them, "brown heart", which the base saw in images only.
-`measure` samples the subject in every direction, and other prompts, and detects attributes in the pixels as
-`lavie_jax.evaluation.moving_shapes` does. It writes a table and a contact sheet.
+Each subject is a shape and a colour that Moving Shapes does not have, so that the base never saw them. The colours are
+among those that the included VAE can reproduce. The included tokenizer only has the words of Moving Shapes, so that a
+subject takes two of them, which the base saw in images only. `measure` samples the subject in every direction, and
+other prompts, and detects attributes in the pixels as `lavie_jax.evaluation.moving_shapes` does. `all` continues where
+it stopped: finished trainings and measurements are kept.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +34,11 @@ from lavie_jax.data.moving_shapes import Attributes
 from lavie_jax.errors import Parser, user_location
 from lavie_jax.evaluation import detectors
 
-SHAPE, COLOUR = "tee", "magenta"
-WORDS = "brown heart"
+ROOT = Path(__file__).parent.parent
 BACKGROUNDS = ("white", "black", "gray", "green", "yellow")
+COUNTS = (5, 10, 20)
+SEEDS = (0, 1, 2)
+OTHERS = 4  # prompts without the subject
 
 
 def tee(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -36,23 +47,56 @@ def tee(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(bar, np.maximum(np.abs(x) - 0.25, np.abs(y) - 0.9))
 
 
-def add_subject() -> None:
-    """Adds the subject to what Moving Shapes draws and the detectors know, in this process."""
-    moving_shapes._DISTANCE[SHAPE] = tee
-    moving_shapes.RGB[COLOUR] = (230, 0, 230)
-    moving_shapes.IMAGE_SHAPES += (SHAPE,)
-    moving_shapes.IMAGE_COLOURS += (COLOUR,)
+def hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance, up to a factor, of two triangles whose tips meet."""
+    return np.maximum(np.abs(x) - np.abs(y) - 0.1, np.abs(y) - 0.9)
 
 
-def write_pictures(count: int, out: Path, seed: int) -> None:
+def arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance, up to a factor, of an arrow that points to the right."""
+    shaft = np.maximum(np.abs(y) - 0.25, np.abs(x + 0.35) - 0.6)
+    return np.minimum(shaft, np.maximum(-x, np.abs(y) + x - 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A shape and a colour that Moving Shapes does not have, and the words of its captions."""
+
+    shape: str
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    colour: str
+    rgb: tuple[int, int, int]
+    words: str
+
+
+SUBJECTS = {
+    subject.shape: subject
+    for subject in (
+        Subject("tee", tee, "lavender", (190, 170, 245), "brown heart"),
+        Subject("hourglass", hourglass, "rose", (205, 95, 120), "pink crescent"),
+        Subject("arrow", arrow, "sky", (130, 175, 240), "brown crescent"),
+    )
+}
+
+
+def add_subjects() -> None:
+    """Adds the subjects to what Moving Shapes draws and the detectors know, in this process."""
+    for subject in SUBJECTS.values():
+        moving_shapes._DISTANCE[subject.shape] = subject.distance
+        moving_shapes.RGB[subject.colour] = subject.rgb
+        moving_shapes.IMAGE_SHAPES += (subject.shape,)
+        moving_shapes.IMAGE_COLOURS += (subject.colour,)
+
+
+def write_pictures(subject: Subject, count: int, out: Path, seed: int) -> None:
     """Writes pictures of the subject with captions."""
     out.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i, (background, size) in enumerate(itertools.islice(itertools.cycle(_kinds()), count)):
-        attributes = Attributes(SHAPE, COLOUR, size, background, None)
+        attributes = Attributes(subject.shape, subject.colour, size, background, None)
         picture = moving_shapes.render(attributes, *rng.random(2), frames=1, fps=1.0, height=64, width=64)[0]
         Image.fromarray(picture).save(out / f"{i:02d}.png")
-        (out / f"{i:02d}.txt").write_text(f"a {size} {WORDS} over a {background} background\n")
+        (out / f"{i:02d}.txt").write_text(f"a {size} {subject.words} over a {background} background\n")
 
 
 def _kinds() -> list[tuple[str, str]]:
@@ -62,58 +106,108 @@ def _kinds() -> list[tuple[str, str]]:
     ]
 
 
-def prompts() -> list[tuple[str, Attributes]]:
+def prompts(subject: Subject) -> list[tuple[str, Attributes]]:
     """Returns prompts with the attributes that they ask for: the subject in every direction, then familiar objects."""
     directions = [motion for motion in moving_shapes.MOTIONS if motion != "still"]
-    wanted = [Attributes(SHAPE, COLOUR, "large", b, m) for b, m in zip(itertools.cycle(("white", "black")), directions)]
-    pairs = [(moving_shapes.caption(a).replace(f"{COLOUR} {SHAPE}", WORDS), a) for a in wanted]
-    others = [moving_shapes.clip("val", i).attributes for i in range(8)]
+    kinds = itertools.cycle(itertools.product(("white", "black"), ("large", "small")))
+    wanted = [Attributes(subject.shape, subject.colour, size, b, m) for (b, size), m in zip(kinds, directions)]
+    pairs = [(moving_shapes.caption(a).replace(f"{subject.colour} {subject.shape}", subject.words), a) for a in wanted]
+    others = [moving_shapes.clip("val", i).attributes for i in range(OTHERS)]
     return pairs + [(moving_shapes.caption(a), a) for a in others]
 
 
-def measure(lora: str | None, out: Path, seed: int) -> None:
-    """Samples every prompt, and writes detected attributes, fractions that are right, and a contact sheet."""
-    out.mkdir(parents=True)
+def measure(subject: Subject, lora: str | None, out: Path, seed: int) -> None:
+    """Samples every prompt, and writes detected attributes and a contact sheet."""
+    out.mkdir(parents=True, exist_ok=True)
     cascade = lavie_jax.load(stages=("base",), loras=[lora] if lora else [])
-    rows, videos, texts = [], [], []
-    for prompt, wanted in prompts():
-        video = cascade(prompt, seed=seed)[0]
+    texts, wanted = zip(*prompts(subject))
+    videos = cascade(list(texts), seed=[seed + i for i in range(len(texts))], batch_size=4, progress=True)
+    rows = []
+    for text, asked, video in zip(texts, wanted, videos):
         found = detectors.detect(video)
-        right = {name: getattr(found, name) == getattr(wanted, name) for name in ("shape", "colour", "motion")}
-        rows.append({"prompt": prompt, "subject": wanted.shape == SHAPE, "found": vars(found), "right": right})
-        videos.append(video)
-        texts.append(prompt)
-        print(prompt, vars(found), flush=True)
-        content = {"table": summary(rows), "samples": rows}
-        (out / "measured.json").write_text(json.dumps(content, indent=2) + "\n")  # after each: a clip takes a while
-    video_files.contact_sheet(videos, texts, out / "sheet.png", columns=8)
+        right = {row: getattr(found, row) == getattr(asked, row) for row in ("shape", "colour", "size", "motion")}
+        group = "subject" if asked.shape == subject.shape else "other prompts"
+        rows.append({"prompt": text, "group": group, "found": vars(found), "right": right})
+    video_files.contact_sheet(list(videos), list(texts), out / "sheet.png", columns=8)
+    (out / "measured.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(summary(rows), indent=2))
 
 
-def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Returns the fraction of samples that are right, of the subject and of other prompts."""
-    table = {}
-    for group, subject in (("subject", True), ("other prompts", False)):
-        right = [row["right"] for row in rows if row["subject"] == subject]
-        if right:
-            table[group] = {name: float(np.mean([one[name] for one in right])) for name in right[0]}
+def summary(rows: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Returns the fraction of samples that are right, with its standard error and number, by group and attribute."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for group in ("subject", "other prompts"):
+        right = [row["right"] for row in rows if row["group"] == group]
+        for name in right[0] if right else ():
+            p = float(np.mean([one[name] for one in right]))
+            table.setdefault(group, {})[name] = [p, math.sqrt(p * (1 - p) / len(right)), len(right)]
     return table
 
 
+def run_all(out: Path) -> None:
+    """Trains and measures every subject with every number of pictures, one seed after the other."""
+    command = [sys.executable, str(Path(__file__))]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
+
+    def call(*words: str | Path) -> None:
+        subprocess.run([str(word) for word in words], check=True, env=environment, cwd=ROOT)
+
+    out = out.absolute()
+    for subject in SUBJECTS:
+        if not (out / f"without-{subject}/measured.json").exists():
+            call(*command, "measure", "--subject", subject, "--out", out / f"without-{subject}")
+    for seed, count, subject in itertools.product(SEEDS, COUNTS, SUBJECTS):
+        run = out / f"{subject}-{count}-{seed}"
+        if (run / "measured/measured.json").exists():
+            continue
+        common = ("--subject", subject, "--seed", seed)
+        if not (run / "pictures").exists():
+            call(*command, "pictures", *common, "--count", count, "--out", run / "pictures")
+        config = ("--config", "configs/moving_shapes/lora.py:cpu", f"--config.data.image_path={run / 'pictures'}")
+        settings = (f"--config.seed={seed}", "--config.cpu_devices=1", "--config.prompts=")
+        call(sys.executable, "train.py", *config, "--workdir", run / "train", *settings)
+        call(*command, "measure", *common, "--lora", run / "train/weights", "--out", run / "measured")
+
+
+def print_table(out: Path) -> None:
+    """Prints a table in Markdown of all measurements in a folder of `all`."""
+    columns = [
+        (group, name) for group in ("subject", "other prompts") for name in ("shape", "colour", "size", "motion")
+    ]
+    print("| | runs |", " | ".join(f"{group}: {name}" for group, name in columns), "|")
+    print("| --- |" + " --- |" * (1 + len(columns)))
+    groups = {"no LoRA": sorted(out.glob("without-*/measured.json"))}
+    for count in COUNTS:
+        groups[f"{count} pictures"] = sorted(out.glob(f"*-{count}-*/measured/measured.json"))
+    for subject in SUBJECTS:
+        groups[f"{subject}, all"] = sorted(out.glob(f"{subject}-*/measured/measured.json"))
+    for name, files in groups.items():
+        if files:
+            table = summary([row for file in files for row in json.loads(file.read_text())])
+            cells = [table[group][column] for group, column in columns]
+            print(f"| {name} | {len(files)} |", " | ".join(f"{100 * p:.0f} ± {100 * e:.0f}" for p, e, _ in cells), "|")
+
+
 def main() -> None:
-    """Runs one of the two commands."""
+    """Runs one of the commands."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("pictures", "measure"))
+    parser.add_argument("command", choices=("pictures", "measure", "all", "table"))
+    parser.add_argument("--subject", choices=tuple(SUBJECTS), default="tee", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=5, help="number of pictures")
     parser.add_argument("--lora", type=user_location, help="the LoRA to measure (default: the base without one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    add_subject()
+    add_subjects()
     if args.command == "pictures":
-        write_pictures(args.count, args.out, args.seed)
+        write_pictures(SUBJECTS[args.subject], args.count, args.out, args.seed)
+    elif args.command == "measure":
+        measure(SUBJECTS[args.subject], args.lora, args.out, args.seed)
+    elif args.command == "all":
+        run_all(args.out)
     else:
-        measure(args.lora, args.out, args.seed)
+        print_table(args.out)
 
 
 if __name__ == "__main__":
