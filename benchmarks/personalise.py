@@ -154,9 +154,8 @@ def run_all(out: Path) -> None:
         subprocess.run([str(word) for word in words], check=True, env=environment, cwd=ROOT)
 
     out = out.absolute()
-    for subject in SUBJECTS:
-        if not (out / f"without-{subject}/measured.json").exists():
-            call(*command, "measure", "--subject", subject, "--out", out / f"without-{subject}")
+    if not (out / "without/measured.json").exists():
+        call(*command, "measure", "--out", out / "without")  # other prompts are the same for all subjects
     for seed, count, subject in itertools.product(SEEDS, COUNTS, SUBJECTS):
         run = out / f"{subject}-{count}-{seed}"
         if (run / "measured/measured.json").exists():
@@ -177,7 +176,7 @@ def print_table(out: Path) -> None:
     ]
     print("| | runs |", " | ".join(f"{group}: {name}" for group, name in columns), "|")
     print("| --- |" + " --- |" * (1 + len(columns)))
-    groups = {"no LoRA": sorted(out.glob("without-*/measured.json"))}
+    groups = {"no LoRA": sorted(out.glob("without/measured.json"))}
     for count in COUNTS:
         groups[f"{count} pictures"] = sorted(out.glob(f"*-{count}-*/measured/measured.json"))
     for subject in SUBJECTS:
