@@ -34,7 +34,7 @@ from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.prompts import stage_prompts
-from lavie_jax.cascade.running import Request, Sample, run_stage
+from lavie_jax.cascade.running import Request, Sample, guidance_of, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, user_path
@@ -175,6 +175,7 @@ def resolve_settings(
         try:
             own = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
+            guidance_of(own).plan(sampler.timesteps)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
