@@ -12,6 +12,8 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
 
 MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
+OFFICIAL = "official"  # the preset without changes: the weights folder's own settings
+PRESETS = (OFFICIAL, "balanced", "fast")
 
 
 class Flag(NamedTuple):
