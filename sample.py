@@ -39,7 +39,7 @@ from lavie_jax.samples.prompts import (
     read_prompts,
 )
 from lavie_jax.samples.sheets import ContactSheets
-from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
+from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -126,6 +126,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE[:TOKEN]",
         help="textual inversion of Stable Diffusion 1.x, and the word for it in prompts; may be repeated (default: the "
         "file's own word)",
+    )
+    add(
+        "--preset",
+        default=OFFICIAL,
+        choices=PRESETS,
+        help="settings of all stages: official, the weights folders' own; balanced or fast, which save work "
+        "(docs/speed.md); flags come before a preset (default: official)",
     )
     for stage in STAGE_INFO:
         add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if not inside --weights")
@@ -326,7 +333,7 @@ def run(args: argparse.Namespace) -> None:
     personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))
     weights, notes = personal.apply(weights)
     frames, clip, clip_hash = read_input(args.input) if args.input else (None, None, None)
-    settings = cascade.resolve_settings(weights, args.stages, args.given, clip)
+    settings = cascade.resolve_settings(weights, args.stages, args.given, clip, args.preset)
     taker = next((own for stage, own in settings.items() if STAGE_INFO[stage].takes_known), None)
     given = by_frame(pictures, taker.output_frames) if taker else {}
     known = {frame: picture.pixels for frame, picture in given.items()}
@@ -362,6 +369,7 @@ def run(args: argparse.Namespace) -> None:
         cache.prepare_overwrite()
     requests = [cascade.Request.stored(output.request, known=known) for output in todo]
     made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
+    made_with |= {} if args.preset == OFFICIAL else {"preset": args.preset}
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
     made_with |= personal.files()

@@ -14,6 +14,7 @@ from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, Request, running
 from lavie_jax.cascade import model as stage_model
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
+from lavie_jax.cascade.running import guidance_of
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
@@ -52,7 +53,9 @@ def latents_of(pipe, requests, settings) -> np.ndarray:
     )
     windows = STAGES["base"].windows(shape, settings)
     denoise(
-        model, clips, DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=len(requests))
+        model,
+        clips,
+        DenoisingPlan(sampler=sampler, guidance=guidance_of(settings), windows=windows, rows=len(requests)),
     )
     return np.stack([clip.state["x"] for clip in clips])
 

@@ -10,6 +10,8 @@ from lavie_jax.cascade import denoising
 from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.diffusion import SAMPLERS, Schedule, make_sampler, sample
+from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
+from lavie_jax.errors import UserError
 from lavie_jax.stages.conditioning import Prompts
 from lavie_jax.stages.windows import cut, grid, overlapping, whole
 
@@ -58,9 +60,14 @@ WHOLE = grid(*map(whole, SHAPE[:3]))
 OVERLAPPING = grid(overlapping(11, 4, 2), overlapping(6, 4, 1), overlapping(10, 4, 2))
 
 
-def plan(windows, sampler="ddim", rows=1, steps=3) -> DenoisingPlan:
+def plan(windows, sampler="ddim", rows=1, steps=3, **guidance) -> DenoisingPlan:
     schedule = Schedule(prediction="v_prediction")
-    return DenoisingPlan(sampler=make_sampler(sampler, steps, schedule), guidance=3.0, windows=windows, rows=rows)
+    return DenoisingPlan(
+        sampler=make_sampler(sampler, steps, schedule),
+        guidance=Guidance(**{"scale": 3.0} | guidance),
+        windows=windows,
+        rows=rows,
+    )
 
 
 def denoised(*clips, model=None, **how):
@@ -181,3 +188,55 @@ def test_heun_resumes_within_a_step(monkeypatch):
     for step, state in saved[:2]:
         (resumed,) = denoised(clip(state=state, step=step), windows=WHOLE, sampler="heun")
         np.testing.assert_array_equal(resumed, expected)
+
+
+# ---- guidance in a part of the evaluations ----
+
+
+def test_guidance_is_computed_used_again_or_left_out():
+    timesteps = np.array([999, 800, 600, 400, 200, 1])
+    assert Guidance(scale=2.0).plan(timesteps) == (COMPUTED,) * 6
+    assert Guidance(scale=1.0, every=2).plan(timesteps) == (NONE,) * 6
+    inside = Guidance(scale=2.0, low=200, high=800).plan(timesteps)
+    assert inside == (NONE, COMPUTED, COMPUTED, COMPUTED, COMPUTED, NONE)
+    every_third = Guidance(scale=2.0, low=200, high=800, every=3).plan(timesteps)
+    assert every_third == (NONE, COMPUTED, REUSED, REUSED, COMPUTED, NONE)
+    with pytest.raises(UserError, match="contain none of the sampler's timesteps"):
+        Guidance(scale=2.0, low=401, high=599).plan(timesteps)
+
+
+def test_saved_guidance_follows_its_definition():
+    """Written out again, step by step, with the timesteps of ddim: guidance at two of four, the second one reused."""
+    sample_clip = clip()
+    chain = plan(WHOLE, steps=4).sampler
+    _, high, low, _ = chain.timesteps
+    state, change = chain.init(sample_clip.noise(0, range(11))), None
+    for i in range(4):
+        x_t, t = chain.model_input(state, i)
+        x = jnp.concatenate([x_t, jnp.asarray(sample_clip.concat)], axis=-1)[None]
+        with_prompt, without = (
+            UNET.apply({}, x, t[:1], jnp.asarray(text.hidden)[None], noise_level=jnp.array([20]))[0]
+            for text in (sample_clip.text(WHOLE[0]), sample_clip.null_text)
+        )
+        if i == 1:
+            change = with_prompt - without
+        prediction = with_prompt + (2.0 * change if i in (1, 2) else 0)
+        state = chain.update(state, i, prediction)
+    saving = {"low": float(low), "high": float(high), "every": 2}
+    denoise(MODEL, [sample_clip], plan(WHOLE, steps=4, **saving))
+    np.testing.assert_allclose(sample_clip.state["x"], state["x"], rtol=1e-4, atol=1e-5)
+    other = clip()
+    denoise(MODEL, [other], plan(OVERLAPPING, steps=4, rows=4, **saving))  # a network without context
+    np.testing.assert_allclose(other.state["x"], state["x"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_is_never_saved_before_guidance_is_used_again(monkeypatch):
+    monkeypatch.setattr(denoising, "SAVE_EVERY", 2)
+    how, saved = plan(WHOLE, steps=7, every=3), []
+    first = clip(save=lambda step, state: saved.append((step, state)))
+    denoise(MODEL, [first], how)
+    assert [step for step, _ in saved] == [3, 6, 7]
+    for step, state in saved:
+        resumed = clip(state=state, step=step)
+        denoise(MODEL, [resumed], how)
+        np.testing.assert_array_equal(resumed.state["x"], first.state["x"])

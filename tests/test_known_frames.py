@@ -19,6 +19,7 @@ from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, denoising, running
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import prompt_of, stage_prompts
+from lavie_jax.cascade.running import guidance_of
 from lavie_jax.data.sources import read_picture
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
@@ -236,7 +237,9 @@ def latents_of(pipe, known) -> np.ndarray:
     model, settings, ready = prepared(pipe, known)
     windows = STAGE.windows(ready.shape, settings)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
-    plan = denoising.DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=model.mesh.size)
+    plan = denoising.DenoisingPlan(
+        sampler=sampler, guidance=guidance_of(settings), windows=windows, rows=model.mesh.size
+    )
     denoising.denoise(model, [ready], plan)
     return ready.state["x"]
 

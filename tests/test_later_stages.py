@@ -13,6 +13,7 @@ import lavie_jax
 from lavie_jax import cascade
 from lavie_jax.cascade import running
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
+from lavie_jax.cascade.running import guidance_of
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
@@ -73,7 +74,7 @@ def latents_of(pipe, stage, frames, **given) -> np.ndarray:
     denoise(
         model,
         [ready],
-        DenoisingPlan(sampler=sampler, guidance=settings.guidance, windows=windows, rows=model.mesh.size),
+        DenoisingPlan(sampler=sampler, guidance=guidance_of(settings), windows=windows, rows=model.mesh.size),
     )
     return ready.state["x"]
 

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         args.destination,
         stage=model.stage,
         sampling=model.sampling,
+        presets=model.presets,
         tokenizer=model.tokenizer_dir,
         schedule=model.schedule,
         low_res_schedule=model.low_res_schedule,

@@ -34,16 +34,16 @@ from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.prompts import stage_prompts
-from lavie_jax.cascade.running import Request, Sample, run_stage
+from lavie_jax.cascade.running import Request, Sample, guidance_of, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
-from lavie_jax.errors import UserError, user_path
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
-from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO, Settings, parse_stages
+from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, load_folder
 
@@ -152,6 +152,7 @@ def resolve_settings(
     stages: Sequence[str],
     given: Mapping[str, Mapping[str, Any]],
     clip: ClipInfo | None = None,
+    preset: str = OFFICIAL,
 ) -> dict[str, Settings]:
     """Returns {stage: settings}; each stage starts from the output of the previous one.
 
@@ -160,21 +161,27 @@ def resolve_settings(
         stages: the stages to run, in order.
         given: {stage: settings that override the defaults of its weights}.
         clip: the user's clip that the first stage starts from.
+        preset: one of `PRESETS`; settings in `given` come before those of a preset.
 
     Raises:
-        UserError: a stage has no weights, a setting belongs to a stage that is not run, is out of range or impossible
-            for its model, or a clip does not fit into memory.
+        UserError: a stage has no weights, the preset does not exist, a setting belongs to a stage that is not run, is
+            out of range or impossible for its model, or a clip does not fit into memory.
     """
     for stage, values in given.items():
         if stage not in stages and (name := next((n for n, v in values.items() if v is not None), None)):
             raise UserError(f"{name} is given for {stage}, which is not among the stages to run: {','.join(stages)}")
+    if preset not in PRESETS:
+        raise UserError(f"preset: unknown {preset!r}{suggest(preset, PRESETS)}")
     settings = {}
     for stage in stages:
         if stage not in weights:
             raise _no_weights(stage, weights)
+        bundle = (weights[stage].presets or STAGES[stage].presets).get(preset, {})
+        chosen = {name: value for name, value in given.get(stage, {}).items() if value is not None}
         try:
-            own = STAGES[stage].resolve(weights[stage], given.get(stage, {}), clip)
+            own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
+            guidance_of(own).plan(sampler.timesteps)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
@@ -254,6 +261,7 @@ class Cascade:
         negative_prompt: str | Sequence[str] | None = None,
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
         known: Known | None = None,
+        preset: str = OFFICIAL,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
@@ -271,6 +279,8 @@ class Cascade:
             negative_prompt: for the base stage; other stages take it as a setting.
             clip: the clip that the first stage starts from, if `stages` begins with a later stage.
             known: pictures that are frames of the prediction stage's output, {index: uint8 (H, W, 3)}, of any size.
+            preset: "official", the weights folders' own settings, or "balanced" or "fast", which save work
+                (docs/speed.md). Settings that are given come before those of a preset.
             batch_size: see `videos`.
             progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
@@ -289,7 +299,7 @@ class Cascade:
             _check_clip(clip)
             # the frame rate is not used: the result is an array
             clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
-        resolved = resolve_settings(self.weights, stages, given, clip_info)
+        resolved = resolve_settings(self.weights, stages, given, clip_info, preset)
         if negative_prompt is not None and MAIN_STAGE not in stages:
             raise UserError(
                 f"negative_prompt belongs to the stage {MAIN_STAGE}, which is not run; for {stages[0]}: "

@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Int, Shaped
 from lavie_jax import parallel
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
+from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
 MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels per device up to which both guidance halves share a UNet call
 MAX_UPDATE_PIXELS = 8 * 320 * 512  # latent pixels that a sampler updates at a time
-SAVE_EVERY = 5  # evaluations between two saved states
+SAVE_EVERY = 5  # evaluations between two saved states, at least
 
 State = dict[str, np.ndarray]
 
@@ -43,7 +44,8 @@ class Clip:
         noise_level: condition of the VSR stage.
         state: the sampler's state; None before the start.
         step: number of the next evaluation.
-        save: called with `step` and `state` every `SAVE_EVERY` evaluations.
+        change: what the text changed in the last prediction for which that was computed, if it is used again.
+        save: called with `step` and `state` at `DenoisingPlan.saves`.
     """
 
     text: Callable[[Window], Prompts]
@@ -54,6 +56,7 @@ class Clip:
     noise_level: int | None = None
     state: State | None = None
     step: int = 0
+    change: Float[np.ndarray, "t h w c"] | None = None
     save: Callable[[int, State], None] = lambda step, state: None
 
 
@@ -63,21 +66,38 @@ class DenoisingPlan:
 
     Attributes:
         sampler: the sampler.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance, and how much of it each evaluation computes.
         windows: windows that cover a clip.
         rows: number of windows in one UNet call, a multiple of the number of devices.
-        rescale: rescaling of the guidance (`diffusion.guide`).
         image: whether clips are single images, without temporal layers.
         attention_windows: windows of the temporal attention inside the UNet.
     """
 
     sampler: Sampler
-    guidance: float
+    guidance: Guidance
     windows: Sequence[Window]
     rows: int
-    rescale: float = 0.0
     image: bool = False
     attention_windows: AttentionWindows | None = None
+
+    @functools.cached_property
+    def guidance_modes(self) -> tuple[str, ...]:
+        """What each evaluation computes of the guidance (`Guidance.plan`)."""
+        return self.guidance.plan(self.sampler.timesteps)
+
+    @functools.cached_property
+    def saves(self) -> frozenset[int]:
+        """The steps at which states are saved, which do not need anything of earlier evaluations but the state."""
+        steps, last = {self.sampler.evaluations}, 0
+        for step in range(1, self.sampler.evaluations):
+            if step >= last + SAVE_EVERY and self.guidance_modes[step] != REUSED:
+                steps.add(step)
+                last = step
+        return frozenset(steps)
+
+    def keeps_change(self, i: int) -> bool:
+        """Whether the evaluation after i uses again what guidance changes at i."""
+        return self.guidance_modes[i] == COMPUTED and self.guidance_modes[i + 1 : i + 2] == (REUSED,)
 
 
 def denoise(
@@ -85,7 +105,7 @@ def denoise(
 ) -> None:
     """Runs the remaining evaluations of all clips; afterwards `state["x"]` is x0.
 
-    Clips at the earliest step go first. States are saved every `SAVE_EVERY` evaluations and at the end.
+    Clips at the earliest step go first.
 
     Args:
         model: the stage's networks and mesh.
@@ -102,15 +122,19 @@ def denoise(
         for clip, prediction in zip(active, _predictions(model, active, i, plan, on_window)):
             clip.state = _updated(model, clip, prediction, plan.sampler)
             clip.step += 1
-            if clip.step % SAVE_EVERY == 0 or clip.step == plan.sampler.evaluations:
+            if clip.step in plan.saves:
                 clip.save(clip.step, clip.state)
 
 
 def _predictions(
     model: StageModel, clips: Sequence[Clip], i: int, plan: DenoisingPlan, on_window: Callable[[], None]
 ) -> list[Float[np.ndarray, "t h w c"]]:
-    """Returns the prediction of evaluation i for each clip, blended over its windows."""
+    """Returns the prediction of evaluation i for each clip, blended over its windows.
+
+    What guidance changes is blended likewise, where a later evaluation uses it.
+    """
     blended = [np.zeros(clip.shape, np.float32) for clip in clips]
+    changes = [np.zeros(clip.shape, np.float32) for clip in clips] if plan.keeps_change(i) else None
     rows = [(number, window) for number in range(len(clips)) for window in plan.windows]
     rows.sort(key=lambda row: row[1].shape, reverse=True)  # windows of one shape share a compiled program
     batches = [
@@ -124,17 +148,24 @@ def _predictions(
             padded = [*batch, *[batch[-1]] * (plan.rows - len(batch))]
             yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan)
 
-    for batch, predictions in one_ahead(started()):
-        for (number, window), prediction in zip(batch, np.asarray(predictions)):
+    for batch, (predictions, changed) in one_ahead(started()):
+        for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(predictions))):
             blended[number][window.box] += window.weight * prediction
+            if changes is not None:
+                changes[number][window.box] += window.weight * np.asarray(changed[row])
             on_window()
+    for number, clip in enumerate(clips if changes is not None else ()):
+        clip.change = changes[number]
     return blended
 
 
 def _predict_windows(
     model: StageModel, rows: Sequence[tuple[Clip, Window]], i: int, plan: DenoisingPlan
-) -> Float[Array, "rows t h w c"]:
-    """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices."""
+) -> tuple[Float[Array, "rows t h w c"], Float[Array, "rows t h w c"] | None]:
+    """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices.
+
+    Returns them and what guidance changes, None where no later evaluation uses it.
+    """
     batch = parallel.batch_sharding(model.mesh)
 
     def stacked(rows):
@@ -148,7 +179,7 @@ def _predict_windows(
         plan.sampler.model_input({name: array[window.box] for name, array in clip.state.items()}, i)
         for clip, window in rows
     ]
-    first = rows[0][0]
+    first, mode = rows[0][0], plan.guidance_modes[i]
     condition = Condition()
     if first.concat is not None:
         condition = condition._replace(concat=stacked(clip.concat[window.box] for clip, window in rows))
@@ -157,9 +188,12 @@ def _predict_windows(
     return predict_rows(
         model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
         stacked_prompts(text for text, _ in texts), stacked_prompts(null_text for _, null_text in texts), condition,
-        unet=in_windows(model.unet, plan.attention_windows), guidance=float(plan.guidance),
-        rescale=float(plan.rescale), image=plan.image,
-        sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]), mesh=model.mesh,
+        stacked(clip.change[window.box] for clip, window in rows) if mode == REUSED else None,
+        unet=in_windows(model.unet, plan.attention_windows),
+        guidance=1.0 if mode == NONE else float(plan.guidance.scale),
+        rescale=float(plan.guidance.rescale), image=plan.image,
+        sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]),
+        keep_change=plan.keeps_change(i), mesh=model.mesh,
     )  # fmt: skip
 
 
@@ -215,7 +249,10 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 # ---- compiled ----
 
 
-@functools.partial(jax.jit, static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "mesh"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "keep_change", "mesh"),
+)
 def predict_rows(
     params: dict,
     x_t: Float[Array, "b t h w c"],
@@ -223,6 +260,7 @@ def predict_rows(
     text: Prompts,
     null_text: Prompts,
     condition: Condition,
+    change: Float[Array, "b t h w c"] | None = None,
     *,
     unet,
     guidance: float,
@@ -230,18 +268,23 @@ def predict_rows(
     image: bool,
     sequential_guidance: bool,
     mesh: Mesh,
-) -> Float[Array, "b t h w c"]:
-    """Returns the guided predictions; each device computes those of its own rows."""
+    keep_change: bool = False,
+) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"] | None]:
+    """Returns the guided predictions, and what the text changes with `keep_change`, else None; see `denoiser`.
 
-    def predict(params, x_t, t, text, null_text, condition):
+    Each device computes those of its own rows.
+    """
+
+    def predict(params, x_t, t, text, null_text, condition, change):
         """Runs on each device, with its rows of the arguments."""
-        return denoiser(
-            unet, params, text, null_text, condition,
-            guidance=guidance, rescale=rescale, image=image, sequential_guidance=sequential_guidance,
+        prediction = denoiser(
+            unet, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
+            sequential_guidance=sequential_guidance, change=change, keep_change=keep_change,
         )(x_t, t)  # fmt: skip
+        return prediction if keep_change else (prediction, None)
 
-    specs = (ALL, BATCH, BATCH, BATCH, BATCH, BATCH)
-    return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition)
+    specs = (ALL, *(BATCH,) * 6)
+    return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition, change)
 
 
 @functools.partial(jax.jit, static_argnames="sampler")

@@ -20,6 +20,7 @@ from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import Parts, prompt_of
 from lavie_jax.diffusion import make_sampler
+from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompts import check_prompts_at, check_within, one_line
 from lavie_jax.samples.stage_cache import MemoryCache, segment_name
@@ -109,8 +110,7 @@ def run_stage(
         rows = min(math.ceil(n / devices) * devices for n in (batch_size or devices, len(samples)))
     plan = DenoisingPlan(
         sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule, settings.spacing),
-        guidance=settings.guidance,
-        rescale=settings.guidance_rescale,
+        guidance=guidance_of(settings),
         windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
         rows=rows,
         image=stage.is_image(settings),
@@ -146,6 +146,17 @@ def run_stage(
                             _decode(model, settings, latents.pop(sample), sample, segment, progress)
                     if segment == segments[-1]:
                         yield _joined(stage, settings, sample)
+
+
+def guidance_of(settings: Settings) -> Guidance:
+    """Returns the guidance that the settings ask for."""
+    return Guidance(
+        scale=settings.guidance,
+        rescale=settings.guidance_rescale,
+        low=settings.guidance_low,
+        high=settings.guidance_high,
+        every=settings.guidance_every,
+    )
 
 
 def _cache_name(stage: Stage, settings: Settings, segment: Segment) -> str:

@@ -34,6 +34,10 @@ class Base(Stage):
         "height": 320, "width": 512, "frames": 16, "fps": 8, "sampler": "ddpm", "steps": 50, "guidance": 7.5,
         "prompt_suffix": "", "negative_prompt": "",
     }  # fmt: skip
+    presets = {
+        "balanced": {"sampler": "dpm++2m", "steps": 25, "guidance_every": 2},
+        "fast": {"sampler": "dpm++2m", "steps": 15, "guidance_every": 2},
+    }
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True}
     batched = True  # a clip is small enough that a device can take several

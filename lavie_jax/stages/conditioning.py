@@ -152,7 +152,9 @@ def denoiser(
     rescale: float = 0.0,
     image: bool = False,
     sequential_guidance: bool = False,
-) -> Callable[[Array, Array], Array]:
+    change: Float[Array, "b t h w c"] | None = None,
+    keep_change: bool = False,
+) -> Callable[[Array, Array], Any]:
     """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598).
 
     Args:
@@ -165,9 +167,13 @@ def denoiser(
         rescale: see `guide`.
         image: for T = 1, takes the image path of the joint model, without temporal layers.
         sequential_guidance: calls the UNet once for each half instead of once for both: half the memory.
+        change: what the text changed in the prediction at an earlier evaluation. It is used again, and the
+            unconditional half is left out.
+        keep_change: returns what the text changes too, for later evaluations.
 
     Returns:
-        A function of x_t (B, T, h, w, C) and t, a scalar or (B,).
+        A function of x_t (B, T, h, w, C) and t, a scalar or (B,), that returns the prediction, or, with `keep_change`,
+        the prediction and the change.
     """
 
     def predict_half(x_t, t, text, condition):
@@ -180,6 +186,9 @@ def denoiser(
         t = jnp.broadcast_to(t, x_t.shape[:1])
         if guidance == 1.0:
             return predict_half(x_t, t, text, condition)
+        if change is not None:
+            cond = predict_half(x_t, t, text, condition).astype(jnp.float32)
+            return guide(cond, cond - change, guidance, rescale)
         if sequential_guidance:  # a loop, because the compiler would be free to run two calls at the same time
             texts = jax.tree.map(lambda *halves: jnp.stack(halves), text, null_text)
             halves = jax.lax.map(lambda half: predict_half(x_t, t, half, condition), texts)
@@ -187,7 +196,9 @@ def denoiser(
             twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (x_t, t, condition))
             texts = jax.tree.map(lambda *halves: jnp.concatenate(halves), text, null_text)
             halves = jnp.split(predict_half(twice[0], twice[1], texts, twice[2]), 2)
-        return guide(*halves, guidance, rescale)
+        cond, uncond = halves
+        guided = guide(cond, uncond, guidance, rescale)
+        return (guided, cond.astype(jnp.float32) - uncond.astype(jnp.float32)) if keep_change else guided
 
     return denoise
 

@@ -42,6 +42,10 @@ class Interpolation(Stage):
         "height": 320, "width": 512, "frames": 61, "fps": 24, "sampler": "respaced_ddim", "steps": 50, "guidance": 4.0,
         "prompt_suffix": ", 4k.", "negative_prompt": "None",
     }  # fmt: skip
+    presets = {
+        "balanced": {"steps": 20, "guidance_every": 2},
+        "fast": {"sampler": "dpm++2m", "steps": 10, "guidance_low": 200, "guidance_every": 2},
+    }
     schedule = Schedule(**LINEAR_BETAS)
     null_caption = "None"
     unet_fields = {"temporal_attention": "after_ff", "spatial_attention": "sparse_causal"}

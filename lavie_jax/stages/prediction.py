@@ -87,6 +87,10 @@ class Prediction(Stage):
         "height": 320, "width": 512, "frames": 16, "fps": 8, "sampler": "respaced_ddpm", "steps": 250, "guidance": 8.0,
         "prompt_suffix": "", "negative_prompt": "",
     }  # fmt: skip
+    presets = {
+        "balanced": {"sampler": "respaced_ddim", "steps": 50, "guidance_every": 2},
+        "fast": {"sampler": "dpm++2m", "steps": 20, "guidance_every": 2},
+    }
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = BASE.unet_fields
     condition_latents = 1

@@ -12,6 +12,8 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
 
 MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
+OFFICIAL = "official"  # the preset without changes: the weights folder's own settings
+PRESETS = (OFFICIAL, "balanced", "fast")
 
 
 class Flag(NamedTuple):
@@ -49,6 +51,17 @@ class Settings:
         low=0,
         high=1,
     )
+    guidance_low: int = field(
+        "timestep, 0 to 999, below which the prompt alone is used, without guidance, at half the work",
+        metavar="T", default=0, low=0, high=999,
+    )  # fmt: skip
+    guidance_high: int | None = field(
+        "timestep above which the prompt alone is used (default: none)", metavar="T", default=None, low=0, high=999
+    )
+    guidance_every: int = field(
+        "evaluations per computation of what guidance adds; the others use it again, at half the work",
+        metavar="N", default=1, low=1,
+    )  # fmt: skip
     # A GIF frame lasts at most 655 seconds, and encoders fail far above the upper limit.
     fps: float = field("frames per second of the output", metavar="X", low=0.01, high=1000)
     negative_prompt: str = field("what to steer away from", metavar="TEXT", default="")
@@ -60,6 +73,10 @@ class Settings:
     def __post_init__(self):
         for name, value in self.check(self.to_dict()).items():
             object.__setattr__(self, name, value)
+        if self.guidance_high is not None and self.guidance_low > self.guidance_high:
+            raise UserError(
+                f"guidance_low must be at most guidance_high = {self.guidance_high}, not {self.guidance_low}"
+            )
 
     @classmethod
     def make(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":

@@ -37,6 +37,7 @@ class StageWeights(Protocol):
     """The part of `weights.Weights` that a stage reads."""
 
     sampling: Mapping[str, Any]
+    presets: Mapping[str, Mapping[str, Any]]
     unet: Any  # with `config`
     vae: Any  # with `config`
     low_res_schedule: Schedule | None
@@ -88,6 +89,8 @@ class Stage:
         name: see `StageInfo`.
         noise_number: keys the stage's noise, together with the seed. It never changes, so that samples stay the same.
         sampling: the released sampling settings, which a new weights folder gets as its defaults.
+        presets: settings by the name of a preset (`settings.PRESETS`), which replace the released ones to save work.
+            They are for the released models; a weights folder may have its own.
         schedule: the noise schedule that the released model was trained with.
         low_res_schedule: the schedule of the noise on low-resolution frames, of a stage that has them.
         null_caption: the text that replaces a dropped caption in training.
@@ -109,6 +112,7 @@ class Stage:
     name: ClassVar[str]
     noise_number: ClassVar[int]
     sampling: ClassVar[Mapping[str, Any]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     schedule: ClassVar[Schedule]
     low_res_schedule: ClassVar[Schedule | None] = None
     null_caption: ClassVar[str] = ""

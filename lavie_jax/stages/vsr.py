@@ -41,6 +41,10 @@ class VSR(Stage):
         "height": 1280, "width": 2048, "frames": 61, "fps": 24, "sampler": "ddim", "steps": 50, "guidance": 5.0,
         "prompt_suffix": "", "negative_prompt": "blur, worst quality", "noise_level": 50,
     }  # fmt: skip
+    presets = {
+        "balanced": {"sampler": "dpm++2m", "steps": 20, "guidance_every": 2},
+        "fast": {"sampler": "dpm++2m", "steps": 10, "guidance_low": 200, "guidance_high": 900, "guidance_every": 3},
+    }
     schedule = Schedule(**LINEAR_BETAS, prediction="v_prediction")
     low_res_schedule = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
     null_caption = "None"

@@ -49,6 +49,7 @@ class Part:
 class Weights:
     """A loaded weights folder. Parts that its stage does not have are None.
 
+    `presets` are sampling settings by the name of a preset; a folder without any has those of its stage.
     `new_words` are words that textual inversions added to the tokenizer in `tokenizer_dir`, {word: number of tokens}.
     """
 
@@ -61,6 +62,7 @@ class Weights:
     tokenizer_dir: Path | None
     schedule: Schedule | None
     low_res_schedule: Schedule | None
+    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     new_words: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -90,6 +92,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         path=path,
         stage=config["stage"],
         sampling=config["sampling"],
+        presets=config["presets"],
         **parts,
         tokenizer_dir=_part_dir(path, config, "tokenizer") if "tokenizer" in contents else None,
         schedule=_read_schedule(path, config, "scheduler") if "scheduler" in contents else None,
@@ -193,7 +196,12 @@ def read_config(path: Path, stage: str | None = None) -> dict:
     parts = config.get("parts", {})
     if not isinstance(parts, dict) or not all(isinstance(where, str) for where in parts.values()):
         raise UserError(f'{path}: parts in its config.json must be like {{"vae": "../base/vae"}}, not {parts!r}.')
-    return {"sampling": {}, **config}
+    presets = config.get("presets", {})
+    if not isinstance(presets, dict) or not all(isinstance(values, dict) for values in presets.values()):
+        raise UserError(
+            f'{path}: presets in its config.json must be like {{"fast": {{"steps": 10}}}}, not {presets!r}.'
+        )
+    return {"sampling": {}, "presets": {}, **config}
 
 
 def _read_schedule(path: Path, config: Mapping, name: str) -> Schedule:

@@ -35,6 +35,7 @@ def save_folder(
     stage: str,
     vae: tuple[Any, Mapping],
     sampling: Mapping | None = None,
+    presets: Mapping[str, Mapping] | None = None,
     unet: tuple[Any, Mapping] | None = None,
     text_encoder: tuple[Any, Mapping] | None = None,
     tokenizer: Any = None,
@@ -52,6 +53,7 @@ def save_folder(
         vae, unet, text_encoder: (config, parameters), parameters being nested dicts of arrays or `Tensor`s in the dtype
             to write.
         sampling: the stage's sampling defaults.
+        presets: sampling settings by the name of a preset.
         tokenizer: a folder whose tokenizer files are copied, or a transformers tokenizer.
         schedule, low_res_schedule: noise schedules.
         share: a weights folder; parts that are the same there are referred to instead of repeated.
@@ -77,6 +79,7 @@ def save_folder(
             if value is not None:
                 _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
         config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
+        config |= {"presets": dict(presets)} if presets else {}
         if share is not None and (parts := _same_parts(folder, share, path)):
             config["parts"] = parts
         write_json(folder / "config.json", config)

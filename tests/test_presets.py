@@ -1,0 +1,50 @@
+"""Presets: bundles of settings that save work, from the stage or from the weights folder."""
+
+import dataclasses
+
+import pytest
+
+import sample
+from lavie_jax import cascade
+from lavie_jax.errors import UserError
+from lavie_jax.stages import STAGES
+from lavie_jax.stages.settings import PRESETS, STAGE_INFO
+from lavie_jax.weights import load_folder
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {"base": load_folder(cascade.SHIPPED / "base", params=False)}
+
+
+def resolved(weights, preset, **given):
+    return cascade.resolve_settings(weights, ["base"], {"base": given}, preset=preset)["base"]
+
+
+def test_every_stage_has_settings_that_are_allowed_for_each_preset():
+    for name, stage in STAGES.items():
+        assert set(stage.presets) == set(PRESETS[1:]), name
+        for values in stage.presets.values():
+            assert set(values) <= {field.name for field in dataclasses.fields(STAGE_INFO[name].settings)}
+            STAGE_INFO[name].settings.make(stage.sampling, values)
+
+
+def test_settings_that_are_given_come_before_a_preset_and_a_preset_before_the_folder(weights):
+    folder = dataclasses.replace(weights["base"], presets={"fast": {"steps": 3, "guidance_every": 2}})
+    official = resolved({"base": folder}, "official")
+    assert official == resolved(weights, "official") and official.steps != 3
+    fast = resolved({"base": folder}, "fast", steps=7, sampler=None)
+    assert fast == dataclasses.replace(official, steps=7, guidance_every=2)
+    # the folder has presets, but not this one
+    assert resolved({"base": folder}, "balanced") == official
+
+
+def test_a_preset_that_does_not_exist_and_guidance_that_is_never_applied_are_refused(weights, capsys):
+    with pytest.raises(UserError, match="preset: unknown 'fats'"):
+        resolved(weights, "fats")
+    with pytest.raises(UserError, match="guidance_low must be at most guidance_high = 300, not 400"):
+        resolved(weights, "official", guidance_low=400, guidance_high=300)
+    with pytest.raises(UserError, match="contain none of the sampler's timesteps"):
+        resolved(weights, "official", guidance_low=998)
+    assert sample.main(["--prompt", "a red circle", "--preset", "fats"]) == 2
+    assert "fats" in capsys.readouterr().err
