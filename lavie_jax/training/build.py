@@ -20,13 +20,12 @@ from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
-from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.training import diffusion, latents, lora, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
-from lavie_jax.training.config import init_folder
+from lavie_jax.training.config import init_folder, text_network
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
@@ -100,6 +99,7 @@ def check_stage(config: Any) -> None:
         check_buckets(data)
     if latent_paths(data):
         latents.check_stage(config.stage, train_text_encoder=config.train_text_encoder)
+        latents.check_text(models.text_encoder)
     STAGES[config.stage].check_training_frames(data.frames)
     if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
         raise UserError(
@@ -192,11 +192,12 @@ def held_out_data(data: DataConfig) -> DataConfig:
 def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
     """Makes the networks of a stage's config. Refuses configs of networks that do not fit each other."""
     unet = UNetConfig.from_dict(_plain(config.unet))
-    text = CLIPTextConfig.from_dict(_plain(config.text_encoder))
-    if unet.cross_attention_dim != text.hidden_size:
+    text = registry.NETWORKS[text_network(config)].config.from_dict(_plain(config.text_encoder))
+    if unet.text_width != text.width:
+        name = "cross_attention_dim" if unet.encoder_hid_dim is None else "encoder_hid_dim"
         raise UserError(
-            f"unet.cross_attention_dim = {unet.cross_attention_dim} must be "
-            f"text_encoder.hidden_size = {text.hidden_size}."
+            f"unet.{name} = {unet.text_width} must be the text encoder's width {text.width}. unet.encoder_hid_dim = "
+            f"{text.width} adds a layer that maps it to cross_attention_dim."
         )
     vae = dataclasses.replace(VAEConfig.from_dict(_plain(config.vae)), scaling_factor=scaling_factor)
     if unet.out_channels != vae.latent_channels:
@@ -235,7 +236,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
         tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
-        tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
+        save = tokens.save_small_t5_tokenizer if models.text_encoder.takes_mask else tokens.save_small_tokenizer
+        save(tokenizer, moving_shapes.vocabulary(), length=settings.length)
         size = len(tokens.load_tokenizer(tokenizer))
         if size > settings.vocab_size:
             raise UserError(
@@ -244,11 +246,11 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
 
 
-def _check_tokenizer(where: str, text: CLIPTextConfig) -> None:
+def _check_tokenizer(where: str, text: registry.TextConfig) -> None:
     """Refuses a folder whose tokenizer returns tokens that its text encoder does not have, before weights are read."""
     folder = part_dir(where, "tokenizer")
     if folder.is_dir():
-        check_tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=where)
+        check_tokenizer(folder, text, owner=where)
 
 
 def _load_start(config: Any, models: Models) -> weights.Weights:
