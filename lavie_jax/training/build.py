@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from lavie_jax import weights
-from lavie_jax.data import moving_shapes, tokens
+from lavie_jax.data import moving_pairs, moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
 from lavie_jax.diffusion import chain_warning, make_sampler
@@ -33,7 +33,8 @@ from lavie_jax.weights.inflate import copied, copies_temporal, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
 from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
 
-RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only test the code
+# vae_from: an untrained VAE, for tiny runs that only test the code; text_from: an untrained text encoder
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,7 +217,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     With `resumed`, see `make_task`, a UNet that is trained as a whole is not read: `start` has its shapes.
     """
     models = make_models(config, jnp.float32, 1.0)
-    if where := config.text_from or (config.init_from if resumed is None else ""):
+    where = config.text_from or (config.init_from if resumed is None else "")
+    if where and where != RANDOM:
         _check_tokenizer(where, models.text_encoder.config)
     start_weights = None
     if config.init_from and resumed is not None and _trains_all(config, models):
@@ -237,7 +239,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
         save = tokens.save_small_t5_tokenizer if models.text_encoder.takes_mask else tokens.save_small_tokenizer
-        save(tokenizer, moving_shapes.vocabulary(), length=settings.length)
+        world = moving_pairs if config.data.objects == 2 else moving_shapes
+        save(tokenizer, world.vocabulary(), length=settings.length)
         size = len(tokens.load_tokenizer(tokenizer))
         if size > settings.vocab_size:
             raise UserError(
@@ -313,8 +316,15 @@ def _load_text(config: Any, models: Models, start: weights.Weights | _Start | No
     """Loads the text encoder of `text_from` or `init_from`.
 
     Returns:
-        Its parameters and its tokenizer's folder; (None, None) for one that is trained from scratch.
+        Its parameters and its tokenizer's folder; None for those of one that is trained from scratch.
     """
+    if config.text_from == RANDOM:
+        if not config.train_text_encoder:
+            raise UserError("text_from = 'random' is an untrained text encoder: set train_text_encoder=True.")
+        if start is None:
+            return None, None
+        params = registry.init_params(models.text_encoder.config, jax.random.key(config.seed))
+        return jax.tree.map(np.asarray, params), None
     if config.text_from:
         if start is not None or config.train_text_encoder:
             raise UserError("text_from is for a frozen text encoder, without init_from: remove one of the settings.")

@@ -101,7 +101,12 @@ class StageRunConfig(RunConfig):
     vae_from: str = field(
         "weights folder with the VAE; empty uses init_from, random an untrained VAE", default="", path=True
     )
-    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="", path=True)
+    text_from: str = field(
+        "weights folder with the frozen text encoder; empty uses init_from, random trains a new one, with a tokenizer "
+        "of Moving Shapes",
+        default="",
+        path=True,
+    )
     text_network: str = field(
         "the text encoder; the fields of text_encoder follow from it", default=TEXT_NETWORKS[0], choices=TEXT_NETWORKS
     )
