@@ -118,8 +118,8 @@ def run_class(stage: str) -> type[RunConfig]:
     return RunConfig if stage == VAE_STAGE else StageRunConfig
 
 
-def text_network(values: Mapping[str, Any]) -> str:
-    """Returns the name of a run's text encoder; configs of older runs and of the VAE do not have it.
+def text_network(values: Any) -> str:
+    """Returns the name of the text encoder in a run's config; those of older runs and of the VAE do not have it.
 
     Raises:
         UserError: the text encoder is unknown.
