@@ -102,7 +102,7 @@ class T5Text(nn.Module):
     def __call__(self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l d"]:
         config = self.config
         shared = nn.Embed(config.vocab_size, config.d_model, name="shared", embedding_init=nn.initializers.normal(1.0))
-        return Stack(config, self.dtype, name="encoder")(shared(tokens), mask)
+        return Stack(config, self.dtype, name="encoder")(shared(tokens).astype(jnp.float32), mask)
 
 
 class Stack(nn.Module):
