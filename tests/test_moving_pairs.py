@@ -64,20 +64,20 @@ def test_the_source_shows_two_objects_as_an_option():
 
 
 def test_detectors_find_the_attributes_of_true_clips_and_swaps():
-    samples = [moving_pairs.clip("val", i) for i in range(24)]
+    samples = [moving_pairs.clip("val", i) for i in range(16)]
     true = [outcome(detect_pair(one.pixels), one.objects) for one in samples]
     table = pairs.score(true)
-    assert table["all"]["accuracy"] >= 0.95 and table["swapped"]["accuracy"] == 0
-    images = [moving_pairs.image("val", i) for i in range(24)]
+    assert table["all"]["accuracy"] >= 0.93 and table["swapped"]["accuracy"] == 0
+    images = [moving_pairs.image("val", i) for i in range(16)]
     table = pairs.score([outcome(detect_pair(one.pixels[None]), one.objects) for one in images])
-    assert table["all"]["accuracy"] >= 0.95 and "motions" not in table
+    assert table["all"]["accuracy"] >= 0.93 and "motions" not in table
     for names, rows in (
         (("colour",), {"colours": True, "shapes": True, "bound": False, "swapped": True, "motions": True}),
         (("shape", "motion"), {"colours": True, "shapes": True, "bound": False, "swapped": True, "motions": True}),
         (("motion",), {"bound": True, "swapped": False, "motions": False}),
     ):
         found = {name: [] for name in rows}
-        for i, one in enumerate(samples[:12]):
+        for i, one in enumerate(samples[:8]):
             if one.objects[0].motion == one.objects[1].motion:
                 continue
             result = outcome(detect_pair(rendered(swapped(one.objects, *names), i)), one.objects)

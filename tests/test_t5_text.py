@@ -84,7 +84,9 @@ RELEASED = {  # config.json of google/t5-v1_1-large, google/flan-t5-xl and t5-sm
 }
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.heavy] * (name != "t5-v1_1-large")) for name in RELEASED]
+)
 def test_full_size_has_the_tensors_of_transformers(name):
     """Names and shapes, from transformers' module on torch's meta device."""
     torch = pytest.importorskip("torch")

@@ -5,7 +5,6 @@ Objects never touch and move less than their size between frames, so that each i
 is left.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,11 +59,12 @@ def regions(mask: Bool[np.ndarray, "t h w"]) -> tuple[Int[np.ndarray, "t h w"], 
 
 
 def grown(mask: Bool[np.ndarray, "t h w"], pixels: int) -> Bool[np.ndarray, "t h w"]:
-    """Adds the pixels around a mask within each frame."""
-    padded = np.pad(mask, ((0, 0), (pixels, pixels), (pixels, pixels)))
+    """Adds the pixels around a mask within each frame, in rows and then in columns."""
     height, width = mask.shape[1:]
-    shifts = itertools.product(range(2 * pixels + 1), repeat=2)
-    return np.any([padded[:, i : i + height, j : j + width] for i, j in shifts], axis=0)
+    rows = np.pad(mask, ((0, 0), (pixels, pixels), (0, 0)))
+    mask = np.any([rows[:, i : i + height] for i in range(2 * pixels + 1)], axis=0)
+    columns = np.pad(mask, ((0, 0), (0, 0), (pixels, pixels)))
+    return np.any([columns[:, :, i : i + width] for i in range(2 * pixels + 1)], axis=0)
 
 
 def outcome(found: Sequence[Found], objects: tuple[Attributes, Attributes]) -> dict[str, bool] | None:
