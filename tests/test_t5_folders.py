@@ -91,6 +91,7 @@ def test_the_encoder_of_a_full_t5_and_other_names_of_its_table(sd, tmp_path, cap
     renamed = {TIED if name == TABLE else name: tensor for name, tensor in encoder.items()}
     for name, tensors in (("full", full), ("renamed", renamed)):
         folder, out = write_t5(tmp_path / name, tensors), tmp_path / f"{name}-weights"
+        capsys.readouterr()
         assert inflate(sd, folder, out) == 0
         printed = capsys.readouterr().out
         assert ("ignored 3 tensors" in printed) == (name == "full")
@@ -106,8 +107,6 @@ def test_what_is_not_an_encoder_of_t5_is_refused(sd, tmp_path, capsys):
     assert "has no text encoder" in refused(capsys, out, inflate(sd, write_t5(tmp_path / "decoder", decoder), out))
     umt5 = write_t5(tmp_path / "umt5", encoder, model_type="umt5")
     assert "type 'umt5' is not supported" in refused(capsys, out, inflate(sd, umt5, out))
-    narrow = write_t5(tmp_path / "narrow", encoder, d_model=16)
-    assert "tensors do not fit" in refused(capsys, out, inflate(sd, narrow, out), lines=21)
     assert "does not exist" in refused(capsys, out, inflate(sd, tmp_path / "nothing", out))
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refused(capsys, out, inflate(sd, tmp_path / "empty", out))
