@@ -3,6 +3,8 @@ r"""Converts between PyTorch files and weights folders.
     python convert_torch.py import --stage base --unet lavie_base.pt \
         --pretrained stable-diffusion-v1-4/ --out weights/base
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ --out weights/base-init
+    python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ \
+        --text-encoder t5-v1_1-large/ --out weights/base-t5-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
     python convert_torch.py merge-lora --weights weights/base --lora style.safetensors:0.8 --out weights/style
     python convert_torch.py export-lora --lora runs/cat/weights --names kohya --out cat.safetensors
@@ -58,6 +60,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--tokenizer", type=Path, help="tokenizer folder, when --pretrained has none")
         command.add_argument("--vae", type=Path, help="another VAE than that of --pretrained: a file or a folder")
         command.add_argument(
+            "--text-encoder", type=Path,
+            help="another text encoder than that of --pretrained, with its tokenizer: a folder of CLIP's or T5's",
+        )  # fmt: skip
+        command.add_argument(
             "--ema", action=argparse.BooleanOptionalAction, default=True,
             help="use the moving averages of a file that has both them and the weights (default)",
         )  # fmt: skip
@@ -95,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         start = STAGES[args.stage].inflates
         option = f"--from a {start} folder" if start else f"a --pretrained {STAGES[args.stage].image_model}"
         grow.error(f"the stage {args.stage} starts from {option}")
-    if args.command == "inflate" and args.base is not None and (args.vae or args.tokenizer):
-        grow.error("--from has a VAE and a tokenizer: remove --vae and --tokenizer")
+    if args.command == "inflate" and args.base is not None and (args.vae or args.tokenizer or args.text_encoder):
+        grow.error("--from has a VAE, a text encoder and a tokenizer: remove --vae, --text-encoder and --tokenizer")
     if args.command == "export" and args.out is None and args.check is None:
         back.error("give --out, --check, or both")
     return args
@@ -114,6 +120,7 @@ def convert(args: argparse.Namespace) -> None:
     stage, notes = STAGES[args.stage], []
     common = {"share": args.share, "overwrite": args.overwrite}
     image = {"pretrained": args.pretrained, "tokenizer": args.tokenizer, "vae": args.vae, "ema": args.ema, **common}
+    image["text_encoder"] = args.text_encoder
     if args.command == "import":
         notes = import_stage(stage, args.out, unet_file=args.unet, **image)
     elif args.base is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lavie_jax.training.options import check_mode, new_config
 
-__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage", "set_subject"]
+__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage", "set_subject", "set_t5"]
 
 
 def clip_folder(data: Any) -> None:
@@ -18,6 +18,13 @@ def set_fields(group: Any, **values: Any) -> None:
     for name, value in values.items():
         getattr(group, name)
         setattr(group, name, value)
+
+
+def set_t5(config: Any, **values: Any) -> None:
+    """Makes T5 the text encoder of a stage's config, and sets its fields."""
+    config.text_network = "t5_text"
+    config.text_encoder = new_config(config.stage, config.text_network).text_encoder
+    set_fields(config.text_encoder, **values)
 
 
 def set_subject(config: Any, *, images: int) -> None:

@@ -37,6 +37,8 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 RULES: Rules = (
     (r"/(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|net_0/proj|linear_1)/kernel$", P("fsdp", "tensor")),
     (r"/(to_out_0|out_proj|fc2|net_2|linear_2)/kernel$", P("tensor", "fsdp")),
+    (r"/(SelfAttention/[qkv]|DenseReluDense/wi(_[01])?)/kernel$", P("fsdp", "tensor")),  # T5
+    (r"/(SelfAttention/o|DenseReluDense/wo)/kernel$", P("tensor", "fsdp")),
     (r"/kernel$", P(None, "fsdp")),
     (r"/embedding$", P(None, "fsdp")),
     (r"", P()),

@@ -25,6 +25,7 @@ from checkpoints import (
 from test_inflate import write_compvis
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.weights import folder_hash, load_folder
 from lavie_jax.weights.diffusers_configs import vae_config
 from lavie_jax.weights.expected import refuse
@@ -465,7 +466,7 @@ WORDS = ["a", "b", "<|startoftext|>", "<|endoftext|>"]
 
 
 def test_a_tokenizer_must_fit_the_text_encoder(tmp_path):
-    fits = {"vocab_size": 4, "length": 8, "owner": "sd"}
+    fits = {"text": CLIPTextConfig(vocab_size=4, max_position_embeddings=8), "owner": "sd"}
     check_tokenizer(write_tokenizer_files(tmp_path / "fits", WORDS), **fits)
     more = write_tokenizer_files(tmp_path / "more", [*WORDS, "c"])
     added = write_tokenizer_files(tmp_path / "added", WORDS)

@@ -16,6 +16,7 @@ from lavie_jax import weights
 from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
 from lavie_jax.errors import UserError
+from lavie_jax.models import registry
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.planner.training import abstract_batch, abstract_init
@@ -215,8 +216,39 @@ def test_tiny_super_resolution_starts_from_an_image_upscaler(tmp_path):
     assert not before.any() and after.any()
 
 
+@pytest.mark.heavy  # test_text_network.py traces it
+def test_tiny_with_t5_trains_resumes_and_is_sampled_from_its_weights_folder(tmp_path):
+    """The text encoder, its projection and the tokenizer are all that training left."""
+    workdir, out = tmp_path / "t5", tmp_path / "out"
+    command = [
+        sys.executable, "train.py", "--config", "configs/base_t5.py:tiny", "--workdir", str(workdir),
+        "--config.log_every=1", "--config.checkpoint_every=2", "--config.sample_every=2",
+    ]  # fmt: skip
+    for steps in (2, 4):
+        done = subprocess.run([*command, f"--config.steps={steps}"], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert "resumed at step 2 of 4" in done.stdout
+    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    folder = weights.load_folder(workdir / "weights")
+    assert registry.network_name(folder.text_encoder.config) == "t5_text"
+    assert np.abs(folder.unet.params["encoder_hid_proj"]["bias"]).max() > 0  # it starts at zero
+    prompt = "a red circle moving left " * 4  # longer than the encoder's texts
+    sample = [sys.executable, "sample.py", "--weights", str(workdir / "weights"), "--prompt", prompt, "--out", str(out)]
+    done = subprocess.run(sample, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "longer than the model's 16 tokens" in done.stdout + done.stderr
+    assert len(list(out.glob("*.mp4"))) == 1
+
+
+@pytest.mark.heavy
+def test_tiny_with_two_objects_trains(tmp_path):
+    tiny_run("pairs", tmp_path / "pairs", "--config.prompts=()")
+
+
 FRAMES = {
     "image": 1,
+    "pairs": 1,
     "base": 4,
     "prediction": 4,
     "interpolation": 5,
@@ -240,7 +272,7 @@ def tiny_run(name, workdir, *extra):
     assert {"loss", "learning_rate"} <= set(lines[0])
     assert "clips_per_second" in lines[1]  # the first step compiles and has no speed
     assert ("video_loss" in lines[0], "image_loss" in lines[0]) == (
-        name not in ("image", "upscaler"), name in ("image", "base", "prediction", "upscaler")
+        name not in ("image", "pairs", "upscaler"), name in ("image", "pairs", "base", "prediction", "upscaler")
     )  # fmt: skip
     kind = "video" if "video_loss" in lines[0] else "image"
     assert {f"held_out/{kind}_loss_t{t}" for t in (100, 300, 500, 700, 900)} <= set(lines[-1])

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lavie_jax.data import tokens
 from lavie_jax.errors import UserError, user_path
+from lavie_jax.models.registry import network_name
 from lavie_jax.stages import STAGES
 from lavie_jax.weights import Part, Weights
 from lavie_jax.weights.embeddings import Embedding, read_embedding
@@ -134,7 +135,13 @@ class Personal:
 
     def _with_words(self, weights: Weights) -> Weights:
         """Returns weights whose tokenizer and token embedding have the new words."""
-        width = _shapes(weights, "text_encoder").get(TOKEN_EMBEDDING, (0, 0))[1]
+        shapes = _shapes(weights, "text_encoder")
+        if TOKEN_EMBEDDING not in shapes:
+            raise UserError(
+                f"embeddings are new words of CLIP's text encoder, but {weights.path} has a "
+                f"{network_name(weights.text_encoder.config)}"
+            )
+        width = shapes[TOKEN_EMBEDDING][1]
         for one in self.embeddings:
             if one.vectors.shape[1] != width:
                 family = {1024: ", Stable Diffusion 2's", 1280: ", Stable Diffusion XL's"}.get(one.vectors.shape[1], "")

@@ -27,10 +27,10 @@ from lavie_jax.curation.job import LatentJob
 from lavie_jax.data import latents, shards, tokens, transforms, video_files
 from lavie_jax.data.buckets import Size, nearest, size_name
 from lavie_jax.errors import UserError
-from lavie_jax.models.clip_text import CLIPText
+from lavie_jax.models import registry
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import STAGES
-from lavie_jax.training.latents import check_stage, identity
+from lavie_jax.training.latents import check_stage, check_text, identity
 
 MAX_FRAMES = 16  # per device and call; clips are padded to a multiple of it
 
@@ -48,6 +48,8 @@ class LatentEncoder:
         folder = weights.load_folder(job.weights, params=False)
         check_stage(folder.stage, train_text_encoder=False)
         vae_part, text_part = (weights.load_part(job.weights, part) for part in ("vae", "text_encoder"))
+        text_encoder = registry.module(text_part.config)
+        check_text(text_encoder)
         self.name, self.null_caption = job.weights, STAGES[folder.stage].null_caption
         self.sizes = job.sizes or ((folder.sampling["height"], folder.sampling["width"]),)
         self.fps = float(job.fps or folder.sampling["fps"])
@@ -55,7 +57,7 @@ class LatentEncoder:
         self.identity = identity(vae_part, text_part, folder.tokenizer_dir)
         self._tokenizer = tokens.load_tokenizer(folder.tokenizer_dir)
         self._mesh = parallel.make_mesh(devices=parallel.local_devices())
-        vae, text_encoder = VAE(vae_part.config), CLIPText(text_part.config)
+        vae = VAE(vae_part.config)
 
         def encode(params, images):
             mean, logvar = vae.apply({"params": params}, images, method="encode")

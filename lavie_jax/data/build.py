@@ -104,6 +104,8 @@ def _kind(config: DataConfig, clips: Part, images: Part) -> str:
         raise UserError(f"the data source {kind} needs a path")
     if config.slowest_fps:
         raise UserError("slowest_fps is for Moving Shapes: a video file has one rate")
+    if config.objects != 1:
+        raise UserError(f"objects is for Moving Shapes, not for {kind}: set it to 1")
     if config.images_from_clips:
         raise UserError("images_from_clips is for Moving Shapes: without image_path, images are frames of the clips")
     return kind
@@ -123,6 +125,7 @@ def _moving_shapes(config: DataConfig) -> MovingShapes:
         fps=config.fps,
         slowest_fps=config.slowest_fps or config.fps,
         images_from_clips=config.images_from_clips,
+        objects=config.objects,
         height=config.height,
         width=config.width,
         whole=config.whole,

@@ -38,6 +38,12 @@ class DataConfig:
         "Moving Shapes: each clip has a rate from this to fps; low rates have more motion per frame; 0 means fps",
         default=0.0,
     )
+    objects: int = field(
+        "Moving Shapes: objects in a clip or image, 1 or 2, each with its own words in the caption",
+        default=1,
+        low=1,
+        high=2,
+    )
     images_from_clips: float = field(
         # So an image model learns the words of videos before it is inflated (AnimateDiff, arXiv 2307.04725, sec. 4.1).
         "Moving Shapes: fraction of the images that are frames of clips, with the captions of clips",

@@ -116,6 +116,15 @@ def _geometry(shape: str) -> tuple[float, tuple[float, float, float, float]]:
     return scale, (float(-xs[0]), float(xs[-1]), float(-ys[0]), float(ys[-1]))
 
 
+@functools.cache
+def outer_radius(shape: str) -> float:
+    """The largest distance from a shape's origin to a point of it, in radii of the circle of equal area."""
+    axis = np.linspace(-2, 2, 401, dtype=np.float32)
+    scale = np.float32(_geometry(shape)[0])
+    inside = _DISTANCE[shape](axis[None, :] / scale, axis[:, None] / scale) <= 0
+    return float(np.hypot(axis[None, :], axis[:, None])[inside].max())
+
+
 def coverage(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Fraction of each pixel that the shape covers, antialiased over one pixel.
 
@@ -167,18 +176,18 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({*fixed.split(), *named}))
 
 
-def _uniforms(*key: object) -> list[float]:
+def uniforms(*key: object) -> list[float]:
     """Eight numbers in [0, 1) from a key: a hash, so the same under every numpy version."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=64).digest()
     return [int.from_bytes(digest[i : i + 8], "little") / 2**64 for i in range(0, 64, 8)]
 
 
-def _pick(options: tuple | list, u: float):
+def pick(options: tuple | list, u: float):
     return options[min(int(u * len(options)), len(options) - 1)]
 
 
 def _background(colour: str, u: float) -> str:
-    return _pick([b for b in BACKGROUNDS if b != colour], u)
+    return pick([b for b in BACKGROUNDS if b != colour], u)
 
 
 def clip(
@@ -198,9 +207,9 @@ def clip(
     Raises:
         UserError: the split is unknown or a size is below 1.
     """
-    u = _uniforms("video", split, int(index))
-    shape, colour, motion = _pick(combinations(split), u[0])
-    a = Attributes(shape, colour, _pick(list(SIZES), u[1]), _background(colour, u[2]), motion)
+    u = uniforms("video", split, int(index))
+    shape, colour, motion = pick(combinations(split), u[0])
+    a = Attributes(shape, colour, pick(list(SIZES), u[1]), _background(colour, u[2]), motion)
     pixels = render(a, u[3], u[4], frames=frames, fps=fps, height=height, width=width)
     return Sample(pixels, caption(a, size=u[5] >= drop, background=u[6] >= drop), a)
 
@@ -209,10 +218,10 @@ def image(split: str, index: int, *, height: int = 64, width: int = 64, drop: fl
     """Returns image `index` of `train` or `val`, with all shapes and colours: `pixels` uint8 (H, W, 3)."""
     if split not in ("train", "val"):
         raise UserError(f"no images in split {split!r}{suggest(split, ('train', 'val'))}")
-    u = _uniforms("image", split, int(index))
-    colour = _pick((*VIDEO_COLOURS, *IMAGE_COLOURS), u[7])
-    shape = _pick((*VIDEO_SHAPES, *IMAGE_SHAPES), u[0])
-    a = Attributes(shape, colour, _pick(list(SIZES), u[1]), _background(colour, u[2]), None)
+    u = uniforms("image", split, int(index))
+    colour = pick((*VIDEO_COLOURS, *IMAGE_COLOURS), u[7])
+    shape = pick((*VIDEO_SHAPES, *IMAGE_SHAPES), u[0])
+    a = Attributes(shape, colour, pick(list(SIZES), u[1]), _background(colour, u[2]), None)
     pixels = render(a, u[3], u[4], frames=1, fps=1.0, height=height, width=width)[0]
     return Sample(pixels, caption(a, size=u[5] >= drop, background=u[6] >= drop), a)
 
@@ -220,9 +229,17 @@ def image(split: str, index: int, *, height: int = 64, width: int = 64, drop: fl
 # ---- pixels ----
 
 
-def _path(a: Attributes, start: tuple[float, float], seconds: np.ndarray, sides) -> np.ndarray:
-    """Origins of the shape (T, 2) as (x, y), in shorter sides: straight, constant speed, always inside."""
-    extents = np.array(_geometry(a.shape)[1]).reshape(2, 2) * SIZES[a.size] + MARGIN  # (x/y, before/after)
+def path(a: Attributes, radius: float, start: tuple[float, float], seconds: np.ndarray, sides) -> np.ndarray:
+    """Origins of the shape (T, 2) as (x, y), in shorter sides: straight, constant speed, always inside.
+
+    Args:
+        a: the shape and its motion.
+        radius: of the circle of equal area.
+        start: in [0, 1], chooses the start of the path among the possible ones.
+        seconds: the time of each frame.
+        sides: of the frame, (width, height).
+    """
+    extents = np.array(_geometry(a.shape)[1]).reshape(2, 2) * radius + MARGIN  # (x/y, before/after)
     direction = np.array(MOTIONS[a.motion or "still"])
     free = np.maximum(np.array(sides) - extents.sum(1), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -242,25 +259,30 @@ def render(a: Attributes, u: float, v: float, *, frames: int, fps: float, height
         )
     shorter = min(height, width)
     seconds = np.arange(frames) / fps
-    path = _path(a, (u, v), seconds, (width / shorter, height / shorter)) * shorter  # pixels
+    radius, sides = SIZES[a.size], (width / shorter, height / shorter)
     moving = a.motion not in (None, "still")
-    path = path if moving else path[:1]
-    radius = SIZES[a.size] * shorter
-    left, right, up, down = (extent * radius + 1 for extent in _geometry(a.shape)[1])
-    x0 = np.floor(path[:, 0] - left).astype(int)
-    y0 = np.floor(path[:, 1] - up).astype(int)
-    nx, ny = int(np.ceil(left + right)) + 1, int(np.ceil(up + down)) + 1
-    x = (x0[:, None] + np.arange(nx) + 0.5 - path[:, :1]).astype(np.float32)
-    y = (y0[:, None] + np.arange(ny) + 0.5 - path[:, 1:]).astype(np.float32)
-    mask = coverage(a.shape, radius, x[:, None, :], y[:, :, None])[..., None]  # (T, ny, nx, 1)
-    back = np.array(RGB[a.background], np.float32)
-    colour = np.array(RGB[a.colour], np.float32)
-    box = (back + mask * (colour - back) + 0.5).astype(np.uint8)
-    # Only the bounding box of the shape is computed.
-    pixels = np.empty((len(path), height, width, 3), np.uint8)
+    origins = path(a, radius, (u, v), seconds, sides)[: None if moving else 1] * shorter  # pixels
+    pixels = np.empty((len(origins), height, width, 3), np.uint8)
     pixels[:] = RGB[a.background]
-    for frame, patch, top, start in zip(pixels, box, y0, x0, strict=True):
+    paint(pixels, a, radius * shorter, origins)
+    return pixels if moving else np.repeat(pixels, frames, axis=0)
+
+
+def paint(pixels: np.ndarray, a: Attributes, radius: float, origins: np.ndarray) -> None:
+    """Draws a shape over the frames `pixels`, uint8 (T, H, W, 3), in place: its origins (T, 2) as (x, y), in pixels."""
+    height, width = pixels.shape[1:3]
+    left, right, up, down = (extent * radius + 1 for extent in _geometry(a.shape)[1])
+    x0 = np.floor(origins[:, 0] - left).astype(int)
+    y0 = np.floor(origins[:, 1] - up).astype(int)
+    nx, ny = int(np.ceil(left + right)) + 1, int(np.ceil(up + down)) + 1
+    x = (x0[:, None] + np.arange(nx) + 0.5 - origins[:, :1]).astype(np.float32)
+    y = (y0[:, None] + np.arange(ny) + 0.5 - origins[:, 1:]).astype(np.float32)
+    mask = coverage(a.shape, radius, x[:, None, :], y[:, :, None])[..., None]  # (T, ny, nx, 1)
+    colour = np.array(RGB[a.colour], np.float32)
+    # Only the bounding box of the shape is computed.
+    for frame, cover, top, start in zip(pixels, mask, y0, x0, strict=True):
         rows = slice(max(-top, 0), min(height - top, ny))
         columns = slice(max(-start, 0), min(width - start, nx))
-        frame[top + rows.start : top + rows.stop, start + columns.start : start + columns.stop] = patch[rows, columns]
-    return pixels if moving else np.repeat(pixels, frames, axis=0)
+        box = frame[top + rows.start : top + rows.stop, start + columns.start : start + columns.stop]
+        back = box.astype(np.float32)
+        box[:] = (back + cover[rows, columns] * (colour - back) + 0.5).astype(np.uint8)

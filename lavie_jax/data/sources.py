@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
-from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data import moving_pairs, moving_shapes, transforms, video_files
 from lavie_jax.data.display import UnusableVideo, picture_pixels
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import SUFFIXES, VAL_FRACTION, Medium, Record, Records
@@ -81,6 +81,7 @@ class MovingShapes:
         width: of the patch that is returned.
         whole: (height, width) of the rendered frame, if it is larger than the patch.
         drop: probability that a caption omits the size, and likewise the background.
+        objects: 1, or 2 for `moving_pairs`.
         seed: selects a disjoint range of indices.
     """
 
@@ -93,10 +94,18 @@ class MovingShapes:
     width: int = 64
     whole: tuple[int, int] = (0, 0)
     drop: float = 0.1
+    objects: int = 1
     seed: int = 0
 
     def __post_init__(self):
-        moving_shapes.combinations(self.split)  # raises for an unknown split
+        if self.objects == 2:
+            moving_pairs.check_split(self.split)
+        else:
+            moving_shapes.combinations(self.split)  # raises for an unknown split
+
+    @property
+    def _world(self):
+        return moving_pairs if self.objects == 2 else moving_shapes
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -104,7 +113,7 @@ class MovingShapes:
     def video(self, index: int, rng: np.random.Generator) -> Item:
         one_rate = self.slowest_fps == self.fps
         fps = self.fps if one_rate else self.slowest_fps * (self.fps / self.slowest_fps) ** rng.random()
-        sample = moving_shapes.clip(
+        sample = self._world.clip(
             self.split,
             index + self.seed * _ENDLESS,
             frames=self.frames,
@@ -117,10 +126,10 @@ class MovingShapes:
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
         number, how = index + self.seed * _ENDLESS, {"drop": self.drop, **self._whole(margin)}
         if self.images_from_clips and rng.random() < self.images_from_clips:
-            sample = moving_shapes.clip(self.split, number, frames=1, **how)
+            sample = self._world.clip(self.split, number, frames=1, **how)
             pixels = sample.pixels
         else:
-            sample = moving_shapes.image(self.split, number, **how)
+            sample = self._world.image(self.split, number, **how)
             pixels = sample.pixels[None]
         return Item(self._patch(pixels, margin, rng)[0], sample.caption)
 

@@ -1,8 +1,8 @@
-"""Converts captions to token ids: Stable Diffusion's CLIP tokenizers, and the small one of Moving Shapes.
+"""Converts captions to token ids: Stable Diffusion's CLIP tokenizers, T5's, and small ones of Moving Shapes.
 
-The small tokenizer is an ordinary CLIP tokenizer (byte-pair encoding with an end-of-word suffix, lower case) whose
-merges make every word of Moving Shapes one token. Its `tokenizer_config.json` lists those words, so that unknown words
-can be reported and removed before the text encoder.
+The small CLIP tokenizer is an ordinary one (byte-pair encoding with an end-of-word suffix, lower case) whose merges
+make every word of Moving Shapes one token; the small T5 tokenizer has a token for each word. `tokenizer_config.json`
+lists those words, so that unknown words can be reported and removed before the text encoder.
 """
 
 import collections
@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from lavie_jax.errors import UserError, user_path
+from lavie_jax.text_files import read_json
+from lavie_jax.tokenizer_kinds import PIECES_FILE, is_t5, read_pieces
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _NEW_WORDS = "new_words"  # in the tokenizer's init_kwargs: {word: number of tokens}, see `load_tokenizer`
@@ -46,10 +48,7 @@ def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: in
 
     `length` is the context length, with start and end tokens. Returns the folder.
     """
-    words = sorted(set(words))
-    wrong = [word for word in words if not word or set(word) - set(_LETTERS)]
-    if wrong:
-        raise UserError(f"words of a small tokenizer may contain only the letters a to z; given {wrong}")
+    words = _checked_words(words)
     merges = _merges(words)
     tokens = [*_LETTERS, *(c + "</w>" for c in _LETTERS), *map("".join, merges), _START, _END]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -72,8 +71,56 @@ def save_small_tokenizer(folder: str | Path, words: Sequence[str], *, length: in
     return folder
 
 
+def save_small_t5_tokenizer(folder: str | Path, words: Sequence[str], *, length: int = 16) -> Path:
+    """Writes a tokenizer with a token for each of `words` and T5's special tokens that `load_tokenizer` reads.
+
+    `length` is the context length, with the end token. Returns the folder.
+    """
+    words = _checked_words(words)
+    special = ("<pad>", "</s>", "<unk>")  # T5's ids
+    vocab = {token: i for i, token in enumerate((*special, *words))}
+    end = {"id": "</s>", "ids": [vocab["</s>"]], "tokens": ["</s>"]}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[t], "content": t, **flags, "special": True} for t in special],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}, single[1]],
+            "special_tokens": {"</s>": end},
+        },
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": length,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "words": words,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=0) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _checked_words(words: Sequence[str]) -> list[str]:
+    words = sorted(set(words))
+    wrong = [word for word in words if not word or set(word) - set(_LETTERS)]
+    if wrong:
+        raise UserError(f"words of a small tokenizer may contain only the letters a to z; given {wrong}")
+    return words
+
+
 def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = None):
-    """Loads the CLIP tokenizer in a folder, by transformers.
+    """Loads the tokenizer of CLIP or T5 in a folder, by transformers.
 
     Args:
         folder: the tokenizer's.
@@ -83,6 +130,10 @@ def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = Non
         UserError: files are missing or cannot be read, or a new word is in the vocabulary.
     """
     folder = user_path(folder)
+    if is_t5(folder):
+        if new_words:
+            raise UserError(f"new words need a CLIP tokenizer; {os.fspath(folder)!r} has one of T5")
+        return _load_t5(folder)
     # Without these files, CLIPTokenizer silently has an empty vocabulary.
     if not (folder / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
@@ -98,6 +149,35 @@ def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = Non
         raise UserError(f"cannot read the tokenizer in {os.fspath(folder)!r}: {error}") from error
     if new_words:
         _add_words(tokenizer, new_words)
+    return tokenizer
+
+
+def _load_t5(folder: Path):
+    """Loads T5's tokenizer from tokenizer.json, or from a SentencePiece model."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as above
+    from transformers import PreTrainedTokenizerFast, T5Tokenizer
+
+    where = os.fspath(folder)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(where, local_files_only=True)
+        elif (folder / PIECES_FILE).is_file():
+            pieces, config = read_pieces(folder / PIECES_FILE), folder / "tokenizer_config.json"
+            own = read_json(config) if config.is_file() else {}
+            tokenizer = T5Tokenizer(
+                vocab=pieces.scores,
+                _spm_precompiled_charsmap=pieces.characters or None,
+                extra_ids=own.get("extra_ids", 100),
+                **{name: own[name] for name in ("model_max_length",) if name in own},
+            )
+        else:
+            raise UserError(f"no T5 tokenizer in {where!r}: no tokenizer.json and no {PIECES_FILE}")
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions for malformed files
+        raise UserError(f"cannot read the tokenizer in {where!r}: {error}") from error
+    if tokenizer.pad_token is None or tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {where!r} has no pad_token or no eos_token in its tokenizer_config.json")
     return tokenizer
 
 
@@ -141,7 +221,7 @@ def _expand(tokenizer, text: str) -> list[tuple[str, bool]]:
 
 
 def context_length(tokenizer) -> int:
-    """Number of tokens of a text, with start and end; 77 for a tokenizer without a length."""
+    """Number of tokens of a text, with start and end; CLIP's 77 for a tokenizer without a length."""
     length = tokenizer.model_max_length
     return length if length < 100_000 else _CLIP_LENGTH
 
@@ -203,7 +283,7 @@ def tokenize_with_mask(
 def lost_text(tokenizer, text: str) -> str:
     """The end of `text` that exceeds the context length; "" if all of it fits."""
     text = _readable(tokenizer, text)
-    kept = context_length(tokenizer) - 2  # without start and end
+    kept = context_length(tokenizer) - tokenizer.num_special_tokens_to_add()
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return tokenizer.decode(ids[kept:]).strip()
 

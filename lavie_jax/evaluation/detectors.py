@@ -22,7 +22,7 @@ def _nearest(colour: np.ndarray, names: tuple[str, ...]) -> str:
     return min(names, key=lambda name: float(np.linalg.norm(colour - np.array(moving_shapes.RGB[name]))))
 
 
-def _edge(clip: np.ndarray) -> np.ndarray:
+def edge_colour(clip: np.ndarray) -> np.ndarray:
     """Returns the median colour of the two outermost rows and columns of all frames."""
     parts = clip[:, :2], clip[:, -2:], clip[:, :, :2], clip[:, :, -2:]
     return np.median(np.concatenate([part.reshape(-1, 3) for part in parts]), axis=0)
@@ -109,14 +109,14 @@ def _unit(image: np.ndarray) -> np.ndarray:
 def object_centres(clip: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t 2"] | None:
     """Returns the object's centre (x, y) in each frame, in shorter sides; None if nothing stands out."""
     pixels = clip.astype(np.float32)
-    masked = _mask(pixels, _edge(pixels))
+    masked = _mask(pixels, edge_colour(pixels))
     return None if masked is None else _centres(masked[0])[1] / min(clip.shape[1:3])
 
 
 def detect(clip: UInt8[np.ndarray, "t h w 3"], *, fps: float = 8.0) -> Attributes:
     """Returns the attributes that a clip shows. Without an object, all except the background are "nothing"."""
     pixels = clip.astype(np.float32)
-    background = _edge(pixels)
+    background = edge_colour(pixels)
     background_name = _nearest(background, moving_shapes.BACKGROUNDS)
     nothing = Attributes("nothing", "nothing", "nothing", background_name, "nothing")
     masked = _mask(pixels, background)

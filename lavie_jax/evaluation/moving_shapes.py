@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def score(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -> T
         if row != "direction" or attributes[0].motion is not None
     }
     rows["all"] = [all(right) for right in zip(*rows.values())]
-    return {row: _accuracy(right) for row, right in rows.items()}
+    return {row: accuracy(right) for row, right in rows.items()}
 
 
 def mistakes(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -> dict[str, dict[str, int]]:
@@ -80,7 +81,7 @@ def mistakes(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -
     return table
 
 
-def _accuracy(right: Sequence[bool]) -> dict[str, float]:
+def accuracy(right: Sequence[bool]) -> dict[str, float]:
     n, p = len(right), sum(right) / len(right)
     return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n}
 
@@ -98,7 +99,7 @@ def true_samples(split: str, count: int, sampling: Mapping) -> list[Sample]:
 # ---- sources of clips ----
 
 
-def _reconstructed(weights: Path, samples: list[Sample]) -> Videos:
+def reconstructed(weights: Path, samples: Sequence[Any]) -> Videos:
     """Encodes and decodes true clips: an upper bound for any model with these latents."""
     part = load_part(weights, "vae", dtype=np.float32)
     vae, params = VAE(part.config), jax.tree.map(jnp.asarray, part.params)
@@ -112,17 +113,19 @@ def _reconstructed(weights: Path, samples: list[Sample]) -> Videos:
     return [transforms.to_uint8(np.asarray(reconstruct(transforms.to_float(clip)))) for clip in clips]
 
 
-def _generated(pipe: cascade.Cascade, samples: list[Sample], args: argparse.Namespace) -> Videos:
-    """Samples videos for the captions, or images if the samples are images."""
-    at_once = len(samples) if args.stages == (MAIN_STAGE,) else args.batch_size  # outputs of later stages are large
+def generated(
+    pipe: cascade.Cascade, captions: Sequence[str], args: argparse.Namespace, *, images: bool = False
+) -> Videos:
+    """Samples videos for the captions, or images as clips of one frame."""
+    at_once = len(captions) if args.stages == (MAIN_STAGE,) else args.batch_size  # outputs of later stages are large
     clips = []
-    for start in range(0, len(samples), at_once):
-        part = samples[start : start + at_once]
+    for start in range(0, len(captions), at_once):
+        part = captions[start : start + at_once]
         videos = pipe(
-            [sample.caption for sample in part],
+            part,
             stages=args.stages,
             seed=list(range(args.seed + start, args.seed + start + len(part))),
-            frames=1 if part[0].attributes.motion is None else None,
+            frames=1 if images else None,
             sampler=args.sampler,
             steps=args.steps,
             guidance=args.guidance,
@@ -200,9 +203,14 @@ def _generator(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample
     weights = cascade.stage_folder(args.weights, MAIN_STAGE)
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
-        return sampling, lambda samples: _reconstructed(weights, samples)
+        return sampling, lambda samples: reconstructed(weights, samples)
     pipe = cascade.load(args.weights, stages=args.stages)
-    return pipe.weights["base"].sampling, lambda samples: _generated(pipe, samples, args)
+
+    def generate(samples: list[Sample]) -> Videos:
+        captions = [sample.caption for sample in samples]
+        return generated(pipe, captions, args, images=samples[0].attributes.motion is None)
+
+    return pipe.weights["base"].sampling, generate
 
 
 def _measure(args: argparse.Namespace) -> dict:

@@ -68,14 +68,25 @@ class CLIPTextConfig:
         """Returns a dict that JSON can represent."""
         return dataclasses.asdict(self)
 
+    @property
+    def width(self) -> int:
+        """Width of the hidden states that the UNet attends to."""
+        return self.hidden_size
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of a text, with padding."""
+        return self.max_position_embeddings
+
 
 class CLIPText(nn.Module):
     """Encodes tokens (B, L) as their last hidden states (B, L, D), float32; L is at most `max_position_embeddings`.
 
     Every token attends to itself and those before it, padding included, as in Stable Diffusion.
 
-    Text encoders share this interface: `takes_mask` is whether padding is masked. Where it is, the encoder and the
-    UNet are called with the mask of the real tokens; elsewhere with None.
+    Text encoders share this interface: their configs have `width`, `length` and `vocab_size`, and `takes_mask` is
+    whether padding is masked. Where it is, the encoder and the UNet are called with the mask of the real tokens;
+    elsewhere with None.
     """
 
     takes_mask: ClassVar[bool] = False

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
+from lavie_jax.models.t5_text import T5Text, T5TextConfig
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 
-Config = UNetConfig | VAEConfig | CLIPTextConfig
+TextEncoder = CLIPText | T5Text
+TextConfig = CLIPTextConfig | T5TextConfig
+Config = UNetConfig | VAEConfig | TextConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def _unet_inputs(config: UNetConfig) -> dict[str, jax.Array]:
     inputs = {
         "x": jnp.zeros((1, 1, side, side, config.in_channels)),
         "t": rows,
-        "text": jnp.zeros((1, 1, config.cross_attention_dim)),
+        "text": jnp.zeros((1, 1, config.text_width)),
     }
     return inputs if config.num_class_embeds is None else inputs | {"noise_level": rows}
 
@@ -57,7 +60,7 @@ def _vae_inputs(config: VAEConfig) -> dict[str, jax.Array]:
     return {"images": jnp.zeros((1, config.factor, config.factor, config.in_channels))}
 
 
-def _text_inputs(config: CLIPTextConfig) -> dict[str, jax.Array]:
+def _text_inputs(config: TextConfig) -> dict[str, jax.Array]:
     return {"tokens": jnp.zeros((1, 1), jnp.int32)}
 
 
@@ -66,6 +69,7 @@ NETWORKS = {
     # the scaling factor changes in every checkpoint of a VAE in training
     "vae": Network("vae", VAEConfig, VAE, _vae_inputs, traced_as=(("scaling_factor", 1.0),)),
     "clip_text": Network("text_encoder", CLIPTextConfig, CLIPText, _text_inputs),
+    "t5_text": Network("text_encoder", T5TextConfig, T5Text, _text_inputs, traced_as=(("length", 1),)),
 }
 PARTS = tuple(dict.fromkeys(row.part for row in NETWORKS.values()))  # unet, vae, text_encoder
 

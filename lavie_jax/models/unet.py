@@ -201,6 +201,8 @@ class UNet(nn.Module):
             text, text_mask = text[:, None], None if text_mask is None else text_mask[:, None]
         t_items = _timestep_per_item(t, image_t, frames, 0 if text is None else text.shape[1])
         text_items = _concatenate_items(text, image_text).astype(dtype)
+        if config.encoder_hid_dim is not None:  # T5's width to Stable Diffusion's, for instance
+            text_items = layers.dense(config.cross_attention_dim, dtype=dtype, name="encoder_hid_proj")(text_items)
         mask_items = _mask_per_item(text, text_mask, image_text, image_text_mask)
         temb = TimestepEmbedding(config.block_out_channels[0], dtype, name="time_embedding")(t_items)
         temb = self._add_noise_level(temb, noise_level)

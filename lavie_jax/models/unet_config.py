@@ -17,7 +17,8 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level, outermost first
     layers_per_block: int = 2  # residual blocks of a level on the way down; one more on the way up
     attention_levels: tuple[bool, ...] = (True, True, True, False)  # whether each level has transformers
-    cross_attention_dim: int = 768  # width of the text encoder
+    cross_attention_dim: int = 768  # width of the text that transformers attend to
+    encoder_hid_dim: int | None = None  # width of the text encoder, if a linear layer maps its output to that width
     attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # heads at each level (diffusers calls this attention_head_dim)
     only_cross_attention: tuple[bool, ...] = (
         False,
@@ -61,6 +62,8 @@ class UNetConfig:
                 raise UserError(
                     f"UNet config: unknown {field} {getattr(self, field)!r}{suggest(getattr(self, field), allowed)}"
                 )
+        if self.encoder_hid_dim is not None and self.encoder_hid_dim < 1:
+            raise UserError(f"UNet config: encoder_hid_dim must be at least 1, or None, not {self.encoder_hid_dim}.")
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 divisors = f"norm_num_groups = {self.norm_num_groups} and of the level's {heads} heads"
@@ -74,6 +77,11 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict that JSON can represent."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @property
+    def text_width(self) -> int:
+        """Width of the texts that the UNet is called with."""
+        return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
 
     def image_config(self) -> "UNetConfig":
         """Returns the config of the image model inside: the same network without its temporal parts."""

@@ -79,9 +79,10 @@ def _guided_step(
 
     state = jax.eval_shape(sampler.init, jax.ShapeDtypeStruct((*window.shape, shape[-1]), jnp.float32))
     x_t, t = jax.eval_shape(sampler.model_input, state, jax.ShapeDtypeStruct((), jnp.int32))
-    ids = jax.ShapeDtypeStruct((1, text_encoder.config.max_position_embeddings), jnp.int32)
+    ids = jax.ShapeDtypeStruct((1, text_encoder.config.length), jnp.int32)
     text = jax.eval_shape(text_encoder.apply, {"params": params["text_encoder"]}, ids)
-    text = array(*text.shape[1:], dtype=text.dtype)
+    mask = array(text.shape[1], dtype=bool) if text_encoder.takes_mask else None
+    prompts = Prompts(array(*text.shape[1:], dtype=text.dtype), mask)
     condition = Condition(
         concat=array(*window.shape, channels) if channels else None,
         noise_level=array(dtype=jnp.int32) if unet.config.num_class_embeds else None,
@@ -92,7 +93,7 @@ def _guided_step(
     return Program(
         name="guided step",
         function=predict_rows,
-        arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), Prompts(text), Prompts(text), condition),
+        arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), prompts, prompts, condition),
         static={
             "unet": in_windows(unet, stage.attention_windows(settings)), "guidance": float(settings.guidance),
             "rescale": float(settings.guidance_rescale), "image": False,

@@ -121,9 +121,10 @@ def abstract_init(config: Any) -> build.InitialWeights:
 
 def abstract_batch(config: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a config's batch: pixels and tokens, or latents and encoded captions."""
-    data, length = config.data, config.text_encoder.max_position_embeddings
+    data, text = config.data, build.make_models(config, jnp.float32, 1.0).text_encoder
+    length = text.config.length
     if latent_paths(build.data_config(config)):
-        vae, width = VAEConfig.from_dict(config.vae.to_dict()), config.text_encoder.hidden_size
+        vae, width = VAEConfig.from_dict(config.vae.to_dict()), text.config.width
         frame = (data.height // vae.factor, data.width // vae.factor, 2 * vae.latent_channels)
         video = {"video_latents": (rows, data.frames, *frame), "text": (rows, length, width)}
         images = {"image_latents": (rows, data.images, *frame), "image_text": (rows, data.images, length, width)}
@@ -136,4 +137,7 @@ def abstract_batch(config: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         "tokens": ((rows, length), ids),
         "image_tokens": ((rows, data.images, length), ids),
     }
+    if text.takes_mask:
+        shapes["token_mask"] = ((rows, length), jnp.bool)
+        shapes["image_token_mask"] = ((rows, data.images, length), jnp.bool)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

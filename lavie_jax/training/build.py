@@ -13,20 +13,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from lavie_jax import weights
-from lavie_jax.data import moving_shapes, tokens
+from lavie_jax.data import moving_pairs, moving_shapes, tokens
 from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
-from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.training import diffusion, latents, lora, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
-from lavie_jax.training.config import init_folder
+from lavie_jax.training.config import init_folder, text_network
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
@@ -34,7 +33,8 @@ from lavie_jax.weights.inflate import copied, copies_temporal, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
 from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
 
-RANDOM = "random"  # vae_from: an untrained VAE, for tiny runs that only test the code
+# vae_from: an untrained VAE, for tiny runs that only test the code; text_from: an untrained text encoder
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ def check_stage(config: Any) -> None:
         check_buckets(data)
     if latent_paths(data):
         latents.check_stage(config.stage, train_text_encoder=config.train_text_encoder)
+        latents.check_text(models.text_encoder)
     STAGES[config.stage].check_training_frames(data.frames)
     if data.frames < 0 or data.images < 0 or data.frames + data.images < 1:
         raise UserError(
@@ -192,11 +193,12 @@ def held_out_data(data: DataConfig) -> DataConfig:
 def make_models(config: Any, dtype: DTypeLike, scaling_factor: float) -> Models:
     """Makes the networks of a stage's config. Refuses configs of networks that do not fit each other."""
     unet = UNetConfig.from_dict(_plain(config.unet))
-    text = CLIPTextConfig.from_dict(_plain(config.text_encoder))
-    if unet.cross_attention_dim != text.hidden_size:
+    text = registry.NETWORKS[text_network(config)].config.from_dict(_plain(config.text_encoder))
+    if unet.text_width != text.width:
+        name = "cross_attention_dim" if unet.encoder_hid_dim is None else "encoder_hid_dim"
         raise UserError(
-            f"unet.cross_attention_dim = {unet.cross_attention_dim} must be "
-            f"text_encoder.hidden_size = {text.hidden_size}."
+            f"unet.{name} = {unet.text_width} must be the text encoder's width {text.width}. unet.encoder_hid_dim = "
+            f"{text.width} adds a layer that maps it to cross_attention_dim."
         )
     vae = dataclasses.replace(VAEConfig.from_dict(_plain(config.vae)), scaling_factor=scaling_factor)
     if unet.out_channels != vae.latent_channels:
@@ -215,7 +217,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     With `resumed`, see `make_task`, a UNet that is trained as a whole is not read: `start` has its shapes.
     """
     models = make_models(config, jnp.float32, 1.0)
-    if where := config.text_from or (config.init_from if resumed is None else ""):
+    where = config.text_from or (config.init_from if resumed is None else "")
+    if where and where != RANDOM:
         _check_tokenizer(where, models.text_encoder.config)
     start_weights = None
     if config.init_from and resumed is not None and _trains_all(config, models):
@@ -235,7 +238,9 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
         tokenizer = copy_tokenizer(tokenizer, scratch / "initial tokenizer")
     else:
         tokenizer, settings = scratch / "tokenizer", models.text_encoder.config
-        tokens.save_small_tokenizer(tokenizer, moving_shapes.vocabulary(), length=settings.max_position_embeddings)
+        save = tokens.save_small_t5_tokenizer if models.text_encoder.takes_mask else tokens.save_small_tokenizer
+        world = moving_pairs if config.data.objects == 2 else moving_shapes
+        save(tokenizer, world.vocabulary(), length=settings.length)
         size = len(tokens.load_tokenizer(tokenizer))
         if size > settings.vocab_size:
             raise UserError(
@@ -244,11 +249,11 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
 
 
-def _check_tokenizer(where: str, text: CLIPTextConfig) -> None:
+def _check_tokenizer(where: str, text: registry.TextConfig) -> None:
     """Refuses a folder whose tokenizer returns tokens that its text encoder does not have, before weights are read."""
     folder = part_dir(where, "tokenizer")
     if folder.is_dir():
-        check_tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=where)
+        check_tokenizer(folder, text, owner=where)
 
 
 def _load_start(config: Any, models: Models) -> weights.Weights:
@@ -311,8 +316,15 @@ def _load_text(config: Any, models: Models, start: weights.Weights | _Start | No
     """Loads the text encoder of `text_from` or `init_from`.
 
     Returns:
-        Its parameters and its tokenizer's folder; (None, None) for one that is trained from scratch.
+        Its parameters and its tokenizer's folder; None for those of one that is trained from scratch.
     """
+    if config.text_from == RANDOM:
+        if not config.train_text_encoder:
+            raise UserError("text_from = 'random' is an untrained text encoder: set train_text_encoder=True.")
+        if start is None:
+            return None, None
+        params = registry.init_params(models.text_encoder.config, jax.random.key(config.seed))
+        return jax.tree.map(np.asarray, params), None
     if config.text_from:
         if start is not None or config.train_text_encoder:
             raise UserError("text_from is for a frozen text encoder, without init_from: remove one of the settings.")

@@ -40,7 +40,10 @@ HASHES = (FROZEN, FROZEN_PART)
 
 # Fields that make a checkpoint belong to another model or another run: resuming with a different value is refused.
 # The others (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
-IDENTITY = ("stage", "seed", "regime", "train_text_encoder", "unet", "text_encoder", "vae", "schedule", "lora", *HASHES)
+IDENTITY = (
+    "stage", "seed", "regime", "train_text_encoder", "text_network", "unet", "text_encoder", "vae", "schedule", "lora",
+    *HASHES,
+)  # fmt: skip
 
 # Counters of the process, not of the run: they start again when a run resumes.
 TRANSIENT = ("skipped",)

@@ -14,8 +14,8 @@ from lavie_jax.data.config import DataConfig
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import MAX_SEED, check_rules, convert, expanded, field, settable, types_of
+from lavie_jax.models import registry
 from lavie_jax.models.attention import KERNELS
-from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.unet import REMAT
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
@@ -27,6 +27,7 @@ from lavie_jax.training.optimizer import REGIMES, OptimizerConfig
 
 VAE_STAGE = "vae"
 NETWORKS = ("unet", "text_encoder", "vae")  # groups that None reads from a weights folder
+TEXT_NETWORKS = tuple(registry.networks_of("text_encoder"))
 # Fields that do not belong to a run: the VAE's scaling factor is measured, and frozen VAEs bring their own.
 HIDDEN = {"vae": ("scaling_factor",)}
 RENAMED = {"data": {"stills": "image_parts", "still_weights": "image_weights", "clip_stills": "images_from_clips"}}
@@ -100,7 +101,15 @@ class StageRunConfig(RunConfig):
     vae_from: str = field(
         "weights folder with the VAE; empty uses init_from, random an untrained VAE", default="", path=True
     )
-    text_from: str = field("weights folder with the frozen text encoder; empty uses init_from", default="", path=True)
+    text_from: str = field(
+        "weights folder with the frozen text encoder; empty uses init_from, random trains a new one, with a tokenizer "
+        "of Moving Shapes",
+        default="",
+        path=True,
+    )
+    text_network: str = field(
+        "the text encoder; the fields of text_encoder follow from it", default=TEXT_NETWORKS[0], choices=TEXT_NETWORKS
+    )
     train_text_encoder: bool = field("train the text encoder with the UNet", default=False)
 
 
@@ -109,8 +118,20 @@ def run_class(stage: str) -> type[RunConfig]:
     return RunConfig if stage == VAE_STAGE else StageRunConfig
 
 
-def group_classes(stage: str) -> dict[str, type]:
-    """{group: dataclass of its fields} of a stage, or of the VAE.
+def text_network(values: Any) -> str:
+    """Returns the name of the text encoder in a run's config; those of older runs and of the VAE do not have it.
+
+    Raises:
+        UserError: the text encoder is unknown.
+    """
+    name = values.get("text_network", TEXT_NETWORKS[0])
+    if name not in TEXT_NETWORKS:
+        raise UserError(f"config field 'text_network': unknown value {name!r}{suggest(str(name), TEXT_NETWORKS)}")
+    return name
+
+
+def group_classes(stage: str, text: str = TEXT_NETWORKS[0]) -> dict[str, type]:
+    """{group: dataclass of its fields} of a stage with a text encoder of this name, or of the VAE.
 
     Raises:
         UserError: the stage is unknown.
@@ -120,7 +141,7 @@ def group_classes(stage: str) -> dict[str, type]:
         return {**shared, "loss": AutoencoderLoss}
     if stage not in STAGE_INFO:
         raise UserError(f"unknown stage {stage!r}{suggest(stage, (VAE_STAGE, *STAGE_INFO))}")
-    networks = {"unet": UNetConfig, "text_encoder": CLIPTextConfig, "schedule": Schedule}
+    networks = {"unet": UNetConfig, "text_encoder": registry.NETWORKS[text].config, "schedule": Schedule}
     return {
         **shared,
         **networks,
@@ -131,13 +152,13 @@ def group_classes(stage: str) -> dict[str, type]:
     }
 
 
-def field_types(stage: str) -> dict[str, dict[str, Any]]:
-    """{group: {field: type}} of a stage; the top-level fields are group "".
+def field_types(stage: str, text: str = TEXT_NETWORKS[0]) -> dict[str, dict[str, Any]]:
+    """{group: {field: type}} of a stage with a text encoder of this name; the top-level fields are group "".
 
     Sampling settings are optional: None is the default of the stage, or follows from the training data.
     """
     types = {"": {name: types_of(run_class(stage))[name] for name in settable(run_class(stage))}}
-    for group, cls in group_classes(stage).items():
+    for group, cls in group_classes(stage, text).items():
         names = [name for name in settable(cls) if name not in HIDDEN.get(group, ())]
         types[group] = {name: types_of(cls)[name] for name in names}
     if "sampling" in types:
@@ -145,18 +166,21 @@ def field_types(stage: str) -> dict[str, dict[str, Any]]:
     return types
 
 
-def defaults(stage: str) -> dict[str, Any]:
-    """The fields of a run of `stage` with their defaults; `steps` and `batch` have none and are absent."""
+def defaults(stage: str, text: str = TEXT_NETWORKS[0]) -> dict[str, Any]:
+    """The fields of a run of `stage` with their defaults; `steps` and `batch` have none and are absent.
+
+    `text` is the name of the text encoder.
+    """
     values: dict[str, Any] = {"stage": stage}
-    for group, kinds in field_types(stage).items():
-        cls = group_classes(stage)[group] if group else run_class(stage)
+    for group, kinds in field_types(stage, text).items():
+        cls = group_classes(stage, text)[group] if group else run_class(stage)
         given = {name: None if group == "sampling" else settable(cls)[name].default for name in kinds}
         given = {name: value for name, value in given.items() if value is not dataclasses.MISSING}
         if group:
             values[group] = given
         else:
             values |= given
-    return values
+    return values | ({"text_network": text} if "text_network" in values else {})
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +196,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     stage = values.get("stage")
     if stage != VAE_STAGE and stage not in STAGE_INFO:
         return values
-    for group, fields in defaults(stage).items():
+    for group, fields in defaults(stage, text_network(values)).items():
         if isinstance(fields, dict) and isinstance(values.get(group), Mapping):
             values[group] = fields | dict(values[group])
     return values
@@ -187,7 +211,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     stage = values.get("stage")
     if not isinstance(stage, str):
         raise UserError("the config does not set `stage`.")
-    types, filled = field_types(stage), defaults(stage)
+    text = text_network(values)
+    types, filled = field_types(stage, text), defaults(stage, text)
     for name, value in values.items():
         if name not in types and name not in types[""]:
             raise UserError(f"unknown config field {name!r}{suggest(name, [*types[''], *filter(None, types)])}")
@@ -204,7 +229,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
                 if inner not in types[name]:
                     raise UserError(f"unknown config field {full!r}{suggest(inner, types[name])}")
                 one = convert(f"config field {full!r}", one, types[name][inner])
-                filled[name][inner] = expanded(settable(group_classes(stage)[name])[inner], one)
+                filled[name][inner] = expanded(settable(group_classes(stage, text)[name])[inner], one)
     for name in types[""]:
         if name not in filled:
             raise UserError(f"the config does not set {name!r}.")
@@ -240,7 +265,9 @@ def read_networks(config: Any, resumed: Path) -> None:
             raise UserError("unet=None reads the architecture from init_from, which inflate=True changes: set unet.")
         if folder == config.init_from:
             folder = init_folder(folder, resumed)
-        architecture = weights.load_part(folder, name, params=False).config.to_dict()
-        kinds = field_types(config.stage)[name]
+        network = weights.load_part(folder, name, params=False).config
+        if name == "text_encoder":
+            config.text_network = registry.network_name(network)
+        architecture, kinds = network.to_dict(), field_types(config.stage, text_network(config))[name]
         values = {key: convert(f"{folder}: {name}.{key}", architecture[key], kind) for key, kind in kinds.items()}
         config[name] = type(config)(values)

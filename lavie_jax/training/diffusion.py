@@ -22,7 +22,6 @@ from lavie_jax.diffusion.loss import joint_loss, min_snr_weight
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
-from lavie_jax.models.clip_text import CLIPText
 from lavie_jax.models.unet import UNet
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
@@ -63,7 +62,7 @@ class Models:
     """The networks and the schedule of a stage."""
 
     unet: UNet
-    text_encoder: CLIPText
+    text_encoder: registry.TextEncoder
     vae: VAE
     schedule: Schedule
 
@@ -257,7 +256,7 @@ def encode_frames(
 
 
 def encode_text(
-    encoder: CLIPText,
+    encoder: registry.TextEncoder,
     params: Any,
     tokens: Int[Array, "b l"] | None,
     image_tokens: Int[Array, "b m l"] | None,

@@ -11,6 +11,7 @@ import numpy as np
 
 from lavie_jax.data.latents import LatentSet
 from lavie_jax.errors import UserError
+from lavie_jax.models.registry import TextEncoder, network_name
 from lavie_jax.stages import STAGES
 from lavie_jax.training.checkpoint import array_hash
 from lavie_jax.weights.folder import Part, hash_dir
@@ -46,6 +47,15 @@ def check_stage(stage: str, *, train_text_encoder: bool) -> None:
         raise UserError(
             "train_text_encoder=True: the captions in sets of latents were encoded by a frozen text encoder. "
             "Set it to False, or set data.source to a source of videos"
+        )
+
+
+def check_text(text_encoder: TextEncoder) -> None:
+    """Refuses a text encoder with padding, whose masks sets of latents do not have."""
+    if text_encoder.takes_mask:
+        raise UserError(
+            f"sets of latents do not store which tokens are padding, as {network_name(text_encoder.config)} needs: set "
+            "data.source to a source of videos"
         )
 
 

@@ -28,6 +28,7 @@ from lavie_jax.training.config import (
     group_classes,
     read_networks,
     run_class,
+    text_network,
 )
 from lavie_jax.training.optimizer import ADAPTER
 
@@ -40,6 +41,7 @@ JAX_SETTINGS = (
     "jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64", "jax_default_matmul_precision",
 )  # fmt: skip
 FLAGS = ("config", "workdir", "restore-step", "profile")
+TEXT_NETWORK = "text_network"  # a field that determines others
 
 
 class Arguments(NamedTuple):
@@ -76,7 +78,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     if restore_step is not None and not restore_step.isdecimal():
         raise UserError(f"--restore-step takes the step of a checkpoint, a number such as 500, not {restore_step!r}.")
     config = load(flags["config"])
-    for field, text in overrides.items():
+    for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
     workdir = user_path(flags["workdir"])
     read_networks(config, workdir / "weights")
@@ -177,11 +179,11 @@ def load(spec: str) -> Any:
     return config.lock()
 
 
-def new_config(stage: str) -> Any:
+def new_config(stage: str, text: str | None = None) -> Any:
     """For config files: an unlocked ConfigDict with the defaults of a stage, or of the VAE; see `config.defaults`."""
     import ml_collections  # needed for training only
 
-    return ml_collections.ConfigDict(defaults(stage))
+    return ml_collections.ConfigDict(defaults(stage) if text is None else defaults(stage, text))
 
 
 def check_mode(mode: str, allowed: Sequence[str]) -> None:
@@ -196,7 +198,8 @@ def override(config: Any, field: str, text: str) -> None:
     Raises:
         UserError: there is no such field, or the text is not a value of its type.
     """
-    types = field_types(config.stage)
+    network = text_network(config)
+    types = field_types(config.stage, network)
     group, _, leaf = field.rpartition(".")
     if not group and leaf in types:
         if leaf in NETWORKS and text == "None":
@@ -214,9 +217,11 @@ def override(config: Any, field: str, text: str) -> None:
     node = config[group] if group else config
     if node is None:
         raise UserError(f"config field {field!r}: {group} is None, so that it is read from init_from")
-    declared = settable(group_classes(config.stage)[group] if group else run_class(config.stage))[leaf]
+    declared = settable(group_classes(config.stage, network)[group] if group else run_class(config.stage))[leaf]
     with node.ignore_type():
         node[leaf] = expanded(declared, parse_text(f"config field {field!r}", text, types[group][leaf]))
+    if field == TEXT_NETWORK and (chosen := text_network(config)) != network:
+        config.text_encoder = new_config(config.stage, chosen).text_encoder
 
 
 def help_text(argv: Sequence[str] = ()) -> str:
@@ -224,10 +229,10 @@ def help_text(argv: Sequence[str] = ()) -> str:
     specs = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     specs += [value for word, value in zip(argv, argv[1:]) if word == "--config"]
     config = load(specs[0]).to_dict() if specs else defaults(MAIN_STAGE)
-    types = field_types(config["stage"])
+    types = field_types(config["stage"], text_network(config))
     lines = [f"fields of {specs[0] if specs else 'the base stage'}, each set by --config.FIELD=VALUE:"]
     for group, kinds in types.items():
-        cls = group_classes(config["stage"])[group] if group else run_class(config["stage"])
+        cls = group_classes(config["stage"], text_network(config))[group] if group else run_class(config["stage"])
         lines.append("")
         for name, kind in kinds.items():
             rule, values = rule_of(settable(cls)[name]), config[group] if group else config

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lavie_jax import parallel, random
 from lavie_jax.errors import UserError
 from lavie_jax.flops import count_flops
+from lavie_jax.models.registry import network_name
 from lavie_jax.training import optimizer
 
 Batch = Mapping[str, jax.Array]
@@ -83,6 +84,8 @@ class Task:
 
 def check_same(given: Any, wanted: Any, where: str, *, ignore: Sequence[str] = ()) -> None:
     """Refuses a model in the folder `where` whose config differs from that of this run."""
+    if type(given) is not type(wanted):
+        raise UserError(f"{where} has a {network_name(given)}, but the config has a {network_name(wanted)}.")
     for field in dataclasses.fields(wanted):
         theirs, ours = getattr(given, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name not in ignore:

@@ -19,7 +19,7 @@ from lavie_jax.models.transformer import ROTARY_WIDTH
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.stage import Stage
-from lavie_jax.weights.diffusers_configs import clip_text_config, inflated_config, unet_config, vae_config
+from lavie_jax.weights.diffusers_configs import inflated_config, text_config, unet_config, vae_config
 from lavie_jax.weights.expected import compare, refuse
 from lavie_jax.weights.folder import read_part
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
@@ -29,6 +29,7 @@ from lavie_jax.weights.saving import check_new_file, check_new_folder, save_fold
 from lavie_jax.weights.tokenizer_files import check_tokenizer
 from lavie_jax.weights.torch_files import import_torch, write_torch
 
+PROJECTION = "encoder_hid_proj.weight"  # of a UNet with a text encoder of another width
 SCHEDULER_FIELDS = ("num_train_timesteps", "prediction_type")  # taken from the pretrained model; betas are not
 
 
@@ -56,6 +57,7 @@ def import_stage(
     pretrained: Path,
     tokenizer: Path | None = None,
     vae: Path | None = None,
+    text_encoder: Path | None = None,
     ema: bool = True,
     share: Path | None = None,
     overwrite: bool = False,
@@ -69,6 +71,7 @@ def import_stage(
         pretrained: a diffusers folder, or a CompVis checkpoint, which needs `tokenizer`.
         tokenizer: folder of the tokenizer; by default that of `pretrained`.
         vae: file or folder of another VAE than that of `pretrained`.
+        text_encoder: folder of another text encoder than that of `pretrained`, with its tokenizer.
         ema: whether to use moving averages of the weights, where a file has both.
         share: see `save_folder`.
         overwrite: see `save_folder`.
@@ -82,13 +85,18 @@ def import_stage(
     """
     check_new_folder(out, overwrite=overwrite)
     unet = read_unet_file(unet_file, ema=ema)
-    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=False, vae=vae, ema=ema)
+    source = read_pretrained(
+        pretrained, tokenizer=tokenizer, with_unet=False, vae=vae, text_encoder=text_encoder, ema=ema
+    )
     parts = import_image_parts(source, stage)
     latents = parts["vae"].config.latent_channels
     image = unet_config(source.unet_config)
     check_image_model(pretrained, stage, image, latents)
     _check_stage(unet, stage, latents)
-    parts["unet"] = import_part("unet", unet, video_config(image, stage, latents))
+    config = video_config(image, stage, latents)
+    if (projection := unet.tensors.get(PROJECTION)) is not None and projection.ndim == 2:
+        config = dataclasses.replace(config, encoder_hid_dim=projection.shape[1])
+    parts["unet"] = import_part("unet", unet, config)
     refuse([line for part in parts.values() for line in part.problems] + list(source.unknown))
     save(stage, out, parts, source, share=share, overwrite=overwrite)
     return [note for part in parts.values() for note in part.notes]
@@ -136,7 +144,7 @@ def import_image_parts(source: Pretrained, stage: Stage) -> dict[str, Imported]:
     """Imports the VAE and the text encoder of a published model."""
     return {
         "vae": import_part("vae", source.vae, vae_config({**stage.vae_defaults, **source.vae.config})),
-        "text_encoder": import_part("text_encoder", source.text_encoder, clip_text_config(source.text_encoder.config)),
+        "text_encoder": import_part("text_encoder", source.text_encoder, text_config(source.text_encoder.config)),
     }
 
 
@@ -178,13 +186,13 @@ def save(
     overwrite: bool,
 ) -> None:
     """Writes checked parts, with the schedules of the published model where it has them."""
-    text = parts["text_encoder"].config
-    check_tokenizer(
-        source.tokenizer,
-        vocab_size=text.vocab_size,
-        length=text.max_position_embeddings,
-        owner=source.text_encoder.file,
-    )
+    text, unet = parts["text_encoder"].config, parts["unet"].config
+    check_tokenizer(source.tokenizer, text, owner=source.text_encoder.file)
+    if text.width != unet.text_width:
+        raise UserError(
+            f"the text encoder of {source.text_encoder.file} has the width {text.width}, but the UNet is called with "
+            f"{unet.text_width}: give the text encoder that it was trained with."
+        )
     scheduler = {key: source.scheduler[key] for key in SCHEDULER_FIELDS if key in source.scheduler}
     schedule = Schedule.from_json(stage.schedule.to_json() | scheduler)
     low_res = stage.low_res_schedule

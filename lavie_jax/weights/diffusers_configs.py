@@ -7,6 +7,8 @@ from typing import Any
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPTextConfig
 from lavie_jax.models.config import config_from_dict, only_supported
+from lavie_jax.models.registry import TextConfig
+from lavie_jax.models.t5_text import T5TextConfig
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.stage import Stage
@@ -38,6 +40,8 @@ def unet_config(json: Mapping[str, Any], stage: Stage | None = None) -> UNetConf
         UserError: a field has a value that this UNet does not support.
     """
     only_supported("the UNet's config.json", json, SUPPORTED_UNET_FIELDS)
+    if json.get("encoder_hid_dim_type") is not None:
+        only_supported("the UNet's config.json", json, {"encoder_hid_dim_type": "text_proj"})
     widths = tuple(json.get("block_out_channels", UNetConfig.block_out_channels))
     levels = len(widths)
 
@@ -54,6 +58,7 @@ def unet_config(json: Mapping[str, Any], stage: Stage | None = None) -> UNetConf
         attention_heads=per_level(json.get("attention_head_dim", 8)),
         only_cross_attention=per_level(json.get("only_cross_attention", False)),
         use_linear_projection=json.get("use_linear_projection", False),
+        encoder_hid_dim=json.get("encoder_hid_dim"),
         num_class_embeds=json.get("num_class_embeds"),
         norm_num_groups=json.get("norm_num_groups", 32),
         norm_eps=json.get("norm_eps", 1e-5),
@@ -101,6 +106,22 @@ def vae_config(json: Mapping[str, Any]) -> VAEConfig:
     no_effect = {"sample_size", "force_upcast"}
     ours = {n: v for n, v in json.items() if n not in no_effect and n not in supported and not n.startswith("_")}
     return config_from_dict(VAEConfig, ours)
+
+
+def text_config(json: Mapping[str, Any]) -> TextConfig:
+    """Returns the config of the text encoder that transformers' config.json describes, CLIP's or T5's.
+
+    Raises:
+        UserError: the model is of another type, or has a value that our encoder does not support.
+    """
+    kind = json.get("model_type", "clip_text_model")  # old files do not have it
+    if kind in ("t5", "mt5"):
+        # not `max_length`, which is about generating text
+        names = {field.name for field in dataclasses.fields(T5TextConfig)} - {"length"}
+        return config_from_dict(T5TextConfig, {n: v for n, v in json.items() if n in names})
+    if "clip" not in str(kind):
+        raise UserError(f"a text encoder of type {kind!r} is not supported; supported are clip_text_model, mt5, t5")
+    return clip_text_config(json)
 
 
 def clip_text_config(json: Mapping[str, Any]) -> CLIPTextConfig:

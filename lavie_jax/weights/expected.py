@@ -22,9 +22,9 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-# Fields that were added within a version and change nothing while they are False. They are left out of fingerprints
-# then, so that folders that were written before keep theirs.
-LATER_FIELDS = ("known_frames_around",)
+# Fields that were added within a version and change nothing while they are False or None. They are left out of
+# fingerprints then, so that folders that were written before keep theirs.
+LATER_FIELDS = ("known_frames_around", "encoder_hid_dim")
 
 
 def fingerprint(config: Config, given: Mapping[str, tuple[int, ...]]) -> str:

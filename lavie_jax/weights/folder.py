@@ -103,7 +103,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
 def _check_widths(path: Path, *, unet, vae, text_encoder) -> None:
     """Raises UserError when the parts of a folder, each of them complete, do not belong together."""
     for what, given, needed in (
-        ("text encoder's width", text_encoder.hidden_size, unet.cross_attention_dim),
+        ("text encoder's width", text_encoder.width, unet.text_width),
         ("VAE's number of latent channels", vae.latent_channels, unet.out_channels),
     ):
         if given != needed:

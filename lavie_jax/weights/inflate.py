@@ -5,6 +5,7 @@ that the video model first does to each frame what the image model does. The ori
 them; here their biases and `resblock_temporal.conv2` are zero too.
 """
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ from lavie_jax.weights.safetensors_io import Tensor
 from lavie_jax.weights.saving import check_new_folder, save_folder
 from lavie_jax.weights.tokenizer_files import check_tokenizer
 
-TEMPORAL = re.compile(r"temporal")  # in the path of every parameter that image models do not have
+TEMPORAL = re.compile(r"temporal")  # in the path of every temporal parameter, which image models do not have
+NEW = re.compile(r"temporal|^encoder_hid_proj/")  # what inflation may add
 
 
 def inflate_pretrained(
@@ -45,22 +47,28 @@ def inflate_pretrained(
     tokenizer: Path | None = None,
     seed: int = 0,
     vae: Path | None = None,
+    text_encoder: Path | None = None,
     ema: bool = True,
     share: Path | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Writes a weights folder of stage "base" (from Stable Diffusion) or "vsr" (from the x4-upscaler) to train from.
 
-    The arguments, notes and errors are those of `import_stage`; `seed` is that of the new parameters.
+    The arguments, notes and errors are those of `import_stage`; `seed` is that of the new parameters. Another
+    `text_encoder` gets a new layer that maps its width to the UNet's, which training has to learn.
     """
     check_new_folder(out, overwrite=overwrite)
-    source = read_pretrained(pretrained, tokenizer=tokenizer, with_unet=True, vae=vae, ema=ema)
+    source = read_pretrained(
+        pretrained, tokenizer=tokenizer, with_unet=True, vae=vae, text_encoder=text_encoder, ema=ema
+    )
     parts = import_image_parts(source, stage)
     config = unet_config(source.unet_config)
     check_image_model(pretrained, stage, config, parts["vae"].config.latent_channels)
     image = import_part("unet", source.unet, config)
     refuse([line for part in (image, *parts.values()) for line in part.problems] + list(source.unknown))
     config = video_config(image.config, stage, parts["vae"].config.latent_channels)
+    if text_encoder is not None:
+        config = dataclasses.replace(config, encoder_hid_dim=parts["text_encoder"].config.width)
     parts["unet"] = Imported(config, inflate(image.tensors, config, seed=seed), image.dialect, [], image.notes)
     save(stage, out, parts, source, share=share, overwrite=overwrite)
     return [note for part in parts.values() for note in part.notes]
@@ -84,7 +92,7 @@ def inflate_stage(
         config, tensors, metadata = read_part(source, name)
         parts[name], dialects[name] = (config, tensors), metadata.get("dialect", "diffusers")
     text, tokenizer = weights.text_encoder.config, part_dir(source, "tokenizer")
-    check_tokenizer(tokenizer, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=source)
+    check_tokenizer(tokenizer, text, owner=source)
     source_config, tensors = parts["unet"]
     if not copies_temporal(stage):
         source_config = source_config.image_config()
@@ -130,7 +138,7 @@ def inflate(source: Mapping[str, Tensor], config: UNetConfig, *, seed: int) -> d
             inflated[path] = source[path]
         elif path == "conv_in/kernel" and path in source:
             inflated[path] = _with_zero_channels(source[path], shape)
-        elif TEMPORAL.search(path) and path not in source:
+        elif NEW.search(path) and path not in source:
             inflated[path] = Tensor(shape, np.dtype(np.float32), _initializer(path, expected, seed))
         else:
             actual = f"has shape {list(source[path].shape)}" if path in source else "is missing"
@@ -152,7 +160,7 @@ def _initializer(path: str, expected: Mapping[str, tuple[int, ...]], seed: int):
 
 
 def initial_value(path: str, expected: Mapping[str, tuple[int, ...]], seed: int) -> np.ndarray:
-    """Returns a new temporal parameter, float32: zero where it must have no effect at first, else as in PyTorch.
+    """Returns a new parameter, float32: zero where it must have no effect at first, else as in PyTorch.
 
     Linear layers and convolutions, weight and bias: uniform within 1 / sqrt(fan in). Embeddings: standard normal.
     Norms: 1, 0.

@@ -43,6 +43,9 @@ DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
     "text_encoder": {
         "diffusers": (),  # transformers from version 5 on
         "text_model": (Row(r"^text_model\.", "", r"^", "text_model."),),
+        "embed_tokens": (  # T5 without its decoder, with which it shares the table
+            Row(r"^encoder\.embed_tokens\.", "shared.", r"^shared\.", "encoder.embed_tokens."),
+        ),
     },
 }
 
@@ -53,8 +56,8 @@ ZERO_AT_FIRST = re.compile(
     r"|velocity_temporal/out|(key|known)_frame_skip_temporal/matrix|shift_conv|resblock_temporal/conv2)/"
 )
 BUFFER = re.compile(r"(^|[/._])(rotary_emb[/.]freqs|position_ids)$")
-EMBEDDING = re.compile(r"(embedding|relative_attention_bias)\.weight$")
-NUMBER_IN_NAME = re.compile(r"^linear_\d+$")  # names with an underscore before the number in PyTorch too
+EMBEDDING = re.compile(r"(embedding|relative_attention_bias|^shared)\.weight$")
+NUMBER_IN_NAME = re.compile(r"^(linear|wi)_\d+$")  # names with an underscore before the number in PyTorch too
 CONVOLUTION_THAT_IS_LINEAR = re.compile(r"^(en|de)coder\.mid_block\.attentions\.0\.to_\w+(\.0)?\.weight$")
 
 # by number of axes: linear (O, I), convolution (O, I, h, w), convolution over time (O, I, t, h, w)

@@ -43,7 +43,13 @@ class Pretrained:
 
 
 def read_pretrained(
-    path: Path, *, tokenizer: Path | None, with_unet: bool, vae: Path | None = None, ema: bool = True
+    path: Path,
+    *,
+    tokenizer: Path | None,
+    with_unet: bool,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+    ema: bool = True,
 ) -> Pretrained:
     """Reads a diffusers folder, or a CompVis checkpoint together with a tokenizer's folder.
 
@@ -52,14 +58,18 @@ def read_pretrained(
         tokenizer: folder of the tokenizer; by default that of the diffusers folder.
         with_unet: whether to read the UNet's weights.
         vae: file or folder of another VAE than the model's own.
+        text_encoder: folder of another text encoder than the model's own, as transformers saves it; it also has the
+            tokenizer, unless `tokenizer` is given.
         ema: whether to use moving averages of the weights, where the file has both.
 
     Raises:
         UserError: something is missing or cannot be read.
     """
     path = resolve_hub_cache(path)
+    text, tokenizer = (None, tokenizer) if text_encoder is None else _other_text_encoder(text_encoder, tokenizer, ema)
     if path.is_file():
-        return _read_compvis(path, tokenizer, with_unet, vae, ema)
+        model = _read_compvis(path, tokenizer, with_unet, vae, ema)
+        return model if text is None else dataclasses.replace(model, text_encoder=text)
     if not path.is_dir():
         raise UserError(f"pretrained model {path} does not exist.")
     _check_pipeline(path)
@@ -71,7 +81,7 @@ def read_pretrained(
         unet=_read_part(path, "unet", ema) if with_unet else None,
         unet_config=_read_config(path, "unet"),
         vae=read_vae(vae, own_vae, ema) if vae else _read_part(path, "vae", ema),
-        text_encoder=_read_part(path, "text_encoder", ema),
+        text_encoder=text or _read_part(path, "text_encoder", ema),
         tokenizer=tokenizer,
         scheduler=_read_scheduler(path, "scheduler"),
         low_res_scheduler=_read_scheduler(path, "low_res_scheduler"),
@@ -163,6 +173,23 @@ def read_unet_file(path: Path, *, ema: bool) -> PretrainedPart:
     if not own & part.tensors.keys() and (what := other_part(part.tensors)) is not None:
         raise UserError(f"{path} is {what}, not a LaVie checkpoint of a UNet.")
     return part
+
+
+def _other_text_encoder(path: Path, tokenizer: Path | None, ema: bool) -> tuple[PretrainedPart, Path]:
+    """Reads a text encoder from transformers' folder, alone or with its decoder, and finds its tokenizer."""
+    folder = resolve_hub_cache(path)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"text encoder {path} {what}: give a folder that transformers saved.")
+    file = find_weights(folder, "text_encoder", ema=ema)
+    if file is None:
+        raise UserError(f"{folder} has no weights: it has none of {', '.join(MODEL_FILES['text_encoder'])}.")
+    tensors, notes = read_part_file("text_encoder", file, ema=ema)
+    if not any(name.startswith(("encoder.", "text_model.encoder.")) for name in tensors):
+        what = other_part(tensors)
+        raise UserError(f"{file} has no text encoder (no encoder.*){f': it is {what}' if what else ''}.")
+    part = PretrainedPart(file, read_json(folder / "config.json"), tensors, notes)
+    return part, tokenizer or tokenizer_folder(folder)
 
 
 def read_vae(path: Path, own: Mapping[str, Any], ema: bool) -> PretrainedPart:

@@ -26,7 +26,7 @@ from lavie_jax.weights.folder import (
     read_config,
 )
 from lavie_jax.weights.safetensors_io import write_safetensors
-from lavie_jax.weights.tokenizer_files import copy_tokenizer
+from lavie_jax.weights.tokenizer_files import copy_tokenizer, limit_length
 
 
 def save_folder(
@@ -78,6 +78,8 @@ def save_folder(
         for name, value in given.items():
             if value is not None:
                 _write_part(folder / name, value, (dialects or {}).get(name, "diffusers"))
+        if text_encoder is not None:
+            limit_length(folder / "tokenizer", text_encoder[0].length)
         config = {"format_version": FORMAT_VERSION, "stage": stage, "sampling": dict(sampling or {})}
         config |= {"presets": dict(presets)} if presets else {}
         if share is not None and (parts := _same_parts(folder, share, path)):

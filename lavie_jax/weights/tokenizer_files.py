@@ -3,14 +3,19 @@
 Read without transformers, which takes seconds to import.
 """
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lavie_jax.errors import UserError
+from lavie_jax.models.registry import TextConfig, network_name
+from lavie_jax.models.t5_text import T5TextConfig
 from lavie_jax.text_files import read_json
+from lavie_jax.tokenizer_kinds import PIECES_FILE, is_t5, read_pieces
 
-COMPLETE = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either is a complete tokenizer
+COMPLETE = (("tokenizer.json",), ("vocab.json", "merges.txt"), (PIECES_FILE,))  # each is a complete tokenizer
 FILES = {
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -41,26 +46,38 @@ def copy_tokenizer(source: str | Path, target: Path) -> Path:
     return target
 
 
-def check_tokenizer(folder: str | Path, *, vocab_size: int, length: int, owner: object) -> None:
+def limit_length(folder: str | Path, length: int) -> None:
+    """Makes the T5 tokenizer in a folder cut texts to `length` tokens, if its own limit is higher; T5 has none."""
+    folder = Path(folder)
+    if is_t5(folder) and _length(folder) > length:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(_read(file) | {"model_max_length": length}, indent=2) + "\n")
+
+
+def check_tokenizer(folder: str | Path, text: TextConfig, *, owner: object) -> None:
     """Raises UserError when a tokenizer returns token ids or lengths that a text encoder does not have.
 
     Args:
         folder: the tokenizer's.
-        vocab_size: number of tokens of the text encoder.
-        length: its number of positions.
+        text: config of the text encoder.
         owner: where the text encoder is, for the message.
     """
     folder = Path(folder)
     words, positions = _vocabulary_size(folder), _length(folder)
-    if words > vocab_size:
+    if is_t5(folder) != isinstance(text, T5TextConfig):
         raise UserError(
-            f"the tokenizer in {folder} has {words} tokens, but the text encoder of {owner} has {vocab_size}: give "
-            "its own tokenizer (words added later cannot be used)."
+            f"the tokenizer in {folder} is {'T5' if is_t5(folder) else 'CLIP'}'s, but {owner} has a "
+            f"{network_name(text)}: give its own tokenizer."
         )
-    if positions > length:
+    if words > text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {words} tokens, but the text encoder of {owner} has {text.vocab_size}: "
+            "give its own tokenizer (words added later cannot be used)."
+        )
+    if positions > text.length and not is_t5(folder):  # T5's are cut, see `limit_length`
         raise UserError(
             f"the tokenizer in {folder} makes texts of {positions} tokens, but the text encoder of {owner} has "
-            f"{length} positions: give its own tokenizer, or set model_max_length in tokenizer_config.json."
+            f"{text.length} positions: give its own tokenizer, or set model_max_length in tokenizer_config.json."
         )
 
 
@@ -75,6 +92,10 @@ def _vocabulary_size(folder: Path) -> int:
     model = whole.get("model")
     if isinstance(model, dict) and isinstance(model.get("vocab"), dict):
         ids |= model["vocab"]
+    elif isinstance(model, dict) and isinstance(model.get("vocab"), list):  # T5's: [[piece, score], ...]
+        ids |= {str(piece[0]): i for i, piece in enumerate(model["vocab"])}
+    elif not whole and (folder / PIECES_FILE).is_file():
+        ids |= {piece: i for i, (piece, _) in enumerate(read_pieces(folder / PIECES_FILE).scores)}
     ids |= _read(folder / "added_tokens.json")
     for token in whole.get("added_tokens") or ():
         if isinstance(token, dict) and "content" in token and "id" in token:
@@ -85,7 +106,8 @@ def _vocabulary_size(folder: Path) -> int:
         size = 1 + max((int(number) for number in ids.values()), default=-1)
     except (TypeError, ValueError) as error:
         raise UserError(f"the tokenizer in {folder} has token ids that are not whole numbers: {error}") from error
-    special = {_content(config.get(name) or default) for name, default in SPECIAL.items()}
+    defaults = {} if is_t5(folder) else SPECIAL
+    special = {_content(config.get(name) or default) for name, default in defaults.items()}
     special |= {_content(token) for token in config.get("additional_special_tokens") or ()}
     return size + len(special - ids.keys())
 
@@ -94,6 +116,8 @@ def _content(token: Any) -> str:
     return str(token.get("content", token)) if isinstance(token, dict) else str(token)
 
 
-def _length(folder: Path) -> int:
+def _length(folder: Path) -> float:
     length = _read(folder / "tokenizer_config.json").get("model_max_length")
-    return int(length) if isinstance(length, int | float) and 0 < length < 100_000 else DEFAULT_LENGTH
+    if isinstance(length, int | float) and 0 < length < 100_000:
+        return int(length)
+    return math.inf if is_t5(folder) else DEFAULT_LENGTH

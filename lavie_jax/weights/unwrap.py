@@ -10,11 +10,16 @@ from lavie_jax.weights.safetensors_io import Tensor
 
 Tensors = dict[str, Tensor]
 
-# A name that every file of a part has. What comes before it is the prefix of all names.
+# Names of which every file of a part has one. What comes before it is the prefix of all names.
 ANCHORS = {
     "unet": ("time_embedding.linear_1.weight",),
     "vae": ("encoder.conv_in.weight",),
-    "text_encoder": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+    "text_encoder": (
+        "text_model.embeddings.token_embedding.weight",
+        "embeddings.token_embedding.weight",
+        "shared.weight",
+        "encoder.embed_tokens.weight",  # T5
+    ),  # fmt: skip
     "compvis": ("model.diffusion_model.input_blocks.0.0.weight",),
     "compvis vae": ("encoder.down.0.block.0.conv1.weight",),
 }
@@ -24,9 +29,17 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 OTHER_MODULES = {
     "unet": ("vae.", "first_stage_model.", "text_encoder.", "cond_stage_model."),
     "vae": ("loss.",),  # the discriminator that trained it
-    "text_encoder": ("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+    "text_encoder": (
+        "vision_model.",
+        "visual_projection.",
+        "text_projection.",
+        "logit_scale",
+        "decoder.",
+        "lm_head.",
+    ),
     "compvis vae": ("loss.",),
 }
+T5_TABLE = "encoder.embed_tokens.weight"
 # Constants of the diffusion process, and counters of trainers.
 BUFFER = re.compile(
     r"(ddim_\w+|betas|alphas|(sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas_cumprod(_prev|_next)?|sqrt_\w+|log_\w+"
@@ -63,6 +76,8 @@ def unwrap(part: str, tensors: Mapping[str, Tensor], *, ema: bool = True) -> tup
     if left_out:
         modules = sorted({name.split(".")[0] for name in left_out})
         notes.append(f"ignored {len(left_out)} tensors of other models in it: {', '.join(modules)}")
+    if part == "text_encoder" and {"shared.weight", T5_TABLE} <= unwrapped.keys():  # one tensor under two names
+        left_out.append(T5_TABLE)
     skipped = {*left_out, *(name for name in unwrapped if BUFFER.fullmatch(name.rpartition("diffusion.")[2]))}
     return {name: tensor for name, tensor in unwrapped.items() if name not in skipped}, notes
 
