@@ -8,6 +8,7 @@ VAEs and the text encoder do the same work with every preset.
 """
 
 import argparse
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def evaluation_flops(config) -> dict[str, float]:
     program = sampling_program(config, config.stage, "guided step", jax.devices()[:1])
 
     def count(**static) -> float:
-        return count_flops(program.function.trace(*program.arguments, **{**program.static, **static}).jaxpr)
+        changed = dataclasses.replace(program, static={**program.static, **static})
+        return count_flops(changed.trace().jaxpr)
 
     half = count(guidance=1.0)
     return {COMPUTED: count(), REUSED: half, NONE: half}
