@@ -6,11 +6,13 @@ r"""Converts between PyTorch files and weights folders.
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ \
         --text-encoder t5-v1_1-large/ --out weights/base-t5-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
+    python convert_torch.py import-clip --pretrained clip-vit-base-patch32/ --out weights/clip
     python convert_torch.py merge-lora --weights weights/base --lora style.safetensors:0.8 --out weights/style
     python convert_torch.py export-lora --lora runs/cat/weights --names kohya --out cat.safetensors
 
 `import` converts a released LaVie checkpoint and the image model that it was trained from. `inflate` creates a model to
 start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte.
+`import-clip` converts the CLIP model with which `lavie_jax.evaluation clipsim` measures.
 `merge-lora` writes a weights folder with LoRA files merged; `export-lora` renames the tensors of a trained LoRA. The
 exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a message and nothing written.
 
@@ -27,6 +29,7 @@ from lavie_jax.errors import Parser, UserError, user_location
 from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
+from lavie_jax.weights.clip import import_clip
 from lavie_jax.weights.convert import differences, export_part, exported, import_stage
 from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
 from lavie_jax.weights.lora import parse_lora, read_lora
@@ -80,6 +83,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     back.add_argument("--out", type=Path, help=".pt (a dict with the key ema) or .safetensors")
     back.add_argument("--check", type=Path, metavar="ORIGINAL", help="compare with this file, byte for byte")
 
+    clip = commands.add_parser("import-clip", help="a CLIP model -> a weights folder for CLIPSIM")
+    clip.add_argument("--pretrained", required=True, type=Path, help="transformers' folder, or OpenAI's file")
+    clip.add_argument("--tokenizer", type=Path, help="folder of CLIP's tokenizer, when --pretrained has none")
+    clip.add_argument("--out", required=True, type=Path, help="the weights folder to write")
+
     merge = commands.add_parser("merge-lora", help="a weights folder and LoRA files -> a weights folder")
     merge.add_argument("--weights", required=True, type=Path)
     merge.add_argument(
@@ -91,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rename.add_argument("--lora", required=True, type=Path, help="the folder or file of the LoRA")
     rename.add_argument("--names", required=True, choices=LORA_NAMES)
     rename.add_argument("--out", required=True, type=Path, help="a .safetensors file")
-    for command in (into, grow, back, merge, rename):
+    for command in (into, grow, back, clip, merge, rename):
         command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 
     args = parser.parse_args(argv)
@@ -150,6 +158,13 @@ def export(args: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
+def convert_clip(args: argparse.Namespace) -> None:
+    """Runs `import-clip`: writes a weights folder."""
+    for note in import_clip(args.pretrained, args.out, tokenizer=args.tokenizer, overwrite=args.overwrite):
+        print(f"note: {note}")
+    print(f"wrote {args.out}")
+
+
 def merge_lora(args: argparse.Namespace) -> None:
     """Runs `merge-lora`: writes a weights folder."""
     loras = [(read_lora(file), scale) for file, scale in map(parse_lora, args.lora)]
@@ -172,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
         use_cpu()
         if args.command == "export":
             return export(args)
-        {"merge-lora": merge_lora, "export-lora": rename_lora}.get(args.command, convert)(args)
+        commands = {"import-clip": convert_clip, "merge-lora": merge_lora, "export-lora": rename_lora}
+        commands.get(args.command, convert)(args)
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,13 @@ POOL_BEFORE = (1, 2)
 
 
 class LPIPS(nn.Module):
-    """Computes the distance of images in [-1, 1], as the sum of five layers' terms; float32, full precision."""
+    """Computes the distance of images in [-1, 1], as the sum of five layers' terms; float32, full precision.
+
+    A layer's term is the mean of a map of its own size. With `spatial`, the maps are enlarged to the images' size
+    before the mean, which is a slightly different number.
+    """
+
+    spatial: bool = False
 
     @nn.compact
     def __call__(
@@ -32,7 +38,10 @@ class LPIPS(nn.Module):
             unit = features / (jnp.sqrt(jnp.square(features).sum(-1, keepdims=True)) + EPS)
             x, y = jnp.split(unit, 2)
             weight = self.param(f"lin_{i}", nn.initializers.ones, (features.shape[-1],))
-            terms.append(reduce(jnp.square(x - y) * weight, "b h w c -> b h w", "sum").mean((1, 2)))
+            distances = reduce(jnp.square(x - y) * weight, "b h w c -> b h w", "sum")
+            if self.spatial:
+                distances = jax.image.resize(distances, a.shape[:3], "linear", antialias=False)
+            terms.append(distances.mean((1, 2)))
         return sum(terms), jnp.stack(terms)
 
 
