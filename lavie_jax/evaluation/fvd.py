@@ -205,7 +205,7 @@ def measure(
     chosen = choose(samples, knobs, "--samples")
     stored = read_features(reference, knobs, weights) if isinstance(reference, Path) else None
     sets = {"--samples": samples} | ({} if stored else {"--reference": reference})
-    rates = check_rates(sets, knobs)
+    rates = check_rates(sets, knobs, {"--reference": stored.facts.get("rates", [])} if stored else None)
     pool = [] if stored else [(video, part) for video in reference for part in range(knobs.clips_per_video)]
     for flag, clips in (("--samples", chosen), ("--reference", pool)):
         if len(clips) < 2 and not (stored and flag == "--reference"):

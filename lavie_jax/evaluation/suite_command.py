@@ -40,7 +40,8 @@ VIDEOS, SETTINGS, CAPTIONS, TABLE = "videos", "settings.json", "captions.json", 
 SIZES = ("frames", "height", "width", "fps")
 
 
-def _parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
+def suite_parser(name: str) -> Parser:
+    """Returns the parser of a benchmark."""
     suite = SUITES[name]
     parser = Parser(prog=f"python -m lavie_jax.evaluation {name}", description=suite.about)
     add = parser.add_argument
@@ -66,12 +67,12 @@ def _parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
         add("--clip", type=Path, required=True, metavar="DIR", help="weights folder of CLIP")
     if name == "vbench":
         add("--results", type=Path, metavar="DIR", help="results of VBench's tool (default: DIR/results of --out)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(name: str, argv: Sequence[str]) -> None:
     """Runs a benchmark."""
-    suite, args = SUITES[name], _parse(name, argv)
+    suite, args = SUITES[name], suite_parser(name).parse_args(argv)
     if args.seed < 0 or (args.limit is not None and args.limit < 1):
         raise UserError(f"--seed must be at least 0 and --limit at least 1; given {args.seed} and {args.limit}")
     part = commands.parse_part(args.part)

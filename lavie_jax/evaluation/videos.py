@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from lavie_jax.data import moving_shapes, video_files
 from lavie_jax.data.files import LeftOut, walk
@@ -23,7 +22,6 @@ UNFINISHED = ".state.npz"  # sample.py's state of an interrupted stage
 WORLD = "moving_shapes"  # `moving_shapes:SPLIT:COUNT` is a set of true clips
 WORLD_SPLITS = ("val", "held_out", "image_only")
 WORLD_SIZE = {"height": 64, "width": 64, "frames": 16, "fps": 8.0}
-MOTION_SIDE = 64
 
 
 def natural(text: str) -> list:
@@ -67,9 +65,8 @@ class Video:
 
     def read(self, frames: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
         """Returns the first `frames` frames, or all."""
-        clip = (
-            self._all() if frames is None or not self._seekable() else video_files.read_video(self.path, frames=frames)
-        )
+        partly = frames is not None and self._seekable()
+        clip = video_files.read_video(self.path, frames=frames) if partly else self._all()
         if frames is not None and len(clip) < frames:
             raise self._too_short(frames, len(clip))
         return clip[:frames]
@@ -156,7 +153,7 @@ def find_videos(source: str, flag: str) -> list[Video]:
     with_videos = {path.parent for path in files}
     videos = [Video(path.relative_to(folder).with_suffix("").as_posix(), path) for path in files]
     videos += [
-        Video(path.relative_to(folder).as_posix(), path)
+        Video(folder.name if path == folder else path.relative_to(folder).as_posix(), path)
         for path, own in frames.items()
         if path not in with_videos and len(own) > 1
     ]
@@ -178,12 +175,19 @@ def _true_clips(source: str, flag: str) -> list[Video]:
     return [Video(f"{split}-{i}", None, i, split) for i in range(int(count))]
 
 
-def check_rates(sets: dict[str, Sequence[Video]], knobs: ClipKnobs) -> dict[str, list[float]]:
-    """Returns the rates of each set, rounded, and refuses to mix them unless the knobs say so.
+def check_rates(
+    sets: dict[str, Sequence[Video]], knobs: ClipKnobs, known: dict[str, list[float]] | None = None
+) -> dict[str, list[float]]:
+    """Returns the rates of each set, rounded, and refuses to mix them unless the knobs allow it.
 
-    A model's clips at 8 fps against film at 24 would be compared at a third of its speed.
+    Clips of a model at 8 fps and of a film at 24 fps would be compared as if the film were three times slower.
+
+    Args:
+        sets: {flag: videos}.
+        knobs: the settings.
+        known: {flag: rates} of sets whose videos are not at hand.
     """
-    rates = {}
+    rates = dict(known or {})
     for flag, videos in sets.items():
         own = {video.rate() for video in videos}
         rates[flag] = sorted({round(rate, 2) for rate in own if rate is not None})
@@ -229,13 +233,6 @@ def paired(samples: Sequence[Video], reference: Sequence[Video]) -> list[tuple[V
     if missing := [video.name for video in samples if video.name not in by_name]:
         raise UserError(f"{len(missing)} samples have no reference of the same name: {', '.join(missing[:5])}")
     return [(video, by_name[video.name]) for video in samples]
-
-
-def motion(clip: UInt8[np.ndarray, "t h w 3"]) -> float:
-    """Returns the mean absolute difference of consecutive frames, of 255, at a size of MOTION_SIDE pixels a side."""
-    size = MOTION_SIDE, MOTION_SIDE
-    small = np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BOX), np.float32) for f in clip])
-    return float(np.abs(np.diff(small, axis=0)).mean()) if len(clip) > 1 else 0.0
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:
