@@ -2,16 +2,18 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lavie_jax.data import video_files
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import commands, i3d_features, suites
+from lavie_jax.evaluation import clipsim, commands, i3d_features, suite_command, suites
 from lavie_jax.evaluation.__main__ import main
 from lavie_jax.evaluation.i3d_features import ClipFeatures
 from lavie_jax.evaluation.suites import SUITES, checked
+from lavie_jax.weights import load_folder
 from tests import tiny
 
 SIZE = ["--frames", "16", "--height", "16", "--width", "24", "--steps", "2"]
@@ -89,7 +91,23 @@ def test_the_other_suites_number_their_videos_as_their_tools_do(tmp_path):
 # ---- sampling to the table ----
 
 
-def test_ucf101_goes_from_class_names_to_the_table_and_resumes(tmp_path, monkeypatch, capsys):
+def stub(folder, stages):
+    """A cascade of the folder's settings whose videos depend on the seed alone: the real one compiles for long."""
+
+    def videos(requests, settings, batch_size):
+        own = settings["base"]
+        for request in requests:
+            rng = np.random.default_rng(request.seed)
+            yield rng.integers(0, 255, (own.frames, own.height, own.width, 3), dtype=np.uint8)
+
+    weights = {"base": load_folder(folder, params=False)}
+    return SimpleNamespace(weights=weights, devices=[None], videos=videos)
+
+
+@pytest.mark.parametrize("sampler", ["stub", pytest.param("real", marks=pytest.mark.heavy)])
+def test_ucf101_goes_from_class_names_to_the_table_and_resumes(sampler, tmp_path, monkeypatch, capsys):
+    if sampler == "stub":
+        monkeypatch.setattr(suite_command.cascade, "load", stub)
     monkeypatch.setattr(commands, "Extractor", Extractor)
     monkeypatch.setattr(commands, "load_weights", lambda *_: {})
     weights, out = tiny.make_base(tmp_path / "base"), tmp_path / "run"
@@ -110,6 +128,30 @@ def test_ucf101_goes_from_class_names_to_the_table_and_resumes(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stopped:
         main([*flags, "--seed", "7"])
     assert stopped.value.code == 2 and "has videos of other settings (seed)" in capsys.readouterr().err
+
+
+def test_msrvtt_measures_clipsim_with_the_drawn_captions(tmp_path, monkeypatch, capsys):
+    class Scorer(clipsim.Scorer):
+        hash = "h"
+
+        def __init__(self, folder):
+            pass
+
+        def embed_frames(self, frames, rounding):
+            return np.ones((len(frames), 1), np.float32)
+
+        def embed_text(self, text):
+            return np.full(1, float(text), np.float32)
+
+    monkeypatch.setattr(commands, "Scorer", Scorer)
+    (tmp_path / "captions.json").write_text(json.dumps({"video7": ["0.5"], "video9": "0.25"}))
+    out = tmp_path / "run"
+    ready(out, ["video7", "video9"])
+    flags = ["--captions", str(tmp_path / "captions.json"), "--clip", "clip", "--out", str(out), "--no-sampling"]
+    main(["msrvtt", *flags])
+    assert "| clipsim | 0.375 | 0.2949 |" in capsys.readouterr().out
+    result = json.loads((out / "clipsim.json").read_text())
+    assert result["videos"] == {"video7": 0.5, "video9": 0.25} and result["weights_sha256"] == "h"
 
 
 def ready(folder, found):
