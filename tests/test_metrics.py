@@ -9,7 +9,7 @@ from PIL import Image
 
 from lavie_jax.data import video_files
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import clipsim, commands, fidelity, i3d_features, pairs, result_files, videos
+from lavie_jax.evaluation import clipsim, commands, fidelity, frame_measures, i3d_features, result_files, videos
 from lavie_jax.evaluation.__main__ import main
 from lavie_jax.evaluation.i3d_features import ClipFeatures, prepared
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipKnobs, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
@@ -346,18 +346,20 @@ def test_known_frames_are_left_out_and_summaries_have_intervals(monkeypatch):
     monkeypatch.setattr(videos.Video, "read", lambda self, frames: clip)
     seen = []
     measure = {"m": lambda a, b: seen.append(a) or 1.0}
-    pairs.compare_pairs([(video, video)], measure, PairKnobs(leave_out_every=4))
+    frame_measures.compare_pairs([(video, video)], measure, PairKnobs(leave_out_every=4))
     np.testing.assert_array_equal(seen[0], clip[[1, 2, 3, 5, 6, 7]])
     values = {str(i): float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=50))}
-    cell = pairs.summary(values, resamples=400, seed=0)
+    cell = frame_measures.summary(values, resamples=400, seed=0)
     assert cell["interval"][0] < cell["value"] < cell["interval"][1]
     assert cell["interval"][1] - cell["interval"][0] == pytest.approx(2 * 1.96 * cell["sd"], rel=0.15)
 
 
 def test_lpips_refuses_small_frames(monkeypatch):
-    monkeypatch.setattr(pairs, "load_weights", lambda *_: {})
+    monkeypatch.setattr(frame_measures, "load_weights", lambda *_: {})
     with pytest.raises(UserError, match="at least 31 pixels a side; given 30x64"):
-        pairs.Lpips(None, spatial=False)(np.zeros((1, 30, 64, 3), np.uint8), np.zeros((1, 30, 64, 3), np.uint8))
+        frame_measures.Lpips(None, spatial=False)(
+            np.zeros((1, 30, 64, 3), np.uint8), np.zeros((1, 30, 64, 3), np.uint8)
+        )
 
 
 # ---- CLIPSIM ----

