@@ -236,6 +236,16 @@ def test_the_bootstrap_deviation_is_that_of_independent_samples():
     assert deviation == pytest.approx((2 / 100) ** 0.5, rel=0.2)
 
 
+def test_the_kernels_bootstrap_is_the_plain_one_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 8)), rng.normal(size=(25, 8))
+    plain = distances.bootstrap_deviation(distances.kernel_distance, a, b, resamples=20, seed=3)
+    value = distances.kernel_distance(a, b)
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    assert distances.kernel_bootstrap_deviation(a, b, resamples=20, seed=3) == pytest.approx(plain)
+    assert distances.kernel_distance(a, b) == pytest.approx(value)
+
+
 def test_too_few_clips_and_nan_are_refused():
     few, more = np.zeros((1, 4)), np.zeros((3, 4))
     with pytest.raises(UserError, match="at least 2 clips in each set; given 1 and 3. Few clips bias"):

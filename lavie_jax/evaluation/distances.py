@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64
 from lavie_jax.errors import UserError
 
 MIN_CLIPS = 2  # for a covariance
+BLOCK = 1024  # clips whose kernel with all others is in memory at once
 Features = Float[np.ndarray, "_n d"]
 Distance = Callable[[np.ndarray, np.ndarray], float]
 
@@ -58,14 +59,16 @@ def kernel_distance(a: Features, b: Features) -> float:
     _check(a, b)
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
-    def kernel(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-        return (p @ q.T / p.shape[1] + 1) ** 3
+    def total(p: np.ndarray, q: np.ndarray) -> float:
+        """Sums the kernel over all pairs, in blocks, so that memory does not grow with the square of the clips."""
+        blocks = (p[i : i + BLOCK] @ q.T for i in range(0, len(p), BLOCK))
+        return sum(float(((block / p.shape[1] + 1) ** 3).sum()) for block in blocks)
 
     def within(p: np.ndarray) -> float:
-        k = kernel(p, p)
-        return float((k.sum() - np.trace(k)) / (len(p) * (len(p) - 1)))
+        same = ((np.square(p).sum(1) / p.shape[1] + 1) ** 3).sum()
+        return (total(p, p) - float(same)) / (len(p) * (len(p) - 1))
 
-    return within(x) + within(y) - 2 * float(kernel(x, y).mean())
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
 def bootstrap_deviation(distance: Distance, a: Features, b: Features, *, resamples: int, seed: int) -> float:
@@ -79,6 +82,35 @@ def bootstrap_deviation(distance: Distance, a: Features, b: Features, *, resampl
         distance(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))]) for _ in range(resamples)
     ]
     return float(np.std(values, ddof=1))
+
+
+def kernel_bootstrap_deviation(a: Features, b: Features, *, resamples: int, seed: int) -> float:
+    """Returns what `bootstrap_deviation` returns for `kernel_distance`, computing the kernel once for all resamples.
+
+    A resample is a number of repetitions of each clip, w: its sum over all pairs is w^T K w. For 10,100 clips and 100
+    resamples this is about 80 times fewer FLOPs.
+    """
+    _check(a, b)
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    rng = np.random.default_rng(seed)
+    weights_x, weights_y = np.zeros((len(x), resamples)), np.zeros((len(y), resamples))
+    for k in range(resamples):
+        np.add.at(weights_x[:, k], rng.integers(len(x), size=len(x)), 1)
+        np.add.at(weights_y[:, k], rng.integers(len(y), size=len(y)), 1)
+
+    def totals(p: np.ndarray, q: np.ndarray, left: np.ndarray, right: np.ndarray) -> Float64[np.ndarray, " r"]:
+        out = np.zeros(resamples)
+        for i in range(0, len(p), BLOCK):
+            kernel = (p[i : i + BLOCK] @ q.T / p.shape[1] + 1) ** 3
+            out += (left[i : i + BLOCK] * (kernel @ right)).sum(0)
+        return out
+
+    def within(p: np.ndarray, weights: np.ndarray) -> Float64[np.ndarray, " r"]:
+        same = (np.square(p).sum(1) / p.shape[1] + 1) ** 3 @ weights
+        return (totals(p, p, weights, weights) - same) / (len(p) * (len(p) - 1))
+
+    across = totals(x, y, weights_x, weights_y) / (len(x) * len(y))
+    return float(np.std(within(x, weights_x) + within(y, weights_y) - 2 * across, ddof=1))
 
 
 def real_against_real(distance: Distance, real: Features, *, clips: int, splits: int, seed: int) -> dict[str, float]:

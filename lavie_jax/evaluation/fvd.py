@@ -5,6 +5,7 @@ Beside the distances stand the number of clips, a bootstrap interval, the value 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,13 @@ from tqdm.auto import tqdm
 
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation.distances import bootstrap_deviation, frechet_distance, kernel_distance, real_against_real
+from lavie_jax.evaluation.distances import (
+    bootstrap_deviation,
+    frechet_distance,
+    kernel_bootstrap_deviation,
+    kernel_distance,
+    real_against_real,
+)
 from lavie_jax.evaluation.i3d_features import ClipFeatures, Extractor, prepared
 from lavie_jax.evaluation.protocols import FVDKnobs
 from lavie_jax.evaluation.videos import Video, check_rates, choose
@@ -115,11 +122,12 @@ def fvd(samples: ClipFeatures, reference: ClipFeatures, pool: ClipFeatures, knob
         return frechet_distance(a, b, ddof=knobs.ddof)
 
     result: dict[str, Any] = {"n": len(ours), "n_reference": len(theirs)}
+    deviations = {"fvd": functools.partial(bootstrap_deviation, frechet), "kvd": kernel_bootstrap_deviation}
     for name, distance in (("fvd", frechet), ("kvd", kernel_distance)):
         value = distance(ours, theirs)
         cell: dict[str, Any] = {"value": value}
         if knobs.resamples:
-            deviation = bootstrap_deviation(distance, ours, theirs, resamples=knobs.resamples, seed=knobs.seed)
+            deviation = deviations[name](ours, theirs, resamples=knobs.resamples, seed=knobs.seed)
             cell |= {"sd": deviation, "interval": [value - NORMAL_95 * deviation, value + NORMAL_95 * deviation]}
         if len(real) >= 4:
             cell["real_against_real"] = real_against_real(
