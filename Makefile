@@ -42,6 +42,7 @@ check: lint typecheck
 test: $(VENV)/test.stamp
 	@$(PY) tools/torch_for_tests.py
 	@$(PY) tools/libtpu_for_tests.py
+	@$(PY) tools/metric_weights.py
 	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 heavy-test: $(VENV)/test.stamp

@@ -6,11 +6,13 @@ r"""Converts between PyTorch files and weights folders.
     python convert_torch.py inflate --stage base --pretrained stable-diffusion-v1-4/ \
         --text-encoder t5-v1_1-large/ --out weights/base-t5-init
     python convert_torch.py export --weights weights/base --out lavie_base.pt --check original/lavie_base.pt
+    python convert_torch.py import-clip --pretrained clip-vit-base-patch32/ --out weights/clip
     python convert_torch.py merge-lora --weights weights/base --lora style.safetensors:0.8 --out weights/style
     python convert_torch.py export-lora --lora runs/cat/weights --names kohya --out cat.safetensors
 
 `import` converts a released LaVie checkpoint and the image model that it was trained from. `inflate` creates a model to
 start training from. `export` converts back to PyTorch's names; `--check` compares with an original, byte for byte.
+`import-clip` and `import-i3d` convert the networks with which `lavie_jax.evaluation` measures CLIPSIM and FVD.
 `merge-lora` writes a weights folder with LoRA files merged; `export-lora` renames the tensors of a trained LoRA. The
 exit code is 0; 1 when `--check` finds a difference; 2 for wrong input, with a message and nothing written.
 
@@ -27,7 +29,9 @@ from lavie_jax.errors import Parser, UserError, user_location
 from lavie_jax.models.registry import PARTS
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.stages import STAGES
+from lavie_jax.weights.clip import import_clip
 from lavie_jax.weights.convert import differences, export_part, exported, import_stage
+from lavie_jax.weights.i3d import import_i3d
 from lavie_jax.weights.inflate import inflate_pretrained, inflate_stage
 from lavie_jax.weights.lora import parse_lora, read_lora
 from lavie_jax.weights.lora_files import NAMES as LORA_NAMES
@@ -80,6 +84,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     back.add_argument("--out", type=Path, help=".pt (a dict with the key ema) or .safetensors")
     back.add_argument("--check", type=Path, metavar="ORIGINAL", help="compare with this file, byte for byte")
 
+    clip = commands.add_parser("import-clip", help="a CLIP model -> a weights folder for CLIPSIM")
+    clip.add_argument("--pretrained", required=True, type=Path, help="transformers' folder, or OpenAI's file")
+    clip.add_argument("--tokenizer", type=Path, help="folder of CLIP's tokenizer, when --pretrained has none")
+    clip.add_argument("--out", required=True, type=Path, help="the weights folder to write")
+
+    i3d = commands.add_parser("import-i3d", help="FVD's network, as TATS' i3d_pretrained_400.pt -> .safetensors")
+    i3d.add_argument("--pretrained", required=True, type=Path, help="the PyTorch file")
+    i3d.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
+
     merge = commands.add_parser("merge-lora", help="a weights folder and LoRA files -> a weights folder")
     merge.add_argument("--weights", required=True, type=Path)
     merge.add_argument(
@@ -91,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rename.add_argument("--lora", required=True, type=Path, help="the folder or file of the LoRA")
     rename.add_argument("--names", required=True, choices=LORA_NAMES)
     rename.add_argument("--out", required=True, type=Path, help="a .safetensors file")
-    for command in (into, grow, back, merge, rename):
+    for command in (into, grow, back, clip, i3d, merge, rename):
         command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 
     args = parser.parse_args(argv)
@@ -150,6 +163,20 @@ def export(args: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
+def convert_clip(args: argparse.Namespace) -> None:
+    """Runs `import-clip`: writes a weights folder."""
+    for note in import_clip(args.pretrained, args.out, tokenizer=args.tokenizer, overwrite=args.overwrite):
+        print(f"note: {note}")
+    print(f"wrote {args.out}")
+
+
+def convert_i3d(args: argparse.Namespace) -> None:
+    """Runs `import-i3d`: writes a file."""
+    for note in import_i3d(args.pretrained, args.out, overwrite=args.overwrite):
+        print(f"note: {note}")
+    print(f"wrote {args.out}")
+
+
 def merge_lora(args: argparse.Namespace) -> None:
     """Runs `merge-lora`: writes a weights folder."""
     loras = [(read_lora(file), scale) for file, scale in map(parse_lora, args.lora)]
@@ -172,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         use_cpu()
         if args.command == "export":
             return export(args)
-        {"merge-lora": merge_lora, "export-lora": rename_lora}.get(args.command, convert)(args)
+        commands = {"import-clip": convert_clip, "import-i3d": convert_i3d, "merge-lora": merge_lora}
+        commands |= {"export-lora": rename_lora}
+        commands.get(args.command, convert)(args)
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

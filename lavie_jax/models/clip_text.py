@@ -34,6 +34,21 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
+def check_transformer(config: Any) -> None:
+    """Raises UserError for a config with an invalid number, an unknown activation, or heads of unequal widths."""
+    name = type(config).__name__
+    check_positive(name, **{n: v for n, v in config.to_dict().items() if type(v) is int})
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(
+            f"{name}.hidden_act = {config.hidden_act!r} is unknown{suggest(config.hidden_act, ACTIVATIONS)}"
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"{name}: hidden_size = {config.hidden_size} is not a multiple of "
+            f"num_attention_heads = {config.num_attention_heads}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
     """Fields of transformers' CLIPTextConfig, with its defaults. Raises UserError for invalid values."""
@@ -48,16 +63,7 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check_positive("CLIPTextConfig", **{n: v for n, v in self.to_dict().items() if type(v) is int})
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(
-                f"CLIPTextConfig.hidden_act = {self.hidden_act!r} is unknown{suggest(self.hidden_act, ACTIVATIONS)}"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"CLIPTextConfig: hidden_size = {self.hidden_size} is not a multiple of "
-                f"num_attention_heads = {self.num_attention_heads}"
-            )
+        check_transformer(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPTextConfig":
@@ -136,36 +142,39 @@ class Embeddings(nn.Module):
 
 
 class TransformerLayers(nn.Module):
-    """The stack of layers: (B, L, D) to (B, L, D)."""
+    """The stack of layers: (B, L, D) to (B, L, D). The image encoder, whose config has the same fields, shares it."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: DTypeLike
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         for i in range(self.config.num_hidden_layers):
-            x = EncoderLayer(self.config, self.dtype, name=f"layers_{i}")(x)
+            x = EncoderLayer(self.config, self.dtype, self.causal, name=f"layers_{i}")(x)
         return x
 
 
 class EncoderLayer(nn.Module):
     """x + self_attn(norm(x)), then x + mlp(norm(x))."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: DTypeLike
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         config, dtype = self.config, self.dtype
-        x = x + SelfAttention(config, dtype, name="self_attn")(layer_norm(config, dtype, "layer_norm1")(x))
+        x = x + SelfAttention(config, dtype, self.causal, name="self_attn")(layer_norm(config, dtype, "layer_norm1")(x))
         return x + MLP(config, dtype, name="mlp")(layer_norm(config, dtype, "layer_norm2")(x))
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention; q, k and v have biases."""
+    """Multi-head attention; q, k and v have biases."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: DTypeLike
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -173,7 +182,7 @@ class SelfAttention(nn.Module):
             y = dense(self.config.hidden_size, dtype=self.dtype, name=name)(x)
             return einops.rearrange(y, "b l (n k) -> b l n k", n=self.config.num_attention_heads)
 
-        out = attention(project("q_proj"), project("k_proj"), project("v_proj"), causal=True)
+        out = attention(project("q_proj"), project("k_proj"), project("v_proj"), causal=self.causal)
         out = einops.rearrange(out, "b l n k -> b l (n k)")
         return dense(self.config.hidden_size, dtype=self.dtype, name="out_proj")(out)
 
@@ -181,7 +190,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two dense layers with the config's activation between them."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: DTypeLike
 
     @nn.compact
@@ -191,6 +200,6 @@ class MLP(nn.Module):
         return dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(x)
 
 
-def layer_norm(config: CLIPTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def layer_norm(config: Any, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """Returns a layer norm with statistics in two passes: the fast variance is inaccurate where the mean is large."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

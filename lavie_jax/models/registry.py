@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lavie_jax.models.clip import CLIP, CLIPConfig
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.t5_text import T5Text, T5TextConfig
 from lavie_jax.models.unet import UNet
@@ -23,7 +24,7 @@ from lavie_jax.models.vae import VAE, VAEConfig
 
 TextEncoder = CLIPText | T5Text
 TextConfig = CLIPTextConfig | T5TextConfig
-Config = UNetConfig | VAEConfig | TextConfig
+Config = UNetConfig | VAEConfig | TextConfig | CLIPConfig
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,20 @@ def _text_inputs(config: TextConfig) -> dict[str, jax.Array]:
     return {"tokens": jnp.zeros((1, 1), jnp.int32)}
 
 
+def _clip_inputs(config: CLIPConfig) -> dict[str, jax.Array]:
+    side = config.vision.image_size
+    return {"images": jnp.zeros((1, side, side, 3)), **_text_inputs(config.text)}
+
+
 NETWORKS = {
     "unet": Network("unet", UNetConfig, UNet, _unet_inputs),
     # the scaling factor changes in every checkpoint of a VAE in training
     "vae": Network("vae", VAEConfig, VAE, _vae_inputs, traced_as=(("scaling_factor", 1.0),)),
     "clip_text": Network("text_encoder", CLIPTextConfig, CLIPText, _text_inputs),
     "t5_text": Network("text_encoder", T5TextConfig, T5Text, _text_inputs, traced_as=(("length", 1),)),
+    "clip": Network("clip", CLIPConfig, CLIP, _clip_inputs),  # in folders of its own, for CLIPSIM
 }
-PARTS = tuple(dict.fromkeys(row.part for row in NETWORKS.values()))  # unet, vae, text_encoder
+PARTS = ("unet", "vae", "text_encoder")  # of a stage
 
 
 def networks_of(part: str) -> dict[str, Network]:

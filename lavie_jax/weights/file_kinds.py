@@ -91,7 +91,7 @@ def _other(path: Path, what: str, advice: str) -> UserError:
 
 
 def _check_zip(path: Path) -> None:
-    """Raises UserError for a zip archive that torch.save did not write. A truncated one is left to the reader."""
+    """Raises UserError for a zip archive that PyTorch did not write. A truncated one is left to the reader."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -99,8 +99,6 @@ def _check_zip(path: Path) -> None:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is damaged ({error}); download or copy it again.") from error
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        raise _other(path, "a TorchScript program", "save model.state_dict() instead")
     if any(name.endswith("data.pkl") for name in names):
         return
     if names and all(name.endswith(".npy") for name in names):

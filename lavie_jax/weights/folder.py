@@ -30,7 +30,11 @@ from lavie_jax.weights.names import is_buffer
 from lavie_jax.weights.safetensors_io import SHOW_PROGRESS_FROM, Tensor, check_finite, read_safetensors
 
 FORMAT_VERSION = 1
-CONTENTS = {stage.name: stage.parts for stage in STAGES.values()} | {"vae": ("vae",)}  # the parts of a folder
+CONTENTS = {  # the parts of a folder
+    **{stage.name: stage.parts for stage in STAGES.values()},
+    "vae": ("vae",),
+    "clip": ("clip", "tokenizer"),  # for CLIPSIM
+}
 MODEL_FILE = "model.safetensors"
 # Fields of a part's config.json in addition to the network's config:
 FINGERPRINT = "fits"  # see `expected.fingerprint`
@@ -191,7 +195,7 @@ def read_config(path: Path, stage: str | None = None) -> dict:
         raise UserError(f"{path}: unknown stage {config['stage']!r}{suggest(str(config['stage']), CONTENTS)}")
     if stage is not None and config["stage"] != stage:
         raise UserError(f"{path} is of stage {config['stage']!r}, but {stage!r} is needed.")
-    if config["stage"] != "vae" and not isinstance(config.get("sampling"), dict):
+    if config["stage"] in tuple(STAGES) and not isinstance(config.get("sampling"), dict):
         raise UserError(f"{path} is incomplete: its config.json has no sampling defaults.")
     parts = config.get("parts", {})
     if not isinstance(parts, dict) or not all(isinstance(where, str) for where in parts.values()):

@@ -47,6 +47,7 @@ DIALECTS: dict[str, dict[str, tuple[Row, ...]]] = {
             Row(r"^encoder\.embed_tokens\.", "shared.", r"^shared\.", "encoder.embed_tokens."),
         ),
     },
+    "clip": {"diffusers": ()},  # transformers' names; `clip.py` renames OpenAI's
 }
 
 # Temporal layers that write into the residual stream. They start at zero, so that a video model starts as its image
@@ -94,7 +95,7 @@ def from_torch(part: str, name: str, array):
     if part == "vae" and array.ndim == 4 and CONVOLUTION_THAT_IS_LINEAR.match(name):
         array = array.reshape(array.shape[:2])  # old files have 1x1 convolutions where the attention has linear layers
     if leaf == "weight":
-        if EMBEDDING.search(name):
+        if EMBEDDING.search(name) and array.ndim == 2:
             leaf = "embedding"
         elif array.ndim == 1:
             leaf = "scale"

@@ -18,6 +18,7 @@ MODEL_FILES = {
             "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.fp16.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin",
                      "model.fp16.safetensors", "pytorch_model.fp16.bin"),
+    "clip": ("model.safetensors", "pytorch_model.bin"),
 }  # fmt: skip
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>\..+)")

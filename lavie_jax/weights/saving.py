@@ -87,6 +87,15 @@ def save_folder(
         write_json(folder / "config.json", config)
 
 
+def save_clip(path: Path, clip: tuple[Any, Mapping], tokenizer: Path, *, overwrite: bool = False) -> None:
+    """Writes a folder of stage "clip": (config, parameters) of a CLIP model, and its tokenizer; see `save_folder`."""
+    check_new_folder(path, overwrite=overwrite)
+    with new_folder(user_path(path)) as folder:
+        _write_part(folder / "clip", clip, "diffusers")
+        _write_part(folder / "tokenizer", tokenizer, "diffusers")
+        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "stage": "clip"})
+
+
 def _write_part(folder: Path, value, dialect: str) -> None:
     """Writes the subfolder of a schedule, of a tokenizer, or of (config, parameters)."""
     if isinstance(value, Schedule):

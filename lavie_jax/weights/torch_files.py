@@ -26,6 +26,7 @@ import numpy as np
 
 from lavie_jax.errors import UserError
 from lavie_jax.weights.safetensors_io import DTYPES, Tensor
+from lavie_jax.weights.torchscript import is_torchscript, read_torchscript
 
 # Where checkpoints have their weights, if not at the top level.
 EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "params_ema", "ema_weights")
@@ -61,6 +62,8 @@ def read_torch(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], list
     Raises:
         UserError: the file is damaged, malicious, or without weights, or torch is missing or too old.
     """
+    if is_torchscript(path):
+        return read_torchscript(path), ["read the tensors of a TorchScript archive, and none of its code"]
     torch = import_torch()
     loaded = _load_checked(torch, path)
     if not isinstance(loaded, dict):

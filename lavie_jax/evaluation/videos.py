@@ -1,0 +1,241 @@
+"""Folders of videos made by any tool: video files, .npz, and folders of numbered frames, in natural order of names."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from lavie_jax.data import moving_shapes, video_files
+from lavie_jax.data.files import LeftOut, walk
+from lavie_jax.data.records import SUFFIXES
+from lavie_jax.data.sources import read_picture
+from lavie_jax.disk import file_hash
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.evaluation.protocols import MAX_RATE_DIFFERENCE, ClipKnobs
+
+VIDEOS, IMAGES = (*SUFFIXES["video"], ".npz"), SUFFIXES["image"]
+UNFINISHED = ".state.npz"  # sample.py's state of an interrupted stage
+WORLD = "moving_shapes"  # `moving_shapes:SPLIT:COUNT` is a set of true clips
+WORLD_SPLITS = ("val", "held_out", "image_only")
+WORLD_SIZE = {"height": 64, "width": 64, "frames": 16, "fps": 8.0}
+
+
+def natural(text: str) -> list:
+    """Returns a sort key by which "clip10" follows "clip9"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video of a set.
+
+    Attributes:
+        name: path below the set's folder, without ending.
+        path: the file, the folder of the frames, or None for a clip of Moving Shapes.
+        index: of the clip of Moving Shapes in its split.
+    """
+
+    name: str
+    path: Path | None
+    index: int = 0
+    split: str = ""
+
+    def digest(self) -> str:
+        """Returns a hash of the content, by which its features are stored."""
+        if self.path is None:
+            return hashlib.sha256(f"{WORLD} {self.split} {self.index}".encode()).hexdigest()
+        if self.path.is_file():
+            return file_hash(self.path)
+        parts = "".join(f"{file.name} {file_hash(file)}\n" for file in _frames_of(self.path))
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def rate(self) -> float | None:
+        """Returns the frames per second; None for a folder of frames, which has no rate."""
+        if self.path is None:
+            return WORLD_SIZE["fps"]
+        if self.path.is_dir():
+            return None
+        if self.path.suffix.lower() == ".npz":
+            return video_files.read_clip(self.path)[1]
+        return video_files.video_info(self.path).fps
+
+    def read(self, frames: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
+        """Returns the first `frames` frames, or all."""
+        partly = frames is not None and self._seekable()
+        clip = video_files.read_video(self.path, frames=frames) if partly else self._all()
+        if frames is not None and len(clip) < frames:
+            raise self._too_short(frames, len(clip))
+        return clip[:frames]
+
+    def clip(self, knobs: ClipKnobs, part: int) -> UInt8[np.ndarray, "t h w 3"]:
+        """Returns the frames of one clip of the video; `part` counts from 0 to `clips_per_video` - 1."""
+        if self._seekable():
+            info = video_files.video_info(self.path)
+            room = (info.frames - 1) / info.fps - (knobs.frames - 1) / (knobs.fps or info.fps)
+            if room < -1e-6:
+                raise self._too_short(knobs.frames, info.frames, knobs.fps and info.fps)
+            start = self._start(knobs, part) * max(room, 0.0)
+            if knobs.fps is None:  # a whole frame, so that rounding does not repeat one
+                start = np.floor(start * info.fps + 1e-6) / info.fps
+            return video_files.read_video(self.path, frames=knobs.frames, fps=knobs.fps, start=start)
+        clip, rate = self._all(), self.rate()
+        if knobs.fps is not None and rate is None:
+            raise UserError(f"{self.path} is a folder of frames, which has no rate: give no --fps")
+        step = 1.0 if knobs.fps is None else rate / knobs.fps
+        room = len(clip) - 1 - (knobs.frames - 1) * step
+        if room < -1e-6:
+            raise self._too_short(knobs.frames, len(clip), knobs.fps and rate)
+        first = np.floor(self._start(knobs, part) * max(room, 0.0) + 1e-6)
+        return clip[np.floor(first + np.arange(knobs.frames) * step + 1e-3).astype(int)]
+
+    def _start(self, knobs: ClipKnobs, part: int) -> float:
+        """Returns where a clip starts, from 0 for the first possible position to 1 for the last."""
+        if knobs.start == "random":
+            seed = int.from_bytes(hashlib.sha256(f"{knobs.seed} {part} {self.name}".encode()).digest()[:8], "big")
+            return float(np.random.default_rng(seed).random())
+        first = 0.5 if knobs.start == "middle" else 0.0
+        return first if knobs.clips_per_video == 1 else part / (knobs.clips_per_video - 1)
+
+    def _seekable(self) -> bool:
+        return self.path is not None and self.path.is_file() and self.path.suffix.lower() != ".npz"
+
+    def _all(self) -> UInt8[np.ndarray, "t h w 3"]:
+        if self.path is None:
+            return moving_shapes.clip(self.split, self.index, **WORLD_SIZE).pixels
+        if self.path.is_dir():
+            frames = [read_picture(file) for file in _frames_of(self.path)]
+            if len({frame.shape for frame in frames}) > 1:
+                raise UserError(f"{self.path} has frames of different sizes")
+            return np.stack(frames)
+        return video_files.read_clip(self.path, warn=lambda line: None)[0]
+
+    def _too_short(self, wanted: int, given: int, rate: float | None = None) -> UserError:
+        at = "" if rate is None else f" at {rate:g} fps"
+        return UserError(f"{self.path or self.name} is too short: {wanted} frames are needed, and it has {given}{at}")
+
+
+def _frames_of(folder: Path) -> list[Path]:
+    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".")]
+    return sorted(files, key=lambda file: natural(file.name))
+
+
+def find_videos(source: str, flag: str) -> list[Video]:
+    """Returns the videos of a set, in natural order of their names.
+
+    Args:
+        source: a folder, searched recursively, or `moving_shapes:SPLIT:COUNT`. A folder of image files is one video,
+            unless it also has video files; then its images are contact sheets or the like.
+        flag: the command-line flag, for messages.
+
+    Raises:
+        UserError: there are none.
+    """
+    if source.partition(":")[0] == WORLD:
+        return _true_clips(source, flag)
+    folder = Path(source)
+    if folder.is_file():
+        raise UserError(f"{flag} {folder} is a file: give the folder of the videos")
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} does not exist: give a folder of videos, or {WORLD}:SPLIT:COUNT")
+    dropped, files, frames = LeftOut(), [], {}
+    for path in walk(folder, dropped, VIDEOS):
+        if path.name.endswith(UNFINISHED):
+            continue
+        if path.suffix.lower() in VIDEOS:
+            files.append(path)
+        elif path.suffix.lower() in IMAGES:
+            frames.setdefault(path.parent, []).append(path)
+    dropped.warn(len(dropped) + len(files))
+    with_videos = {path.parent for path in files}
+    videos = [Video(path.relative_to(folder).with_suffix("").as_posix(), path) for path in files]
+    videos += [
+        Video(folder.name if path == folder else path.relative_to(folder).as_posix(), path)
+        for path, own in frames.items()
+        if path not in with_videos and len(own) > 1
+    ]
+    if not videos:
+        raise UserError(f"{flag} {folder} has no videos: {', '.join(VIDEOS)}, or folders of {', '.join(IMAGES)}")
+    videos.sort(key=lambda video: natural(video.name))
+    if twice := next((a.name for a, b in zip(videos, videos[1:]) if a.name == b.name), None):
+        raise UserError(f"{flag} {folder} has {twice} in several formats: keep one of them")
+    return videos
+
+
+def _true_clips(source: str, flag: str) -> list[Video]:
+    _, _, rest = source.partition(":")
+    split, _, count = rest.partition(":")
+    if split not in WORLD_SPLITS:
+        raise UserError(f"{flag} {source}: unknown split {split!r}{suggest(split, WORLD_SPLITS)}")
+    if not count.isdigit() or not 1 <= int(count) <= 1_000_000:
+        raise UserError(f"{flag} {source}: write {WORLD}:{split}:COUNT, such as {WORLD}:{split}:256")
+    return [Video(f"{split}-{i}", None, i, split) for i in range(int(count))]
+
+
+def check_rates(
+    sets: dict[str, Sequence[Video]], knobs: ClipKnobs, known: dict[str, list[float]] | None = None
+) -> dict[str, list[float]]:
+    """Returns the rates of each set, rounded, and refuses to mix them unless the knobs allow it.
+
+    Clips of a model at 8 fps and of a film at 24 fps would be compared as if the film were three times slower.
+
+    Args:
+        sets: {flag: videos}.
+        knobs: the settings.
+        known: {flag: rates} of sets whose videos are not at hand.
+    """
+    rates = dict(known or {})
+    for flag, videos in sets.items():
+        own = {video.rate() for video in videos}
+        rates[flag] = sorted({round(rate, 2) for rate in own if rate is not None})
+    every = sorted({rate for own in rates.values() for rate in own})
+    if knobs.fps is None and not knobs.mixed_rates and every and every[-1] > every[0] * (1 + MAX_RATE_DIFFERENCE):
+        listed = "; ".join(f"{flag}: {', '.join(f'{r:g}' for r in own[:5])}" for flag, own in rates.items() if own)
+        raise UserError(
+            f"the videos have different rates ({listed} fps): give --fps for all, or --mixed-rates to compare "
+            "them frame by frame"
+        )
+    return rates
+
+
+def choose(videos: Sequence[Video], knobs: ClipKnobs, flag: str) -> list[tuple[Video, int]]:
+    """Returns the (video, part) of every clip to measure."""
+    every = [(video, part) for video in videos for part in range(knobs.clips_per_video)]
+    if knobs.clips is None or knobs.clips == len(every):
+        return every
+    if knobs.clips > len(every):
+        raise UserError(
+            f"{flag} has {len(every)} clips, and --clips asks for {knobs.clips}. Fewer clips bias FVD upwards; "
+            f"--clips {len(every)} gives a value that compares only with others of {len(every)} clips"
+        )
+    order = np.random.default_rng(knobs.seed).permutation(len(every))[: knobs.clips]
+    return [every[i] for i in sorted(order)]
+
+
+def paired(samples: Sequence[Video], reference: Sequence[Video]) -> list[tuple[Video, Video]]:
+    """Pairs each sample with the reference of the same name, or, where no names agree, of the same position.
+
+    Raises:
+        UserError: samples without a reference.
+    """
+    by_name = {video.name: video for video in reference}
+    shared = [video for video in samples if video.name in by_name]
+    if not shared:
+        if len(samples) != len(reference):
+            raise UserError(
+                f"no names of --samples and --reference agree, and they have {len(samples)} and {len(reference)} "
+                "videos: name each pair equally"
+            )
+        return list(zip(samples, reference))
+    if missing := [video.name for video in samples if video.name not in by_name]:
+        raise UserError(f"{len(missing)} samples have no reference of the same name: {', '.join(missing[:5])}")
+    return [(video, by_name[video.name]) for video in samples]
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Yields consecutive parts of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
