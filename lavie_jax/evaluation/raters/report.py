@@ -252,15 +252,15 @@ def _cell(text: str) -> str:
 
 
 def _percent(estimate: Estimate) -> str:
-    return _text(estimate, lambda value: f"{100 * value:.1f}") + (" %" if not math.isnan(estimate.value) else "")
+    return _text(estimate, lambda value: f"{100 * value:.1f}", " %")
 
 
 def _number(estimate: Estimate) -> str:
     return _text(estimate, lambda value: f"{value:.2f}")
 
 
-def _text(estimate: Estimate, shown: Callable[[float], str]) -> str:
+def _text(estimate: Estimate, shown: Callable[[float], str], unit: str = "") -> str:
     if math.isnan(estimate.value):
         return "-"
     interval = "" if math.isnan(estimate.low) else f" ({shown(estimate.low)} to {shown(estimate.high)})"
-    return shown(estimate.value) + interval
+    return shown(estimate.value) + unit + interval
