@@ -26,6 +26,7 @@ from lavie_jax.evaluation.raters.answers import FILE, Answers, read
 from lavie_jax.evaluation.raters.report import as_json, make_report, markdown
 from lavie_jax.evaluation.raters.server import StudyServer
 from lavie_jax.evaluation.raters.study import LABELS, METRICS, Design, Study, prepare
+from lavie_jax.samples.provenance import describe
 from tests.videos import encode, pan
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,14 @@ def test_copies_keep_every_frame_and_lose_metadata_and_sound(tmp_path):
         np.testing.assert_array_equal(read_video(path), read_video(tmp_path / f"{name}.mp4"))
         with av.open(str(path)) as container:
             assert len(container.streams) == 1 and "comment" not in container.metadata
+
+
+def test_copies_of_samples_do_not_contain_how_they_were_made(tmp_path):
+    request = {"prompt": "a red circle", "weights_sha256": "secret"}
+    path = save_video(pan(0, 6, height=32, width=32), tmp_path / "a.mp4", fps=8, metadata=describe(request))
+    assert b"secret" in path.read_bytes()
+    content = videos.copy(path, tmp_path, "copy").read_bytes()
+    assert b"secret" not in content and b"lavie" not in content and b"circle" not in content
 
 
 def test_damaged_copies_are_coarse_and_jump():

@@ -54,6 +54,7 @@ class StudyServer(ThreadingHTTPServer):
     """Serves one study, with a thread for each connection."""
 
     daemon_threads = True
+    request_queue_size = 64  # connections that wait to be accepted
 
     def __init__(self, study: Study, answers: Answers, *, host: str, port: int):
         """Binds the address; `serve_forever` serves. Port 0 takes a free one.

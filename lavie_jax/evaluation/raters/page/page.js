@@ -108,9 +108,9 @@ class Player {
     this.begin();
   }
 
-  /** Keeps the videos at the same time: whoever is ahead waits. */
+  /** Keeps the videos at the same time: whoever is ahead waits. Continues what a browser paused in a hidden tab. */
   follow() {
-    if (!this.playing || this.videos.length < 2) return;
+    if (!this.playing) return;
     const running = this.videos.filter((video) => !video.ended);
     if (running.length < 2) return void running.forEach((video) => video.paused && this.resume(video));
     const [behind, ahead] = [...running].sort((a, b) => a.currentTime - b.currentTime);
