@@ -88,6 +88,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="any of mp4,gif,png,npz (default mp4; png for images and odd sides); png, a "
         "folder of frames, and npz, an array, are lossless",
     )
+    add(
+        "--no-metadata",
+        action="store_true",
+        help="write no prompt and settings into the videos, only that they are generated",
+    )
     add("--no-contact-sheet", action="store_true", help="do not write contact-sheet.png")
     add(
         "--part",
@@ -247,7 +252,8 @@ def plan_outputs(
                 known_hashes={frame: picture.sha256 for frame, picture in given.items()}, prompts_at=prompt.at,
             )  # fmt: skip
             request |= personal
-            outputs.append(Output(folder=args.out, index=index, formats=formats, request=request))
+            describe = not args.no_metadata
+            outputs.append(Output(folder=args.out, index=index, formats=formats, request=request, describe=describe))
     return outputs
 
 

@@ -34,6 +34,7 @@ from lavie_jax.data.decoding import (
     too_short,
 )
 from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
+from lavie_jax.data.embedded import Metadata, add_xmp_to_gif, add_xmp_to_mp4
 from lavie_jax.data.frame_times import constant_rate
 from lavie_jax.errors import UserError, suggest, user_path
 
@@ -69,10 +70,12 @@ def encode(
     width: int,
     fps: float,
     options: Mapping[str, str],
+    tags: Mapping[str, str] | None = None,
 ) -> int:
     """Writes frames as they arrive to an mp4 (H.264, 4:2:0), without a temporary name; returns their number.
 
-    `options` are libx264's, e.g. {"crf": "18"}. The same frames give the same bytes on every machine.
+    `options` are libx264's, e.g. {"crf": "18"}; `tags` are texts such as "title" and "comment".
+    The same frames give the same bytes on every machine.
     """
     import av  # PyAV is needed only to read or write video files
     from av.video.reformatter import Interpolation
@@ -80,6 +83,7 @@ def encode(
     exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
     count = 0
     with av.open(os.fspath(path), "w", format="mp4") as container:
+        container.metadata.update(tags or {})
         rate = Fraction(fps).limit_denominator(65535)
         stream = container.add_stream("libx264", rate=rate, options={**SAME_EVERYWHERE, **options})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -100,7 +104,9 @@ def encode(
     return count
 
 
-def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: float) -> Path:
+def save_video(
+    frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: float, metadata: Metadata | None = None
+) -> Path:
     """Writes an mp4 (H.264, crf 18, 4:2:0) of `frames`; returns its path.
 
     Raises:
@@ -113,11 +119,14 @@ def save_video(frames: UInt8[np.ndarray, "t h w 3"], path: str | Path, *, fps: f
         raise UserError(f"an mp4 needs frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = user_path(path)
     with finished(path) as temporary:
-        encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"})
+        tags = metadata.tags if metadata else {}
+        encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"}, tags=tags)
+        if metadata:
+            add_xmp_to_mp4(temporary, metadata.xmp)
     return path
 
 
-def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
+def _save_gif(frames: np.ndarray, path: Path, fps: float, metadata: Metadata | None) -> None:
     # Durations in a gif are hundredths of a second: rounding times instead of durations keeps the total length.
     times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int) * 10
     with finished(path) as temporary:
@@ -129,35 +138,45 @@ def _save_gif(frames: np.ndarray, path: Path, fps: float) -> None:
             duration=np.maximum(np.diff(times), 20).tolist(),
             loop=0,
             disposal=1,
+            **({"comment": metadata.comment.encode()} if metadata and metadata.comment else {}),
         )
+        if metadata:
+            add_xmp_to_gif(temporary, metadata.xmp)
 
 
-def _save_png(image: np.ndarray | Image.Image, path: Path) -> None:
+def _save_png(image: np.ndarray | Image.Image, path: Path, metadata: Metadata | None) -> None:
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with finished(path) as temporary:
-        image.save(temporary, format="png")
+        image.save(temporary, format="png", pnginfo=metadata and metadata.png_chunks())
 
 
-def save_as(frames: UInt8[np.ndarray, "t h w 3"], stem: str | Path, format: str, *, fps: float) -> Path:
+def save_as(
+    frames: UInt8[np.ndarray, "t h w 3"],
+    stem: str | Path,
+    format: str,
+    *,
+    fps: float,
+    metadata: Metadata | None = None,
+) -> Path:
     """Writes `frames` as `stem` plus the suffix of `format`, one of FORMATS, and returns the path.
 
     mp4 and gif are lossy; png (a folder of frames, or one file for one frame) and npz (arrays `video` and `fps`) are
-    exact.
+    exact. npz has no `metadata`.
     """
     path = Path(f"{os.fspath(stem)}.{format}")
     if format == "mp4":
-        save_video(frames, path, fps=fps)
+        save_video(frames, path, fps=fps, metadata=metadata)
     elif format == "gif":
-        _save_gif(frames, path, fps)
+        _save_gif(frames, path, fps, metadata)
     elif format == "npz":
         with finished(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, video=frames, fps=np.float64(fps))
     elif format == "png" and len(frames) == 1:
-        _save_png(frames[0], path)
+        _save_png(frames[0], path, metadata)
     elif format == "png":
         path = Path(stem)
         for i, frame in enumerate(frames):
-            _save_png(frame, path / f"{i:04d}.png")
+            _save_png(frame, path / f"{i:04d}.png", metadata)
         for stale in path.glob("[0-9][0-9][0-9][0-9].png"):  # of an earlier, longer video
             if int(stale.stem) >= len(frames):
                 stale.unlink()
@@ -361,6 +380,7 @@ def contact_sheet(
     path: str | Path,
     *,
     columns: int = 6,
+    metadata: Metadata | None = None,
 ) -> Path:
     """Writes a PNG with a row for each video: its caption above up to `columns` of its frames, first to last.
 
@@ -394,5 +414,5 @@ def contact_sheet(
             x += frame.width + gap
         y += height
     path = Path(path)
-    _save_png(sheet, path)
+    _save_png(sheet, path, metadata)
     return path

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest, user_path
+from lavie_jax.samples.provenance import GENERATED, describe
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
 
@@ -32,6 +33,8 @@ def save_video(
     video: UInt8[np.ndarray, "1 t h w 3"] | UInt8[np.ndarray, "t h w 3"], path: str | os.PathLike, *, fps: float
 ) -> Path:
     """Writes one video, as a `Cascade` returns it or (T, H, W, 3), in the format of the path's ending.
+
+    Files except npz state that they are generated (`provenance.py`).
 
     Args:
         video: uint8 frames.
@@ -48,7 +51,7 @@ def save_video(
     path = user_path(path)
     if path.suffix[1:] not in FORMATS:
         raise UserError(f"{path}: unknown ending {path.suffix!r}{suggest(path.suffix[1:], FORMATS)}")
-    return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps)
+    return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps, metadata=GENERATED)
 
 
 def parse_formats(names: str) -> tuple[str, ...]:
@@ -131,12 +134,14 @@ class Output:
         index: the index of the prompt.
         formats: the requested formats.
         request: everything that determines the sample (`make_request`).
+        describe: whether files contain the request. They always state that they are generated.
     """
 
     folder: Path
     index: int
     formats: tuple[str, ...]
     request: Mapping[str, Any]
+    describe: bool = True
 
     @property
     def stem(self) -> str:
@@ -211,8 +216,9 @@ class Output:
                 self._remove_outdated()
                 part.write_text(text, encoding="utf-8")
                 _replace(part, self.path("json"))
+            metadata = describe(self.request) if self.describe else GENERATED
             for name in formats:
-                _replace(save_as(video, part, name, fps=self.final["fps"]), self.path(name))
+                _replace(save_as(video, part, name, fps=self.final["fps"], metadata=metadata), self.path(name))
         except OSError as error:
             raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
         finally:

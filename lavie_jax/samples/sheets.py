@@ -9,6 +9,7 @@ from einops import repeat
 from jaxtyping import UInt8
 
 from lavie_jax.data.video_files import contact_sheet
+from lavie_jax.samples.provenance import GENERATED
 
 COLUMNS = 7
 SIDE = 256  # maximum side of a frame in pixels: a sheet of large frames would fill the host's memory
@@ -49,7 +50,7 @@ class ContactSheets:
             self.count += 1
             path = self.first if self.count == 1 else self.folder / f"{self.stem}-{self.count}.png"
             videos, captions = zip(*self.rows)
-            contact_sheet(videos, captions, path, columns=COLUMNS)
+            contact_sheet(videos, captions, path, columns=COLUMNS, metadata=GENERATED)
             self.rows = []
 
 

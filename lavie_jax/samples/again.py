@@ -1,0 +1,110 @@
+"""Makes a sample again from its video, which contains how it was made, or from its JSON file.
+
+    python -m lavie_jax.samples.again samples/0000-a-red-circle-moving-left-0.mp4
+    python -m lavie_jax.samples.again clip.mp4 --out again --weights weights/base
+
+Runs sample.py with the settings in FILE. Options of sample.py that FILE cannot contain are passed on: weights folders,
+and the files of --input, --first-frame, --last-frame, --lora and --embedding. sample.py refuses, before it samples,
+weights or files whose hashes differ from those in FILE.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lavie_jax.data.video_files import FORMATS
+from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
+from lavie_jax.samples.outputs import SIDECAR_VERSION, Output, of_stage
+from lavie_jax.samples.provenance import read_request
+from lavie_jax.stages.settings import STAGE_INFO
+
+SCRIPT = Path(__file__).parents[2] / "sample.py"
+# Fields of a request that only a file fulfils, and the options that give one.
+FILES = {
+    "input_sha256": ("--input",),
+    "known_sha256": ("--first-frame", "--last-frame"),
+    "loras": ("--lora",),
+    "embeddings": ("--embedding",),
+}
+
+
+def options_of(request: Mapping[str, Any]) -> list[str]:
+    """Returns the options of sample.py that lead to this request, without those of FILES and the weights.
+
+    Raises:
+        UserError: a stage is unknown, as in files of another version.
+    """
+    stages = request.get("stages")
+    if not isinstance(stages, list) or not stages or not set(stages) <= set(STAGE_INFO):
+        raise UserError(f"the sample was made by the stages {stages}; known are {', '.join(STAGE_INFO)}")
+    prompts_at = request.get("prompts_at")
+    prompt = f"--prompt={request['prompt']}"
+    if prompts_at:
+        prompt = "--prompts-at=" + " | ".join(f"{frame}: {text}" for frame, text in prompts_at.items())
+    options = [prompt, f"--seed={request.get('seed')}", f"--stages={','.join(stages)}"]
+    for stage in stages:
+        own = of_stage(request, stage)
+        for name, flag, kind, *_ in STAGE_INFO[stage].flags():
+            # A weights folder's window is recorded also where it is not used.
+            unused = name == "long_window" and own.get("long") is None
+            value = None if unused else own.get(name)
+            if kind is bool:
+                options += [flag] if value else []
+            elif value is not None:
+                options.append(f"{flag}={value}")
+    return options
+
+
+def prepare(file: Path, out: Path, more: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Returns the options of sample.py, and the JSON file that holds it to the request, if it is new.
+
+    Raises:
+        UserError: the file does not contain how it was made, or a file that it was made from is not given.
+    """
+    if not file.exists():
+        raise UserError(f"{file} does not exist")
+    request = read_request(file)
+    for field, options in FILES.items():
+        if request.get(field) and not any(text.split("=")[0] in options for text in more):
+            raise UserError(f"{file} was made with files of the user ({field}): give them with {' or '.join(options)}")
+    check_folder(out, f"--out {out}")
+    options = [*options_of(request), "--no-contact-sheet", f"--out={out}"]
+    format = "png" if file.is_dir() else file.suffix[1:]
+    if format in FORMATS:
+        options.append(f"--format={format}")
+    sidecar = Output(folder=out, index=0, formats=(), request=request).path("json")
+    if sidecar.exists():
+        return [*options, *more], None
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"format_version": SIDECAR_VERSION, "request": request, "made_with": {}}
+    sidecar.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [*options, *more], sidecar
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    with one_line_errors():
+        parser = Parser(
+            prog="python -m lavie_jax.samples.again",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        parser.add_argument("file", type=Path, metavar="FILE", help="a video, picture or JSON file of sample.py")
+        parser.add_argument("--out", type=Path, default=Path("again"), metavar="DIR", help="(default: %(default)s)")
+        args, more = parser.parse_known_args(argv)
+        if not SCRIPT.exists():
+            raise UserError(f"{SCRIPT} does not exist: run this in a checkout of the project")
+        options, sidecar = prepare(args.file, args.out, more)
+    code = subprocess.run([sys.executable, str(SCRIPT), *options]).returncode
+    if code == 2 and sidecar is not None:  # refused: what holds sample.py to the request was not made by it
+        sidecar.unlink(missing_ok=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a sample's file says of itself: that it is generated, and by which prompt, seed, settings and weights.
+
+Every mp4, gif and png has an XMP packet with IPTC's DigitalSourceType. Title and comment are the prompt and the
+request, as JSON, which ordinary tools show (`exiftool FILE`, `ffprobe FILE`). Paths of the machine are in neither.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from lavie_jax.data.embedded import Metadata, read_metadata
+from lavie_jax.errors import UserError
+from lavie_jax.text_files import read_json
+
+GENERATED_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+# The field names and namespaces are IPTC's (Photo Metadata Standard 2023.1) and Adobe's.
+_PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
+<Iptc4xmpExt:DigitalSourceType>{source}</Iptc4xmpExt:DigitalSourceType>
+<xmp:CreatorTool>lavie_jax</xmp:CreatorTool>{description}
+</rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="r"?>"""
+_DESCRIPTION = '\n<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{}</rdf:li></rdf:Alt></dc:description>'
+REQUEST = "request"
+
+
+def _packet(description: str) -> str:
+    # XML has no characters below space but tabs and line breaks, which prompts do not contain.
+    text = "".join(character for character in description if character >= " ")
+    return _PACKET.format(source=GENERATED_SOURCE, description=_DESCRIPTION.format(escape(text)) if description else "")
+
+
+GENERATED = Metadata(xmp=_packet(""))
+
+
+def describe(request: Mapping[str, Any]) -> Metadata:
+    """Returns the metadata of a sample with this request."""
+    comment = json.dumps({REQUEST: request}, ensure_ascii=False)
+    return Metadata(xmp=_packet(request["prompt"]), title=request["prompt"], comment=comment)
+
+
+def read_request(path: Path) -> dict[str, Any]:
+    """Returns the request that a sample's file, its folder of pictures, or its JSON contains.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.suffix == ".json":
+        content: Any = read_json(path)
+    else:
+        try:
+            metadata = read_metadata(path)
+            content = json.loads(metadata.comment) if metadata and metadata.comment else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    request = content.get(REQUEST) if isinstance(content, dict) else None
+    if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
+        raise UserError(f"{path} does not contain how it was made: give a video that sample.py wrote, or its JSON file")
+    return request
