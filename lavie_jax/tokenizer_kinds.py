@@ -20,15 +20,21 @@ class Pieces(NamedTuple):
 
 
 def is_t5(folder: Path) -> bool:
-    """Whether a folder has a tokenizer of T5. Raises UserError for a damaged JSON file."""
-    config, whole = (folder / name for name in ("tokenizer_config.json", "tokenizer.json"))
-    kind = read_json(config).get("tokenizer_class") if config.is_file() else None
+    """Whether a folder has a tokenizer of T5. Damaged JSON files do not count: what reads them reports them."""
+    kind = _object(folder / "tokenizer_config.json").get("tokenizer_class")
     if isinstance(kind, str):
         return kind.startswith(T5_CLASSES)
-    if whole.is_file():
-        model = read_json(whole).get("model")
+    if (folder / "tokenizer.json").is_file():
+        model = _object(folder / "tokenizer.json").get("model")
         return isinstance(model, dict) and model.get("type") == "Unigram"
     return (folder / PIECES_FILE).is_file()
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file) if file.is_file() else {}
+    except UserError:
+        return {}
 
 
 def read_pieces(path: Path) -> Pieces:
