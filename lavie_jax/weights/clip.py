@@ -66,7 +66,7 @@ def import_clip(source: Path, out: Path, *, tokenizer: Path | None = None, overw
         raise UserError(f"{source} has no tokenizer: give the folder of CLIP's with --tokenizer.")
     words = tokenizer_folder(resolve_hub_cache(tokenizer or own_tokenizer))
     text = config.text
-    check_tokenizer(words, vocab_size=text.vocab_size, length=text.max_position_embeddings, owner=source)
+    check_tokenizer(words, text, owner=source)
     imported = import_part("clip", part, config)
     refuse(imported.problems)
     save_clip(out, imported.part, words, overwrite=overwrite)
