@@ -9,7 +9,7 @@ from lavie_jax import cascade
 from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import PRESETS, STAGE_INFO
-from lavie_jax.weights import load_folder
+from lavie_jax.weights import folder_hash, load_folder
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,8 @@ def test_a_preset_that_does_not_exist_and_guidance_that_is_never_applied_are_ref
         resolved(weights, "official", guidance_low=998)
     assert sample.main(["--prompt", "a red circle", "--preset", "fats"]) == 2
     assert "fats" in capsys.readouterr().err
+
+
+def test_the_hash_of_a_folder_without_presets_is_the_one_before_there_were_any():
+    """Samples that were made with the weights are recognised by it."""
+    assert folder_hash(cascade.SHIPPED / "base").startswith("b780ae604e77")

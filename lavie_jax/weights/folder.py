@@ -96,7 +96,7 @@ def load_folder(path: str | Path, *, stage: str | None = None, dtype=None, param
         path=path,
         stage=config["stage"],
         sampling=config["sampling"],
-        presets=config["presets"],
+        presets=config.get("presets", {}),
         **parts,
         tokenizer_dir=_part_dir(path, config, "tokenizer") if "tokenizer" in contents else None,
         schedule=_read_schedule(path, config, "scheduler") if "scheduler" in contents else None,
@@ -205,7 +205,7 @@ def read_config(path: Path, stage: str | None = None) -> dict:
         raise UserError(
             f'{path}: presets in its config.json must be like {{"fast": {{"steps": 10}}}}, not {presets!r}.'
         )
-    return {"sampling": {}, "presets": {}, **config}
+    return {"sampling": {}, **config}  # part of the hash: a new default here would change that of every folder
 
 
 def _read_schedule(path: Path, config: Mapping, name: str) -> Schedule:
