@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
 from lavie_jax.evaluation import commands, suite_command
+from lavie_jax.evaluation.commands import Report
 from lavie_jax.evaluation.suites import SUITES
 
 # name -> (its parser, what runs it)
-COMMANDS: dict[str, tuple[Callable[[str], Parser], Callable[[str, Sequence[str]], None]]] = {
+COMMANDS: dict[str, tuple[Callable[[str], Parser], Callable[[str, Sequence[str]], Report]]] = {
     **dict.fromkeys(commands.DISTANCES, (commands.distance_parser, commands.distance)),
     "features": (commands.distance_parser, commands.features),
     **dict.fromkeys((*commands.PAIR_METRICS, "frames"), (commands.pairs_parser, commands.pair_metrics)),
@@ -37,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown metric or command {argv[0]!r}{suggest(argv[0], COMMANDS)}")
-        COMMANDS[argv[0]][1](argv[0], argv[1:])
+        report = COMMANDS[argv[0]][1](argv[0], argv[1:])
+        print(*report.lines, sep="\n")
+        if report.code:
+            sys.exit(report.code)
 
 
 if __name__ == "__main__":

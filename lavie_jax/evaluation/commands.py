@@ -5,11 +5,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavie_jax import results
 from lavie_jax.disk import file_hash
@@ -53,12 +52,18 @@ def _parser(command: str, about: str) -> Parser:
     return parser
 
 
-def _write(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Prints a line for each number, and writes the file."""
-    for line in result_files.lines(result):
-        print(line)
+class Report(NamedTuple):
+    """What a command prints, and its exit code."""
+
+    lines: Sequence[str]
+    code: int = 0
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any]) -> Report:
+    """Writes the result file, and returns a line for each number."""
     if args.json:
         result_files.write(args.json, result)
+    return Report(result_files.lines(result))
 
 
 # ---- distances between distributions ----
@@ -114,7 +119,7 @@ def _i3d(path: Path | None) -> tuple[dict[str, Any], str]:
     return load_weights(I3D_WEIGHTS, path), I3D_WEIGHTS.sha256
 
 
-def distance(command: str, argv: Sequence[str]) -> None:
+def distance(command: str, argv: Sequence[str]) -> Report:
     """Runs `fvd` or `kvd`."""
     args = distance_parser(command).parse_args(argv)
     _check_distance(args)
@@ -135,8 +140,8 @@ def distance(command: str, argv: Sequence[str]) -> None:
         own_part=parse_part(args.part),
     )
     if measured is None:
-        print(f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there")
-        return
+        line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"
+        return Report([line])
     sizes = {"n": measured.pop("n"), "n_reference": measured.pop("n_reference")}
     cells = {name: measured.pop(name) for name in DISTANCES}
     moving = measured.pop("motion")
@@ -147,10 +152,10 @@ def distance(command: str, argv: Sequence[str]) -> None:
         "samples": args.samples, "reference": args.reference, **measured,
         "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
-    _write(args, result)
+    return _report(args, result)
 
 
-def features(command: str, argv: Sequence[str]) -> None:
+def features(command: str, argv: Sequence[str]) -> Report:
     """Runs `features`: stores the features of a reference set in one file."""
     args = distance_parser(command).parse_args(argv)
     _check_distance(args)
@@ -167,7 +172,7 @@ def features(command: str, argv: Sequence[str]) -> None:
     computed = fvd.compute_features(chosen, knobs, extract, store, batch_size=size, what="clips")
     facts = {"weights": weights, "videos_sha256": fvd.set_hash(videos), "rates": rates["--samples"]}
     fvd.write_features(args.to, computed, knobs, facts)
-    print(f"wrote the features of {len(chosen)} clips to {args.to}")
+    return Report([f"wrote the features of {len(chosen)} clips to {args.to}"])
 
 
 # ---- videos with a truth ----
@@ -183,7 +188,7 @@ def pairs_parser(command: str) -> Parser:
     return parser
 
 
-def pair_metrics(command: str, argv: Sequence[str]) -> None:
+def pair_metrics(command: str, argv: Sequence[str]) -> Report:
     """Runs one of PAIR_METRICS, or `frames`, all of them."""
     names = PAIR_METRICS if command == "frames" else (command,)
     args = pairs_parser(command).parse_args(argv)
@@ -201,7 +206,7 @@ def pair_metrics(command: str, argv: Sequence[str]) -> None:
         "weights_sha256": LPIPS_WEIGHTS.sha256 if "lpips" in names else None,
         "seconds": round(time.perf_counter() - start, 1), "videos": values,
     }  # fmt: skip
-    _write(args, result)
+    return _report(args, result)
 
 
 # ---- videos with a caption ----
@@ -229,7 +234,7 @@ def clipsim_parser(command: str) -> Parser:
     return parser
 
 
-def clip_similarity(command: str, argv: Sequence[str]) -> None:
+def clip_similarity(command: str, argv: Sequence[str]) -> Report:
     """Runs `clipsim`."""
     args = clipsim_parser(command).parse_args(argv)
     results.check_path(args.json, result_files.KIND)
@@ -247,7 +252,7 @@ def clip_similarity(command: str, argv: Sequence[str]) -> None:
         "captions_sha256": None if captions is None else hashlib.sha256(drawn).hexdigest(),
         "seconds": round(time.perf_counter() - start, 1), "videos": values,
     }  # fmt: skip
-    _write(args, result)
+    return _report(args, result)
 
 
 # ---- results ----
@@ -262,11 +267,10 @@ def compare_parser(command: str) -> Parser:
     return parser
 
 
-def compare(command: str, argv: Sequence[str]) -> None:
+def compare(command: str, argv: Sequence[str]) -> Report:
     """Runs `compare`: exit code 0 if the numbers may be compared, 1 if not."""
     args = compare_parser(command).parse_args(argv)
     a, b = result_files.read(args.a), result_files.read(args.b)
     if reasons := result_files.differences(a, b):
-        print("not comparable:", *reasons, sep="\n  ")
-        sys.exit(1)
-    print("comparable", *result_files.compared(a, b), sep="\n  ")
+        return Report(["not comparable:", *(f"  {reason}" for reason in reasons)], code=1)
+    return Report(["comparable", *(f"  {line}" for line in result_files.compared(a, b))])

@@ -38,6 +38,7 @@ from lavie_jax.weights import folder_hash
 
 VIDEOS, SETTINGS, CAPTIONS, TABLE = "videos", "settings.json", "captions.json", "table.json"
 SIZES = ("frames", "height", "width", "fps")
+Measured = tuple[dict[str, float], Sequence[str]]  # {measure: value}, and lines to print
 
 
 def suite_parser(name: str) -> Parser:
@@ -70,7 +71,7 @@ def suite_parser(name: str) -> Parser:
     return parser
 
 
-def run(name: str, argv: Sequence[str]) -> None:
+def run(name: str, argv: Sequence[str]) -> commands.Report:
     """Runs a benchmark."""
     suite, args = SUITES[name], suite_parser(name).parse_args(argv)
     if args.seed < 0 or (args.limit is not None and args.limit < 1):
@@ -82,18 +83,17 @@ def run(name: str, argv: Sequence[str]) -> None:
     if not args.no_sampling:
         sample(suite, items, args, part or (0, 1))
     if part is not None:
-        print(f"sampled part {args.part} of {len(items)} videos in {videos}; run without --part to measure them")
-        return
+        line = f"sampled part {args.part} of {len(items)} videos in {videos}; run without --part to measure them"
+        return commands.Report([line])
     if missing := [item.name for item in items if not _path(videos, item).is_file()]:
         raise UserError(f"{videos} lacks {len(missing)} of {len(items)} videos, such as {missing[0]}.mp4")
-    values = MEASURES.get(name, _nothing)(args, items)
-    for line in suite.tool:
-        print("measure with:", line.format(videos=videos, out=args.out))
-    print(table(suite, values))
+    values, lines = MEASURES.get(name, _nothing)(args, items)
+    lines = [*lines, *(f"measure with: {line.format(videos=videos, out=args.out)}" for line in suite.tool)]
     result = {"metric": name, "knobs": _sampled_with(args.out), "numbers": {k: {"value": v} for k, v in values.items()},
               "published": dict(suite.published), "origin": suite.origin, "videos": len(items),
               "complete": args.limit is None}  # fmt: skip
     result_files.write(args.out / TABLE, result)
+    return commands.Report([*lines, table(suite, values)])
 
 
 def _path(videos: Path, item: Item) -> Path:
@@ -143,48 +143,48 @@ def sample(suite: Suite, items: Sequence[Item], args: argparse.Namespace, part: 
 # ---- measuring ----
 
 
-def _fvd(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, float]:
+def _fvd(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     path = args.out / "fvd.json"
     flags = ["--samples", str(args.out / VIDEOS), "--reference", args.reference, "--protocol", "paper",
              "--out", str(args.out), "--json", str(path)]  # fmt: skip
     flags += ["--i3d", str(args.i3d)] if args.i3d else []
     flags += ["--clips", str(args.clips)] if args.clips else []
-    commands.distance("fvd", flags)
+    report = commands.distance("fvd", flags)
     numbers = result_files.read(path)["numbers"]
-    return {name: numbers[name]["value"] for name in commands.DISTANCES}
+    return {name: numbers[name]["value"] for name in commands.DISTANCES}, report.lines
 
 
-def _clipsim(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, float]:
+def _clipsim(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     captions, path = args.out / CAPTIONS, args.out / "clipsim.json"
     captions.write_text(json.dumps({item.name: item.prompt for item in items}, indent=2) + "\n")
     flags = ["--samples", str(args.out / VIDEOS), "--captions", str(captions), "--clip", os.fspath(args.clip)]
-    commands.clip_similarity("clipsim", [*flags, "--json", str(path)])
-    return {"clipsim": result_files.read(path)["numbers"]["clipsim"]["value"]}
+    report = commands.clip_similarity("clipsim", [*flags, "--json", str(path)])
+    return {"clipsim": result_files.read(path)["numbers"]["clipsim"]["value"]}, report.lines
 
 
-def _vbench(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, float]:
+def _vbench(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     """Reads the tool's results, if there are any; otherwise measures the dimension that needs no network."""
     folder = args.results or args.out / "results"
     if args.results is not None or folder.is_dir():
         values = read_vbench_results(folder)
-        return {name: 100 * value for name, value in values.items()} | vbench_scores(values)
+        return {name: 100 * value for name, value in values.items()} | vbench_scores(values), []
     own = args.out / VIDEOS / "temporal_flickering"
     clips = find_videos(os.fspath(own if own.is_dir() else args.out / VIDEOS), "--out")
     values = [temporal_flickering(video.read()) for video in tqdm(clips, desc="flickering", unit="video")]
-    return {"temporal_flickering": 100 * sum(values) / len(values)}
+    return {"temporal_flickering": 100 * sum(values) / len(values)}, []
 
 
-def _videophy(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, float]:
+def _videophy(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     """Writes the table that VideoPhy's tool reads."""
     with finished(args.out / "videos.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["videopath", "caption"])
         rows.writerows([_path((args.out / VIDEOS).absolute(), item), item.prompt] for item in items)
-    return {}
+    return {}, []
 
 
-def _nothing(args: argparse.Namespace, items: Sequence[Item]) -> dict[str, float]:
-    return {}
+def _nothing(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
+    return {}, []
 
 
 MEASURES = {"ucf101": _fvd, "msrvtt": _clipsim, "vbench": _vbench, "videophy": _videophy}

@@ -65,8 +65,7 @@ def import_clip(source: Path, out: Path, *, tokenizer: Path | None = None, overw
     if tokenizer is None and own_tokenizer is None:
         raise UserError(f"{source} has no tokenizer: give the folder of CLIP's with --tokenizer.")
     words = tokenizer_folder(resolve_hub_cache(tokenizer or own_tokenizer))
-    text = config.text
-    check_tokenizer(words, text, owner=source)
+    check_tokenizer(words, config.text, owner=source)
     imported = import_part("clip", part, config)
     refuse(imported.problems)
     save_clip(out, imported.part, words, overwrite=overwrite)
