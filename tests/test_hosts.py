@@ -134,6 +134,7 @@ def test_a_host_that_is_killed_ends_the_other(victim, program, tmp_path):
         assert codes[1] != 0
 
 
+@pytest.mark.heavy
 def test_hosts_that_do_not_share_the_workdir_are_refused(program, tmp_path):
     codes, logs, apart = ended(*start(lambda i: [program, "none", tmp_path / f"run-{i}"], tmp_path))
     assert codes == [2, 2] and apart < LIMIT, (codes, logs)

@@ -346,7 +346,7 @@ def test_padding_of_texts_is_masked():
 @pytest.mark.parametrize(
     ("remat", "kernels"),
     [
-        ("block", ()),
+        pytest.param("block", (), marks=pytest.mark.heavy),
         pytest.param("full", ("blockwise", "dot_product"), marks=pytest.mark.heavy),
         pytest.param("offload", (), marks=pytest.mark.heavy),
     ],
