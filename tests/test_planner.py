@@ -334,6 +334,7 @@ def test_held_out_batches_and_losses_are_planned():
     beside = sum(bytes_per_chip(state[name]) for name in ("params", "opt_state")) + 2 * batch
     assert bytes_per_chip(held_out.beside) == beside
     assert held_out.trace().out_info["video_loss"].shape == ()
+    assert bytes_per_chip(held_out.arguments) > bytes_per_chip(held_out.arguments[-1]) > 0  # the last is a random key
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_logged_learning_rate_is_the_applied_one(run, tmp_path, monkeypatch)
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [0, 0, 3e-3 / 5, 2 * 3e-3 / 5], atol=1e-7)
 
 
-@pytest.mark.heavy  # test_checkpoint.py has a save that fails, without a run
+@pytest.mark.heavy  # test_checkpoint.py has one that is tolerated, without a run
 def test_a_full_disk_stops_the_run_only_at_its_end(run, tmp_path, monkeypatch, caplog):
     """Saves fail from step 4 on; the run trains to its end, reports the error, and can be completed later."""
     disk = tmp_path / "disk"

@@ -60,10 +60,12 @@ def cast(tree: Any, dtype: DTypeLike) -> Any:
 
 def bytes_per_chip(tree: Any) -> int:
     """Returns the bytes of ShapeDtypeStructs with shardings on one device (all devices hold the same)."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * jax.dtypes.canonicalize_dtype(x.dtype).itemsize
-        for x in jax.tree.leaves(tree)
-    )
+
+    def itemsize(dtype: Any) -> int:
+        """Bytes of an element on the device; the dtype of random keys is an extended one."""
+        return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True).itemsize
+
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
 
 def mesh_of(config: Any, devices: list[jax.Device]) -> Mesh:
