@@ -3,6 +3,8 @@
 import argparse
 import functools
 import re
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,4 +132,5 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the compiling process would go on alone
     main()
