@@ -12,8 +12,8 @@ configs/moving_shapes/fine_tuning.py` with workdir OUT/RUN. It is measured at th
     image     images of `val` by the image path, with all shapes and colours: are all attributes right?
 
 Weights and measurements are kept in OUT/RUN/weights-STEP and OUT/RUN/measured-STEP.json. The same command resumes, and
-repeats nothing that is complete. With too little time, leave out seeds (`--seeds 1`) or variants (`--images=
---alphas=`). Needs matplotlib (extra `plots`) for --plot.
+repeats nothing that is complete; `--so-far` shows what is. With too little time, leave out seeds (`--seeds 1`) or
+variants (`--images= --alphas=`). Needs matplotlib (extra `plots`) for --plot.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 
-from lavie_jax import cascade, results
+from lavie_jax import cascade, parallel, results
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.moving_shapes import Attributes, Sample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, user_location, user_path
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.evaluation.moving_shapes import score, true_samples
-from lavie_jax.training import build, options
+from lavie_jax.training import build, checkpoint, options
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import Weights, folder_hash, load_folder
 from lavie_jax.weights.saving import new_folder, recover_folder
@@ -93,6 +93,10 @@ def train(run: Run, step: int, args: argparse.Namespace) -> Path:
     recover_folder(copy)
     if copy.exists():
         return copy
+    if (newest := max(checkpoint.steps(workdir / "checkpoints"), default=0)) > step:
+        raise UserError(
+            f"{workdir} is at step {newest}, beyond the wanted {step}: give the --steps of that run, or another --out"
+        )
     fields = {
         "init_from": args.weights, "regime": run.regime, "steps": step, "seed": run.seed, "data.seed": run.seed,
         "data.images": run.images, "loss.alpha": run.alpha, "held_out_every": step, "checkpoint_every": step,
@@ -184,17 +188,28 @@ def kept(path: Path, samples: int, weights: Callable[[], Weights]) -> dict[str, 
 
 
 def measure_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[str, dict[int, dict[str, Cell]]]:
-    """Trains and measures every run: {run: {step: measures}}."""
-    start = kept(args.out / "measured-0.json", args.samples, lambda: at_the_start(args.weights, args.config))
-    table = {}
+    """Trains and measures every run, or with `--so-far` reads what is complete: {run: {step: measures}}."""
+
+    def read(path: Path, weights: Callable[[], Weights]) -> dict[str, Cell] | None:
+        if args.so_far:
+            return json.loads(path.read_text())["measures"] if path.exists() else None
+        return kept(path, args.samples, weights)
+
+    start = read(args.out / "measured-0.json", lambda: at_the_start(args.weights, args.config))
+    table: dict[str, dict[int, dict[str, Cell]]] = {}
     for run in runs:
-        table[run.name] = {0: start}
+        found = {0: start}
         for step in sorted({args.steps // 2, args.steps} - {0}):
-            print(f"{run.name}, step {step}", file=sys.stderr, flush=True)
-            folder = train(run, step, args)
-            path = args.out / run.name / f"measured-{step}.json"
-            table[run.name][step] = kept(path, args.samples, functools.partial(load_folder, folder, dtype=np.float32))
+            found[step] = read(args.out / run.name / f"measured-{step}.json", functools.partial(after, run, step, args))
+        if any(cells for step, cells in found.items() if step):
+            table[run.name] = {step: cells for step, cells in found.items() if cells}
     return table
+
+
+def after(run: Run, step: int, args: argparse.Namespace) -> Weights:
+    """Returns the weights of a run after `step`, which it is trained for if necessary."""
+    print(f"{run.name}, step {step}", file=sys.stderr, flush=True)
+    return load_folder(train(run, step, args), dtype=np.float32)
 
 
 # ---- table and figure ----
@@ -208,14 +223,16 @@ def summary(runs: Sequence[Run], table: Mapping[str, Mapping[int, Mapping[str, C
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.group, []).append(run)
-    return {
-        group: {
-            step: {name: _mean([table[run.name][step][name] for run in own], shared=step == 0) for name in MEASURES}
-            for step in table[own[0].name]
-        }
-        for group, own in groups.items()
-    }
+        if run.name in table:
+            groups.setdefault(run.group, []).append(run)
+    cells: dict[str, dict] = {}
+    for group, own in groups.items():
+        for step in sorted({step for run in own for step in table[run.name]}):
+            done = [table[run.name][step] for run in own if step in table[run.name]]
+            cells.setdefault(group, {})[step] = {
+                name: _mean([one[name] for one in done], shared=step == 0) for name in MEASURES
+            }
+    return cells
 
 
 def _mean(cells: Sequence[Cell], *, shared: bool) -> Cell:
@@ -233,7 +250,8 @@ def markdown(groups: Mapping[str, Mapping[int, Mapping[str, Cell]]]) -> str:
         percent = [f"{100 * cells[m]['mean']:.1f} ± {100 * cells[m]['stderr']:.1f}" for m in MEASURES]
         return [name, runs, str(step), *percent]
 
-    rows = [row("start", "", 0, next(iter(groups.values()))[0])]
+    starts = [steps[0] for steps in groups.values() if 0 in steps]
+    rows = [row("start", "", 0, starts[0])] if starts else []
     for name, steps in groups.items():
         label = name.replace("-alpha", ", alpha = ").replace("-M", ", M = ").replace("_", " ")
         rows += [row(label, str(cells["motion"]["runs"]), step, cells) for step, cells in steps.items() if step]
@@ -286,6 +304,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=48, help="captions of each split (default: %(default)s)")
     parser.add_argument("--images", type=numbers(int), default=(1, 8), help="other M of joint (default: 1,8)")
     parser.add_argument("--alphas", type=numbers(float), default=(0.3, 3.0), help="other alpha (default: 0.3,3)")
+    parser.add_argument("--so-far", action="store_true", help="train nothing: show what is complete in OUT")
     parser.add_argument("--json", type=Path, help="write the table and all measurements to this file")
     parser.add_argument("--plot", type=Path, help="plot the measures over training to this PNG")
     return parser.parse_args(argv)
@@ -314,8 +333,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = _parse(argv)
         config = _check(args)
+        parallel.keep_compiled_programs()
         runs = planned(args.seeds, config.data.images, args.images, args.alphas)
         table = measure_all(runs, args)
+        if not table:
+            raise UserError(f"--so-far: no measurement is complete in {args.out}")
     groups = summary(runs, table)
     print(markdown(groups))
     if args.json:

@@ -1,5 +1,6 @@
 """The measurement of the three regimes of fine-tuning, `benchmarks/joint_training.py`."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import joint_training
 from benchmarks.joint_training import Run
+from lavie_jax import results
 from lavie_jax.data.moving_shapes import Attributes
 from lavie_jax.errors import UserError
 from lavie_jax.evaluation.moving_shapes import true_samples
@@ -81,6 +83,21 @@ def test_a_measurement_is_kept_unless_the_number_of_samples_differs(tmp_path, mo
     for samples in (4, 4, 8, 8):
         joint_training.kept(path, samples, lambda: None)
     assert made == [4, 8]
+
+
+def test_what_is_complete_is_shown_and_a_run_beyond_the_wanted_step_is_refused(tmp_path, capsys):
+    out, run = tmp_path / "out", tmp_path / "out" / "video_only-0"
+    words = ["--out", str(out), "--steps", "20", "--seeds", "1"]
+    with pytest.raises(SystemExit):
+        joint_training.main([*words, "--so-far"])
+    assert "no measurement is complete" in capsys.readouterr().err
+    results.write(run / "measured-10.json", {"kind": joint_training.KIND, "measures": cells(0.25, 0.75, 0.0)})
+    joint_training.main([*words, "--so-far"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2:] == ["| video only | 1 | 10 | 25.0 ± 50.0 | 75.0 ± 50.0 | 0.0 ± 50.0 |"]
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(UserError, match="is at step 20, beyond the wanted 10"):
+        joint_training.train(Run("video_only", 0), 10, argparse.Namespace(out=out))
 
 
 @pytest.mark.parametrize(
