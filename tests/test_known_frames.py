@@ -293,6 +293,7 @@ def alive_clips(monkeypatch) -> list[int]:
     return alive
 
 
+@pytest.mark.heavy
 def test_segments_equal_clips_that_are_continued_one_by_one(pipe, monkeypatch):
     known, prompts = {0: PICTURES[0], 7: PICTURES[1]}, ("a red circle", "a blue square", "a blue square")
     alive = alive_clips(monkeypatch)

@@ -272,14 +272,8 @@ def trained(config, path, learn):
     return jax.device_get(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)]), held_out
 
 
-@pytest.mark.parametrize(
-    "stage, learn",
-    [
-        ("base", False),
-        pytest.param("base", True, marks=pytest.mark.heavy),
-        pytest.param("interpolation", True, marks=pytest.mark.heavy),
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage, learn", [("base", False), ("base", True), ("interpolation", True)])
 def test_training_on_latents_equals_training_on_the_pixels_of_the_same_clips(
     stage, learn, films, clips, latent_set, image_sets, base, tmp_path
 ):

@@ -79,6 +79,7 @@ def latents_of(pipe, stage, frames, **given) -> np.ndarray:
     return ready.state["x"]
 
 
+@pytest.mark.heavy
 def test_one_call_equals_one_call_per_stage(single):
     video = single(PROMPT, stages=("base", "interpolation", "vsr"), seed=1)
     assert video.shape == (1, 13, 64, 96, 3) and video.dtype == np.uint8

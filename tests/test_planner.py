@@ -494,6 +494,7 @@ def killed(devices):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.heavy
 def test_errors_of_the_compiling_subprocess_are_raised(libtpu, capfd):
     with pytest.raises(UserError, match="not with these devices"):
         measure_in_subprocess(refused, "v5e:1x1", code=False)

@@ -321,6 +321,7 @@ def test_a_user_clip_is_upscaled_at_its_own_rate(cascaded, tmp_path):
     assert "steps" not in sidecar["request"] and sidecar["request"]["vsr"]["fps"] == 5
 
 
+@pytest.mark.heavy
 def test_the_contact_sheet_of_a_cascade_has_a_row_for_each_stage(cascaded, tmp_path):
     assert cascaded(stages="base,interpolation,vsr") == 0
     cache = tmp_path / "out" / "stages" / "0000-a-red-circle-moving-left-0"

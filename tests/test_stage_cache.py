@@ -43,9 +43,17 @@ def test_a_cache_older_than_a_setting_has_its_default(tmp_path):
         return StageCache(tmp_path / "stages" / "0000-a-0", {"vsr": record}, keep=True)
 
     cache().put("vsr", FRAMES.shape, [FRAMES])
-    everything = {"prompt_suffix": "", "negative_prompt": "", "noise_level": 50, "windows": "blended",
-                  "window_frames": 8, "overlap_frames": 2, "tile": None, "spacing": None}  # fmt: skip
-    base = {"guidance_rescale": 0.0, "spacing": None, "prompt_suffix": "", "negative_prompt": ""}
+    common = {"spacing": None, "prompt_suffix": "", "negative_prompt": "",
+              "guidance_low": 0, "guidance_high": None, "guidance_every": 1}  # fmt: skip
+    everything = {
+        **common,
+        "noise_level": 50,
+        "windows": "blended",
+        "window_frames": 8,
+        "overlap_frames": 2,
+        "tile": None,
+    }
+    base = {**common, "guidance_rescale": 0.0}
     now = cache(**everything, guidance_rescale=0.0)
     now.records["vsr"] |= base
     now.check()

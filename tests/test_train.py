@@ -474,7 +474,7 @@ BAD = [
     (["--config.sampling.steps=0"], "group 'sampling': steps must be at least 1"),
     (["--config.sampling.steps=1001"], "group 'sampling': steps must be a whole number from 1 to 1000"),
     (["--config.sampling.guidance=1e999"], "group 'sampling': guidance must be finite"),
-    (["--config.unet.cross_attention_dim=48"], "must be text_encoder.hidden_size"),
+    (["--config.unet.cross_attention_dim=48"], "must be the text encoder's width 32"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),
     (["--steps=3"], "unknown flag --steps"),
     (["--restore-step=best"], "--restore-step takes the step of a checkpoint"),

@@ -173,7 +173,7 @@ def per_device(f, mesh: Mesh, *specs: PartitionSpec):
 
     def partitioned(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return split_by_rows(f(*args))
+            return jax.tree.map(split_by_rows, f(*args))
 
     return partitioned
 

@@ -37,7 +37,6 @@ class StageWeights(Protocol):
     """The part of `weights.Weights` that a stage reads."""
 
     sampling: Mapping[str, Any]
-    presets: Mapping[str, Mapping[str, Any]]
     unet: Any  # with `config`
     vae: Any  # with `config`
     low_res_schedule: Schedule | None
