@@ -21,7 +21,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
 # Test files for `make check`, chosen by their measured CPU time (about 60 seconds together) and by how much they cover.
-FAST := docs errors imports layers lock loss mixture originals schedule sheets stages torch_for_tests typecheck \
+FAST := docs errors imports layers lock loss originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
 .PHONY: demo check test heavy-test crash-test lint typecheck parity-full train-demo train-cascade
