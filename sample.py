@@ -17,7 +17,6 @@ Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from lavie_jax.samples.prompts import (
     check_unicode,
     check_within,
     one_line,
+    parse_part,
     parse_prompts_at,
     read_prompts,
 )
@@ -175,14 +175,6 @@ def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         except UserError as error:
             raise info.located(error) from None
     return given
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """Parses `"1/4"` to (1, 4)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserError(f"part must be I/N with I from 0 to N-1, such as 0/4 to 3/4, not {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:

@@ -282,7 +282,7 @@ def plot(groups: Mapping[str, Mapping[int, Mapping[str, Cell]]], path: Path) -> 
 
 
 def numbers(kind: type) -> Callable[[str], tuple]:
-    """Returns a parser of "1,8" to (1, 8); the empty text is no number."""
+    """Returns a parser of "1,8" to (1, 8), and of the empty text to ()."""
 
     def parse(text: str) -> tuple:
         values = tuple(kind(word) for word in text.split(",") if word)

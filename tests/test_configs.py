@@ -244,7 +244,8 @@ def test_tiny_with_t5_trains_resumes_and_is_sampled_from_its_weights_folder(tmp_
 
 @pytest.mark.heavy
 def test_tiny_with_two_objects_trains(tmp_path):
-    tiny_run("pairs", tmp_path / "pairs", "--config.prompts=()")
+    lines = tiny_run("pairs", tmp_path / "pairs", "--config.prompts=()")
+    assert np.isfinite([line["image_loss"] for line in lines if "loss" in line]).all()
 
 
 FRAMES = {

@@ -234,7 +234,9 @@ def test_fvd_refuses_what_would_mislead(tmp_path, capsys, stand_in):
     assert "clip0.npz is too short: 16 frames are needed, and it has 9" in error
     one = write_set(tmp_path / "one", 1)
     assert "FVD needs at least 2" in refusal(main, ["fvd", "--samples", one, "--reference", samples], capsys)
-    assert "--part 2/2: write I/N" in refusal(main, [*base, "--out", str(tmp_path), "--part", "2/2"], capsys)
+    assert "part must be I/N with I from 0 to N-1" in refusal(
+        main, [*base, "--out", str(tmp_path), "--part", "2/2"], capsys
+    )
     assert "unknown metric or command 'fdv'; did you mean 'fvd'" in refusal(main, ["fdv"], capsys)
     main(["--help"])
     assert "clipsim" in capsys.readouterr().out

@@ -16,7 +16,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "-
 
 
 def main() -> None:
-    """Downloads each archive that is not there yet, and prints which case applies."""
+    """Downloads the archives that are missing, and prints the state of each."""
     folder = cache_folder()
     for source in SOURCES:
         if (folder / source.sdist).is_file():

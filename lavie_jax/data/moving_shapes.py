@@ -183,6 +183,7 @@ def uniforms(*key: object) -> list[float]:
 
 
 def pick(options: tuple | list, u: float):
+    """Returns the option that u in [0, 1) selects; all are equally likely."""
     return options[min(int(u * len(options)), len(options) - 1)]
 
 

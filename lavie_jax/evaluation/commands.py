@@ -20,6 +20,7 @@ from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
 from lavie_jax.evaluation.videos import find_videos, paired
 from lavie_jax.fields import rule_of, settable, types_of, without_none
+from lavie_jax.samples.prompts import parse_part
 from lavie_jax.text_files import read_json
 from lavie_jax.weights.i3d import read_i3d
 
@@ -93,15 +94,6 @@ def distance_parser(command: str) -> Parser:
     return parser
 
 
-def parse_part(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    index, _, parts = text.partition("/")
-    if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
-        raise UserError(f"--part {text}: write I/N with I from 0 to N - 1, such as 0/4")
-    return int(index), int(parts)
-
-
 def _check_distance(args: argparse.Namespace) -> None:
     if args.batch_size < 0:
         raise UserError(f"--batch-size must be at least 1; given {args.batch_size}")
@@ -137,7 +129,7 @@ def distance(command: str, argv: Sequence[str]) -> Report:
         weights=weights,
         cache=args.out and args.out / "cache",
         batch_size=args.batch_size or extract.devices,
-        own_part=parse_part(args.part),
+        own_part=None if args.part is None else parse_part(args.part),
     )
     if measured is None:
         line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"

@@ -84,6 +84,7 @@ def compute_features(
     waiting: dict[tuple[int, ...], list[tuple[int, Path | None, np.ndarray]]] = {}  # by shape: one program for each
 
     def flush(shape: tuple[int, ...]) -> None:
+        """Computes and stores the features of the waiting clips of one shape."""
         rows = waiting.pop(shape)
         features = extract(np.stack([pixels for _, _, pixels in rows]))
         for k, (index, path, _) in enumerate(rows):

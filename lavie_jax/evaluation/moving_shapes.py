@@ -82,6 +82,7 @@ def mistakes(detected: Sequence[Attributes], attributes: Sequence[Attributes]) -
 
 
 def accuracy(right: Sequence[bool]) -> dict[str, float]:
+    """Returns {accuracy, stderr, n}, with the binomial standard error."""
     n, p = len(right), sum(right) / len(right)
     return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n}
 
@@ -153,6 +154,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--json", type=Path, help="write the tables to this file")
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings, by name, that flags of `add_sampling_flags` set."""
+    flags = {name: getattr(args, name) for name in ("sampler", "steps", "guidance")}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def check_sampling_flags(args: argparse.Namespace, *counts: str) -> None:
@@ -234,9 +241,7 @@ def _measure(args: argparse.Namespace) -> dict:
         folder = cascade.stage_folder(args.weights, MAIN_STAGE)
         result |= {"weights": os.fspath(folder), "weights_hash": folder_hash(folder)}
     if source == "samples":
-        flags = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-        overrides = {name: value for name, value in flags.items() if value is not None}
-        result |= {"stages": args.stages, "seed": args.seed, "sampling": {**sampling, **overrides}}
+        result |= {"stages": args.stages, "seed": args.seed, "sampling": {**sampling, **given_sampling(args)}}
     return result
 
 

@@ -28,6 +28,7 @@ from lavie_jax.evaluation.moving_shapes import (
     add_sampling_flags,
     check_sampling_flags,
     generated,
+    given_sampling,
     reconstructed,
 )
 from lavie_jax.evaluation.pair_detectors import OUTCOMES, detect_pair, outcome
@@ -115,8 +116,7 @@ def _measure(args: argparse.Namespace) -> dict:
     result = {"kind": KIND, "what": source, "images": args.images, "seed": args.seed, "table": score(outcomes)}
     if not args.truth:
         result |= {"weights": os.fspath(weights), "weights_hash": folder_hash(weights)}
-    flags = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    result["sampling"] = {**sampling, **{name: value for name, value in flags.items() if value is not None}}
+    result["sampling"] = {**sampling, **given_sampling(args)}
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 

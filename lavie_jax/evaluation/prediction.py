@@ -36,6 +36,7 @@ from lavie_jax.evaluation.moving_shapes import (
     Table,
     add_sampling_flags,
     check_sampling_flags,
+    given_sampling,
     score,
     true_samples,
 )
@@ -68,7 +69,7 @@ class Model:
 
     def __init__(self, pipe: cascade.Cascade, args: argparse.Namespace):
         self.pipe, self.seed, self.batch_size = pipe, args.seed, args.batch_size
-        self.given = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
+        self.given = given_sampling(args)
         self.settings = self._resolve()[STAGE]
         self.vae = through_vae(pipe, STAGE)
 

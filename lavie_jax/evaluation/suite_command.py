@@ -32,6 +32,7 @@ from lavie_jax.evaluation.suites import (
     vbench_scores,
 )
 from lavie_jax.evaluation.videos import batches, find_videos
+from lavie_jax.samples.prompts import parse_part
 from lavie_jax.stages.settings import MAIN_STAGE
 from lavie_jax.text_files import read_json
 from lavie_jax.weights import folder_hash
@@ -76,7 +77,7 @@ def run(name: str, argv: Sequence[str]) -> commands.Report:
     suite, args = SUITES[name], suite_parser(name).parse_args(argv)
     if args.seed < 0 or (args.limit is not None and args.limit < 1):
         raise UserError(f"--seed must be at least 0 and --limit at least 1; given {args.seed} and {args.limit}")
-    part = commands.parse_part(args.part)
+    part = None if args.part is None else parse_part(args.part)
     check_folder(args.out, f"--out {args.out}")
     items = checked(suite.items(args.source, args.seed))[: args.limit]
     videos = args.out / VIDEOS

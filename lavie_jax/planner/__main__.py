@@ -132,5 +132,5 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the compiling process would go on alone
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # otherwise the compiling process would continue
     main()

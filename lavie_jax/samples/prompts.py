@@ -19,6 +19,14 @@ _WHOLE = re.compile(r"\d+\.0*")
 _AT = re.compile(r"\s*([0-9]{1,9})\s*:(.*)", re.DOTALL)
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """Parses the `--part` of a command that hosts share, `"1/4"`, to (1, 4)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"part must be I/N with I from 0 to N-1, such as 0/4 to 3/4, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
     """A prompt to sample; None means the run's seed or negative prompt.

@@ -28,7 +28,7 @@ def find(folder: Path, system: str) -> dict[Key, Path]:
     number (`a red circle-0.mp4`, VBench's names).
 
     Raises:
-        UserError: there is no folder, or no video in it.
+        UserError: the folder is missing or has no videos.
     """
     if not folder.is_dir():
         raise UserError(f"--system {system}: {os.fspath(folder)!r} is not a folder")
