@@ -156,9 +156,14 @@ class Checkpoints:
             raise error
         self._failed = True
         logging.error("no checkpoint could be written to %s: the disk is full. Training continues.", self._path)
-        for _ in range(10):  # other threads of the save may still be writing
-            for half in self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        absent = 0
+        for _ in range(200):  # other threads of the save may still be writing, and create it again
+            halves = list(self._path.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+            for half in halves:
                 shutil.rmtree(half, ignore_errors=True)
+            absent = 0 if halves else absent + 1
+            if absent == 10:
+                break
             time.sleep(0.05)
         # A new manager: the old one believes that the checkpoints to be replaced are gone.
         self._manager = ocp.CheckpointManager(self._path, options=self._options)
