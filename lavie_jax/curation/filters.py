@@ -8,15 +8,14 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
-from numpy.lib.stride_tricks import sliding_window_view
 
 from lavie_jax.errors import UserError, suggest
 
 DARK = 24  # grays up to this belong to black bars: video black is 16, and compression adds noise
 BLOCK = 8  # pixels; side of the squares in which static marks are detected
-CHANGES_AROUND = 0.75  # of the pixels around a static mark
+CHANGES_AROUND = 0.9  # of the pixels outside static marks, at least
 LETTERBOX = ("crop", "drop", "keep")
 
 
@@ -120,22 +119,18 @@ def overlay(frames: UInt8[np.ndarray, "t h w 3"]) -> float | None:
     """Returns the fraction of the picture covered by static text or marks; None if it cannot be determined.
 
     When the camera moves, edges of the scene move too. An edge may slide along itself and appear static, but only in
-    one direction. The measure therefore counts squares in which edges in both directions are static in all frames. The
-    picture around such a square must change: before a camera that stands, the scene itself is static.
+    one direction. The measure therefore counts squares in which edges in both directions are static in all frames. It
+    requires that nearly all of the other squares change: before a camera that stands, the scene itself is static.
     """
     luma = gray(frames)
-    rows, columns = (side // BLOCK for side in luma.shape[1:])
-    if len(luma) < 4 or min(rows, columns) < 2:
+    if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK:
         return None
-    marked = np.ones((rows, columns), bool)
-    for axis in (1, 2):
-        edges = np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1)))
-        marked &= _squares(edges).sum(-1) >= 3
+    edges = [np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1))) for axis in (1, 2)]
+    marked = np.logical_and.reduce([_squares(each).sum(-1) >= 3 for each in edges])
     changing = _squares(np.ptp(luma, axis=0) > 16).mean(-1)
-    around = _mean_around(changing, ~marked)
-    if (around < CHANGES_AROUND).all():
+    if marked.all() or changing[~marked].mean() < CHANGES_AROUND:
         return None
-    return float((marked & (around >= CHANGES_AROUND)).mean())
+    return float(marked.mean())
 
 
 def _squares(pixels: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "r c n"]:
@@ -143,15 +138,6 @@ def _squares(pixels: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "r c n"]:
     rows, columns = (side // BLOCK for side in pixels.shape)
     whole = pixels[: rows * BLOCK, : columns * BLOCK]
     return rearrange(whole, "(r i) (c j) -> r c (i j)", i=BLOCK, j=BLOCK)
-
-
-def _mean_around(values: Float[np.ndarray, "r c"], chosen: Bool[np.ndarray, "r c"]) -> Float[np.ndarray, "r c"]:
-    """Returns the mean of the chosen values among the 5x5 squares around each; 0 where none is chosen."""
-    sums = []
-    for part in (np.where(chosen, values, 0), chosen.astype(float)):
-        neighbours = sliding_window_view(np.pad(part, 2), (5, 5))
-        sums.append(reduce(neighbours, "r c i j -> r c", "sum"))
-    return np.divide(sums[0], sums[1], out=np.zeros_like(sums[0]), where=sums[1] > 0)
 
 
 def _static_edges(slope: Float[np.ndarray, "t h w"]) -> Bool[np.ndarray, "h w"]:

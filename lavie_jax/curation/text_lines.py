@@ -68,6 +68,8 @@ def _is_line(rising: Bool[np.ndarray, "h w"], edges: Bool[np.ndarray, "h w"], ki
     left, top, width, height, pixels = map(int, box)
     if not _HEIGHTS[0] <= height <= _HEIGHTS[1] or width < 2.5 * height or pixels < kind.filled * width * height:
         return False
+    if left == 0 or left + width == rising.shape[1]:  # text ends before the picture does, leaves do not
+        return False
     columns, bottom = slice(left, left + width), top + height
     inside = rising[top:bottom, columns]
     strokes = np.median((inside[:, 1:] & ~inside[:, :-1]).sum(axis=1))
