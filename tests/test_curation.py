@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.curation import __main__ as command
-from lavie_jax.curation import duplicates, filters, pipeline, scenes, video
-from lavie_jax.curation.inputs import Caption, caption_of, find_videos
+from lavie_jax.curation import duplicates, filters, pipeline, scenes, text_lines, video
+from lavie_jax.curation.inputs import Caption, HeldOut, caption_of, find_videos
 from lavie_jax.curation.job import CurationJob
 from lavie_jax.data import pipeline as data_pipeline
-from lavie_jax.data import shard_readers, sources, video_files
+from lavie_jax.data import shard_readers, shards, sources, video_files
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
 from lavie_jax.stages.clips import pixels_to_float
@@ -137,6 +137,29 @@ def test_scenes_of_any_length_end_at_the_cut_and_have_samples_of_their_own(lengt
         assert len(scene.samples) == len(land) if len(land) <= scenes.SAMPLES else len(scene.samples) >= 8
 
 
+@pytest.mark.parametrize("frames", [13, 30, 70])
+def test_the_scenes_of_the_parts_are_those_of_the_whole(frames, tmp_path):
+    """Also where frames repeat, where a part has no cut, and where one begins a frame before or after a cut."""
+    lengths = (29, 2, 30, 9, 80)
+    film = np.concatenate([videos.pan(60 + i, n) for i, n in enumerate(lengths)])
+    film[100:125] = film[100]  # a still, longer than frames are withheld
+    path = videos.encode(tmp_path / "a.mp4", film, crf="8", options={})
+    whole = list(scenes.find_scenes(path, threshold=3.0))
+    ends = [*range(frames, len(film), frames), sys.maxsize]
+    parts = [
+        scene
+        for part in zip([0, *ends], ends)
+        for scene in scenes.find_scenes(path, threshold=3.0, part=part)
+    ]  # fmt: skip
+    assert [(s.first, s.last) for s in parts] == [(s.first, s.last) for s in whole] and len(whole) >= 4
+    assert all(np.array_equal(a.samples, b.samples) for a, b in zip(parts, whole))
+    short = [
+        s for part in zip([0, *ends], ends) for s in scenes.find_scenes(path, threshold=3.0, part=part, max_frames=20)
+    ]
+    assert {s.first for s in whole} < {s.first for s in short} and all(s.last - s.first <= 20 for s in short)
+    assert [s.last for s in short[:-1]] == [s.first for s in short[1:]] and short[-1].last == len(film)
+
+
 def test_a_long_scene_has_a_bounded_number_of_evenly_spaced_samples():
     samples = scenes._Samples()
     for i in range(1000):
@@ -180,11 +203,11 @@ def test_bars_are_detected_at_the_exact_row_and_not_in_a_dark_room():
 def test_black_bars_are_cropped_kept_or_a_reason_to_drop(wild, tmp_path, want, reason, size):
     (one,) = [v for v in find_videos(wild[0], None) if v.name == "wide_bars.mp4"]
     thresholds = filters.Thresholds(**{"min_height": 80, **want})
-    video.curate_video(one, tmp_path, thresholds, captioner=None, scorer=None)
-    (result,) = video.read_result(tmp_path / one.key)
+    video.curate_part(video.Part(one), tmp_path, thresholds, captioner=None, scorer=None)
+    (result,) = video.read_result(one, tmp_path)
     assert (result.reason, (result.height, result.width)) == (reason, size)
-    (tmp_path / one.key / "result.json").write_text("[{")  # an incomplete result counts as missing
-    assert video.read_result(tmp_path / one.key) is None
+    (tmp_path / video.Part(one).name / "result.json").write_text("[{")  # an incomplete result counts as missing
+    assert video.read_result(one, tmp_path) is None
 
 
 def test_bars_at_full_size_cover_the_measured_ones_and_leave_even_sides():
@@ -212,10 +235,36 @@ def test_a_small_moving_object_counts_as_motion_and_noise_does_not():
 
 def test_static_text_is_distinguished_from_stripes_that_slide_along_themselves():
     land = videos.pan(52, 12, height=120, width=240)
-    land[:, ::6] //= 3  # stripes along the pan: their edges are static
+    land[:, ::12] //= 3  # stripes along the pan: their edges are static
     assert filters.overlay(land) == 0
     assert filters.overlay(videos.lettered(land)) > 0.004
     assert filters.overlay(np.repeat(videos.lettered(land[:1]), 12, axis=0)) is None  # everything is static
+
+
+def test_the_scene_before_a_camera_that_stands_is_no_mark():
+    """However much moves in it, as a large animal before grass."""
+    grass = np.repeat(videos.lettered(videos.pan(53, 1, height=120, width=240)), 12, axis=0)
+    grass[:, :, :160] = videos.pan(52, 12, height=120, width=160)
+    assert filters.overlay(grass) is None
+    assert filters.overlay(videos.lettered(videos.pan(52, 12, height=120, width=240))) > 0.004
+
+
+@pytest.mark.parametrize("size", [10, 16, 40, 64])
+@pytest.mark.parametrize("colour", ["white", "#404040"])
+def test_text_that_rolls_or_stands_is_found_and_textures_are_not(size, colour):
+    rng = np.random.default_rng(size)
+    land = videos.pan(54, 6, height=224, width=398)
+    grass = np.clip(land + rng.normal(0, 40, land.shape), 0, 255).astype(np.uint8)
+    fence = np.where(np.arange(398)[None, None, :, None] // 3 % 2, land, 0).astype(np.uint8)
+    for scene in (land, grass, fence):
+        assert text_lines.text_share(filters.gray(scene)) == 0
+    sky, font = Image.new("RGB", (398, 224), "#8090a0"), ImageFont.load_default(size)
+    frames = []
+    for step in range(6):
+        frame = sky.copy()
+        ImageDraw.Draw(frame).text((20, 140 - 20 * step), "Written and directed by nobody"[: 700 // size], colour, font)
+        frames.append(np.asarray(frame))
+    assert text_lines.text_share(filters.gray(np.stack(frames))) >= 5 / 6
 
 
 def test_a_near_duplicate_is_found_among_many_and_others_are_not():
@@ -315,7 +364,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(wild, curated, tmp_path,
     stop = RuntimeError("stopped")
     for module, name, after in (
         (video.video_files, "encode", 2),
-        (pipeline, "curate_video", 3),
+        (pipeline, "curate_part", 3),
         (pipeline.assemble, "_fields", 19),  # in the second shard
         (pipeline.report, "write", 0),
         (pipeline.output, "write_manifest", 0),
@@ -392,6 +441,35 @@ def test_a_full_disk_and_a_dead_worker_are_reported_in_one_line_and_lose_no_work
 
 def die(frames):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_clips_can_be_held_out_by_time_small_and_short(wild, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("two_scenes", "film_25", "marked"):
+        for path in wild[0].glob(f"{name}.*"):
+            shutil.copy(path, folder)
+    words = ["--input", str(folder), "--out", str(out), *SMALL]
+    command.main([*words, "--hold-out", "two*:0-1", "none.mp4", "--max-height", "48", "--max-seconds", "0.7"])
+    rows = rows_of(out, "clips")
+    assert {(row["height"], row["width"]) for row in rows} == {(48, 80)}
+    assert [(row["source"], row["start"], row["frames"], row["split"]) for row in rows] == [
+        ("film_25.mov", 0.0, 18, "train"),
+        ("two_scenes.mp4", 0.0, 17, "val"),
+        ("two_scenes.mp4", 30 / 24, 17, "train"),
+    ]
+    for split, count in (("train", 2), ("val", 1)):
+        records = shards.ShardRecords(out, medium="video", split=split)
+        assert len(records) == count and {records.fields(i)[1]["split"] for i in range(count)} == {split}
+    page = (out / "report.html").read_text()
+    assert "Longest clip" in page and "dropped-overlaid-text.png" in page
+    with Image.open(out / "report/dropped-overlaid-text.png") as picture:
+        assert np.asarray(picture).std() > 20
+    for given, message in (("nothing.mp4", "no clip that --hold-out covers is left"), ("*", "only clips that")):
+        held_out = (HeldOut.parse(given),)
+        job = CurationJob(thresholds=filters.Thresholds(min_height=80), hold_out=held_out)
+        with pytest.raises(UserError, match=message):
+            pipeline.curate(folder, tmp_path / f"out-{len(given)}", job)
 
 
 # ---- training reads it ----
@@ -498,6 +576,9 @@ def test_modules_import_each_other_in_one_direction():
         (("--captioner", "bare"), "is not a model folder: config.json is missing"),
         (("--min-aesthetic", "5"), "--min-aesthetic needs --aesthetic-clip"),
         (("--aesthetic-clip", "bare"), "must be given together"),
+        (("--hold-out", "film:9-3"), "the start must be before the end"),
+        (("--hold-out", "film:9-1.2.3"), "--hold-out takes NAME or NAME:START-END in seconds"),
+        (("--max-text", "nan"), "--max-text must be at least 0"),
         (("--min-words", "99"), "no clip is left of 1 videos: 1 short caption"),
     ],
 )
@@ -538,7 +619,7 @@ def test_thresholds_that_are_off_drop_nothing(wild, tmp_path):
     shutil.copy(wild[0] / "film_25.txt", folder)
     off = dataclasses.replace(
         filters.Thresholds(), min_words=0, min_frames=0, min_height=0, min_brightness=0, min_motion=0, letterbox="keep",
-        max_overlay=1, duplicate_bits=-1,
+        max_overlay=1, max_text=1, duplicate_bits=-1,
     )  # fmt: skip
     outcome = pipeline.curate(folder, tmp_path / "out", CurationJob(thresholds=off))
     assert outcome.clips == len(names) + 1 and not outcome.dropped

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavie_jax.curation.filters import LETTERBOX, Thresholds
+from lavie_jax.curation.inputs import HeldOut
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.pipeline import curate
 from lavie_jax.data.buckets import parse_sizes
@@ -60,6 +61,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--latent-sizes", metavar="HxW,...", help="frame sizes, such as 320x512,512x320 (default: from WEIGHTS)")
     add("--latent-fps", type=float, metavar="N", help="frames per second to keep (default: from WEIGHTS)")
+    add(
+        "--hold-out",
+        nargs="+",
+        default=[],
+        metavar="NAME[:START-END]",
+        help="clips for the held-out split, by name of the video, with * and ?, and seconds (default: a twentieth of "
+        "the videos, by hash)",
+    )
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
     filters = parser.add_argument_group("filters")
@@ -77,7 +86,10 @@ def _job(args: argparse.Namespace) -> CurationJob:
         raise UserError("--min-aesthetic needs --aesthetic-clip and --aesthetic-head")
     thresholds = Thresholds(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Thresholds)})
     aesthetic = (args.aesthetic_clip, args.aesthetic_head) if args.aesthetic_clip else None
-    return CurationJob(thresholds=thresholds, captioner=args.captioner, aesthetic=aesthetic, latents=_latent_job(args))
+    return CurationJob(
+        thresholds=thresholds, captioner=args.captioner, aesthetic=aesthetic,
+        hold_out=tuple(map(HeldOut.parse, args.hold_out)), latents=_latent_job(args),
+    )  # fmt: skip
 
 
 def _latent_job(args: argparse.Namespace) -> LatentJob | None:

@@ -13,14 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from lavie_jax.curation.duplicates import HashIndex
-from lavie_jax.curation.inputs import Video
+from lavie_jax.curation.inputs import HeldOut, Video
 from lavie_jax.curation.output import CLIPS, DROPPED, file_hashes, write_lines
 from lavie_jax.curation.video import REASONS, Segment, read_result
 from lavie_jax.data import shards
 from lavie_jax.errors import UserError
 
 NAME = "clips"
-_INTERNAL = ("reason", "detail", "file", "perceptual_hash")  # fields of a Segment that records do not have
+_INTERNAL = ("reason", "detail", "file", "picture", "perceptual_hash")  # fields of a Segment that records do not have
 
 Segments = list[tuple[Video, Segment]]
 
@@ -77,20 +77,24 @@ def write_set(
     settings: Mapping[str, object],
     duplicate_bits: int,
     shard_clips: int,
+    hold_out: Sequence[HeldOut] = (),
     encoder: LatentWriter | None = None,
-) -> dict[str, object]:
+) -> tuple[dict[str, object], dict[str, Segments]]:
     """Writes shards of `shard_clips` clips and the lists of kept and dropped segments.
 
-    The first of several near-duplicates is kept. With an `encoder`, records hold latents.
+    The first of several near-duplicates is kept, of both splits. With an `encoder`, records hold latents.
 
     Returns:
-        The manifest, for `output.write_manifest`.
+        The manifest, for `output.write_manifest`; and the dropped segments of each reason, for `report.write`.
 
     Raises:
         UserError: no clip is left.
     """
     kept, dropped = [], []
     for video, segment in _mark_duplicates(videos, work, duplicate_bits):
+        if hold_out:
+            held_out = any(each.covers(video.name, segment.start, segment.end) for each in hold_out)
+            segment = dataclasses.replace(segment, split="val" if held_out else "train")
         (dropped if segment.reason else kept).append((video, segment))
     counts = Counter(segment.reason for _, segment in dropped)
     counts = {reason: counts[reason] for reason in REASONS if counts[reason]}
@@ -98,6 +102,7 @@ def write_set(
     if not kept:
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
         raise UserError(f"no clip is left of {len(videos)} videos: {reasons}. {os.fspath(out / DROPPED)!r} lists them")
+    _check_splits(kept, hold_out)
     latents: dict[str, object] = {}
     if encoder is None:
         paths, rows = _write_clips(kept, work, out, shard_clips)
@@ -105,7 +110,8 @@ def write_set(
         paths, rows = encoder.write([_pending(*pair, work, encoder) for pair in kept], out, shard_clips)
         latents = {"latents": encoder.manifest("video", rows)}
     write_lines(out / CLIPS, rows)
-    return {
+    by_reason = {reason: [(v, s) for v, s in dropped if s.reason == reason] for reason in counts}
+    manifest = {
         "format": 1,
         "settings": dict(settings),
         "videos": len(videos),
@@ -115,6 +121,16 @@ def write_set(
         **latents,
         "files": file_hashes(out, [*paths, out / CLIPS, out / DROPPED]),
     }
+    return manifest, by_reason
+
+
+def _check_splits(kept: Segments, hold_out: Sequence[HeldOut]) -> None:
+    """Raises UserError if --hold-out leaves nothing for a split."""
+    splits = {segment.split for _, segment in kept}
+    if hold_out and len(splits) < 2:
+        rest = "only clips that --hold-out covers are" if splits == {"val"} else "no clip that --hold-out covers is"
+        given = ", ".join(map(str, hold_out))
+        raise UserError(f"{rest} left of the videos: both splits need clips; given {given}")
 
 
 def _mark_duplicates(videos: Sequence[Video], work: Path, duplicate_bits: int) -> Segments:
@@ -122,7 +138,7 @@ def _mark_duplicates(videos: Sequence[Video], work: Path, duplicate_bits: int) -
     marked: Segments = []
     index, names = HashIndex(max(duplicate_bits, 0)), []
     for video in videos:
-        segments = read_result(work / video.key)
+        segments = read_result(video, work)
         if segments is None:
             raise UserError(
                 f"the result of {video.name!r} is missing or damaged: run the same command again to recreate it"
@@ -152,17 +168,19 @@ def _write_clips(kept: Segments, work: Path, out: Path, shard_clips: int) -> tup
 def _records(kept: Segments, work: Path, digests: list[str]) -> Iterator[dict[str, object]]:
     """Yields the records, and appends the SHA-256 of each clip to `digests`."""
     for video, segment in tqdm(kept, "shards", unit="clip"):
-        content = (work / video.key / segment.file).read_bytes()
+        content = (work / segment.file).read_bytes()
         digests.append(hashlib.sha256(content).hexdigest())
         yield {"video": content, **_fields(video, segment)}
 
 
 def _pending(video: Video, segment: Segment, work: Path, encoder: LatentWriter) -> PendingRecord:
-    clip, size = work / video.key / segment.file, encoder.size_of(segment.height, segment.width)
+    clip, size = work / segment.file, encoder.size_of(segment.height, segment.width)
     return PendingRecord(_fields(video, segment), size, functools.partial(encoder.parts_of_clip, clip, size))
 
 
 def _fields(video: Video, segment: Segment) -> dict[str, object]:
     """Returns the fields of a clip's record, except for the video."""
     fields = {f.name: getattr(segment, f.name) for f in dataclasses.fields(segment) if f.name not in _INTERNAL}
+    if not segment.split:
+        del fields["split"]
     return {"source": video.name, **fields}

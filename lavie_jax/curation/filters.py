@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, UInt8
 from lavie_jax.errors import UserError, suggest
 
 DARK = 24  # grays up to this belong to black bars: video black is 16, and compression adds noise
-BLOCK = 8  # pixels; side of the squares in which overlaid text is detected
+BLOCK = 8  # pixels; side of the squares in which static marks are detected
+CHANGES_AROUND = 0.9  # of the pixels outside static marks, at least
 LETTERBOX = ("crop", "drop", "keep")
 
 
@@ -34,8 +35,11 @@ class Thresholds:
     min_motion: float = _threshold(0.002, "drop scenes in which a smaller fraction of the pixels changes")
     letterbox: str = _threshold("crop", "crop black bars, drop scenes with them, or keep both")
     max_overlay: float = _threshold(0.004, "drop scenes with a larger fraction of static text or marks; 1: off")
+    max_text: float = _threshold(0.125, "drop scenes in which a larger fraction of the frames shows text; 1: off")
     duplicate_bits: int = _threshold(16, "drop clips whose hash differs in at most this many of 256 bits; -1: off")
     min_aesthetic: float = _threshold(0.0, "drop scenes with a lower aesthetic score; 0: off")
+    max_seconds: float = _threshold(0.0, "cut longer scenes into clips of this length; 0: off")
+    max_height: int = _threshold(0, "scale clips down until the shorter side has at most so many pixels; 0: off")
 
     def __post_init__(self):
         if self.letterbox not in LETTERBOX:
@@ -44,8 +48,11 @@ class Thresholds:
             raise UserError(f"--cut must be above 0; given {self.cut:g}")
         if not -1 <= self.duplicate_bits <= 64:
             raise UserError(f"--duplicate-bits must be from -1 to 64; given {self.duplicate_bits}")
-        for name in ("min_words", "min_frames", "min_height", "min_brightness", "min_motion", "max_overlay"):
-            if getattr(self, name) < 0:
+        for name in (
+            "min_words", "min_frames", "min_height", "min_brightness", "min_motion", "max_overlay", "max_text",
+            "max_seconds", "max_height",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 0; given {getattr(self, name):g}")
 
 
@@ -113,18 +120,24 @@ def overlay(frames: UInt8[np.ndarray, "t h w 3"]) -> float | None:
 
     When the camera moves, edges of the scene move too. An edge may slide along itself and appear static, but only in
     one direction. The measure therefore counts squares in which edges in both directions are static in all frames. It
-    requires that at least half of the picture changes; in a motionless picture everything is static.
+    requires that nearly all of the other squares change: before a camera that stands, the scene itself is static.
     """
     luma = gray(frames)
-    if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK or (np.ptp(luma, axis=0) > 16).mean() < 0.5:
+    if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK:
         return None
-    rows, columns = (side // BLOCK for side in luma.shape[1:])
-    marked = np.ones((rows, columns), bool)
-    for axis in (1, 2):
-        edges = np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1)))[: rows * BLOCK, : columns * BLOCK]
-        blocks = rearrange(edges, "(r i) (c j) -> r c (i j)", i=BLOCK, j=BLOCK)
-        marked &= blocks.sum(-1) >= 3
+    edges = [np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1))) for axis in (1, 2)]
+    marked = np.logical_and.reduce([_squares(each).sum(-1) >= 3 for each in edges])
+    changing = _squares(np.ptp(luma, axis=0) > 16).mean(-1)
+    if marked.all() or changing[~marked].mean() < CHANGES_AROUND:
+        return None
     return float(marked.mean())
+
+
+def _squares(pixels: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "r c n"]:
+    """Returns the pixels of each whole square."""
+    rows, columns = (side // BLOCK for side in pixels.shape)
+    whole = pixels[: rows * BLOCK, : columns * BLOCK]
+    return rearrange(whole, "(r i) (c j) -> r c (i j)", i=BLOCK, j=BLOCK)
 
 
 def _static_edges(slope: Float[np.ndarray, "t h w"]) -> Bool[np.ndarray, "h w"]:

@@ -1,9 +1,11 @@
 """Finds the videos of a folder and the captions that come with them, in sidecar files or a table."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +43,39 @@ class Video:
     size: int
     captions: tuple[Caption, ...]
     key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Clips for the split `val`: of videos whose name matches `pattern`, from `start` to `end` seconds."""
+
+    pattern: str
+    start: float = 0.0
+    end: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str) -> "HeldOut":
+        """Returns what "NAME" or "NAME:START-END" means; NAME may have the wildcards * and ?."""
+        match = re.fullmatch(r"(?P<pattern>.+?)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?", text)
+        try:
+            if match is None:
+                raise ValueError
+            start, end = (
+                float(match[name]) if match[name] else default for name, default in (("start", 0.0), ("end", math.inf))
+            )
+        except ValueError as error:
+            raise UserError(f"--hold-out takes NAME or NAME:START-END in seconds; given {text!r}") from error
+        if start >= end:
+            raise UserError(f"--hold-out {text!r}: the start must be before the end")
+        return cls(match["pattern"], start, end)
+
+    def covers(self, name: str, start: float, end: float) -> bool:
+        """Returns whether a clip shares any time with what is held out."""
+        return fnmatch.fnmatchcase(name, self.pattern) and start < self.end and end > self.start
+
+    def __str__(self) -> str:
+        times = "" if self.end == math.inf else f":{self.start:g}-{self.end:g}"
+        return f"{self.pattern}{times}"
 
 
 def find_videos(folder: Path, table: Path | None) -> list[Video]:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 from lavie_jax.curation.filters import Thresholds
+from lavie_jax.curation.inputs import HeldOut
 from lavie_jax.curation.models import Captioner
 from lavie_jax.data.buckets import Size
 
@@ -32,12 +33,14 @@ class CurationJob:
         captioner: captions scenes that no given caption covers: a model folder, "module:function", or a picklable
             function of sample frames, uint8 (T, H, W, 3).
         aesthetic: (CLIP folder, file of the head), or None for no score.
+        hold_out: what goes to the split `val`. Empty = training decides, by a hash of the video's name.
         latents: write latents with these settings. None = write encoded clips.
     """
 
     thresholds: Thresholds = Thresholds()
     captioner: str | Captioner | None = None
     aesthetic: tuple[str, str] | None = None
+    hold_out: tuple[HeldOut, ...] = ()
     latents: LatentJob | None = None
 
     def settings(self) -> dict[str, object]:
@@ -49,6 +52,7 @@ class CurationJob:
             **dataclasses.asdict(self.thresholds),
             "captioner": captioner,
             "aesthetic": list(self.aesthetic) if self.aesthetic else None,
+            "hold_out": [str(each) for each in self.hold_out],
             "versions": {name: importlib.import_module(name).__version__ for name in ("av", "scenedetect", "PIL")},
         }
 

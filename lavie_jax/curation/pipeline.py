@@ -1,17 +1,21 @@
 """Curates all videos of a folder, in parallel and in any order.
 
-The result of a video is a function of that video and the settings. Results stay in OUT/.work until shards are written
-from all of them in the order of the videos' names, so a resumed run writes the same shards as an uninterrupted one.
+The unit of work is a part of a video, so that one long film keeps all workers busy. The result of a part is a function
+of that video and the settings. Results stay in OUT/.work until shards are written from all of them in the order of the
+videos' names, so a resumed run writes the same shards as an uninterrupted one.
 """
 
 import concurrent.futures
+import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from tqdm import tqdm
@@ -21,7 +25,7 @@ from lavie_jax.curation.filters import Thresholds
 from lavie_jax.curation.inputs import Video, find_videos
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.models import Captioner, Scorer
-from lavie_jax.curation.video import Summary, curate_video, read_result
+from lavie_jax.curation.video import Part, Summary, curate_part, parts_of, read_part
 from lavie_jax.errors import UserError
 
 
@@ -54,10 +58,11 @@ def curate(
     with output.open_output(out, settings | {"shard_clips": shard_clips}) as work:
         summaries = _curate_all(videos, work, job, workers)
         bits = job.thresholds.duplicate_bits
-        manifest = assemble.write_set(
-            videos, work, out, settings=settings, duplicate_bits=bits, shard_clips=shard_clips, encoder=encoder
-        )
-        report.write(out, manifest, encoder)
+        manifest, dropped = assemble.write_set(
+            videos, work, out, settings=settings, duplicate_bits=bits, shard_clips=shard_clips,
+            hold_out=job.hold_out, encoder=encoder,
+        )  # fmt: skip
+        report.write(out, manifest, dropped, work, encoder)
         output.write_manifest(out, manifest)
     shutil.rmtree(work)
     return Outcome(
@@ -84,41 +89,54 @@ def _make_encoder(job: LatentJob) -> assemble.LatentWriter:
 
 
 def _curate_all(videos: Sequence[Video], work: Path, job: CurationJob, workers: int) -> list[Summary]:
-    """Computes the missing results. The progress bar counts bytes, which predict the time left better than files."""
-    missing = [video for video in videos if read_result(work / video.key) is None]
-    if len(missing) < len(videos):
-        logging.info("resuming: %d of %d videos are done", len(videos) - len(missing), len(videos))
-    sizes = {video.key: video.size for video in videos}
-    done = sum(sizes.values()) - sum(video.size for video in missing)
+    """Computes the missing results. The progress bar counts seconds of video."""
     summaries: list[Summary] = []
-    with tqdm(total=sum(sizes.values()), initial=done, desc="videos", unit="B", unit_scale=True) as bar:
-        for key, summary in _results(missing, work, job, workers):
-            summaries.append(summary)
-            bar.set_postfix(clips=sum(s.kept for s in summaries), dropped=sum(s.dropped for s in summaries))
-            bar.update(sizes[key])
+    with _pool(job, workers) as run:
+        found = run(parts_of, [(video,) for video in videos])
+        parts = [part for _, each in tqdm(found, "reading headers", len(videos), unit="video") for part in each]
+        # Long ones first: at the end, no worker then waits for another's whole minute. The order changes no result.
+        missing = sorted((p for p in parts if read_part(work, p.name) is None), key=lambda part: -part.seconds)
+        if len(missing) < len(parts):
+            logging.info("resuming: %d of %d parts of videos are done", len(parts) - len(missing), len(parts))
+        total = sum(part.seconds for part in parts)
+        done = total - sum(part.seconds for part in missing)
+        with tqdm(total=round(total), initial=round(done), desc="curating", unit="s of video") as bar:
+            for (part, *_), summary in run(_work, [(part, work, job.thresholds) for part in missing]):
+                summaries.append(summary)
+                done += part.seconds
+                bar.set_postfix(clips=sum(s.kept for s in summaries), dropped=sum(s.dropped for s in summaries))
+                bar.update(round(done) - bar.n)
     return summaries
 
 
-def _results(videos: Sequence[Video], work: Path, job: CurationJob, workers: int) -> Iterator[tuple[str, Summary]]:
-    """Yields the key and summary of each video as it is done, in any order."""
+Run = Callable[[Callable, Sequence[tuple]], Iterator[tuple[tuple, Any]]]
+
+
+@contextlib.contextmanager
+def _pool(job: CurationJob, workers: int) -> Iterator[Run]:
+    """Yields a function that applies a function to arguments in the workers, and yields (arguments, result).
+
+    Results come as they are done, in any order. One worker is this process.
+    """
     if workers == 1:
-        captioner, scorer = _make_models(job)
-        for video in videos:
-            yield video.key, curate_video(video, work, job.thresholds, captioner=captioner, scorer=scorer)
+        _start_worker(job)
+        yield lambda function, arguments: ((each, function(*each)) for each in arguments)
         return
-    keys, remaining = {}, iter(videos)
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by threads of libraries
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
-    try:
+
+    def run(function: Callable, arguments: Sequence[tuple]) -> Iterator[tuple[tuple, Any]]:
+        running, remaining = {}, iter(arguments)
         while True:
-            for video in remaining:
-                keys[pool.submit(_work, video, work, job.thresholds)] = video.key
-                if len(keys) >= 4 * workers:
-                    break
-            if not keys:
+            for each in itertools.islice(remaining, 4 * workers - len(running)):
+                running[pool.submit(function, *each)] = each
+            if not running:
                 return
-            for future in concurrent.futures.wait(keys, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                yield keys.pop(future), future.result()
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+    try:
+        yield run
     except BrokenProcessPool as error:
         raise UserError(
             "a worker died, perhaps for lack of memory: run the same command with fewer --workers to resume"
@@ -143,6 +161,6 @@ def _start_worker(job: CurationJob) -> None:
     _models = _make_models(job)
 
 
-def _work(video: Video, work: Path, thresholds: Thresholds) -> Summary:
+def _work(part: Part, work: Path, thresholds: Thresholds) -> Summary:
     captioner, scorer = _models
-    return curate_video(video, work, thresholds, captioner=captioner, scorer=scorer)
+    return curate_part(part, work, thresholds, captioner=captioner, scorer=scorer)

@@ -1,6 +1,7 @@
 """Writes report.html: statistics of the kept clips, after the paper's figures 8 and 9, and what was dropped and why.
 
-Everything is read back from the lists and shards, so the report shows what was actually written.
+Clips are read back from the lists and shards, so the report shows what was actually written. Pictures of dropped scenes
+come from the work folder, which is removed afterwards.
 """
 
 import html
@@ -11,21 +12,30 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from lavie_jax.curation.assemble import LatentWriter
+from lavie_jax.curation.assemble import LatentWriter, Segments
 from lavie_jax.curation.output import CLIPS, DROPPED
 from lavie_jax.curation.video import REASONS
 from lavie_jax.data import latents, shards, video_files
 
 PAGE, FIGURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
+SHEET_DROPPED, SHEET_COLUMNS = 12, 4  # scenes for each reason
 _BAR = "#3a6ea5"
 
 
-def write(out: Path, manifest: Mapping, encoder: LatentWriter | None = None) -> None:
-    """Writes `out/report.html` and its figures in `out/report/`. A set of latents needs its `encoder`."""
-    clips, dropped = (_read_lines(out / name) for name in (CLIPS, DROPPED))
+def write(
+    out: Path, manifest: Mapping, dropped: Mapping[str, Segments], work: Path, encoder: LatentWriter | None = None
+) -> None:
+    """Writes `out/report.html` and its figures in `out/report/`.
+
+    Args:
+        dropped: the dropped segments of each reason.
+        work: the work folder with their pictures.
+        encoder: needed for a set of latents.
+    """
+    clips = _read_lines(out / CLIPS)
     folder = out / FIGURES
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.png"):  # left by an interrupted run
@@ -36,7 +46,7 @@ def write(out: Path, manifest: Mapping, encoder: LatentWriter | None = None) -> 
         figures.append((name, title))
         return folder / f"{name}.png", title
 
-    _histogram([row["frames"] / row["fps"] for row in clips], "seconds", *at("durations", "Clip durations"))
+    _histogram([_seconds(row) for row in clips], "seconds", *at("durations", "Clip durations"))
     words = [len(row["caption"].split()) for row in clips]
     _histogram(words, "words", *at("captions", "Caption lengths"), integers=True)
     sizes = Counter(f"{row['width']}x{row['height']}" for row in clips)
@@ -53,9 +63,14 @@ def write(out: Path, manifest: Mapping, encoder: LatentWriter | None = None) -> 
     samples = _latent_samples(out, chosen, encoder) if encoder else _samples(out, chosen)
     videos, captions = zip(*samples)
     video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
-    page = _page(manifest, dropped, figures)
+    pictures = {reason: _picture_dropped(folder, reason, each, work) for reason, each in dropped.items()}
+    page = _page(manifest, _read_lines(out / DROPPED), figures, pictures, max(clips, key=_seconds))
     with video_files.finished(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _seconds(row: Mapping) -> float:
+    return row["frames"] / row["fps"]
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -135,6 +150,40 @@ def _latent_samples(out: Path, chosen: Sequence[int], encoder: LatentWriter) -> 
         yield np.stack([_thumbnail(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
 
 
+def _picture_dropped(folder: Path, reason: str, segments: Segments, work: Path) -> str:
+    """Writes a sheet of scenes dropped for a reason, spread over all of them; returns its name, "" without pictures."""
+    shown = [(video, segment) for video, segment in segments if segment.picture or segment.file]
+    if not shown:
+        return ""
+    chosen = np.unique(np.linspace(0, len(shown) - 1, SHEET_DROPPED).round().astype(int))
+    frames, labels = [], []
+    for video, segment in (shown[i] for i in chosen):
+        if segment.picture:
+            with Image.open(work / segment.picture) as image:
+                frames.append(_thumbnail(np.asarray(image.convert("RGB"))))
+        else:  # a near-duplicate, dropped after it was encoded
+            frames.append(_thumbnail(next(video_files.each_frame(work / segment.file))))
+        labels.append(f"{Path(video.name).name} {segment.start:.1f} s")
+    name = f"dropped-{reason.replace(' ', '-')}"
+    _grid(frames, labels, folder / f"{name}.png")
+    return name
+
+
+def _grid(frames: Sequence[UInt8[np.ndarray, "_h _w 3"]], labels: Sequence[str], path: Path) -> None:
+    """Writes a sheet of frames in rows, each above its label."""
+    columns, font = min(len(frames), SHEET_COLUMNS), ImageFont.load_default(size=12)
+    width, height = (max(frame.shape[axis] for frame in frames) + 4 for axis in (1, 0))
+    sheet = Image.new("RGB", (columns * width, -(-len(frames) // columns) * (height + 18)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (frame, label) in enumerate(zip(frames, labels)):
+        x, y = i % columns * width, i // columns * (height + 18)
+        sheet.paste(Image.fromarray(frame), (x, y))
+        draw.text(
+            (x, y + height - 2), label if len(label) <= width // 7 else f"…{label[1 - width // 7 :]}", "black", font
+        )
+    sheet.save(path)
+
+
 def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "sh sw 3"]:
     height, width = frame.shape[:2]
     zoom = SHEET_SIDE / min(height, width)
@@ -152,24 +201,33 @@ _STYLE = (
 _EXAMPLES = 3  # per reason
 
 
-def _page(manifest: Mapping, dropped: Sequence[Mapping], figures: Sequence[tuple[str, str]]) -> str:
+def _page(
+    manifest: Mapping,
+    dropped: Sequence[Mapping],
+    figures: Sequence[tuple[str, str]],
+    pictures: Mapping[str, str],
+    longest: Mapping,
+) -> str:
     reasons = manifest["dropped"]
     summary = {
         "Input videos": manifest["videos"],
         "Clips kept": manifest["clips"],
         "Hours kept": f"{manifest['hours']:.3f}",
+        "Longest clip": f"{_seconds(longest):.1f} s, {_example({**longest, 'detail': ''})}",
         "Scenes or files dropped": sum(reasons.values()),
     }
     rows = []
     for reason in (r for r in REASONS if r in reasons):
         chosen = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
         examples = "<br>".join(html.escape(_example(row)) for row in chosen)
+        if name := pictures[reason]:
+            examples += f'<br><img src="{FIGURES}/{name}.png" alt="scenes dropped: {reason}">'
         rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{examples}</td></tr>")
     images = "\n".join(f'<figure><img src="{FIGURES}/{name}.png" alt="{title}"></figure>' for name, title in figures)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Curated clips</title><style>{_STYLE}</style></head><body>
 <h1>Curated clips</h1>
-<table>{"".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in summary.items())}</table>
+<table>{"".join(f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in summary.items())}</table>
 {images}
 <h2>Dropped</h2>
 <p>Each scene or file is counted under the first reason that applied. <a href="{DROPPED}">{DROPPED}</a> lists all that

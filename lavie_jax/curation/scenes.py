@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,14 @@ from lavie_jax.errors import UserError
 SIDE = 224  # pixels of the shorter side of sample frames; CLIP's input size
 SAMPLES = 16  # maximum number of samples of a scene, so that memory does not grow with its length
 _REACH = 2  # the detector compares a frame with this many on either side
+PART_SECONDS = 60  # of a part of a video, about
+# Frames before a part after which the detector decides as if it had seen the whole video: those that it compares, each
+# with as many repeats as may be withheld, and as many again until the count of a long repetition is right.
+_LEAD = 64
 # A repeated frame is withheld from the detector, but at most this many in a row: withheld frames wait in memory.
 _MAX_REPEATS = 8
+
+WHOLE = (0, sys.maxsize)
 
 INSTALL = 'pip install "lavie_jax[curation]", or -e ".[curation]" in a clone'
 
@@ -29,26 +36,51 @@ class Scene:
     samples: UInt8[np.ndarray, "t h w 3"]
 
 
-def find_scenes(path: str | Path, *, threshold: float) -> Iterator[Scene]:
+def parts_of(info: video_files.VideoInfo) -> list[tuple[int, int]]:
+    """Divides a video into parts of about PART_SECONDS; returns the first frame of each and of the next.
+
+    The end of the last part is open, because the number of frames of a video is not always known exactly.
+    """
+    count = max(1, round(info.frames / info.fps / PART_SECONDS))
+    starts = [round(i * info.frames / count) for i in range(count)]
+    return list(zip(starts, [*starts[1:], sys.maxsize]))
+
+
+def find_scenes(
+    path: str | Path, *, threshold: float, part: tuple[int, int] = WHOLE, max_frames: int = 0
+) -> Iterator[Scene]:
     """Yields the scenes of a video file in order; a video without cuts is one scene.
 
     Args:
         threshold: AdaptiveDetector cuts where the change from one frame to the next exceeds the mean of those around
             it by this factor. It misses slow cross-fades and shots of one or two frames.
+        part: only scenes that begin within these frames, of `parts_of`. Together, the parts have the scenes of the
+            whole.
+        max_frames: longer scenes are cut after so many frames. 0 = none are.
 
     Raises:
         UserError: the file cannot be read to its end, or PySceneDetect is not installed.
     """
-    first, index, samples = 0, 0, _Samples()
-    for frame, is_cut in _mark_cuts(video_files.each_frame(path, shorter_side=SIDE), threshold):
-        if is_cut and index:
+    begin, end = part
+    index = max(0, begin - _LEAD)
+    first, samples = None, _Samples()  # of the current scene; None before the first that begins in the part
+    frames = video_files.each_frame(path, first=index, shorter_side=SIDE)
+    for frame, is_cut in _mark_cuts(frames, threshold):
+        begins = index >= begin and (is_cut or index == 0)
+        if first is not None and (begins or index - first == max_frames):
             yield Scene(first, index, samples.stack())
-            first, samples = index, _Samples()
-        samples.add(frame)
+            first, samples = None if begins else index, _Samples()
+        if index >= end and (begins or first is None):
+            return
+        if begins:
+            first = index
+        if first is not None:
+            samples.add(frame)
         index += 1
-    if not index:
+    if first is not None:
+        yield Scene(first, index, samples.stack())
+    elif not index:
         raise UserError(f"the video {str(path)!r} has no frames")
-    yield Scene(first, index, samples.stack())
 
 
 class _Samples:

@@ -1,6 +1,6 @@
-"""Curates one video: finds its scenes, judges each, and encodes the kept scenes as clips.
+"""Curates one part of a video: finds the scenes that begin in it, judges each, and encodes the kept ones as clips.
 
-A result is a folder, written under a temporary name and renamed: it is either complete or absent.
+The result of a part is a folder, written under a temporary name and renamed: it is either complete or absent.
 """
 
 import dataclasses
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from lavie_jax.curation import filters, scenes
 from lavie_jax.curation.duplicates import PerceptualHash, perceptual_hash
 from lavie_jax.curation.filters import Bars, Thresholds
 from lavie_jax.curation.inputs import Video, caption_of
 from lavie_jax.curation.models import Captioner, Scorer
+from lavie_jax.curation.text_lines import text_share
 from lavie_jax.data import video_files
 from lavie_jax.data.display import UnusableVideo
 from lavie_jax.data.records import one_line
@@ -42,7 +44,7 @@ REASONS = (
     "near-black",
     "letterbox",
     "static",
-    "overlaid text",
+    "overlaid text",  # also text of the scene itself, and titles
     "low aesthetic score",
     "near-duplicate",
 )
@@ -55,9 +57,12 @@ class Segment:
     Attributes:
         reason: why it is dropped, one of REASONS, or "" if it is kept.
         detail: the measured value behind the reason.
-        file: name of the clip in the folder of its video.
+        file: the clip, relative to the work folder.
+        picture: a small JPEG of the middle of a dropped scene, relative to the work folder.
         height, width: size of the clip, upright and without black bars.
-        motion, brightness, overlay, aesthetic: measurements of `filters` and `models`; None = not measured.
+        split: "train" or "val" if clips are held out by name or time; "" if training decides.
+        motion, brightness, overlay, text, aesthetic: measurements of `filters`, `text_lines` and `models`; None = not
+            measured.
     """
 
     start: float
@@ -65,6 +70,7 @@ class Segment:
     reason: str = ""
     detail: str = ""
     file: str = ""
+    picture: str = ""
     caption: str = ""
     category: str = ""
     frames: int = 0
@@ -74,13 +80,15 @@ class Segment:
     motion: float | None = None
     brightness: float | None = None
     overlay: float | None = None
+    text: float | None = None
     aesthetic: float | None = None
+    split: str = ""
     perceptual_hash: PerceptualHash | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Cost and yield of a video: decoded seconds, CPU seconds, and numbers of kept and dropped segments."""
+    """Cost and yield of a part: decoded seconds, CPU seconds, and numbers of kept and dropped segments."""
 
     video_seconds: float
     core_seconds: float
@@ -88,13 +96,52 @@ class Summary:
     dropped: int
 
 
-def curate_video(
-    video: Video, work: Path, thresholds: Thresholds, *, captioner: Captioner | None, scorer: Scorer | None
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a video, the unit of work.
+
+    Attributes:
+        index, count: this is part `index` of `count`.
+        frames: first frame of the part and of the next, see `scenes.parts_of`.
+        seconds: its length, for progress; 0 if the file is unreadable.
+    """
+
+    video: Video
+    index: int = 0
+    count: int = 1
+    frames: tuple[int, int] = scenes.WHOLE
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of the folder of its result."""
+        return result_name(self.video, self.index)
+
+
+def result_name(video: Video, part: int) -> str:
+    """Returns the name of the folder with the result of a part."""
+    return f"{video.key}-{part:05d}"
+
+
+def parts_of(video: Video) -> list[Part]:
+    """Divides a video into parts. An unreadable one has one part, whose result says why."""
+    try:
+        info = video_files.video_info(video.path)
+    except UserError:
+        return [Part(video)]
+    frames = scenes.parts_of(info)
+    ends = [first for first, _ in frames[1:]] + [info.frames]
+    seconds = [(end - first) / info.fps for (first, _), end in zip(frames, ends)]
+    return [Part(video, i, len(frames), *each) for i, each in enumerate(zip(frames, seconds))]
+
+
+def curate_part(
+    part: Part, work: Path, thresholds: Thresholds, *, captioner: Captioner | None, scorer: Scorer | None
 ) -> Summary:
-    """Writes the result and the kept clips to `work/KEY`. An unreadable file has a result too."""
+    """Writes the result and the kept clips of a part to its folder in `work`. An unreadable file has a result too."""
     began = time.process_time()
-    folder, temporary = work / video.key, work / f".{os.getpid()}-{video.key}"
-    judge = _Judge(video, thresholds, captioner, scorer)
+    folder, temporary = work / part.name, work / f".{os.getpid()}-{part.name}"
+    judge = _Judge(part.video, thresholds, captioner, scorer)
 
     def new_folder() -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,13 +149,14 @@ def curate_video(
         return temporary
 
     try:
-        segments = list(_write_segments(judge, new_folder()))
+        segments = list(_write_segments(judge, part, new_folder()))
     except UserError as error:
         reason = error.reason if isinstance(error, UnusableVideo) else "unreadable"
         new_folder()
-        detail = str(error).replace(os.fspath(video.path), video.name)  # independent of where the input folder is
+        # The message must not depend on where the input folder is.
+        detail = str(error).replace(os.fspath(part.video.path), part.video.name)
         segments = [Segment(start=0.0, end=0.0, reason=reason, detail=detail)]
-    rows = [dataclasses.asdict(segment) for segment in segments]
+    rows = {"parts": part.count, "segments": [dataclasses.asdict(segment) for segment in segments]}
     (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
     temporary.rename(folder)
@@ -117,32 +165,60 @@ def curate_video(
     return Summary(seconds, time.process_time() - began, kept, len(segments) - kept)
 
 
-def read_result(folder: Path) -> list[Segment] | None:
-    """Returns the segments stored in the folder of a video, or None if it is missing or incomplete."""
+def read_result(video: Video, work: Path) -> list[Segment] | None:
+    """Returns the segments of a video from the results of its parts, or None if one is missing or incomplete.
+
+    A video with an unreadable part is dropped as a whole: its clips would be those of a damaged file.
+    """
+    segments, part, parts = [], 0, 1
+    while part < parts:
+        result = read_part(work, result_name(video, part))
+        if result is None:
+            return None
+        parts, own = result
+        if failed := [s for s in own if s.reason and not s.end]:
+            return failed
+        segments += own
+        part += 1
+    return segments
+
+
+def read_part(work: Path, name: str) -> tuple[int, list[Segment]] | None:
+    """Returns the number of parts of a video and the segments of one, or None if they are missing or incomplete."""
     try:
-        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        for row in rows:
+        rows = json.loads((work / name / RESULT).read_text(encoding="utf-8"))
+        for row in rows["segments"]:
             row["perceptual_hash"] = PerceptualHash(**row["perceptual_hash"]) if row["perceptual_hash"] else None
-        segments = [Segment(**row) for row in rows]
+        segments = [Segment(**row) for row in rows["segments"]]
+        parts = int(rows["parts"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return segments if all((folder / s.file).is_file() for s in segments if not s.reason) else None
+    return (parts, segments) if all((work / s.file).is_file() for s in segments if not s.reason) else None
 
 
-def _write_segments(judge: "_Judge", folder: Path) -> Iterator[Segment]:
-    """Yields every segment of a video in order, and writes the clips of kept ones."""
-    path = judge.video.path
+def _write_segments(judge: "_Judge", part: Part, folder: Path) -> Iterator[Segment]:
+    """Yields every segment of a part in order, and writes the clips of kept ones and pictures of dropped ones."""
+    path, want = judge.video.path, judge.thresholds
     info = video_files.video_info(path)
     if info.fps > video_files.MAX_FPS:
         raise UserError(f"the video {judge.video.name!r} claims a rate of {info.fps:g} frames per second")
     whole = Segment(start=0.0, end=info.frames / info.fps, fps=info.fps)
     size = video_files.shown_size(path)
     if dropped := judge.file(whole, size):
-        yield dropped
+        yield from [dropped] * (part.index == 0)
         return
-    for number, scene in enumerate(scenes.find_scenes(path, threshold=judge.thresholds.cut)):
+    longest = max(want.min_frames, round(want.max_seconds * info.fps)) if want.max_seconds else 0
+    found = scenes.find_scenes(path, threshold=want.cut, part=part.frames, max_frames=longest)
+    for number, scene in enumerate(found):
         segment, bars = judge.scene(scene, info.fps, size)
-        yield segment if segment.reason else _write_clip(path, scene, segment, bars, folder / f"{number:05d}.mp4")
+        if segment.reason:
+            picture = folder / f"{number:05d}.jpg"
+            Image.fromarray(scene.samples[len(scene.samples) // 2]).save(picture, quality=80)
+            yield dataclasses.replace(segment, picture=f"{part.name}/{picture.name}")
+        else:
+            clip = folder / f"{number:05d}.mp4"
+            written = _write_clip(path, scene, segment, bars, clip, max_height=want.max_height)
+            yield dataclasses.replace(written, file=f"{part.name}/{clip.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +269,15 @@ class _Judge:
             segment,
             motion=filters.motion(frames),
             overlay=filters.overlay(frames),
+            text=text_share(filters.gray(frames)),
             perceptual_hash=perceptual_hash(frames),
         )
         if segment.motion < want.min_motion:
             return dropped("static", f"{segment.motion:.2%} of the pixels change")
         if segment.overlay is not None and segment.overlay > want.max_overlay:
-            return dropped("overlaid text", f"on {segment.overlay:.1%} of the picture")
+            return dropped("overlaid text", f"static marks on {segment.overlay:.1%} of the picture")
+        if segment.text is not None and segment.text > want.max_text:
+            return dropped("overlaid text", f"lines of text in {segment.text:.0%} of the sample frames")
         return self._caption_and_score(segment, frames), bars
 
     def _caption_and_score(self, segment: Segment, frames: UInt8[np.ndarray, "t h w 3"]) -> Segment:
@@ -229,9 +308,16 @@ def _word_count(caption: str) -> int:
     return len(caption.split())
 
 
-def _write_clip(path: Path, scene: scenes.Scene, segment: Segment, bars: Bars, clip: Path) -> Segment:
-    """Encodes a scene at full size, without its black bars."""
-    frames = itertools.islice(video_files.each_frame(path, first=scene.first), segment.frames)
+def _write_clip(
+    path: Path, scene: scenes.Scene, segment: Segment, bars: Bars, clip: Path, *, max_height: int
+) -> Segment:
+    """Encodes a scene without its black bars, at full size or at most `max_height` on the shorter side; 0 = full."""
+    shorter = 0
+    if max_height:  # of the frame with its bars
+        rows, columns = scene.samples.shape[1:3]
+        inside = min(rows - bars.top - bars.bottom, columns - bars.left - bars.right)
+        shorter = max(2, int(max_height * min(rows, columns) / inside))
+    frames = itertools.islice(video_files.each_frame(path, first=scene.first, shorter_side=shorter), segment.frames)
     first = next(frames, None)
     if first is None:
         raise UserError(f"{os.fspath(path)!r} changed while it was read")
@@ -241,7 +327,7 @@ def _write_clip(path: Path, scene: scenes.Scene, segment: Segment, bars: Bars, c
     count = video_files.encode(cropped, clip, height=height, width=width, fps=segment.fps, options=X264)
     if count != segment.frames:
         raise UserError(f"{os.fspath(path)!r} changed while it was read")
-    return dataclasses.replace(segment, file=clip.name, height=height, width=width)
+    return dataclasses.replace(segment, height=height, width=width)
 
 
 def _size_within(bars: Bars, small: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -112,15 +112,23 @@ class ShardRecords:
             return None
 
 
+_HASH_OF_SPLIT = {"val": 0, "train": 2**64 - 1}
+
+
 @functools.lru_cache(maxsize=8)
 def _listed_sources(path: Path, mtime: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{shard: (indices of records, hashes of their source videos)} of a list of clips; {} if it is not one."""
+    """{shard: (indices of records, hashes of their source videos)} of a list of clips; {} if it is not one.
+
+    A clip that is listed with its split has the lowest hash in val, and the highest in train.
+    """
     rows: dict[str, list[tuple[int, int]]] = {}
     try:
         with path.open(encoding="utf-8") as file:
             for row in map(json.loads, file):
                 if isinstance(row.get("source"), str):
-                    rows.setdefault(row["shard"], []).append((int(row["index"]), name_hash(row["source"])))
+                    fixed = _HASH_OF_SPLIT.get(row.get("split"))
+                    hashed = name_hash(row["source"]) if fixed is None else fixed
+                    rows.setdefault(row["shard"], []).append((int(row["index"]), hashed))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logging.warning("%s is not a list of clips and is ignored: %r", path, error)
         return {}
