@@ -21,6 +21,7 @@ from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_devic
 from lavie_jax.diffusion import Sampler
 from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
 from lavie_jax.models.temporal_windows import AttentionWindows
+from lavie_jax.program_cache import cached
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
@@ -260,6 +261,7 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 # ---- compiled ----
 
 
+@cached
 @functools.partial(
     jax.jit,
     static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "keep_change", "mesh"),
@@ -286,10 +288,12 @@ def predict_rows(
     Each device computes those of its own rows, or its part of one on a mesh of `layout`.
     """
 
+    network = SharedUNet(unet, mesh) if shares_windows(mesh) else unet
+
     def predict(params, x_t, t, text, null_text, condition, change):
         """Runs on each device, with its rows of the arguments."""
         prediction = denoiser(
-            SharedUNet(unet, mesh) if shares_windows(mesh) else unet, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
+            network, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
             sequential_guidance=sequential_guidance, change=change, keep_change=keep_change,
         )(x_t, t)  # fmt: skip
         return prediction if keep_change else (prediction, None)
@@ -301,6 +305,7 @@ def predict_rows(
     return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition, change)
 
 
+@cached
 @functools.partial(jax.jit, static_argnames="sampler")
 def _update(
     state: dict[str, Array],

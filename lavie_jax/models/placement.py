@@ -62,7 +62,7 @@ def split_by_frames(x: Shaped[Array, "b frames ..."]) -> Shaped[Array, "b frames
 
 
 def frames_to_pixels(x: Shaped[Array, "b frames h w c"]) -> Shaped[Array, "b frames pixels c"]:
-    """Flattens the pixels of frames; on a mesh with the axis `clip`, x is sharded by frames and the result by pixels."""
+    """Flattens the pixels of frames. On a mesh with the axis `clip`, x is sharded by frames, the result by pixels."""
     return _split(rearrange(_split(x, 1), "b t h w c -> b t (h w) c"), 2)
 
 

@@ -10,7 +10,7 @@
     training.py, sampling.py     the programs of train.py and of cascade/
     measure.py, memory_plan.py   a program -> a row: bytes, FLOPs, collectives; memory before code is generated
     subprocess.py                the same in a process that can be killed
-    hlo.py                       collectives and FLOPs of a compiled program (`lavie_jax/flops.py` counts before compiling)
+    hlo.py                       collectives and FLOPs of a compiled program (`lavie_jax/flops.py` counts them before)
     report.py, tables.py         rows -> JSON and terminal; the tables in docs/
 
 Compiling needs libtpu (`pip install -e '.[tpu]'`), but no TPU. Bytes are those of the compiler's own plan, which hold
