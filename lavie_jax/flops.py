@@ -63,8 +63,9 @@ def _equation_flops(equation: Any) -> float:
 def _repetitions(name: str, params: dict) -> float:
     if name == "scan":
         return params["length"]
-    if name == "shard_map":  # its body is the work of one device
-        return params["mesh"].size
+    if name == "shard_map":  # its body is the work of one device, or of those that share the axes left to the compiler
+        axes = params.get("newly_manual_axes") or params["manual_axes"]  # the name changed between versions of jax
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
     if name == "pallas_call":
         return float(np.prod([n for n in params["grid_mapping"].grid if isinstance(n, int)]))
     return 1

@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lavie_jax.errors import AgreedError, UserError, check_folder, user_location, user_path
+from lavie_jax.program_cache import keep_programs
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -308,11 +310,15 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
 def keep_compiled_programs() -> None:
     """Turns on jax's persistent compilation cache, where the environment configures it or in the user's cache folder.
 
-    Without a folder that can be written, programs are compiled by every process, after a warning.
+    Programs of `program_cache` are kept in a folder inside of it. Without a folder that can be written, programs are
+    compiled by every process, after a warning.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if (given := _cache_dir()) is not None:
-        jax.config.update("jax_compilation_cache_dir", user_location(given))
+        given = user_location(given)
+        jax.config.update("jax_compilation_cache_dir", given)
+        if "://" not in given:  # jax also writes to buckets
+            _keep_programs_in(Path(given))
         return
     try:
         folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / "xla"
@@ -322,6 +328,17 @@ def keep_compiled_programs() -> None:
         logging.warning("compiled programs are not kept; set JAX_COMPILATION_CACHE_DIR to a folder: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    _keep_programs_in(folder)
+
+
+def _keep_programs_in(cache: Path) -> None:
+    folder = cache / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("programs are traced by every process: %s", error)
+    else:
+        keep_programs(folder)
 
 
 def _cache_dir() -> str | None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, pipeline, sources, tokens, transforms, video_files
@@ -30,9 +31,13 @@ CAPTION = "a small red circle moving up left over a blue background"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tokens.save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), moving_shapes.vocabulary())
-    return tokens.load_tokenizer(folder)
+def tokenizer_folder(tmp_path_factory):
+    return tokens.save_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), moving_shapes.vocabulary())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return tokens.load_tokenizer(tokenizer_folder)
 
 
 def assert_same(one, other):
@@ -321,7 +326,12 @@ def test_resize_crop_keeps_the_aspect_ratio_and_crops_all_frames_alike(shape):
 # ---- tokens ----
 
 
-def test_every_word_of_moving_shapes_is_one_token(tokenizer):
+def by_transformers(folder):
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def test_every_word_of_moving_shapes_is_one_token(tokenizer_folder):
+    tokenizer = by_transformers(tokenizer_folder)
     ids = {word: tokenizer(word).input_ids for word in moving_shapes.vocabulary()}
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert all(len(row) == 3 and row[0] == start and row[2] == end for row in ids.values())
@@ -329,20 +339,30 @@ def test_every_word_of_moving_shapes_is_one_token(tokenizer):
     assert len(tokenizer) < 256 and max(tokenizer.get_vocab().values()) == end == len(tokenizer) - 1
 
 
-def test_tokens_of_a_caption(tokenizer):
+def test_tokens_are_those_of_transformers(tokenizer, tokenizer_folder):
+    theirs = by_transformers(tokenizer_folder)
+    assert isinstance(tokenizer, tokens.CLIPWords) and len(tokenizer) == len(theirs)
+    texts = ["", CAPTION, "  A SMALL red circle,\nmoving up left over a blue background! ", f"{CAPTION} and {CAPTION}"]
+    np.testing.assert_array_equal(tokens.tokenize(tokenizer, texts), tokens.tokenize(theirs, texts))
+    assert [tokens.lost_text(tokenizer, text) for text in texts] == [tokens.lost_text(theirs, text) for text in texts]
+
+
+def test_tokens_of_a_caption(tokenizer, tokenizer_folder):
     (row,) = tokens.tokenize(tokenizer, [CAPTION])
     assert row.shape == (16,) and row.dtype == np.int32
-    names = [name.removesuffix("</w>") for name in tokenizer.convert_ids_to_tokens(row)]
+    theirs = by_transformers(tokenizer_folder)
+    names = [name.removesuffix("</w>") for name in theirs.convert_ids_to_tokens(row)]
     assert names == ["<|startoftext|>", *CAPTION.split(), *["<|endoftext|>"] * 4]
     (shouted,) = tokens.tokenize(tokenizer, ["  A SMALL red circle,\nmoving up left over a blue background! "])
     np.testing.assert_array_equal(row, shouted)
-    assert (tokens.tokenize(tokenizer, [""])[0][1:] == tokenizer.eos_token_id).all()
+    assert (tokens.tokenize(tokenizer, [""])[0][1:] == theirs.eos_token_id).all()
 
 
 def test_text_beyond_the_context_is_truncated_and_reported(tokenizer):
     twice = f"{CAPTION} and {CAPTION}"
     row = tokens.tokenize(tokenizer, [twice])[0]
-    assert row[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in row[:-1]
+    end = len(tokenizer) - 1
+    assert row[-1] == end and end not in row[:-1]
     assert tokens.lost_text(tokenizer, CAPTION) == ""
     assert tokens.lost_text(tokenizer, twice) == "circle moving up left over a blue background"
 
@@ -356,8 +376,8 @@ def test_unknown_words_are_reported_and_left_out(tokenizer):
     np.testing.assert_array_equal(known, mixed)
 
 
-def test_a_tokenizer_saved_by_transformers_still_has_its_list_of_words(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+def test_a_tokenizer_saved_by_transformers_still_has_its_list_of_words(tokenizer, tokenizer_folder, tmp_path):
+    by_transformers(tokenizer_folder).save_pretrained(tmp_path)
     again = tokens.load_tokenizer(tmp_path)
     assert tokens.known_words(again) == moving_shapes.vocabulary()
     assert tokens.context_length(again) == 16

@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from lavie_jax import parallel
+from lavie_jax.cascade.layout import ROWS_AXIS, SharedUNet, layout, shares_windows
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
 from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
 from lavie_jax.models.temporal_windows import AttentionWindows
+from lavie_jax.program_cache import cached
 from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
@@ -145,8 +147,9 @@ def _predictions(
 
     def started():
         for batch in batches:
-            padded = [*batch, *[batch[-1]] * (plan.rows - len(batch))]
-            yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan)
+            mesh, count = _layout(model.mesh, [window for _, window in batch], i, plan)
+            padded = [*batch, *[batch[-1]] * (count - len(batch))]
+            yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan, mesh)
 
     for batch, (predictions, changed) in one_ahead(started()):
         for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(predictions))):
@@ -159,14 +162,21 @@ def _predictions(
     return blended
 
 
+def _layout(mesh: Mesh, windows: Sequence[Window], i: int, plan: DenoisingPlan) -> tuple[Mesh, int]:
+    """Returns the mesh for windows of one shape in evaluation i, and their number with padding."""
+    halves = 2 if plan.guidance_modes[i] == COMPUTED else 1
+    return layout(mesh, len(windows), halves=halves, frames=windows[0].shape[0]) or (mesh, plan.rows)
+
+
 def _predict_windows(
-    model: StageModel, rows: Sequence[tuple[Clip, Window]], i: int, plan: DenoisingPlan
+    model: StageModel, rows: Sequence[tuple[Clip, Window]], i: int, plan: DenoisingPlan, mesh: Mesh
 ) -> tuple[Float[Array, "rows t h w c"], Float[Array, "rows t h w c"] | None]:
     """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices.
 
     Returns them and what guidance changes, None where no later evaluation uses it.
     """
-    batch = parallel.batch_sharding(model.mesh)
+    # several devices that share a window all get its inputs, which are small
+    batch = parallel.replicated(mesh) if shares_windows(mesh) else parallel.batch_sharding(mesh)
 
     def stacked(rows):
         return parallel.put(np.stack(list(rows)), batch)
@@ -192,8 +202,8 @@ def _predict_windows(
         unet=in_windows(model.unet, plan.attention_windows),
         guidance=1.0 if mode == NONE else float(plan.guidance.scale),
         rescale=float(plan.guidance.rescale), image=plan.image,
-        sequential_guidance=sequential_guidance(len(rows) // model.mesh.size, rows[0][1]),
-        keep_change=plan.keeps_change(i), mesh=model.mesh,
+        sequential_guidance=sequential_guidance(len(rows), rows[0][1], mesh),
+        keep_change=plan.keeps_change(i), mesh=mesh,
     )  # fmt: skip
 
 
@@ -214,9 +224,11 @@ def in_windows(unet, windows: AttentionWindows | None):
     return unet if windows is None else unet.clone(attention_windows=windows)
 
 
-def sequential_guidance(rows: int, window: Window) -> bool:
-    """Whether the two guidance halves of a device's `rows` windows take two UNet calls, to save memory."""
-    return rows * int(np.prod(window.shape)) > MAX_BATCHED_PIXELS
+def sequential_guidance(rows: int, window: Window, mesh: Mesh) -> bool:
+    """Whether the two guidance halves of `rows` windows take two UNet calls: to save memory, or for one group each."""
+    if shares_windows(mesh):
+        return mesh.shape[ROWS_AXIS] == rows  # not one group of devices for each half
+    return rows // mesh.size * int(np.prod(window.shape)) > MAX_BATCHED_PIXELS
 
 
 def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
@@ -249,6 +261,7 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 # ---- compiled ----
 
 
+@cached
 @functools.partial(
     jax.jit,
     static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "keep_change", "mesh"),
@@ -272,21 +285,27 @@ def predict_rows(
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"] | None]:
     """Returns the guided predictions, and what the text changes with `keep_change`, else None; see `denoiser`.
 
-    Each device computes those of its own rows.
+    Each device computes those of its own rows, or its part of one on a mesh of `layout`.
     """
+
+    network = SharedUNet(unet, mesh) if shares_windows(mesh) else unet
 
     def predict(params, x_t, t, text, null_text, condition, change):
         """Runs on each device, with its rows of the arguments."""
         prediction = denoiser(
-            unet, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
+            network, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
             sequential_guidance=sequential_guidance, change=change, keep_change=keep_change,
         )(x_t, t)  # fmt: skip
         return prediction if keep_change else (prediction, None)
 
+    if shares_windows(mesh):
+        out = predict(params, x_t, t, text, null_text, condition, change)
+        return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
     specs = (ALL, *(BATCH,) * 6)
     return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition, change)
 
 
+@cached
 @functools.partial(jax.jit, static_argnames="sampler")
 def _update(
     state: dict[str, Array],

@@ -22,6 +22,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.models import registry
 from lavie_jax.models.placement import split_by_rows
 from lavie_jax.models.vae import VAE, VAE_PIXELS
+from lavie_jax.program_cache import cached
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import to_float
 from lavie_jax.stages.conditioning import Prompts
@@ -181,6 +182,7 @@ def per_device(f, mesh: Mesh, *specs: PartitionSpec):
 # ---- compiled ----
 
 
+@cached
 @functools.partial(jax.jit, static_argnames="model")
 def _encode_text(
     params: dict, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None, *, model: nn.Module
@@ -197,6 +199,7 @@ def _normal(words: UInt32[np.ndarray, "b n"], shape: tuple[int, ...]) -> Float[A
         return _threefry_normal(words, shape=shape)
 
 
+@cached
 @functools.partial(jax.jit, static_argnames="shape")
 def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     def one(words):
@@ -210,6 +213,7 @@ def _threefry_normal(words: UInt32[Array, "b n"], *, shape: tuple[int, ...]) -> 
     return jax.vmap(one)(words)
 
 
+@cached
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def encode_rows(
     params: dict,
@@ -229,6 +233,7 @@ def encode_rows(
     return per_device(encode, mesh, ALL, BATCH, BATCH)(params, frames, noise)
 
 
+@cached
 @functools.partial(jax.jit, static_argnames=("vae", "mesh"))
 def decode_rows(params: dict, latents: Float[Array, "n h w c"], *, vae: VAE, mesh: Mesh) -> UInt8[Array, "n H W 3"]:
     """Returns the frames of one piece of `StageModel.decode`; rows are split over the devices."""

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -24,6 +25,33 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _NEW_WORDS = "new_words"  # in the tokenizer's init_kwargs: {word: number of tokens}, see `load_tokenizer`
 _CLIP_LENGTH = 77  # for tokenizer folders without a length
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class CLIPWords:
+    """A tokenizer of `save_small_tokenizer`, with a token for each word, without transformers.
+
+    Importing transformers takes longer than importing jax. The ids are the same.
+
+    Attributes:
+        init_kwargs: the content of tokenizer_config.json.
+        model_max_length: the context length, with start and end tokens.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], config: Mapping[str, Any]):
+        """Takes the contents of vocab.json and tokenizer_config.json. Raises KeyError if a token is missing."""
+        if (config["bos_token"], config["eos_token"], config["pad_token"]) != (_START, _END, _END):
+            raise KeyError("not a tokenizer of save_small_tokenizer")
+        self.init_kwargs, self.model_max_length, self._size = config, config["model_max_length"], len(vocabulary)
+        self._start, self._end = vocabulary[_START], vocabulary[_END]
+        self._ids = {word: vocabulary[f"{word}</w>"] for word in config["words"]}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of known words, between those of start and end, truncated and padded to the context."""
+        ids = [self._ids[word] for word in text.split()][: self.model_max_length - 2]
+        return [self._start, *ids] + [self._end] * (self.model_max_length - 1 - len(ids))
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -120,7 +148,7 @@ def _checked_words(words: Sequence[str]) -> list[str]:
 
 
 def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = None):
-    """Loads the tokenizer of CLIP or T5 in a folder, by transformers.
+    """Loads the tokenizer of CLIP or T5 in a folder, by transformers or as `CLIPWords`.
 
     Args:
         folder: the tokenizer's.
@@ -139,6 +167,8 @@ def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = Non
         missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
         if missing:
             raise UserError(f"no CLIP tokenizer in {os.fspath(folder)!r}: no {' and no '.join(missing)}")
+        if not new_words and (small := _load_words(folder)) is not None:
+            return small
     # Not AutoTokenizer, which imports torch. Imported here, so that the pipeline's workers load neither.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # otherwise transformers warns that PyTorch is missing
     from transformers import CLIPTokenizer
@@ -150,6 +180,14 @@ def load_tokenizer(folder: str | Path, new_words: Mapping[str, int] | None = Non
     if new_words:
         _add_words(tokenizer, new_words)
     return tokenizer
+
+
+def _load_words(folder: Path) -> CLIPWords | None:
+    """Loads a tokenizer of `save_small_tokenizer`; None for other folders, and for damaged files."""
+    try:
+        return CLIPWords(*(json.loads((folder / name).read_text()) for name in ("vocab.json", "tokenizer_config.json")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _load_t5(folder: Path):
@@ -270,6 +308,8 @@ def tokenize_with_mask(
     masked, length = uses_mask(tokenizer), context_length(tokenizer)
     if not texts:
         return np.zeros((0, length), np.int32), np.zeros((0, length), bool) if masked else None
+    if isinstance(tokenizer, CLIPWords):
+        return np.array([tokenizer.encode(_readable(tokenizer, text)) for text in texts], np.int32), None
     encoded = tokenizer(
         [_readable(tokenizer, text) for text in texts],
         padding="max_length",
@@ -283,6 +323,8 @@ def tokenize_with_mask(
 def lost_text(tokenizer, text: str) -> str:
     """The end of `text` that exceeds the context length; "" if all of it fits."""
     text = _readable(tokenizer, text)
+    if isinstance(tokenizer, CLIPWords):
+        return " ".join(text.split()[context_length(tokenizer) - 2 :])
     kept = context_length(tokenizer) - tokenizer.num_special_tokens_to_add()
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return tokenizer.decode(ids[kept:]).strip()

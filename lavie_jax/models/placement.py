@@ -1,15 +1,21 @@
-"""Sharding of the batch, for model code that depends on it: products with weights, and Pallas kernels.
+"""Sharding of activations, for model code that depends on it: products with weights, temporal layers, Pallas kernels.
 
 Elsewhere the compiler propagates shardings by itself. Nothing here changes a value.
+
+On a mesh with the axis `clip`, the devices along it share one clip (sequence parallelism, as DeepSpeed-Ulysses, arXiv
+2309.14509). Spatial layers see whole frames and temporal layers whole pixels, so the clip is split by frames in the
+first and by pixels in the second, and the compiler exchanges the parts in between, by an all-to-all.
 """
 
 import math
 
 import jax
+from einops import rearrange
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 HEADS_AXIS = "tensor"  # mesh axis that shards heads and hidden widths; all others shard the batch
+CLIP_AXIS = "clip"  # mesh axis that shards the frames or the pixels of a clip, alone in its batch
 
 
 def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
@@ -48,3 +54,32 @@ def split_by_rows(x: Array) -> Array:
         return x
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)  # whatever `tensor` shards
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
+
+
+def split_by_frames(x: Shaped[Array, "b frames ..."]) -> Shaped[Array, "b frames ..."]:
+    """Constrains x to be sharded by frames over the axis `clip`, if there is one."""
+    return _split(x, 1)
+
+
+def frames_to_pixels(x: Shaped[Array, "b frames h w c"]) -> Shaped[Array, "b frames pixels c"]:
+    """Flattens the pixels of frames. On a mesh with the axis `clip`, x is sharded by frames, the result by pixels."""
+    return _split(rearrange(_split(x, 1), "b t h w c -> b t (h w) c"), 2)
+
+
+def pixels_to_frames(x: Shaped[Array, "b frames pixels c"], height: int) -> Shaped[Array, "b frames h w c"]:
+    """The inverse of `frames_to_pixels`."""
+    return _split(rearrange(_split(x, 2), "b t (h w) c -> b t h w c", h=height), 1)
+
+
+def splits_unevenly(frames: int) -> bool:
+    """Whether the devices that share a clip have different numbers of its frames."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return CLIP_AXIS in mesh.auto_axes and frames % mesh.shape[CLIP_AXIS] != 0
+
+
+def _split(x: Array, axis: int) -> Array:
+    if CLIP_AXIS not in jax.sharding.get_abstract_mesh().auto_axes:
+        return x
+    # where the devices do not divide the axis, the last ones have less
+    parts = [CLIP_AXIS if i == axis else None for i in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

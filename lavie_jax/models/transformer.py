@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
@@ -16,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 from lavie_jax.models import layers
 from lavie_jax.models.additions import add_motion
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
-from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, dense, on_video, per_frame
+from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, dense, items_to_frames, on_video, per_frame
+from lavie_jax.models.placement import frames_to_pixels, pixels_to_frames, splits_unevenly
 from lavie_jax.models.temporal_windows import AttentionWindows, attend_in_windows
 from lavie_jax.models.unet_config import UNetConfig
 
@@ -151,7 +153,9 @@ class TransformerBlock(nn.Module):
             return rearrange(attn(rearrange(y, fold)), unfold, b=y.shape[0], h=height)
 
         def first_and_previous(y):  # LaVie sec. 3.3: the keys of frame i are those of frames 0 and i - 1
-            first, previous = jnp.broadcast_to(y[:, :1], y.shape), jnp.concatenate([y[:, :1], y[:, :-1]], axis=1)
+            first = jnp.broadcast_to(y[:, :1], y.shape)
+            is_first = jnp.arange(y.shape[1])[:, None, None, None] == 0
+            previous = jnp.where(is_first, first, jnp.roll(y, 1, axis=1))
             context = rearrange(jnp.stack([first, previous]), "pair b t h w c -> (b t) (pair h w) c")
             return rearrange(attn(rearrange(y, fold), context), unfold, b=y.shape[0], h=height)
 
@@ -167,6 +171,8 @@ class TransformerBlock(nn.Module):
         Frames with texts of their own are treated as images are.
         """
         batch, height, frames = x.shape[0], x.shape[2], self.s.frames
+        if splits_unevenly(frames.video):  # parts of a sequence of all frames would not be those of the frames
+            text, mask = jax.tree.map(lambda y: items_to_frames(y, frames), (text, mask))
         if frames.video > 1 and per_frame(text, frames):
             frames = Frames(0, x.shape[1])
         out = []
@@ -188,8 +194,8 @@ class TransformerBlock(nn.Module):
         def over_time(video):
             batch, height = video.shape[0], video.shape[2]
             video = add_motion(self.s.config, video, text, mask, self.s.frames, self.s.dtype)
-            y = attn(rearrange(norm(video), "b t h w c -> (b h w) t c"))
-            return video + rearrange(y, "(b h w) t c -> b t h w c", b=batch, h=height)
+            y = attn(rearrange(frames_to_pixels(norm(video)), "b t p c -> (b p) t c"))
+            return video + pixels_to_frames(rearrange(y, "(b p) t c -> b t p c", b=batch), height)
 
         return on_video(over_time, x, self.s.frames)
 

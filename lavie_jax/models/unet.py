@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from lavie_jax.models import additions, layers
 from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, on_video
+from lavie_jax.models.placement import split_by_frames
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.models.transformer import TRANSFORMER_EPS, Setting, Transformer
 from lavie_jax.models.unet_config import UNetConfig
@@ -196,6 +197,7 @@ class UNet(nn.Module):
             raise ValueError(f"Unknown remat: {self.remat!r}. Choose from {', '.join(REMAT)}.")
         frames = split_frames(x, text, image_text)
         s = Setting(config, frames, dtype, self.attention_kernel, self.remat, self.attention_windows)
+        x = split_by_frames(x)
 
         if text is not None and text.ndim == 3:  # one item for the whole video
             text, text_mask = text[:, None], None if text_mask is None else text_mask[:, None]

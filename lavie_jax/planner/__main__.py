@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.sample:
             for name in _chosen(program_names(STAGES[args.sample]), args.program):
                 make = functools.partial(sampling_program, config, args.sample, name, rows=args.per_chip_batch)
-                _record(args, make, args.sample, args.per_chip_batch, "none")
+                _record(
+                    args, make, args.sample, args.per_chip_batch or 1 / chips.count(args.topology, args.slices), "none"
+                )
             return
 
         def fits(rows: int, remat: str) -> bool:
@@ -40,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             make = functools.partial(training_program, config, per_chip_batch=rows)
             return _record(args, make, "training", rows, remat)
 
+        rows = args.per_chip_batch or 1
         if args.search:
-            best = search(fits, args.per_chip_batch)
+            best = search(fits, rows)
             print("nothing fits" if best is None else f"best: {best[0]} rows per chip, remat {best[1]}")
         else:
-            fits(args.per_chip_batch, config.remat)
-            make = functools.partial(held_out_program, config, per_chip_batch=args.per_chip_batch)
-            _record(args, make, "held-out", args.per_chip_batch, config.remat)
+            fits(rows, config.remat)
+            make = functools.partial(held_out_program, config, per_chip_batch=rows)
+            _record(args, make, "held-out", rows, config.remat)
 
 
 def search(fits: Callable[[int, str], bool], first: int) -> tuple[int, str] | None:
@@ -71,7 +74,7 @@ def _chosen(names: Sequence[str], name: str | None) -> Sequence[str]:
     return names if name is None else (name,)
 
 
-def _record(args: argparse.Namespace, make: Make, kind: str, rows: int, remat: str) -> bool:
+def _record(args: argparse.Namespace, make: Make, kind: str, rows: float, remat: str) -> bool:
     """Measures a program, prints its row and, with --json, stores it. Returns whether it fits."""
     about = {
         "kind": kind, "config": args.config, "changed": args.changed, "topology": args.topology,
@@ -97,7 +100,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     parser.add_argument(
         "--slices", type=int, default=1, help="number of slices of that topology, over which `data` is split"
     )
-    parser.add_argument("--per-chip-batch", type=int, default=1, help="clips per chip")
+    parser.add_argument(
+        "--per-chip-batch", type=int, help="clips per chip (default: 1; with --sample, one clip on all chips)"
+    )
     parser.add_argument("--sample", metavar="STAGE", help="plan the sampling of a stage instead of its training")
     parser.add_argument("--program", metavar="NAME", help="with --sample: only this program, such as 'VAE decode'")
     parser.add_argument("--search", action="store_true", help="try up to four points of batch and remat")
@@ -114,8 +119,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     if not args.config:
         raise UserError("--config is missing: a file such as configs/base.py")
     for name in ("per_chip_batch", "slices"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {getattr(args, name)}")
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {number}")
     if args.sample is not None and args.sample not in STAGES:
         raise UserError(f"--sample: unknown stage {args.sample!r}{suggest(args.sample, STAGES)}")
     if args.sample and args.search:

@@ -8,6 +8,7 @@ v5p:2x4x4.
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -70,6 +71,11 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
         example = next(e for e in EXAMPLES if e.startswith(generation))
         raise UserError(f"unknown topology {name!r}: {generation} has {chip.axes} axes, such as {example}")
     return chip, tuple(int(n) for n in shape.split("x"))
+
+
+def count(name: str, slices: int = 1) -> int:
+    """Returns the number of chips of slices of a topology."""
+    return slices * math.prod(parse(name)[1])
 
 
 def devices(name: str, slices: int = 1) -> list[jax.Device]:

@@ -10,8 +10,7 @@ import time
 import jax
 
 from lavie_jax.flops import count_flops
-from lavie_jax.planner import memory_plan
-from lavie_jax.planner.hlo import collectives
+from lavie_jax.planner import hlo, memory_plan
 from lavie_jax.planner.programs import Program, bytes_per_chip
 from lavie_jax.planner.report import Row
 
@@ -78,7 +77,8 @@ def _with_memory(row: Row, parts: dict[str, int], text: str) -> Row:
         "fits": True,
         "needs": taken - parts["donated"],
         "beside": row["beside"] + unused,
-        "collectives": collectives(text),
+        "collectives": hlo.collectives(text),
+        "program_flops": hlo.flops(text),
     }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def lines(row: Row) -> str:
         parts = [name for name in ("arguments", "outputs", "donated", "temporary", "code") if name in row]
         out.append("  the compiler's plan: " + ", ".join(f"{name} {gib(row[name])}" for name in parts))
     out.append(f"  {_verdict(row, chip)}" + (", without the size of the code (--code)" if planned(row) else ""))
-    out.append(f"  TFLOP per chip: {row['flops'] / 1e12:.3f} traced" + _compiler_flops(row))
+    counted = f", {row['program_flops'] / 1e12:.3f} in its compiled program" if "program_flops" in row else ""
+    out.append(f"  TFLOP per chip: {row['flops'] / 1e12:.3f} traced{counted}" + _compiler_flops(row))
     if row["fits"]:
         out.append(f"  collectives: {collectives_text(row) or 'none'}")
         least = bound(row, chip)

@@ -10,10 +10,12 @@ import numpy as np
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
 from lavie_jax.cascade.denoising import in_windows, predict_rows, sequential_guidance
+from lavie_jax.cascade.layout import layout, shares_windows
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models import registry
+from lavie_jax.models.placement import CLIP_AXIS
 from lavie_jax.planner.programs import Program, cast, placed
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import Condition, Prompts
@@ -28,10 +30,11 @@ def program_names(stage: Stage) -> tuple[str, ...]:
     return ("guided step", "VAE decode", *(("VAE encode",) if stage.encodes_clip else ()))
 
 
-def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int = 1) -> list[Program]:
+def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: int | None = 1) -> list[Program]:
     """Describes a guided denoising step and the VAE's programs of a stage at its default settings.
 
-    Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip.
+    Weights are replicated on every chip, as in `cascade.StageModel`. `rows` are clips or windows per chip; None for the
+    windows of one clip, on all chips.
 
     Raises:
         UserError: the stage is unknown, or the config is of another stage.
@@ -57,21 +60,24 @@ def sampling_programs(config: Any, stage: str, devices: list[jax.Device], rows: 
     return [step, *_vae_programs(weights, settings, vae, params, mesh)]
 
 
-def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int = 1) -> Program:
+def sampling_program(config: Any, stage: str, name: str, devices: list[jax.Device], rows: int | None = 1) -> Program:
     """Returns the program of `sampling_programs` with this name."""
     return next(program for program in sampling_programs(config, stage, devices, rows) if program.name == name)
 
 
 def _guided_step(
-    weights: Weights, settings: Settings, models: tuple, params: dict, mesh: jax.sharding.Mesh, rows: int
+    weights: Weights, settings: Settings, models: tuple, params: dict, mesh: jax.sharding.Mesh, rows: int | None
 ) -> Program:
     unet, text_encoder = models
-    stage, sharding = STAGES[weights.stage], parallel.batch_sharding(mesh)
+    stage = STAGES[weights.stage]
     shape = stage.latent_shape(weights, settings)
     windows = stage.windows(shape, settings)
     window = max(windows, key=lambda w: np.prod(w.shape))
     sampler = make_sampler(settings.sampler, settings.steps, weights.schedule, settings.spacing)
-    total = rows * mesh.size
+    total = (rows or 1) * mesh.size
+    if rows is None and (shared := layout(mesh, len(windows), halves=2, frames=window.shape[0])):
+        mesh, total = shared
+    sharding = parallel.replicated(mesh) if shares_windows(mesh) else parallel.batch_sharding(mesh)
     channels = unet.config.in_channels - unet.config.out_channels
 
     def array(*shape, dtype=jnp.float32):
@@ -87,9 +93,13 @@ def _guided_step(
         concat=array(*window.shape, channels) if channels else None,
         noise_level=array(dtype=jnp.int32) if unet.config.num_class_embeds else None,
     )
-    sequential = sequential_guidance(rows, window)
+    sequential = sequential_guidance(total, window, mesh)
     halves = "one after the other" if sequential else "together"
     sides = "x".join(str(n) for n in window.shape)
+    if shares_windows(mesh):
+        note = f"{total} x {sides} latents on all chips, frames divided by {mesh.shape[CLIP_AXIS]}"
+    else:
+        note = f"{total // mesh.size} x {sides} latents per chip, guidance halves {halves}"
     return Program(
         name="guided step",
         function=predict_rows,
@@ -102,7 +112,7 @@ def _guided_step(
         mesh=mesh,
         held={"parameters": params["unet"]},
         beside=(params["text_encoder"], params["vae"]),
-        note=f"{rows} x {sides} latents per chip, guidance halves {halves}; windows per clip: {len(windows)}",
+        note=f"{note}; windows per clip: {len(windows)}",
     )  # fmt: skip
 
 

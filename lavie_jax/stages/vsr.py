@@ -21,6 +21,7 @@ from lavie_jax import random
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
+from lavie_jax.program_cache import cached
 from lavie_jax.stages.clips import ClipInfo, check_memory, padded, to_float
 from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derived
@@ -148,6 +149,7 @@ class VSR(Stage):
 STAGE = VSR()
 
 
+@cached
 @functools.partial(jax.jit, static_argnames="schedule")
 def _noised(
     frames: UInt8[Array, "t h w 3"], noise: Float[Array, "t h w 3"], level: Int[Array, ""], *, schedule: Schedule
