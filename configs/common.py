@@ -4,7 +4,7 @@ from typing import Any
 
 from lavie_jax.training.options import check_mode, new_config
 
-__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage", "set_subject", "set_t5"]
+__all__ = ["check_mode", "clip_folder", "new_config", "set_fields", "set_stage", "set_student", "set_subject", "set_t5"]
 
 
 def clip_folder(data: Any) -> None:
@@ -35,6 +35,17 @@ def set_subject(config: Any, *, images: int) -> None:
     config.held_out_batches = 1
     config.keep_best = 0
     config.ema_decay = 0.99
+
+
+def set_student(config: Any) -> None:
+    """Makes a stage's config distil the model in `init_from`, whose sampling settings the student inherits."""
+    config.distill.kind = "guidance"
+    config.regime, config.train_text_encoder = "joint", False
+    config.inflate = False
+    config.sampling = new_config(config.stage).sampling
+    # The teacher sees the captions as they are: without them, its two predictions would be the same.
+    config.data.caption_drop = config.data.detail_drop = 0.0
+    config.ema_decay = 0.95
 
 
 def set_stage(config: Any, stage: str) -> None:

@@ -19,12 +19,13 @@ from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, chain_warning, gui
 from lavie_jax.diffusion.making import state_arrays
 from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
+from lavie_jax.diffusion.spacing import AYS_SIGMAS
 from lavie_jax.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 MEAN, VARIANCE = 0.3, 0.25
 DETERMINISTIC = [name for name in SAMPLERS if not make_sampler(name, 50, Schedule()).needs_noise]
-ONE_STEP = ["dpm++2m", "euler", "heun", "unipc"]
+ONE_STEP = ["dpm++2m", "euler", "heun", "unipc", "lcm"]
 # case in the golden file -> sampler, prediction
 CASES = {
     "ddpm": ("ddpm", "epsilon"),
@@ -217,8 +218,6 @@ def test_ddpm_without_noise_is_refused():
 def test_every_number_of_steps_has_falling_timesteps_and_rising_levels(name, spacing):
     schedule = Schedule()
     kind = type(make(name, 10))
-    if spacing == "karras" and not kind.fractional:
-        return
     for steps in range(1, 1001, 1 if spacing is None else 7):
         sampler = kind(steps, schedule, spacing or kind.default_spacing)
         assert sampler.step_timesteps.shape == (steps,) and sampler.timesteps.shape == (sampler.evaluations,)
@@ -462,13 +461,15 @@ def test_spacings():
     np.testing.assert_allclose(sigmas[[0, -2]], Schedule().sigmas[[-1, 0]])
     roots = sigmas[:-1] ** (1 / 7)
     np.testing.assert_allclose(np.diff(roots), np.diff(roots)[0])
+    np.testing.assert_allclose(make("euler", 10, spacing="ays").sigmas[1:-1], AYS_SIGMAS)
+    # whole timesteps of the same levels, moved apart where they are dense
+    assert timesteps("ays", "unipc") == list(np.rint(make("euler", 10, spacing="ays").timesteps))
+    assert timesteps("karras", steps=1000) == list(range(999, -1, -1))
 
 
 def test_spacings_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="unknown timestep spacing 'trail'.*mean 'trailing'"):
         make("ddim", 10, spacing="trail")
-    with pytest.raises(UserError, match=r"'karras' needs .* \(euler, heun\), not ddim"):
-        make("ddim", 10, spacing="karras")
 
 
 # ---- guidance ----

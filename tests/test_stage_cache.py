@@ -44,7 +44,8 @@ def test_a_cache_older_than_a_setting_has_its_default(tmp_path):
 
     cache().put("vsr", FRAMES.shape, [FRAMES])
     common = {"spacing": None, "prompt_suffix": "", "negative_prompt": "",
-              "guidance_low": 0, "guidance_high": None, "guidance_every": 1}  # fmt: skip
+              "guidance_low": 0, "guidance_high": None, "guidance_every": 1,
+              "cache_every": 1, "cache_depth": 1}  # fmt: skip
     everything = {
         **common,
         "noise_level": 50,

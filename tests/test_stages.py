@@ -65,7 +65,7 @@ def test_guidance_moves_away_from_the_null_text():
     text, null = Prompts(jnp.full((3, 5, 8), 2.0)), Prompts(jnp.full((3, 5, 8), 1.0))
     x = jnp.zeros((3, 2, 4, 4, 4))
     concat = jnp.ones((3, 2, 4, 4, 3))
-    out = denoiser(unet, {}, text, null, Condition(concat, jnp.array([1, 2, 3])), guidance=7.5)(x, 10)
+    out = denoiser(unet, {}, text, null, Condition(concat, jnp.array([1, 2, 3])), guidance=7.5)(x, 10).prediction
     np.testing.assert_allclose(out, 1 + 7.5 * (2 - 1))
     assert unet.calls["x"].shape == (6, 2, 4, 4, 7) and unet.calls["t"].tolist() == [10] * 6
     assert unet.calls["noise_level"].tolist() == [1, 2, 3, 1, 2, 3]
@@ -78,7 +78,7 @@ def test_sequential_guidance_gives_the_same_result():
     text, null = (Prompts(jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)) for _ in range(2))
     x, condition = jnp.ones((3, 2, 4, 4, 4)), Condition(jnp.ones((3, 2, 4, 4, 3)), jnp.array([1, 2, 3]))
     together, sequential = (
-        denoiser(unet, {}, text, null, condition, guidance=7.5, sequential_guidance=one_by_one)(x, 10)
+        denoiser(unet, {}, text, null, condition, guidance=7.5, sequential_guidance=one_by_one)(x, 10).prediction
         for one_by_one in (False, True)
     )
     np.testing.assert_allclose(sequential, together, rtol=1e-5)

@@ -182,6 +182,7 @@ def resolve_settings(
             own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
             guidance_of(own).plan(sampler.timesteps)
+            _check_cache_depth(own, weights[stage])
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
@@ -189,6 +190,13 @@ def resolve_settings(
         settings[stage] = own
         clip = _output_of(own)
     return settings
+
+
+def _check_cache_depth(settings: Settings, weights: Weights) -> None:
+    """Raises UserError for a feature cache that would leave nothing of this UNet to be used again."""
+    deepest = weights.unet.config.skip_connections - 1
+    if settings.cache_every > 1 and settings.cache_depth > deepest:
+        raise UserError(f"cache_depth must be from 1 to {deepest} for this model, not {settings.cache_depth}")
 
 
 def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:

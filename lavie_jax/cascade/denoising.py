@@ -19,10 +19,11 @@ from lavie_jax import parallel
 from lavie_jax.cascade.layout import ROWS_AXIS, SharedUNet, layout, shares_windows
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
+from lavie_jax.diffusion.feature_cache import FeatureCache
 from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.program_cache import cached
-from lavie_jax.stages.conditioning import Condition, Prompts, denoiser
+from lavie_jax.stages.conditioning import Condition, Evaluation, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
 MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels per device up to which both guidance halves share a UNet call
@@ -47,6 +48,7 @@ class Clip:
         state: the sampler's state; None before the start.
         step: number of the next evaluation.
         change: what the text changed in the last prediction for which that was computed, if it is used again.
+        deep: features of the UNet's deep layers in each window, by its corner, while they are used again.
         save: called with `step` and `state` at `DenoisingPlan.saves`.
     """
 
@@ -59,6 +61,7 @@ class Clip:
     state: State | None = None
     step: int = 0
     change: Float[np.ndarray, "t h w c"] | None = None
+    deep: dict[tuple[int, ...], Float[np.ndarray, "halves t h w c"]] = dataclasses.field(default_factory=dict)
     save: Callable[[int, State], None] = lambda step, state: None
 
 
@@ -69,6 +72,7 @@ class DenoisingPlan:
     Attributes:
         sampler: the sampler.
         guidance: scale of classifier-free guidance, and how much of it each evaluation computes.
+        cache: when the deep layers of the UNet are computed.
         windows: windows that cover a clip.
         rows: number of windows in one UNet call, a multiple of the number of devices.
         image: whether clips are single images, without temporal layers.
@@ -81,6 +85,7 @@ class DenoisingPlan:
     rows: int
     image: bool = False
     attention_windows: AttentionWindows | None = None
+    cache: FeatureCache = FeatureCache()
 
     @functools.cached_property
     def guidance_modes(self) -> tuple[str, ...]:
@@ -88,11 +93,16 @@ class DenoisingPlan:
         return self.guidance.plan(self.sampler.timesteps)
 
     @functools.cached_property
+    def whole(self) -> tuple[bool, ...]:
+        """Whether each evaluation computes the whole UNet (`FeatureCache.plan`)."""
+        return self.cache.plan(self.guidance_modes)
+
+    @functools.cached_property
     def saves(self) -> frozenset[int]:
         """The steps at which states are saved, which do not need anything of earlier evaluations but the state."""
         steps, last = {self.sampler.evaluations}, 0
         for step in range(1, self.sampler.evaluations):
-            if step >= last + SAVE_EVERY and self.guidance_modes[step] != REUSED:
+            if step >= last + SAVE_EVERY and self.guidance_modes[step] != REUSED and self.whole[step]:
                 steps.add(step)
                 last = step
         return frozenset(steps)
@@ -100,6 +110,10 @@ class DenoisingPlan:
     def keeps_change(self, i: int) -> bool:
         """Whether the evaluation after i uses again what guidance changes at i."""
         return self.guidance_modes[i] == COMPUTED and self.guidance_modes[i + 1 : i + 2] == (REUSED,)
+
+    def keeps_deep(self, i: int) -> bool:
+        """Whether the evaluation after i uses the deep features of i again."""
+        return self.whole[i] and self.whole[i + 1 : i + 2] == (False,)
 
 
 def denoise(
@@ -124,6 +138,8 @@ def denoise(
         for clip, prediction in zip(active, _predictions(model, active, i, plan, on_window)):
             clip.state = _updated(model, clip, prediction, plan.sampler)
             clip.step += 1
+            if plan.whole[i + 1 : i + 2] != (False,):
+                clip.deep.clear()  # of a large clip, they are many times as large as its state
             if clip.step in plan.saves:
                 clip.save(clip.step, clip.state)
 
@@ -133,7 +149,7 @@ def _predictions(
 ) -> list[Float[np.ndarray, "t h w c"]]:
     """Returns the prediction of evaluation i for each clip, blended over its windows.
 
-    What guidance changes is blended likewise, where a later evaluation uses it.
+    What guidance changes is blended likewise, where a later evaluation uses it. Deep features stay those of a window.
     """
     blended = [np.zeros(clip.shape, np.float32) for clip in clips]
     changes = [np.zeros(clip.shape, np.float32) for clip in clips] if plan.keeps_change(i) else None
@@ -151,11 +167,13 @@ def _predictions(
             padded = [*batch, *[batch[-1]] * (count - len(batch))]
             yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan, mesh)
 
-    for batch, (predictions, changed) in one_ahead(started()):
-        for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(predictions))):
+    for batch, evaluation in one_ahead(started()):
+        for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(evaluation.prediction))):
             blended[number][window.box] += window.weight * prediction
             if changes is not None:
-                changes[number][window.box] += window.weight * np.asarray(changed[row])
+                changes[number][window.box] += window.weight * np.asarray(evaluation.change[row])
+            if plan.keeps_deep(i):
+                clips[number].deep[window.corner] = np.asarray(evaluation.deep[row])
             on_window()
     for number, clip in enumerate(clips if changes is not None else ()):
         clip.change = changes[number]
@@ -170,11 +188,8 @@ def _layout(mesh: Mesh, windows: Sequence[Window], i: int, plan: DenoisingPlan) 
 
 def _predict_windows(
     model: StageModel, rows: Sequence[tuple[Clip, Window]], i: int, plan: DenoisingPlan, mesh: Mesh
-) -> tuple[Float[Array, "rows t h w c"], Float[Array, "rows t h w c"] | None]:
-    """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices.
-
-    Returns them and what guidance changes, None where no later evaluation uses it.
-    """
+) -> Evaluation:
+    """Starts the predictions of evaluation i for windows of one shape, without waiting for the devices."""
     # several devices that share a window all get its inputs, which are small
     batch = parallel.replicated(mesh) if shares_windows(mesh) else parallel.batch_sharding(mesh)
 
@@ -199,11 +214,13 @@ def _predict_windows(
         model.unet_params, stacked(x_t for x_t, _ in inputs), stacked(t[0] for _, t in inputs),  # t is one per frame
         stacked_prompts(text for text, _ in texts), stacked_prompts(null_text for _, null_text in texts), condition,
         stacked(clip.change[window.box] for clip, window in rows) if mode == REUSED else None,
+        None if plan.whole[i] else stacked(clip.deep[window.corner][: halves(mode)] for clip, window in rows),
         unet=in_windows(model.unet, plan.attention_windows),
         guidance=1.0 if mode == NONE else float(plan.guidance.scale),
         rescale=float(plan.guidance.rescale), image=plan.image,
         sequential_guidance=sequential_guidance(len(rows), rows[0][1], mesh),
         keep_change=plan.keeps_change(i), mesh=mesh,
+        cache_depth=None if plan.cache.every == 1 else plan.cache.depth,
     )  # fmt: skip
 
 
@@ -217,6 +234,11 @@ def _texts(rows: Sequence[tuple[Clip, Window]]) -> list[tuple[Prompts, Prompts]]
         tuple(prompts if prompts.per_frame else prompts.repeated(length) for prompts in pair)
         for pair, length in zip(texts, lengths)
     ]
+
+
+def halves(mode: str) -> int:
+    """Returns how many halves of guidance an evaluation computes: with the text, and without it."""
+    return 2 if mode == COMPUTED else 1
 
 
 def in_windows(unet, windows: AttentionWindows | None):
@@ -264,7 +286,16 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 @cached
 @functools.partial(
     jax.jit,
-    static_argnames=("unet", "guidance", "rescale", "image", "sequential_guidance", "keep_change", "mesh"),
+    static_argnames=(
+        "unet",
+        "guidance",
+        "rescale",
+        "image",
+        "sequential_guidance",
+        "keep_change",
+        "cache_depth",
+        "mesh",
+    ),
 )
 def predict_rows(
     params: dict,
@@ -274,6 +305,7 @@ def predict_rows(
     null_text: Prompts,
     condition: Condition,
     change: Float[Array, "b t h w c"] | None = None,
+    deep: Float[Array, "b halves t h_deep w_deep c_deep"] | None = None,
     *,
     unet,
     guidance: float,
@@ -282,27 +314,28 @@ def predict_rows(
     sequential_guidance: bool,
     mesh: Mesh,
     keep_change: bool = False,
-) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"] | None]:
-    """Returns the guided predictions, and what the text changes with `keep_change`, else None; see `denoiser`.
+    cache_depth: int | None = None,
+) -> Evaluation:
+    """Returns the guided predictions, and what later evaluations use again; see `denoiser`.
 
     Each device computes those of its own rows, or its part of one on a mesh of `layout`.
     """
 
     network = SharedUNet(unet, mesh) if shares_windows(mesh) else unet
 
-    def predict(params, x_t, t, text, null_text, condition, change):
+    def predict(params, x_t, t, text, null_text, condition, change, deep):
         """Runs on each device, with its rows of the arguments."""
-        prediction = denoiser(
+        return denoiser(
             network, params, text, null_text, condition, guidance=guidance, rescale=rescale, image=image,
-            sequential_guidance=sequential_guidance, change=change, keep_change=keep_change,
+            sequential_guidance=sequential_guidance, change=change, keep_change=keep_change, deep=deep,
+            cache_depth=cache_depth,
         )(x_t, t)  # fmt: skip
-        return prediction if keep_change else (prediction, None)
 
     if shares_windows(mesh):
-        out = predict(params, x_t, t, text, null_text, condition, change)
+        out = predict(params, x_t, t, text, null_text, condition, change, deep)
         return jax.lax.with_sharding_constraint(out, parallel.replicated(mesh))
-    specs = (ALL, *(BATCH,) * 6)
-    return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition, change)
+    specs = (ALL, *(BATCH,) * 7)
+    return per_device(predict, mesh, *specs)(params, x_t, t, text, null_text, condition, change, deep)
 
 
 @cached

@@ -53,13 +53,15 @@ class SharedUNet:
 
     def apply(self, variables: dict, *inputs: Any, **named: Any) -> Any:
         """Calls the UNet's `apply`, with the weights on every device."""
+        arrays = {k: v for k, v in named.items() if hasattr(v, "shape")}
+        options = {k: v for k, v in named.items() if k not in arrays}
 
-        def on_group(variables, inputs, named):
-            return self.unet.apply(variables, *inputs, **named)
+        def on_group(variables, inputs, arrays):
+            return self.unet.apply(variables, *inputs, **arrays, **options)
 
         rows = PartitionSpec(ROWS_AXIS)
         spread = jax.shard_map(
             on_group, mesh=self.mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows, axis_names={ROWS_AXIS},
             check_vma=False,
         )  # fmt: skip
-        return spread(variables, inputs, named)
+        return spread(variables, inputs, arrays)

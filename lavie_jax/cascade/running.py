@@ -20,6 +20,7 @@ from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import Parts, prompt_of
 from lavie_jax.diffusion import make_sampler
+from lavie_jax.diffusion.feature_cache import FeatureCache
 from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompts import check_prompts_at, check_within, one_line
@@ -111,6 +112,7 @@ def run_stage(
     plan = DenoisingPlan(
         sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule, settings.spacing),
         guidance=guidance_of(settings),
+        cache=feature_cache_of(settings),
         windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
         rows=rows,
         image=stage.is_image(settings),
@@ -157,6 +159,11 @@ def guidance_of(settings: Settings) -> Guidance:
         high=settings.guidance_high,
         every=settings.guidance_every,
     )
+
+
+def feature_cache_of(settings: Settings) -> FeatureCache:
+    """Returns the feature cache that the settings ask for."""
+    return FeatureCache(every=settings.cache_every, depth=settings.cache_depth)
 
 
 def _cache_name(stage: Stage, settings: Settings, segment: Segment) -> str:

@@ -7,6 +7,7 @@ in the result. `chain_warning` describes chains that have a little of either.
 
 import dataclasses
 
+from lavie_jax.diffusion.consistency import LCM
 from lavie_jax.diffusion.samplers import DDIM, DDPM, Euler, RespacedDDIM, RespacedDDPM, Sampler
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.diffusion.second_order import DPMSolver2M, Heun, UniPC
@@ -28,6 +29,7 @@ _SAMPLERS = {
     "heun": Heun,
     "dpm++2m": DPMSolver2M,
     "unipc": UniPC,
+    "lcm": LCM,
 }
 SAMPLERS = tuple(_SAMPLERS)
 
@@ -51,9 +53,6 @@ def make_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None 
     spacing = kind.default_spacing if spacing is None else spacing
     if spacing not in SPACINGS:
         raise UserError(f"unknown timestep spacing {spacing!r}{suggest(spacing, SPACINGS)}")
-    if spacing == "karras" and not kind.fractional:
-        takers = ", ".join(other for other in SAMPLERS if _SAMPLERS[other].fractional)
-        raise UserError(f"spacing 'karras' needs a sampler with fractional timesteps ({takers}), not {name}")
     sampler = kind(steps, schedule, spacing)
     _check_start(name, sampler)
     _check_residual_noise(name, sampler)

@@ -8,6 +8,7 @@
     heun           Heun's method on it: second order, two evaluations a step    algorithm 1, arXiv 2206.00364
     dpm++2m        DPM-Solver++(2M): second order, multistep                    algorithm 2, arXiv 2211.01095
     unipc          UniPC-2: dpm++2m, corrected by the next evaluation           algorithm 1, arXiv 2302.04867
+    lcm            x0 at once, noised again: distilled networks, 1 to 8 steps   algorithm 3, arXiv 2310.04378
 
 A sampler never calls the network. It states the network's input and consumes the prediction:
 
@@ -21,7 +22,7 @@ A sampler never calls the network. It states the network's input and consumes th
 `i` counts network evaluations. The state is a small dict of arrays and `update` is a pure function, so a chain can be
 scanned with a traced `i`, or saved to disk between any two evaluations and resumed. Noise levels are written as
 abar = alpha^2 = 1 - sigma^2 (`schedule.py`). This file has the interface and the first-order samplers; the others are
-in `second_order.py`, timesteps in `spacing.py`, and `make_sampler` in `making.py`.
+in `second_order.py` and `consistency.py`, timesteps in `spacing.py`, and `make_sampler` in `making.py`.
 
 Coefficients are computed in float64 on the host (except DDPM's, see there) and applied in float32.
 """

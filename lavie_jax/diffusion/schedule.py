@@ -128,6 +128,12 @@ class Schedule:
         alpha, sigma = self._alpha_sigma(t, x0.ndim)
         return alpha * eps - sigma * x0
 
+    def x0_and_eps(
+        self, prediction: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+        """Returns the x0 and eps of `add_noise` that the network's `prediction` for x_t stands for."""
+        return split_prediction(self.prediction, prediction, x_t, *self._alpha_sigma(t, x_t.ndim))
+
     def snr(self, t: Int[ArrayLike, "*times"]) -> Float[Array, "*times"]:
         """Returns the signal-to-noise ratio abar_t / (1 - abar_t), float32, one for each entry of `t`."""
         return jnp.asarray(self.alphas_cumprod / (1 - self.alphas_cumprod), jnp.float32)[t]

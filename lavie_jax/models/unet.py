@@ -8,7 +8,8 @@ Top to bottom: conditioning, the temporal module of the super-resolution stage, 
 The transformers within the blocks are in `transformer.py`; extensions that LaVie does not have, in `additions.py`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -87,24 +88,26 @@ class TemporalModule(nn.Module):
 class DownBlock(nn.Module):
     """Residual blocks, each followed by a transformer at the levels with attention, then a strided convolution.
 
-    The deepest level does not downsample. Returns its output and the skip connections.
+    Each returns a skip connection, and only the first `wanted` are computed: the deepest level does not downsample.
+    Returns its output and the skip connections.
     """
 
     s: Setting
     level: int
+    wanted: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b frames h w c"], cond: Conditioning):
         config = self.s.config
         width = config.block_out_channels[self.level]
         skips = []
-        for i in range(config.layers_per_block):
+        for i in range(min(self.wanted, config.layers_per_block)):
             x = resnet(self.s, x, cond, width, f"resnets_{i}")
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
                 x = transformer(self.s, x, cond, self.level, only_text, f"attentions_{i}")
             skips.append(x)
-        if self.level < len(config.block_out_channels) - 1:
+        if self.wanted > config.layers_per_block:
             x = Downsample(width, dtype=self.s.dtype, name="downsamplers_0")(x)
             skips.append(x)
         return x, skips
@@ -127,7 +130,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One residual block for each skip connection of the level, as in `DownBlock`, then upsampling.
 
-    The outermost level does not upsample.
+    With fewer skip connections, only the last residual blocks are computed. The outermost level does not upsample.
     """
 
     s: Setting
@@ -137,7 +140,8 @@ class UpBlock(nn.Module):
     def __call__(self, x: Float[Array, "b frames h w c"], skips: list[Array], cond: Conditioning, size):
         config = self.s.config
         width = config.block_out_channels[self.level]
-        for i, skip in enumerate(reversed(skips)):
+        for i, skip in enumerate(reversed(skips), start=config.layers_per_block + 1 - len(skips)):
+            self.sow("intermediates", f"into_{i}", x)  # kept only on request, see `deep_features`
             x = resnet(self.s, jnp.concatenate([x, skip], axis=-1), cond, width, f"resnets_{i}")
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
@@ -178,6 +182,8 @@ class UNet(nn.Module):
         noise_level: Num[Array, " b"] | None = None,
         text_mask: Bool[Array, "b l"] | Bool[Array, "b t l"] | None = None,
         image_text_mask: Bool[Array, "b m l"] | None = None,
+        deep: Float[Array, "b frames h_deep w_deep c_deep"] | None = None,
+        depth: int | None = None,
     ) -> Float[Array, "b frames h w c_out"]:
         """Predicts in float32. The video does not depend on the images, nor an image on anything else.
 
@@ -191,6 +197,9 @@ class UNet(nn.Module):
             noise_level: noise level of the super-resolution stage's low-resolution input (sec. 3.4).
             text_mask: True for the real tokens of `text`; None when all of them are.
             image_text_mask: the same for `image_text`.
+            deep: `deep_features` of a call at another timestep, in place of those of this call (DeepCache, arXiv
+                2312.00858). The network is computed down to the first `depth` skip connections and up from there.
+            depth: number of skip connections that are computed in spite of `deep`.
         """
         config, dtype = self.config, self.dtype
         if self.remat not in REMAT:
@@ -217,20 +226,27 @@ class UNet(nn.Module):
 
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
         h = additions.add_frames_around(config, h, x, velocity, frames, dtype)
-        levels = range(len(config.block_out_channels))
-        skips = [h]
+        levels, count = range(len(config.block_out_channels)), config.layers_per_block + 1
+        skips, wanted = [h], config.skip_connections if deep is None else depth
         for level in levels:
-            h, level_skips = remat_block(DownBlock, self.remat)(s, level, name=f"down_blocks_{level}")(h, cond)
+            if len(skips) == wanted:
+                break
+            block = remat_block(DownBlock, self.remat)(s, level, wanted - len(skips), name=f"down_blocks_{level}")
+            h, level_skips = block(h, cond)
             # Without the barrier the compiler may keep the operands of these sums alive until the way up.
             h, level_skips = jax.lax.optimization_barrier((h, level_skips))
             skips += level_skips
             h = temporal_module(level in config.down_temporal_idx, f"down_temporal_blocks_{level}", h)
-        h = remat_block(MidBlock, self.remat)(s, name="mid_block")(h, cond)
-        h = temporal_module(config.mid_temporal, "mid_temporal_block", h)
+        if deep is None:
+            h = remat_block(MidBlock, self.remat)(s, name="mid_block")(h, cond)
+            h = temporal_module(config.mid_temporal, "mid_temporal_block", h)
+        else:
+            h = deep
         for i, level in enumerate(reversed(levels)):
-            count = config.layers_per_block + 1
-            skips, level_skips = skips[:-count], skips[-count:]
-            size = skips[-1].shape[2:4] if level else None  # of the next skip, which is odd where a side was odd
+            level_skips = skips[level * count : (level + 1) * count]
+            if not level_skips:  # a level that `deep` replaces
+                continue
+            size = skips[level * count - 1].shape[2:4] if level else None  # odd where a side was odd
             up = remat_block(UpBlock, self.remat, static_argnums=(4,))(s, level, name=f"up_blocks_{i}")
             h = up(h, level_skips, cond, size)
             h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
@@ -247,6 +263,17 @@ class UNet(nn.Module):
             return temb
         embed = nn.Embed(classes, temb.shape[-1], dtype=self.dtype, name="class_embedding")
         return temb + embed(noise_level)[:, None]
+
+
+def deep_features(config: UNetConfig, intermediates: Mapping[str, Any], depth: int) -> Float[Array, "b frames h w c"]:
+    """Returns the features that entered the last `depth` residual blocks on the way up.
+
+    `intermediates` are what `UNet.apply(..., mutable="intermediates")` returns beside the prediction.
+    """
+    count = config.layers_per_block + 1
+    level = (depth - 1) // count
+    block = intermediates[f"up_blocks_{len(config.block_out_channels) - 1 - level}"]
+    return block[f"into_{(level + 1) * count - depth}"][0]
 
 
 def split_frames(x: Array, text: Array | None, image_text: Array | None) -> Frames:

@@ -83,6 +83,11 @@ class UNetConfig:
         """Width of the texts that the UNet is called with."""
         return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
 
+    @property
+    def skip_connections(self) -> int:
+        """Number of skip connections, which is that of the residual blocks on the way up."""
+        return len(self.block_out_channels) * (self.layers_per_block + 1)
+
     def image_config(self) -> "UNetConfig":
         """Returns the config of the image model inside: the same network without its temporal parts."""
         return dataclasses.replace(

@@ -140,7 +140,7 @@ def run_trajectory(
 
     @jax.jit
     def guided(params, x, t):
-        return denoiser(unet, params, text, null_text, condition, guidance=guidance)(x, t)
+        return denoiser(unet, params, text, null_text, condition, guidance=guidance)(x, t).prediction
 
     def denoise(x, t):  # float timesteps, as Euler needs, for all samplers: one compilation
         return guided(params, x, jnp.asarray(t, jnp.float32))

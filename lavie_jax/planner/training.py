@@ -16,6 +16,7 @@ from lavie_jax.models.vae import VAEConfig
 from lavie_jax.planner.programs import Program, mesh_of, placed
 from lavie_jax.stages import STAGES
 from lavie_jax.training import build, optimizer
+from lavie_jax.training.distillation import NONE, TEACHER
 from lavie_jax.training.state import abstract_frozen, abstract_state
 from lavie_jax.training.step import Task, make_held_out, make_update
 
@@ -111,9 +112,12 @@ def abstract_init(config: Any) -> build.InitialWeights:
     """Returns the shapes of a config's initial weights, as if they were random, which changes no shape."""
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
     names = ["vae"] if config.train_text_encoder else ["vae", "text_encoder"]
+    frozen = {name: registry.abstract_params(getattr(models, name).config) for name in names}
+    if config.distill.kind != NONE:
+        frozen[TEACHER] = registry.abstract_params(models.unet.config)
     return build.InitialWeights(
         start=None,
-        frozen={name: registry.abstract_params(getattr(models, name).config) for name in names},
+        frozen=frozen,
         scaling_factor=models.vae.config.scaling_factor,
         tokenizer=Path("tokenizer"),
     )

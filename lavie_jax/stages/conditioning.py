@@ -4,17 +4,20 @@ Both use the same `Condition`, from `Stage.condition`. Latents are scaled, (B, T
 and never generated inside a condition, so that a sample depends only on its own seed.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lavie_jax import random
 from lavie_jax.diffusion.guidance import guide
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.models.unet import deep_features
 from lavie_jax.models.vae import VAEConfig, sample_posterior
 
 
@@ -138,7 +141,21 @@ def uniform_timesteps(schedule: Schedule) -> SampleTimesteps:
 
 def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, "b frames h w c"]:
     """The UNet's prediction for a training pair."""
-    return _apply(unet, params, pair.x_t, pair.t, text, pair.condition, image_t=pair.image_t)
+    return _call(unet, params, pair.x_t, pair.t, text, pair.condition, image_t=pair.image_t)()
+
+
+class Evaluation(NamedTuple):
+    """A prediction, and what later evaluations use again of it.
+
+    Attributes:
+        prediction: the guided prediction.
+        change: what the text changed in it.
+        deep: features of the UNet's deep layers (`deep_features`), with the text, and without it under guidance.
+    """
+
+    prediction: Float[Array, "b t h w c"]
+    change: Float[Array, "b t h w c"] | None = None
+    deep: Float[Array, "b halves t h_deep w_deep c_deep"] | None = None
 
 
 def denoiser(
@@ -154,7 +171,9 @@ def denoiser(
     sequential_guidance: bool = False,
     change: Float[Array, "b t h w c"] | None = None,
     keep_change: bool = False,
-) -> Callable[[Array, Array], Any]:
+    deep: Float[Array, "b halves t h_deep w_deep c_deep"] | None = None,
+    cache_depth: int | None = None,
+) -> Callable[[Array, Array], Evaluation]:
     """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598).
 
     Args:
@@ -170,40 +189,62 @@ def denoiser(
         change: what the text changed in the prediction at an earlier evaluation. It is used again, and the
             unconditional half is left out.
         keep_change: returns what the text changes too, for later evaluations.
+        deep: `Evaluation.deep` of an earlier evaluation, in place of the deep layers; of as many halves as are
+            predicted now.
+        cache_depth: number of skip connections that are computed with `deep`; without it, returns `Evaluation.deep` of
+            this evaluation too. None: no features are returned or used again.
 
     Returns:
-        A function of x_t (B, T, h, w, C) and t, a scalar or (B,), that returns the prediction, or, with `keep_change`,
-        the prediction and the change.
+        A function of x_t (B, T, h, w, C) and t, a scalar or (B,).
     """
+    by_half = None if deep is None else rearrange(deep, "b halves ... -> halves b ...")
 
-    def predict_half(x_t, t, text, condition):
+    def predict_half(x_t, t, text, condition, deep=None):
+        """Returns the prediction, and its deep features where later evaluations may use them again, else None."""
         each = jax.tree.map(lambda x: x[:, None], text)
         half = Text(None, each.hidden, None, each.mask) if image else Text(text.hidden, None, text.mask)
-        return _apply(unet, params, x_t, t, half, condition)
+        call = _call(unet, params, x_t, t, half, condition)
+        if cache_depth is None:
+            return call(), None
+        if deep is not None:
+            return call(deep=deep, depth=cache_depth), None
+        prediction, kept = call(mutable="intermediates")
+        return prediction, deep_features(unet.config, kept["intermediates"], cache_depth)
 
-    def denoise(x_t, t):
+    def denoise(x_t, t) -> Evaluation:
         """Predicts with and without the text, and combines both by guidance."""
         t = jnp.broadcast_to(t, x_t.shape[:1])
-        if guidance == 1.0:
-            return predict_half(x_t, t, text, condition)
-        if change is not None:
-            cond = predict_half(x_t, t, text, condition).astype(jnp.float32)
-            return guide(cond, cond - change, guidance, rescale)
+        if guidance == 1.0 or change is not None:
+            cond, kept = predict_half(x_t, t, text, condition, None if by_half is None else by_half[0])
+            kept = None if kept is None else kept[:, None]
+            if change is None:
+                return Evaluation(cond, deep=kept)
+            cond = cond.astype(jnp.float32)
+            return Evaluation(guide(cond, cond - change, guidance, rescale), deep=kept)
         if sequential_guidance:  # a loop, because the compiler would be free to run two calls at the same time
             texts = jax.tree.map(lambda *halves: jnp.stack(halves), text, null_text)
-            halves = jax.lax.map(lambda half: predict_half(x_t, t, half, condition), texts)
+            one = lambda half: predict_half(x_t, t, half[0], condition, half[1])  # noqa: E731
+            halves, kept = jax.lax.map(one, (texts, by_half))
+            kept = None if kept is None else rearrange(kept, "halves b ... -> b halves ...")
         else:
             twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), (x_t, t, condition))
             texts = jax.tree.map(lambda *halves: jnp.concatenate(halves), text, null_text)
-            halves = jnp.split(predict_half(twice[0], twice[1], texts, twice[2]), 2)
+            both = None if by_half is None else rearrange(by_half, "halves b ... -> (halves b) ...")
+            halves, kept = predict_half(twice[0], twice[1], texts, twice[2], both)
+            halves = jnp.split(halves, 2)
+            kept = None if kept is None else rearrange(kept, "(halves b) ... -> b halves ...", halves=2)
         cond, uncond = halves
         guided = guide(cond, uncond, guidance, rescale)
-        return (guided, cond.astype(jnp.float32) - uncond.astype(jnp.float32)) if keep_change else guided
+        new_change = cond.astype(jnp.float32) - uncond.astype(jnp.float32) if keep_change else None
+        return Evaluation(guided, new_change, kept)
 
     return denoise
 
 
-def _apply(unet, params: dict, x_t: Array, t: Array, text: Text, condition: Condition, image_t: Array | None = None):
+def _call(
+    unet, params: dict, x_t: Array, t: Array, text: Text, condition: Condition, image_t: Array | None = None
+) -> Callable[..., Any]:
+    """Returns the UNet's `apply` with all arguments but those of the feature cache."""
     x = x_t if condition.concat is None else jnp.concatenate([x_t, condition.concat], axis=-1)
     inputs = {
         "image_text": text.images,
@@ -212,4 +253,5 @@ def _apply(unet, params: dict, x_t: Array, t: Array, text: Text, condition: Cond
         "text_mask": text.video_mask,
         "image_text_mask": text.image_mask,
     }
-    return unet.apply({"params": params}, x, t, text.video, **{k: v for k, v in inputs.items() if v is not None})
+    given = {k: v for k, v in inputs.items() if v is not None}
+    return functools.partial(unet.apply, {"params": params}, x, t, text.video, **given)

@@ -36,9 +36,9 @@ class Settings:
         UserError: a value is of the wrong type or out of range.
     """
 
-    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, respaced_ddpm, dpm++2m or unipc", metavar="NAME")
+    sampler: str = field("ddpm, ddim, euler, heun, respaced_ddim, respaced_ddpm, dpm++2m, unipc or lcm", metavar="NAME")
     spacing: str | None = field(
-        "spacing of the timesteps: leading, trailing, linspace, quadratic or karras (default: the sampler's own)",
+        "spacing of the timesteps: leading, trailing, linspace, quadratic, karras or ays (default: the sampler's own)",
         metavar="NAME",
         default=None,
     )
@@ -60,6 +60,14 @@ class Settings:
     )
     guidance_every: int = field(
         "evaluations per computation of what guidance adds; the others use it again, at half the work",
+        metavar="N", default=1, low=1,
+    )  # fmt: skip
+    cache_every: int = field(
+        "evaluations per computation of the UNet's deep layers; the others use their features again",
+        metavar="N", default=1, low=1,
+    )  # fmt: skip
+    cache_depth: int = field(
+        "outermost skip connections of the UNet that every evaluation computes, with --cache-every",
         metavar="N", default=1, low=1,
     )  # fmt: skip
     # A GIF frame lasts at most 655 seconds, and encoders fail far above the upper limit.

@@ -106,8 +106,18 @@ class VSR(Stage):
             raise UserError(f"noise_level must be from 0 to {most} for this model, not {settings.noise_level}")
         # bytes per pixel: the clip, and in float32 noised frames, state, prediction and new state
         arrays = 2 * state_arrays(settings.sampler) + 1
-        check_memory(clip, 3 + 4 * (3 + arrays * weights.unet.config.out_channels))
+        cached = self._cached_bytes(weights, settings)
+        check_memory(clip, 3 + 4 * (3 + arrays * weights.unet.config.out_channels) + cached)
         return settings
+
+    def _cached_bytes(self, weights: StageWeights, settings: VSRSettings) -> float:
+        """Returns bytes per pixel of the feature cache, in bfloat16, for both halves of guidance."""
+        if settings.cache_every == 1:
+            return 0
+        config = weights.unet.config
+        level = (settings.cache_depth - 1) // (config.layers_per_block + 1)
+        repeated = settings.window_frames / max(1, settings.window_frames - settings.overlap_frames)
+        return 2 * 2 * repeated * max(config.block_out_channels[: level + 2]) / 4**level
 
     def _low_res_schedule(self, weights: StageWeights) -> Schedule:
         return weights.low_res_schedule or self.low_res_schedule

@@ -35,6 +35,11 @@ class Window:
         return tuple(slice(span.start, span.stop) for span in self.spans)
 
     @property
+    def corner(self) -> tuple[int, ...]:
+        """The first frame, row and column, which no other window of a clip has."""
+        return tuple(span.start for span in self.spans)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The numbers of frames, rows and columns."""
         return tuple(span.stop - span.start for span in self.spans)

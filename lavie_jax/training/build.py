@@ -27,6 +27,8 @@ from lavie_jax.training import diffusion, latents, lora, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.config import init_folder, text_network
 from lavie_jax.training.diffusion import DiffusionLoss, Models
+from lavie_jax.training.distillation import NONE, TEACHER, DistillConfig
+from lavie_jax.training.distillation import SAMPLING as STUDENT_SAMPLING
 from lavie_jax.training.step import Task, check_same
 from lavie_jax.weights.folder import part_dir
 from lavie_jax.weights.inflate import copied, copies_temporal, inflate
@@ -46,12 +48,14 @@ class InitialWeights:
         frozen: {"vae": ..., "text_encoder": ... if not trained}.
         scaling_factor: of the VAE in `frozen`.
         tokenizer: the tokenizer's folder.
+        teacher_sampling: sampling settings of the teacher in `frozen`, if there is one.
     """
 
     start: Any
     frozen: Mapping[str, Any]
     scaling_factor: float
     tokenizer: Path
+    teacher_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make_task(config: Any, dtype: DTypeLike, scratch: Path, resumed: Path | None = None) -> tuple[Task, Path | None]:
@@ -107,6 +111,7 @@ def check_stage(config: Any) -> None:
             f"data.frames = {data.frames} and data.images = {data.images}: one of them must be positive, none negative."
         )
     lora_config(config)  # raises for settings that are out of range
+    distill_config(config).check(config, latents=bool(latent_paths(data)))
     if config.regime not in ("joint", optimizer.ADAPTER) and not data.frames:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
     if config.regime == "video_only" and data.images:
@@ -138,6 +143,7 @@ def _check_latents(sets: Sequence[LatentSet], config: Any, init: InitialWeights)
 def stage_task(config: Any, dtype: DTypeLike, init: InitialWeights) -> Task:
     """Makes the task of a stage; the parameters in `init` may be ShapeDtypeStructs."""
     data, models = data_config(config), make_models(config, dtype, init.scaling_factor)
+    settings, teacher = distill_config(config), {**STAGES[config.stage].sampling, **init.teacher_sampling}
     losses = diffusion.StageLoss(
         stage=STAGES[config.stage],
         models=models,
@@ -147,13 +153,14 @@ def stage_task(config: Any, dtype: DTypeLike, init: InitialWeights) -> Task:
         train_text_encoder=config.train_text_encoder,
         options={group: cls(**_plain(config[group])) for group, cls in STAGES[config.stage].info.training.items()},
         adapter=lora_config(config),
+        distillation=settings.distillation(teacher, models.schedule, models.text_encoder.config, init.tokenizer),
     )
     return diffusion.make_diffusion_task(
         losses,
         regime=config.regime,
         start=init.start,
         frozen=init.frozen,
-        sampling=sampling_defaults(config),
+        sampling=sampling_defaults(config, init.teacher_sampling),
         tokenizer=init.tokenizer,
     )
 
@@ -163,15 +170,24 @@ def lora_config(config: Any) -> lora.LoraConfig | None:
     return lora.LoraConfig(**_plain(config.lora)) if config.regime == optimizer.ADAPTER else None
 
 
-def sampling_defaults(config: Any) -> dict[str, Any]:
-    """Returns the default sampling settings of a model of this config: size and rate as in training."""
+def distill_config(config: Any) -> DistillConfig:
+    """Returns the settings of distillation of a config."""
+    return DistillConfig(**_plain(config.distill))
+
+
+def sampling_defaults(config: Any, teacher: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the default sampling settings of a model of this config: size and rate as in training.
+
+    Those of a distilled model are its teacher's, in fewer evaluations.
+    """
     data = data_config(config)
     height, width = data.whole
     as_trained = {"height": height, "width": width, "frames": max(data.frames, 1)}
     if data.fps is not None:  # None: clips keep their own rates, and the stage's default applies to samples
         as_trained["fps"] = data.fps
     given = {name: value for name, value in config.sampling.items() if value is not None}
-    return {**STAGES[config.stage].sampling, **as_trained, **given}
+    distilled = STUDENT_SAMPLING.get(config.distill.kind, {})
+    return {**STAGES[config.stage].sampling, **as_trained, **(teacher or {}), **distilled, **given}
 
 
 def data_config(config: Any) -> DataConfig:
@@ -228,6 +244,11 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
     start, frozen = None if start_weights is None else {"unet": start_weights.unet.params}, {"vae": vae.params}
+    teacher_sampling = {}
+    if config.distill.kind != NONE:
+        teacher = weights.load_folder(config.init_from, stage=config.stage, dtype=np.float32)
+        check_same(teacher.unet.config, models.unet.config, config.init_from)
+        frozen[TEACHER], teacher_sampling = teacher.unet.params, teacher.sampling
     if not config.train_text_encoder:
         frozen["text_encoder"] = text
     elif start is not None:
@@ -246,7 +267,10 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
             raise UserError(
                 f"text_encoder.vocab_size = {settings.vocab_size} is too small: the tokenizer has {size} tokens."
             )
-    return InitialWeights(start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer)
+    return InitialWeights(
+        start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer,
+        teacher_sampling=teacher_sampling,
+    )  # fmt: skip
 
 
 def _check_tokenizer(where: str, text: registry.TextConfig) -> None:

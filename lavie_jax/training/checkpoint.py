@@ -42,6 +42,7 @@ HASHES = (FROZEN, FROZEN_PART)
 # The others (steps, intervals, prompts, mesh, ...) may change between the parts of one run.
 IDENTITY = (
     "stage", "seed", "regime", "train_text_encoder", "text_network", "unet", "text_encoder", "vae", "schedule", "lora",
+    "distill",
     *HASHES,
 )  # fmt: skip
 

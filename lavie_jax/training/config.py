@@ -22,6 +22,7 @@ from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages.settings import STAGE_INFO
 from lavie_jax.training.autoencoder import AutoencoderLoss
 from lavie_jax.training.diffusion import DiffusionLoss
+from lavie_jax.training.distillation import DistillConfig
 from lavie_jax.training.lora import LoraConfig
 from lavie_jax.training.optimizer import REGIMES, OptimizerConfig
 
@@ -146,6 +147,7 @@ def group_classes(stage: str, text: str = TEXT_NETWORKS[0]) -> dict[str, type]:
         **shared,
         **networks,
         "lora": LoraConfig,
+        "distill": DistillConfig,
         "loss": DiffusionLoss,
         "sampling": STAGE_INFO[stage].settings,
         **STAGE_INFO[stage].training,

@@ -6,6 +6,7 @@ of a stage's UNet and computes them from a batch, `diffusion/loss.py` has the lo
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
 from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips, Text, TrainingPair
+from lavie_jax.stages.settings import PRESETS
 from lavie_jax.stages.stage import Stage
 from lavie_jax.training import lora
+from lavie_jax.training.distillation import CONSISTENCY, TEACHER, Distillation
 from lavie_jax.training.optimizer import ADAPTER, check_number
-from lavie_jax.training.step import Batch, Losses, Task
+from lavie_jax.training.step import AVERAGE, Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
 
 
@@ -73,7 +76,7 @@ class StageLoss:
 
     `options` are the stage's own training settings, {config group: dataclass}.
     `params` are {"unet": ..., "text_encoder": ... if trained}, `frozen` is {"vae": ..., "text_encoder": ... if not}.
-    With `adapter`, `params` also have one, which changes the UNet.
+    With `adapter`, `params` also have one, which changes the UNet. With `distillation`, `frozen` also has its teacher.
     """
 
     stage: Stage
@@ -84,6 +87,7 @@ class StageLoss:
     train_text_encoder: bool
     options: Mapping[str, Any]
     adapter: lora.LoraConfig | None = None
+    distillation: Distillation | None = None
 
     def init(self, rng: jax.Array) -> Any:
         """Returns random parameters, including the temporal layers' even if there are no videos."""
@@ -103,7 +107,7 @@ class StageLoss:
             latents, inputs, pair_rng, images=self.images, image_inputs=image_inputs, schedule=schedule,
             sample_timesteps=timestep_distribution(schedule, self.loss),
         )  # fmt: skip
-        return self._losses(params, pair, self._text(params, frozen, batch))
+        return self._losses(params, frozen, pair, self._text(params, frozen, batch))
 
     def held_out(self, params: Any, frozen: Any, batch: Batch, rng: random.Key) -> Losses:
         """Returns the losses at each of the fixed timesteps, with the same noise every time, and their means."""
@@ -119,7 +123,7 @@ class StageLoss:
             pair = self.stage.training_pair_at(
                 latents, inputs, t, image_t, eps, image_inputs=image_inputs, schedule=self.models.schedule
             )
-            return self._losses(params, pair, text)[1]
+            return self._losses(params, frozen, pair, text)[1]
 
         by_t = jax.lax.map(at, jnp.asarray(self.loss.held_out_timesteps))
         each = {f"{k}_t{t}": v[i] for k, v in by_t.items() for i, t in enumerate(self.loss.held_out_timesteps)}
@@ -170,13 +174,30 @@ class StageLoss:
             batch.get("image_token_mask") if self.images else None,
         )
 
-    def _losses(self, params: Any, pair: TrainingPair, text: Text) -> tuple[jax.Array, Losses]:
+    def _losses(self, params: Any, frozen: Any, pair: TrainingPair, text: Text) -> tuple[jax.Array, Losses]:
         unet = lora.with_lora(params, self.adapter) if self.adapter else params["unet"]
-        prediction = conditioning.predict(self.models.unet, unet, pair, text)
+        predict, target = functools.partial(conditioning.predict, self.models.unet), pair.target
+        if self.distillation is None:
+            prediction = predict(unet, pair, text)
+        else:
+            prediction, target = self.distillation.compare(
+                predict, self.models.schedule, pair, text, self._null_text(frozen, text), student=unet,
+                average=frozen.get(AVERAGE, params)["unet"], teacher=frozen[TEACHER],
+            )  # fmt: skip
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
-        value, parts = joint_loss(prediction, pair.target, weight, self.frames, self.loss.alpha)
+        value, parts = joint_loss(prediction, target, weight, self.frames, self.loss.alpha)
         present = {"video": self.frames, "image": self.images}
         return value, {f"{k}_loss": v for k, v in parts.items() if present[k]}
+
+    def _null_text(self, frozen: Any, text: Text) -> Text:
+        """Returns the teacher's negative prompt in place of each of the captions `text`."""
+        tokens, mask = self.distillation.null_tokens, self.distillation.null_mask
+        one = encode_text(self.models.text_encoder, frozen["text_encoder"], tokens, None, mask, None)
+        like = lambda null, given: None if given is None else jnp.broadcast_to(null, given.shape)  # noqa: E731
+        return Text(
+            like(one.video, text.video), like(one.video, text.images),
+            like(one.video_mask, text.video_mask), like(one.video_mask, text.image_mask),
+        )  # fmt: skip
 
 
 def make_diffusion_task(
@@ -207,11 +228,14 @@ def make_diffusion_task(
         if losses.adapter is not None:
             lora.export(path, params, losses.adapter)
             return
+        # Presets are for other samplers. These change nothing.
+        lcm = losses.distillation is not None and losses.distillation.kind == CONSISTENCY
         text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,
             stage=losses.stage.name,
             sampling=dict(sampling),
+            presets={name: {} for name in PRESETS[1:]} if lcm else None,
             unet=(models.unet.config, params["unet"]),
             vae=(models.vae.config, frozen["vae"]),
             text_encoder=(models.text_encoder.config, text_params),

@@ -24,6 +24,7 @@ from lavie_jax.training import optimizer
 Batch = Mapping[str, jax.Array]
 Losses = dict[str, jax.Array]
 
+AVERAGE = "average"  # in `frozen` of a loss in training: the EMA of params, for losses whose target depends on it
 UNTRAINED = "untrained"  # in `frozen`: the parameters of the trained networks that this run does not train
 
 
@@ -161,7 +162,8 @@ def make_update(
     gradients = make_gradients(task, accumulate=accumulate)
 
     def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
-        grads, losses = gradients(state["params"], frozen, batch, step_rng(seed, state["step"]))
+        read = {**frozen, AVERAGE: task.join(state["ema"], frozen)}
+        grads, losses = gradients(state["params"], read, batch, step_rng(seed, state["step"]))
         flat = flatten_dict(state["params"], sep="/")
         updates, opt_state = tx.update(grads, state["opt_state"], flat)
         params = unflatten_dict(optax.apply_updates(flat, updates), sep="/")
