@@ -50,7 +50,11 @@ class RunConfig:
     steps: int = field("number of updates", low=1)
     batch: int = field("examples per update, over all devices", low=1)
     seed: int = field("seed of the initial parameters and of the noise", default=0, low=0, high=MAX_SEED)
-    init_from: str = field("weights folder to start from; empty starts from random weights", default="", path=True)
+    init_from: str = field(
+        "weights folder to start from, or hub:OWNER/NAME[/STAGE]; empty starts from random weights",
+        default="",
+        path=True,
+    )
 
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(

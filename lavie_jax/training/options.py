@@ -31,6 +31,8 @@ from lavie_jax.training.config import (
     text_network,
 )
 from lavie_jax.training.optimizer import ADAPTER
+from lavie_jax.weights.hub.repository import HUB
+from lavie_jax.weights.locations import local_folder
 
 USAGE = (
     "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...] "
@@ -41,6 +43,7 @@ JAX_SETTINGS = (
     "jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64", "jax_default_matmul_precision",
 )  # fmt: skip
 FLAGS = ("config", "workdir", "restore-step", "profile")
+FOLDERS = ("init_from", "vae_from", "text_from")  # fields that name a weights folder, or a location on the hub
 TEXT_NETWORK = "text_network"  # a field that determines others
 
 
@@ -80,6 +83,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     config = load(flags["config"])
     for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
+    for name in FOLDERS:
+        if str(config.get(name, "")).startswith(HUB):  # recorded as the folder in the cache, which has the commit
+            config[name] = str(local_folder(config[name]))
     workdir = user_path(flags["workdir"])
     read_networks(config, workdir / "weights")
     return Arguments(
