@@ -1,6 +1,7 @@
 """Weights on the Hugging Face hub, against a stand-in for its API: downloads, conversion, refusals, publishing."""
 
 import json
+import re
 from pathlib import Path
 
 import hub_server

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
-HELPERS = {"disk", "errors", "fields", "random", "results", "text_files", "tokenizer_kinds"}
+HELPERS = {"commands", "disk", "errors", "fields", "random", "results", "text_files", "tokenizer_kinds"}
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 import lavie_jax
+from lavie_jax.commands import config_file
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
@@ -161,6 +162,8 @@ def load(spec: str) -> Any:
     name, _, mode = spec.partition(":")
     path = user_path(name)
     if not path.is_file():
+        path = config_file(name)
+    if path is None:
         raise UserError(f"config file {name} does not exist; see the files under configs/.")
     if importlib.util.find_spec("ml_collections") is None:
         raise UserError("training needs the package ml_collections (pip install ml_collections).")
