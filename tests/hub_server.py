@@ -171,6 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = (
+    (r"POST /api/validate-yaml", lambda self, _: self.reply(200, {"errors": [], "warnings": []})),
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create),
     (rf"GET /api/models/{NAME}(?:/revision/([^/]+))?", Handler.info),

@@ -1,7 +1,11 @@
 """Weights on the Hugging Face hub, against a stand-in for its API: downloads, conversion, refusals, publishing."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import hub_server
@@ -11,7 +15,9 @@ from huggingface_hub import constants
 
 import lavie_jax
 from lavie_jax import cascade
+from lavie_jax.data.tokens import save_small_tokenizer
 from lavie_jax.errors import UserError
+from lavie_jax.stages import STAGES
 from lavie_jax.training import options
 from lavie_jax.weights import folder_hash, load_folder, locations
 from lavie_jax.weights.hub import __main__ as command
@@ -28,6 +34,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # conftest.py switches the real hub off
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -131,6 +138,7 @@ def test_training_starts_from_the_hub(hub, folder):
     assert load_folder(config.init_from, params=False).stage == "base" and "/snapshots/" in config.init_from
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # of huggingface_hub, when it uploads a large file
 def test_a_folder_is_published_with_a_card_and_loaded_again(hub, folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     command.main(["push", str(folder), "someone/shapes", "--licence=apache-2.0", "--private"])
@@ -183,3 +191,109 @@ def test_a_folder_without_weights_is_not_published(hub, tmp_path):
     with pytest.raises(UserError, match="is not a weights folder"):
         lavie_jax.push_to_hub(tmp_path, "someone/shapes", licence="mit")
     assert not hub.requests
+
+
+def test_originals_are_converted_with_the_files_that_conversion_reads(hub, folder, monkeypatch):
+    """The converter, which has tests of its own, is replaced: it would need PyTorch."""
+    calls = []
+
+    def convert(stage, out, **files):
+        calls.append((stage.name, files))
+        shutil.copytree(folder / stage.name, out)
+        return []
+
+    monkeypatch.setattr(locations, "import_torch", lambda: None)
+    monkeypatch.setattr(locations, "import_stage", convert)
+    monkeypatch.setattr(locations, "inflate_pretrained", convert)
+    unet = {"unet/config.json": b"{}", "unet/diffusion_pytorch_model.bin": b"", "vae/config.json": b"{}"}
+    image = hub.add(STAGES["base"].image_repository, unet)
+    commit = hub.add("someone/LaVie", {"lavie_base.pt": b"", "lavie_interpolation.pt": b"", "lavie_vsr.pt": b""})
+    found = cascade.stage_folders("hub:someone/LaVie", stages=("base",))
+    assert [name for name, _ in calls] == ["base"] and calls[0][1]["share"] is None
+    assert calls[0][1]["unet_file"].name == "lavie_base.pt"
+    assert not (calls[0][1]["pretrained"] / "unet/diffusion_pytorch_model.bin").exists()
+    assert locations.record("weights", found["base"]) == {
+        "weights": f"hub:someone/LaVie@{commit}/base",
+        "weights_image_model": f"hub:CompVis/stable-diffusion-v1-4@{image}",
+    }
+    local_folder("hub:someone/LaVie", ("base", "interpolation"))
+    assert [name for name, _ in calls] == ["base", "interpolation"]  # the base was converted before
+    assert calls[1][1]["share"] == found["base"]
+    assert local_folder("hub:CompVis/stable-diffusion-v1-4").name == "base"
+    assert (calls[2][1]["pretrained"] / "unet/diffusion_pytorch_model.bin").exists()
+    with pytest.raises(UserError, match="hub:stabilityai/stable-diffusion-x4-upscaler: there is no such repository"):
+        local_folder("hub:someone/LaVie/vsr")
+
+
+@pytest.mark.heavy  # sample.py in a process
+def test_a_sample_records_repository_commit_and_hash(hub, folder, tmp_path):
+    commit = hub.add_folder("someone/base", folder / "base")
+    env = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    words = ["sample.py", "--prompt=a red circle", f"--out={tmp_path / 'out'}", "--weights"]
+    for place, code in (("hub:someone/base", 0), ("hub:someone/nothing", 2)):
+        done = subprocess.run(
+            [sys.executable, *words, place], cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+    assert (
+        done.stderr == "error: hub:someone/nothing: there is no such repository, or it is private: check the name, "
+        "or log in with `hf auth login`, or set HF_TOKEN\n"
+    )
+    (file,) = (tmp_path / "out").glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["made_with"]["weights"] == f"hub:someone/base@{commit}"
+    assert content["request"]["weights_sha256"] == folder_hash(folder / "base")
+
+
+@pytest.fixture
+def originals(hub, tmp_path, monkeypatch):
+    """Repositories like the published ones: LaVie's base, Stable Diffusion, the x4-upscaler; with tiny models."""
+    checkpoints = pytest.importorskip("checkpoints")
+    monkeypatch.setitem(checkpoints.TEXT, "vocab_size", 256)  # the small tokenizer's size
+    sd = checkpoints.write_sd(tmp_path / "sd")
+    x4 = checkpoints.write_sd(tmp_path / "x4", unet=checkpoints.X4_UNET, image=checkpoints.X4_IMAGE)
+    (x4 / "scheduler/scheduler_config.json").write_text(json.dumps(checkpoints.X4_SCHEDULER))
+    for folder, name in ((sd, STAGES["base"].image_repository), (x4, STAGES["vsr"].image_repository)):
+        save_small_tokenizer(folder / "tokenizer", tiny.WORDS, length=tiny.CONTEXT)
+        hub.add_folder(name, folder)
+    for stage in ("base", "interpolation"):
+        checkpoints.torch.save({"ema": checkpoints.lavie(stage)}, tmp_path / f"lavie_{stage}.pt")
+    files = sorted(tmp_path.glob("lavie_*.pt"))
+    hub.add("someone/LaVie", {file.name: file.read_bytes() for file in files})
+    return hub
+
+
+@pytest.mark.heavy  # imports torch, converts
+def test_released_checkpoints_are_converted_once_with_their_image_model(originals, tmp_path):
+    folders = cascade.stage_folders("hub:someone/LaVie", stages=("base",))
+    (folder,) = folders.values()
+    commit = originals.commits["someone/LaVie"][-1][0]
+    image = f"hub:CompVis/stable-diffusion-v1-4@{originals.commits['CompVis/stable-diffusion-v1-4'][-1][0]}"
+    assert locations.record("weights", folder) == {
+        "weights": f"hub:someone/LaVie@{commit}/base", "weights_image_model": image,
+    }  # fmt: skip
+    assert load_folder(folder).stage == "base"
+    assert not any("unet/diffusion" in name or "interpolation" in name for name in originals.downloads())
+    before = folder_hash(folder)
+    both = cascade.stage_folders("hub:someone/LaVie")  # converts the other stage, which shares the VAE
+    assert set(both) == {"base", "interpolation"} and folder_hash(both["base"]) == before
+    assert load_folder(both["interpolation"]).stage == "interpolation" and not (both["interpolation"] / "vae").exists()
+    originals.requests.clear()
+    assert local_folder(f"hub:someone/LaVie@{commit}/base") == folder and not originals.downloads()
+    assert "someone/LaVie" in publish.card(folder, "someone/mine", "mit")
+
+
+@pytest.mark.heavy  # imports torch, converts
+def test_image_models_are_inflated(originals):
+    for stage in ("base", "vsr"):
+        folder = local_folder(f"hub:{STAGES[stage].image_repository}")
+        assert load_folder(folder).stage == stage
+        assert local_folder(locations.record("weights", folder)["weights"]) == folder
+
+
+@pytest.mark.heavy  # imports torch, converts
+def test_a_conversion_that_fails_leaves_nothing(originals, tmp_path):
+    originals.add("someone/LaVie", {"lavie_base.pt": b"damaged"})
+    with pytest.raises(UserError, match="lavie_base.pt"):
+        local_folder("hub:someone/LaVie", ("base",))
+    assert not list((tmp_path / "cache").rglob("config.json"))

@@ -91,7 +91,9 @@ class RunConfig:
     keep_every: int = field("checkpoints at multiples of this step are kept; 0 keeps none", default=0, low=0)
     sample_every: int = field("steps between sample grids, a multiple of checkpoint_every", default=500, low=1)
     prompts: tuple[str, ...] = field("prompts of the sample grids; empty writes no grids", default=())
-    tensorboard: bool = field("write TensorBoard events in addition to metrics.jsonl", default=False)
+    metrics: tuple[str, ...] = field(
+        "where metrics go in addition to metrics.jsonl: any of tensorboard, wandb, module:function", default=()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from lavie_jax.commands import config_file
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
+from lavie_jax.training import sinks
 from lavie_jax.training.config import (
     NETWORKS,
     check_values,
@@ -143,8 +144,7 @@ def check(config: Any, workdir: Path) -> None:
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
             "samples come from the weights folder that is written with a checkpoint."
         )
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard=True needs the package tensorboard: install it, or set tensorboard=False.")
+    sinks.names(config.metrics)
     if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ but no checkpoints/, so this run would overwrite another program's "

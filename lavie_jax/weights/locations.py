@@ -22,6 +22,7 @@ from lavie_jax.weights.folder import CONTENTS, read_config
 from lavie_jax.weights.hub.repository import HUB, Location, Repository, contents, entry, location_of
 from lavie_jax.weights.inflate import inflate_pretrained
 from lavie_jax.weights.originals import wanted
+from lavie_jax.weights.reading import MODEL_FILES
 from lavie_jax.weights.saving import write_json
 from lavie_jax.weights.torch_files import import_torch
 
@@ -99,7 +100,7 @@ def _originals(repository: Repository, place: Location, stages: Collection[str] 
         for file in repository.files
         if posixpath.basename(file) == own.original
     }
-    image = not checkpoints and "unet/config.json" in repository.files and "vae/config.json" in repository.files
+    image = not checkpoints and any(f"unet/{file}" in repository.files for file in MODEL_FILES["unet"])
     stage, _, more = place.path.partition("/")
     if not (checkpoints or image) or more or (stage and stage not in STAGES):
         shown = ", ".join(repository.files[:5]) or "nothing"

@@ -169,13 +169,19 @@ def _reason(location: Location, error: Exception) -> str:
         return f"there is no such repository, or it is private: check the name, or {LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no branch, tag or commit {location.revision!r}: see {page}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        return _reason(location, error.__cause__)
     if isinstance(error, errors.LocalEntryNotFoundError) or _is_network(error):
         return _unreachable(_first_line(error))
     if isinstance(error, errors.EntryNotFoundError):
         return f"the repository has no such file: see {page}"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"a login is needed: {LOGIN}"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"access is denied ({_first_line(error)}): {LOGIN}"
-    return f"cannot be downloaded: {_first_line(error)}"
+    return (
+        f"the hub refused it: {_first_line(error)}" if isinstance(error, errors.HfHubHTTPError) else _first_line(error)
+    )
 
 
 def _unreachable(reason: str) -> str:
