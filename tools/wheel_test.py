@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run("lavie-convert", bin / "lavie-convert", "--help", cwd=empty)
         config = "configs/moving_shapes/base.py:tiny"
         usage = run("lavie-train", bin / "lavie-train", "--help", "--config", config, cwd=empty)
-        if "--config.optimizer.learning_rate" not in usage:
+        if "optimizer.learning_rate = " not in usage:
             sys.exit(f"lavie-train did not read {config}")
         has_gradio = "import importlib.util, sys; sys.exit(importlib.util.find_spec('gradio') is None)"
         if subprocess.run([bin / "python", "-c", has_gradio]).returncode:
