@@ -3,6 +3,7 @@
 # make test           the test suite
 # make heavy-test     tests that are too slow for `make test`: more meshes, stages, sizes and whole runs
 # make crash-test     kill a small training run at 50 random moments, also inside saves and on two hosts; the result must not change
+# make wheel-test     build a wheel, install it into an empty environment, and sample there
 # make lint           ruff: rules and formatting
 # make typecheck      ty: names, attributes, imports and the arguments of calls
 # make parity-full    reproduce every golden case, including the full-size models (10 GB of memory, minutes)
@@ -24,7 +25,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 FAST := docs errors imports layers lock loss originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
-.PHONY: demo check test heavy-test crash-test lint typecheck parity-full train-demo train-cascade
+.PHONY: demo check test heavy-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -50,6 +51,9 @@ heavy-test: $(VENV)/test.stamp
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py
+
+wheel-test: $(VENV)/pip.stamp
+	$(PY) tools/wheel_test.py
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .

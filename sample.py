@@ -110,9 +110,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--weights",
-        type=Path,
+        type=user_location,
         metavar="DIR",
-        help=f"weights folder of a stage, or a folder of {'/, '.join(STAGE_INFO)}/ (default: the shipped models)",
+        help=f"weights folder of a stage, a folder of {'/, '.join(STAGE_INFO)}/, or hub:OWNER/NAME[@REVISION] on the "
+        "Hugging Face hub (default: the shipped models)",
     )
     add(
         "--lora",
@@ -140,7 +141,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "(docs/speed.md); flags come before a preset (default: official)",
     )
     for stage in STAGE_INFO:
-        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if not inside --weights")
+        text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
+        add(f"--{stage}-weights", type=user_location, metavar="DIR", help=text)
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
     add("--overwrite", action="store_true", help="generate existing samples again, and replace them")
     for stage, info in STAGE_INFO.items():
@@ -319,6 +321,7 @@ def run(args: argparse.Namespace) -> None:
     from lavie_jax.cascade.personal import Personal, parse_embedding
     from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
+    from lavie_jax.weights.locations import record
     from lavie_jax.weights.lora import parse_lora
 
     devices = local_devices()  # fails in one line, before weights are read
@@ -366,7 +369,9 @@ def run(args: argparse.Namespace) -> None:
     for cache in caches if args.overwrite else ():
         cache.prepare_overwrite()
     requests = [cascade.Request.stored(output.request, known=known) for output in todo]
-    made_with = {STAGE_INFO[stage].option("weights").replace("-", "_"): str(folders[stage]) for stage in settings}
+    made_with = {}
+    for stage in settings:
+        made_with |= record(STAGE_INFO[stage].option("weights").replace("-", "_"), folders[stage])
     made_with |= {} if args.preset == OFFICIAL else {"preset": args.preset}
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}

@@ -9,7 +9,7 @@ resumes a run that was stopped; `--restore-step N` goes back to an older checkpo
     weights/         the newest EMA model, a weights folder for `sample.py --weights`; of configs/lora.py, a LoRA for
                      `sample.py --lora`
     samples/         sample videos of fixed prompts
-    metrics.jsonl    a line per logging interval; with tensorboard=True in the config, tensorboard/ as well
+    metrics.jsonl    a line per logging interval; with metrics=("tensorboard",) in the config, tensorboard/ as well
     profile/         with `--profile`: a trace of a few steps
     diverged/        the step at which training diverged, for `python -m lavie_jax.training.divergence`
 
@@ -43,7 +43,7 @@ from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.estimate import training_warning
-from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options
+from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options, sinks
 from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
@@ -223,8 +223,10 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
     )
     tracer = metrics.Profile(workdir / "profile" if profile and first else None, first=step + 3)
     cleanup.callback(tracer.close)
-    writer = metrics.Metrics(workdir, step=step, tensorboard=config.tensorboard) if first else None
-    if writer:
+    writer = None
+    if first:
+        others = sinks.Sinks(config.metrics, workdir, step=step, config=config.to_dict())
+        writer = metrics.Metrics(workdir, step=step, sinks=others)
         cleanup.callback(writer.close)
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not first, dynamic_ncols=True)
     cleanup.callback(bar.close)

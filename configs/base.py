@@ -42,5 +42,5 @@ def get_config(mode: str = "") -> ConfigDict:
     config.steps = 300_000
     config.prompts = ("a teddy bear walking on the street", "a panda playing the guitar, 2k, high quality")
     config.held_out_every = config.checkpoint_every = config.sample_every = 5000
-    config.tensorboard = True
+    config.metrics = ("tensorboard",)
     return config

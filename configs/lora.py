@@ -42,5 +42,5 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.learning_rate, config.optimizer.warmup = 1e-4, 0
     config.prompts = ("a sks cat walking on a beach", "a cat walking on a beach")
     config.held_out_every = config.checkpoint_every = config.sample_every = 250
-    config.tensorboard = False
+    config.metrics = ()
     return config

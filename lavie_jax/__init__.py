@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "lavie_jax.cascade",
+    "push_to_hub": "lavie_jax.weights.hub.publish",
     "save_video": "lavie_jax.samples.outputs",
     "UserError": "lavie_jax.errors",
 }

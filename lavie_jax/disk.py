@@ -1,4 +1,4 @@
-"""Hashes of files; full disks and disks that cannot lock files, on which a run continues."""
+"""Hashes of files; the cache folder; full disks and disks that cannot lock files, on which a run continues."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,8 @@ from typing import IO
 
 from absl import logging
 
+from lavie_jax.errors import user_path
+
 # Errors of flock on disks that do not support it: NFS without a lock daemon, some FUSE and parallel file systems.
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -20,6 +22,11 @@ def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """Returns a folder of this program in the user's cache folder, whether or not it exists."""
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / name
 
 
 @dataclasses.dataclass

@@ -25,7 +25,8 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lavie_jax.errors import AgreedError, UserError, check_folder, user_location, user_path
+from lavie_jax.disk import cache_folder
+from lavie_jax.errors import AgreedError, UserError, check_folder, user_location
 from lavie_jax.program_cache import keep_programs
 
 AXES = ("data", "fsdp", "tensor")
@@ -321,7 +322,7 @@ def keep_compiled_programs() -> None:
             _keep_programs_in(Path(given))
         return
     try:
-        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / "xla"
+        folder = cache_folder("xla")
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(folder, str(folder))
     except (OSError, UserError) as error:

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lavie_jax import disk, parallel
 from lavie_jax.errors import UserError
-from lavie_jax.training import checkpoint, metrics
+from lavie_jax.training import checkpoint, metrics, sinks
 from lavie_jax.training.step import UNTRAINED
 
 CONFIG = {
@@ -264,17 +264,22 @@ def test_parameter_hash_sees_one_bit_and_not_the_sharding():
 
 
 def test_metrics_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    writer = metrics.Metrics(tmp_path, step=0, tensorboard=False)
+    writer = metrics.Metrics(tmp_path, step=0)
     for step in (5, 10, 15):
         writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')  # killed while writing
-    writer = metrics.Metrics(tmp_path, step=10, tensorboard=False)
+    writer = metrics.Metrics(tmp_path, step=10)
     writer.write(20, {"loss": 2.0})
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": s, "loss": float(v)} for s, v in ((5, 5), (10, 10), (20, 2))]
+
+
+def with_tensorboard(workdir, step):
+    others = sinks.Sinks(("tensorboard",), workdir, step=step, config={})
+    return metrics.Metrics(workdir, step=step, sinks=others)
 
 
 def test_event_files_hold_scalars_and_pictures(tmp_path):
@@ -282,7 +287,7 @@ def test_event_files_hold_scalars_and_pictures(tmp_path):
     png = tmp_path / "a.png"
     Image.new("RGB", (30, 2)).save(png)
     for step, value in ((0, 0.5), (200, 0.25)):  # started, killed after step 300, resumed at 200
-        writer = metrics.Metrics(tmp_path, step=step, tensorboard=True)
+        writer = with_tensorboard(tmp_path, step)
         for at in (200, 300):
             if at > step:
                 writer.write(at, {"loss": value})
@@ -343,8 +348,8 @@ def test_memory_is_reported_where_devices_report_it(monkeypatch):
 
 def test_event_files_survive_a_full_disk(tmp_path, monkeypatch):
     """It ends TensorBoard's writing thread; the points of the next interval go to a new file."""
-    with_events = metrics.Metrics(tmp_path, step=0, tensorboard=True)
-    events = with_events._events
+    with_events = with_tensorboard(tmp_path, 0)
+    events = with_events._sinks._sinks["tensorboard"]
     monkeypatch.setattr(events._writer, "add_event", full_disk)
     with_events.write(1, {"loss": 1.0})
     with_events.write(2, {"loss": 2.0})

@@ -264,7 +264,7 @@ def tiny_run(name, workdir, *extra):
     command = [
         sys.executable, "train.py", "--config", f"configs/moving_shapes/{name}.py:tiny", "--workdir", str(workdir),
         "--config.steps=2", "--config.log_every=1", "--config.checkpoint_every=2", "--config.sample_every=2",
-        "--config.tensorboard=true", *extra,
+        "--config.metrics=tensorboard", *extra,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
-HELPERS = {"disk", "errors", "fields", "program_cache", "random", "results", "text_files", "tokenizer_kinds"}
+HELPERS = {
+    "commands", "disk", "errors", "fields", "program_cache", "random", "results", "text_files", "tokenizer_kinds",
+}  # fmt: skip
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
 SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
@@ -32,7 +34,7 @@ MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 # Needed by some configurations only, or slow to import: they are imported where they are used.
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
-    "scenedetect", "cv2", "matplotlib",
+    "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb",
 ]  # fmt: skip
 MAX_STAGE_COMPARISONS = 8  # what differs between the stages belongs in `lavie_jax/stages/`
 STAGE_NAMES = {"base", "interpolation", "vsr"}

@@ -37,7 +37,7 @@ from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Request, Sample, guidance_of, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
-from lavie_jax.errors import UserError, suggest, user_path
+from lavie_jax.errors import UserError, suggest
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
@@ -46,6 +46,7 @@ from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, load_folder
+from lavie_jax.weights.locations import local_folder
 
 SHIPPED = Path(__file__).parents[1] / "assets"
 
@@ -69,8 +70,9 @@ def load(
         load("weights", loras=["style.safetensors", ("subject.safetensors", 0.8)], embeddings=["cat.safetensors"])
 
     Args:
-        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside. Default,
-            without `folders`: the small cascade that is shipped with the package.
+        path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside, or
+            `hub:OWNER/NAME[@REVISION]` for either on the Hugging Face hub (docs/hub.md). Default, without `folders`:
+            the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation. Default: see `default_dtype`.
@@ -81,7 +83,8 @@ def load(
         embeddings: textual inversions, each a path or (path, word).
 
     Raises:
-        UserError: a folder is missing, incomplete, damaged or of another stage; a stage has no weights; `fsdp` does
+        UserError: a folder is missing, incomplete, damaged or of another stage; the hub cannot be reached, or does not
+            have the repository or the revision; a stage has no weights; `fsdp` does
             not divide the devices; a LoRA or embedding belongs to another model.
     """
     _mesh(devices, fsdp)  # raises before anything is read
@@ -113,7 +116,7 @@ def stage_folders(
     path = SHIPPED if path is None and not folders else path
     available = {}
     if path is not None:
-        path = user_path(path)
+        path = local_folder(path, stages)
         available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
         if path == SHIPPED and not available:
             raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
@@ -122,7 +125,7 @@ def stage_folders(
             if stage not in STAGES:
                 raise UserError(f"{path} contains a {stage}, not a stage that makes videos ({', '.join(STAGES)})")
             available = {stage: path}
-    available |= {stage: user_path(folder) for stage, folder in (folders or {}).items()}
+    available |= {stage: local_folder(folder, (stage,)) for stage, folder in (folders or {}).items()}
     return {stage: available[stage] for stage in STAGES if stage in available}
 
 

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavie_jax.commands import scripts
 from lavie_jax.data.video_files import FORMATS
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
 from lavie_jax.samples.outputs import SIDECAR_VERSION, Output, of_stage
 from lavie_jax.samples.provenance import read_request
 from lavie_jax.stages.settings import STAGE_INFO
 
-SCRIPT = Path(__file__).parents[2] / "sample.py"
+SCRIPT = scripts() / "sample.py"
 # Fields of a request that only a file fulfils, and the options that give one.
 FILES = {
     "input_sha256": ("--input",),
@@ -97,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("file", type=Path, metavar="FILE", help="a video, picture or JSON file of sample.py")
         parser.add_argument("--out", type=Path, default=Path("again"), metavar="DIR", help="(default: %(default)s)")
         args, more = parser.parse_known_args(argv)
-        if not SCRIPT.exists():
-            raise UserError(f"{SCRIPT} does not exist: run this in a checkout of the project")
         options, sidecar = prepare(args.file, args.out, more)
     code = subprocess.run([sys.executable, str(SCRIPT), *options]).returncode
     if code == 2 and sidecar is not None:  # refused: what holds sample.py to the request was not made by it

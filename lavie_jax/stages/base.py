@@ -41,6 +41,7 @@ class Base(Stage):
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True}
     batched = True  # a clip is small enough that a device can take several
+    original = "lavie_base.pt"
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: None) -> BaseSettings:

@@ -53,6 +53,7 @@ class Interpolation(Stage):
     image_model = None
     inflates = "base"
     encodes_clip = True
+    original = "lavie_interpolation.pt"
     memory_advice = "a clip of a smaller height and width"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:

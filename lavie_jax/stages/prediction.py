@@ -99,6 +99,7 @@ class Prediction(Stage):
     inflates = "base"
     encodes_clip = True
     batched = True
+    original = "seine.pt"
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class Stage:
         condition_masks: number of masks in the condition, each of one channel, likewise.
         image_model: the image model that the stage's UNet is inflated from; None if it is inflated from another stage.
         image_channels: input channels of that image model in addition to the latent's.
+        original: file name of the released checkpoint.
+        image_repository: repository on the Hugging Face hub of the image model whose VAE and text encoder it uses.
         inflates: the stage that the UNet is inflated from, or None if it is inflated from an image model.
         vae_defaults: values of fields that are missing in older published configurations of the stage's VAE.
         vae_dtype: dtype of the VAE's computation if it differs from the other networks'.
@@ -120,6 +122,8 @@ class Stage:
     condition_masks: ClassVar[int] = 0
     image_model: ClassVar[str | None] = "Stable Diffusion 1.x"
     image_channels: ClassVar[int] = 0
+    original: ClassVar[str]
+    image_repository: ClassVar[str] = "CompVis/stable-diffusion-v1-4"
     inflates: ClassVar[str | None] = None
     vae_defaults: ClassVar[Mapping[str, Any]] = {}
     vae_dtype: ClassVar[DTypeLike | None] = None

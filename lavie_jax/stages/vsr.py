@@ -56,6 +56,8 @@ class VSR(Stage):
     vae_defaults = {"scaling_factor": 0.08333}
     vae_dtype = jnp.float32  # the x4-upscaler's VAE overflows in half precision
     latents_suffice = False  # training needs pixels, and patches at random positions
+    original = "lavie_vsr.pt"
+    image_repository = "stabilityai/stable-diffusion-x4-upscaler"
     memory_advice = "smaller windows: a smaller tile, or fewer window frames"
 
     # ---- training ----

@@ -11,7 +11,7 @@ from lavie_jax.training.optimizer import OptimizerConfig, learning_rate
 HARMLESS = (
     "init_from", "vae_from", "text_from", "inflate", "dtype", "remat", "attention_kernel", "skip_limit", "cpu_devices",
     "distributed", "workers", "peak_tflops", "log_every", "held_out_every", "held_out_batches", "checkpoint_every",
-    "keep_checkpoints", "keep_best", "keep_every", "sample_every", "prompts", "tensorboard", "mesh", "sampling",
+    "keep_checkpoints", "keep_best", "keep_every", "sample_every", "prompts", "metrics", "mesh", "sampling",
 )  # fmt: skip
 
 

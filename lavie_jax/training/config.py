@@ -51,7 +51,11 @@ class RunConfig:
     steps: int = field("number of updates", low=1)
     batch: int = field("examples per update, over all devices", low=1)
     seed: int = field("seed of the initial parameters and of the noise", default=0, low=0, high=MAX_SEED)
-    init_from: str = field("weights folder to start from; empty starts from random weights", default="", path=True)
+    init_from: str = field(
+        "weights folder to start from, or hub:OWNER/NAME[/STAGE]; empty starts from random weights",
+        default="",
+        path=True,
+    )
 
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(
@@ -88,7 +92,9 @@ class RunConfig:
     keep_every: int = field("checkpoints at multiples of this step are kept; 0 keeps none", default=0, low=0)
     sample_every: int = field("steps between sample grids, a multiple of checkpoint_every", default=500, low=1)
     prompts: tuple[str, ...] = field("prompts of the sample grids; empty writes no grids", default=())
-    tensorboard: bool = field("write TensorBoard events in addition to metrics.jsonl", default=False)
+    metrics: tuple[str, ...] = field(
+        "where metrics go in addition to metrics.jsonl: any of tensorboard, wandb, module:function", default=()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard event files if configured, timing of steps, profiles."""
+"""Metrics of a run: `metrics.jsonl` and the sinks that are configured, timing of steps, profiles."""
 
 import contextlib
 import json
@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from lavie_jax import disk
+from lavie_jax.training.sinks import Sinks
 
 
 class Metrics:
-    """Appends to `directory/metrics.jsonl`, and to event files in `directory/tensorboard`.
+    """Appends to `directory/metrics.jsonl`, and writes to `sinks` (`training/sinks.py`).
 
     Lines after `step`, written by a run that was killed after its last checkpoint, are removed.
     """
 
-    def __init__(self, directory: Path, *, step: int, tensorboard: bool):
+    def __init__(self, directory: Path, *, step: int, sinks: Sinks | None = None):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         if path.exists():
@@ -29,74 +29,33 @@ class Metrics:
             partial.write_text("".join(kept))
             partial.replace(path)
         self._jsonl = path.open("a")
-        self._events = EventFiles(directory / "tensorboard", step=step) if tensorboard else None
+        self._sinks = sinks
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line `{"step": ..., name: value, ...}`."""
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         with disk.tolerate_full_disk("metrics.jsonl"):  # the lines stay buffered
             self._jsonl.flush()
-        if self._events:
-            with disk.tolerate_full_disk("tensorboard/"):
-                self._events.scalars(step, values)
+        if self._sinks:
+            self._sinks.scalars(step, values)
 
     def picture(self, step: int, name: str, png: Path) -> None:
-        """Shows a PNG in TensorBoard."""
-        if self._events:
-            with disk.tolerate_full_disk("tensorboard/"):
-                self._events.picture(step, name, png)
+        """Shows a PNG in the sinks."""
+        if self._sinks:
+            self._sinks.picture(step, name, png)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         with disk.tolerate_full_disk("metrics.jsonl"):
             self._jsonl.close()
-        if self._events:
-            with disk.tolerate_full_disk("tensorboard/"):
-                self._events.close()
+        if self._sinks:
+            self._sinks.close()
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Yields the complete lines: a kill may have cut the last one."""
     with path.open() as file:
         yield from (line for line in file if line.endswith("\n"))
-
-
-class EventFiles:
-    """Writes event files in `directory` for `tensorboard --logdir`, next to those of earlier parts of the run."""
-
-    def __init__(self, directory: Path, *, step: int):
-        # Imported here: only runs that write event files need the package.
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._open = lambda: EventFileWriter(str(directory), flush_secs=10)
-        self._writer = self._open()
-        # TensorBoard hides points of a killed run from this step on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.add_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a point to the curve of each name."""
-        self._add(step, [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-
-    def picture(self, step: int, name: str, png: Path) -> None:
-        """Adds a PNG file."""
-        with Image.open(png) as opened:
-            width, height = opened.size
-        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.read_bytes())
-        self._add(step, [self._summary.Value(tag=name, image=image)])
-
-    def close(self) -> None:
-        """Flushes and closes the files."""
-        self._writer.close()
-
-    def _add(self, step: int, values: list) -> None:
-        try:
-            self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-        except OSError:  # a full disk ended its thread: continue in a new file
-            self._writer = self._open()
-            raise
 
 
 def mean(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None) -> dict[str, float]:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 
 import lavie_jax
+from lavie_jax.commands import config_file
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
+from lavie_jax.training import sinks
 from lavie_jax.training.config import (
     NETWORKS,
     check_values,
@@ -31,6 +33,8 @@ from lavie_jax.training.config import (
     text_network,
 )
 from lavie_jax.training.optimizer import ADAPTER
+from lavie_jax.weights.hub.repository import HUB
+from lavie_jax.weights.locations import local_folder
 
 USAGE = (
     "usage: python train.py --config FILE.py[:MODE] --workdir DIR [--config.FIELD=VALUE ...] "
@@ -41,6 +45,7 @@ JAX_SETTINGS = (
     "jax_threefry_partitionable", "jax_default_prng_impl", "jax_enable_x64", "jax_default_matmul_precision",
 )  # fmt: skip
 FLAGS = ("config", "workdir", "restore-step", "profile")
+FOLDERS = ("init_from", "vae_from", "text_from")  # fields that name a weights folder, or a location on the hub
 TEXT_NETWORK = "text_network"  # a field that determines others
 
 
@@ -80,6 +85,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     config = load(flags["config"])
     for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
+    for name in FOLDERS:
+        if str(config.get(name, "")).startswith(HUB):  # recorded as the folder in the cache, which has the commit
+            config[name] = str(local_folder(config[name]))
     workdir = user_path(flags["workdir"])
     read_networks(config, workdir / "weights")
     return Arguments(
@@ -136,8 +144,7 @@ def check(config: Any, workdir: Path) -> None:
             f"sample_every = {config.sample_every} must be a multiple of checkpoint_every = {config.checkpoint_every}: "
             "samples come from the weights folder that is written with a checkpoint."
         )
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard=True needs the package tensorboard: install it, or set tensorboard=False.")
+    sinks.names(config.metrics)
     if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ but no checkpoints/, so this run would overwrite another program's "
@@ -155,6 +162,8 @@ def load(spec: str) -> Any:
     name, _, mode = spec.partition(":")
     path = user_path(name)
     if not path.is_file():
+        path = config_file(name)
+    if path is None:
         raise UserError(f"config file {name} does not exist; see the files under configs/.")
     if importlib.util.find_spec("ml_collections") is None:
         raise UserError("training needs the package ml_collections (pip install ml_collections).")

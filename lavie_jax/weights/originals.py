@@ -1,8 +1,8 @@
 """Downloads published checkpoints for conversion and checks their hashes.
 
 A location is a path, or, on the Hugging Face hub, `hub:OWNER/NAME` for an image model and `hub:OWNER/NAME/FILE` for a
-file; `hub:OWNER/NAME@REVISION` selects a branch, a tag or a commit. Only the files of an image model that conversion
-reads are downloaded, which excludes its UNet. Interrupted downloads resume.
+file (`hub/repository.py`). Only the files of an image model that conversion reads are downloaded, which excludes its
+UNet. Interrupted downloads resume.
 """
 
 import re
@@ -12,10 +12,9 @@ from pathlib import Path
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.models.registry import PARTS
+from lavie_jax.weights.hub.repository import HUB, Location, one_line
 from lavie_jax.weights.reading import SHARD, candidates
 
-HUB = "hub:"
-LOCATION = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 SMALL_FILES = re.compile(r"(tokenizer|scheduler|low_res_scheduler)/[^/]+|(unet|vae|text_encoder)/config\.json")
 
 
@@ -41,7 +40,7 @@ def get(location: str, downloads: str | Path, *, sha256: str = "") -> Path:
 def discard(location: str, downloads: str | Path) -> None:
     """Deletes a converted original: a file, or a download. Folders of the user are never deleted."""
     if location.startswith(HUB):
-        shutil.rmtree(_folder(_parsed(location), user_path(downloads)), ignore_errors=True)
+        shutil.rmtree(_folder(Location.parse(location), user_path(downloads)), ignore_errors=True)
     elif user_path(location).is_file():
         user_path(location).unlink()
 
@@ -62,41 +61,34 @@ def check_sha256(path: Path, given: str) -> None:
             raise UserError(f"{file} is damaged or a different file: its SHA-256 is {actual}, not {wanted.lower()}")
 
 
-def _parsed(location: str) -> re.Match:
-    match = LOCATION.fullmatch(location)
-    if match is None:
-        raise UserError(f"{location!r} is not a location on the hub; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
-    return match
-
-
-def _folder(match: re.Match, downloads: Path) -> Path:
+def _folder(place: Location, downloads: Path) -> Path:
     """Returns the download folder of a repository."""
-    return downloads / "--".join([*match["repository"].split("/"), *([match["revision"]] if match["revision"] else [])])
+    return downloads / "--".join([*place.repository.split("/"), *([place.revision] if place.revision else [])])
 
 
 def _from_hub(location: str, downloads: Path) -> Path:
-    import huggingface_hub  # comes with transformers; slow to import
+    import huggingface_hub  # slow to import
 
-    match = _parsed(location)
-    folder = _folder(match, downloads)
-    where = {"repo_id": match["repository"], "revision": match["revision"]}
-    try:
-        if match["file"]:
-            return Path(huggingface_hub.hf_hub_download(filename=match["file"], local_dir=folder, **where))
+    place = Location.parse(location)
+    folder = _folder(place, downloads)
+    where = {"repo_id": place.repository, "revision": place.revision}
+    with one_line(place):
+        if place.path:
+            return Path(huggingface_hub.hf_hub_download(filename=place.path, local_dir=folder, **where))
         files = wanted(huggingface_hub.HfApi().list_repo_files(**where))
         huggingface_hub.snapshot_download(allow_patterns=files, local_dir=folder, **where)
-    except Exception as error:  # of the hub, the network or the disk; each library below has its own types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{location} cannot be downloaded: {reason}") from error
     return folder
 
 
-def wanted(files: list[str]) -> list[str]:
-    """Selects the files of an image model that conversion reads: the best of each part but the UNet, and small ones."""
+def wanted(files: list[str], *, unet: bool = False) -> list[str]:
+    """Selects the files of an image model that conversion reads: the best of each part, and small ones.
+
+    A released video model has its own UNet, so that the image model's is left out unless `unet`.
+    """
     available, best = set(files), []
     for part in PARTS:
         name = next((name for file in candidates(part) if (name := f"{part}/{file}") in available), None)
-        if part == "unet" or name is None:  # the video model has its own UNet
+        if name is None or (part == "unet" and not unet):
             continue
         best.append(name)
         if name.endswith(".json"):  # the index of a sharded model

@@ -1,0 +1,1 @@
+"""Weights on the Hugging Face hub: `hub:OWNER/NAME[@REVISION][/PATH]`, downloaded (`repository`) and published."""
