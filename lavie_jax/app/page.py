@@ -139,11 +139,11 @@ class Page:
         self.note = gr.HTML("", elem_id="note")
         with gr.Row(elem_classes="seed"):
             fields["seed"] = gr.Number(
-                0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=3, min_width=120
+                0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=2, min_width=150
             )
-            self.dice = gr.Button("Random seed", elem_id="dice", scale=1, min_width=120)
+            self.dice = gr.Button("Random", elem_id="dice", scale=0, min_width=120)
             self.new_seed = gr.Checkbox(
-                True, label="New seed for each video", elem_id="new-seed", scale=2, min_width=150
+                True, label="New for each video", elem_id="new-seed", scale=1, min_width=120, container=False
             )
         main = {s.name: s for s in self.settings if s.stage == MAIN_STAGE}
         fields["preset"] = gr.Radio(
@@ -188,7 +188,7 @@ class Page:
 
     def _setting(self, setting: Setting) -> None:
         id = f"{setting.stage}-{setting.name}".replace("_", "-")
-        default = "" if setting.default in (None, "", False) else f"{setting.default}"
+        default = "" if setting.default is None or setting.default is False else f"{setting.default}"
         common: dict[str, Any] = {"label": setting.label, "elem_id": id, "min_width": 120}
         if (setting.stage, setting.name) not in [(MAIN_STAGE, name) for name in SHOWN]:
             common["info"] = setting.help
@@ -320,6 +320,7 @@ class Page:
                 file = self._copied(self.queue.store.path_of(job, last.video))
                 stages = form.fitting_stages((), pictures=False, clip=True, available=list(self.site.stages))
                 values = {INPUT: file, "stages": stages, "prompt": job.generation["prompt"]}
+                values |= dict.fromkeys(FRAMES.values())  # which the stages may not take
                 note = f"The form has the video as its clip, and the stages {', '.join(stages)}: press Make the video."
                 return [view, _status(note), gr.skip(), *(values.get(name, gr.skip()) for name in self.fields)]
             case "cancel":

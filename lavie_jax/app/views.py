@@ -84,10 +84,11 @@ def downloads(job: Job, result: Result) -> str:
     """Links that save a video and its JSON file."""
     ending = result.video.rpartition(".")[2].upper()
     video, record = (url_of(job, result, **more, download="1") for more in ({}, {"variant": "json"}))
-    return (
-        f'<a href="{video}" download aria-label="Download the {ending} of {escape(result.stage)}">{ending}</a>'
-        f'<a href="{record}" download aria-label="Download the JSON of {escape(result.stage)}">JSON</a>'
-    )
+    links = [
+        f'<a href="{url}" download aria-label="Download the {kind} of {escape(result.stage)}">{kind}</a>'
+        for kind, url in ((ending, video), ("JSON", record))
+    ]
+    return f'<span class="files">{"".join(links)}</span>'
 
 
 def results(job: Job | None) -> str:
@@ -120,7 +121,7 @@ def card(job: Job, ahead: int) -> str:
     buttons += [_button("clip", job, "Use as clip")] if last and last.video.endswith(".mp4") else []
     buttons.append(_button("delete", job, "Delete") if job.is_finished else _button("cancel", job, "Cancel"))
     problem = f'<p class="problem">{escape(job.error)}</p>' if job.error else ""
-    files = f'<span class="files">{downloads(job, last)}</span>' if last else ""
+    files = downloads(job, last) if last else ""
     return (
         f'<li class="card">{picture}<p class="prompt">{escape(wanted["prompt"])}</p><p class="about">{about}</p>'
         f'{problem}<div class="actions">{"".join(buttons)}{files}</div></li>'
