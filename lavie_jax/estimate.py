@@ -32,15 +32,22 @@ def sampling_warnings(
     weights: Mapping[str, StageWeights], settings: Mapping[str, Settings], platform: str
 ) -> list[str]:
     """A line for each stage whose denoising would take a CPU too long, if `platform` is "cpu"."""
-    lines = []
-    for stage, made in settings.items() if platform == "cpu" else ():
+    flops = sampling_flops(weights, settings) if platform == "cpu" else {}
+    lines = [_warning(f"stage {stage}: a sample", value) for stage, value in flops.items()]
+    return [line for line in lines if line]
+
+
+def sampling_flops(weights: Mapping[str, StageWeights], settings: Mapping[str, Settings]) -> dict[str, float]:
+    """Estimates the FLOPs of denoising a sample in each stage."""
+    flops = {}
+    for stage, made in settings.items():
         windows = STAGES[stage].windows(STAGES[stage].latent_shape(weights[stage], made), made)
         frames, height, width = windows[0].shape
         each = unet_flops(weights[stage].unet.config, frames=frames, height=height, width=width)
         passes = len(windows) * len(STAGES[stage].segments(made))
         evaluations = made.steps * (1 if made.guidance == 1 else 2) * passes
-        lines.append(_warning(f"stage {stage}: a sample", each * evaluations))
-    return [line for line in lines if line]
+        flops[stage] = each * evaluations
+    return flops
 
 
 def training_warning(config: Any, platform: str) -> str | None:

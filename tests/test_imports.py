@@ -16,7 +16,7 @@ HELPERS = {
 }  # fmt: skip
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}
-SATELLITES = {"curation", "evaluation", "planner", "parity"}  # the core never imports them
+SATELLITES = {"app", "curation", "evaluation", "planner", "parity"}  # the core never imports them
 MAY_IMPORT = {
     **dict.fromkeys(HELPERS, set()),
     **dict.fromkeys(GROUND, set()),
@@ -34,7 +34,7 @@ MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 # Needed by some configurations only, or slow to import: they are imported where they are used.
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
-    "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb",
+    "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb", "gradio", "fastapi", "starlette", "uvicorn",
 ]  # fmt: skip
 MAX_STAGE_COMPARISONS = 8  # what differs between the stages belongs in `lavie_jax/stages/`
 STAGE_NAMES = {"base", "interpolation", "vsr"}
@@ -70,11 +70,11 @@ def is_command(tree: ast.Module) -> bool:
 
 
 def modules() -> list[str]:
-    """Importable names of the library's modules, without commands and the reader of PyTorch files."""
+    """Importable names of the library's modules, without commands, the reader of PyTorch files and Gradio's page."""
     return [
         module_name(path)
         for path, tree in SOURCES.items()
-        if not is_command(tree) and path.name not in ("__main__.py", "torch_files.py")
+        if not is_command(tree) and path.name not in ("__main__.py", "torch_files.py", "page.py")
     ]
 
 

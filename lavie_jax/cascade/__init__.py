@@ -15,7 +15,7 @@ only within rounding.
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.prompts import stage_prompts
-from lavie_jax.cascade.running import Request, Sample, guidance_of, run_stage
+from lavie_jax.cascade.running import Progress, Request, Sample, guidance_of, run_stage
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, suggest
@@ -349,6 +349,7 @@ class Cascade:
         caches: Sequence[MemoryCache] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         """Yields the requested videos in order, as soon as the last stage finishes each.
 
@@ -360,8 +361,10 @@ class Cascade:
             batch_size: how many samples a stage with small clips denoises together, rounded up to a multiple of the
                 devices. Default: one per device.
             progress: whether to show a progress bar for each stage.
+            on_progress: called with a `Progress` before the first step of a stage, after each one and after each piece
+                of decoded frames. What it raises stops the sampling; states that are in the caches remain.
         """
-        videos = self._videos(requests, settings, clip, caches, batch_size, progress)
+        videos = self._videos(requests, settings, clip, caches, batch_size, progress, on_progress)
         while True:
             with parallel.usual_config():
                 video = next(videos, None)
@@ -377,6 +380,7 @@ class Cascade:
         caches: Sequence[MemoryCache] | None,
         batch_size: int | None,
         progress: bool,
+        on_progress: Callable[[Progress], None],
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
@@ -391,18 +395,27 @@ class Cascade:
             for sample in samples:  # the output of a later stage may be cached already
                 sample.needed = all(sample.cache.get(name) is None for name in later)
                 sample.prompts = prompts[sample][stage]
-            for sample, _ in zip(samples, self._stage(stage, samples, settings[stage], batch_size, progress)):
+            finished = self._stage(stage, samples, settings[stage], batch_size, progress, on_progress)
+            for sample, _ in zip(samples, finished):
                 sample.previous = stage
         for sample in samples:
             sample.needed, sample.prompts = True, prompts[sample][last]
-        yield from self._stage(last, samples, settings[last], batch_size, progress)
+        yield from self._stage(last, samples, settings[last], batch_size, progress, on_progress)
 
     def _stage(
-        self, stage: str, samples: Sequence[Sample], settings: Settings, batch_size: int | None, progress: bool
+        self,
+        stage: str,
+        samples: Sequence[Sample],
+        settings: Settings,
+        batch_size: int | None,
+        progress: bool,
+        on_progress: Callable[[Progress], None],
     ) -> Iterator[UInt8[np.ndarray, "t H W 3"] | None]:
         """Yields a stage's output for every sample: cached, or computed now; None if no later stage needs it."""
         missing = [sample for sample in samples if sample.needed and sample.cache.get(stage) is None]
-        outputs = run_stage(self.model(stage), settings, missing, batch_size, progress) if missing else iter(())
+        outputs = iter(())
+        if missing:
+            outputs = run_stage(self.model(stage), settings, missing, batch_size, progress, on_progress)
         for sample in samples:
             yield next(outputs) if sample in missing else sample.cache.get(stage)
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +31,22 @@ from lavie_jax.stages.stage import Known, Segment, Stage
 from lavie_jax.stages.windows import Window
 
 ONLY = Segment()  # the segment of a stage that has one
+
+
+class Progress(NamedTuple):
+    """How far a stage has come.
+
+    Attributes:
+        stage: name of the stage.
+        phase: "denoising" or "decoding".
+        done: finished steps, windows or frames of the phase.
+        total: all of them.
+    """
+
+    stage: str
+    phase: str
+    done: int
+    total: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +118,18 @@ class Sample:
 
 
 def run_stage(
-    model: StageModel, settings: Settings, samples: Sequence[Sample], batch_size: int | None, progress: bool
+    model: StageModel,
+    settings: Settings,
+    samples: Sequence[Sample],
+    batch_size: int | None,
+    progress: bool,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Iterator[UInt8[np.ndarray, "t H W 3"]]:
-    """Yields the stage's frames of every sample, in order, each as soon as it is in its cache."""
+    """Yields the stage's frames of every sample, in order, each as soon as it is in its cache.
+
+    `on_progress` is called before the first step, after each one and after each piece of decoded frames. What it
+    raises ends the stage.
+    """
     stage, devices = model.stage, model.mesh.size
     rows = devices
     if stage.batched:
@@ -126,9 +151,17 @@ def run_stage(
         desc=f"{stage.name}: compiling", disable=not progress,
     )  # fmt: skip
 
+    done = 0  # the bar does not count while it is disabled
+
+    def advance(steps: int = 1):
+        nonlocal done
+        done += steps
+        bar.update(steps)
+        on_progress(Progress(stage.name, "denoising", done, len(samples) * len(segments) * each))
+
     def on_window():
         bar.set_description(f"{stage.name}: denoising", refresh=False)
-        bar.update()
+        advance()
 
     with bar:
         for start in range(0, len(samples), group_size):
@@ -136,16 +169,16 @@ def run_stage(
             for segment in segments:
                 name = _cache_name(stage, settings, segment)
                 unfinished = [sample for sample in group if sample.cache.get(name) is None]
-                bar.update(each * (len(group) - len(unfinished)))
+                advance(each * (len(group) - len(unfinished)))
                 with _memory_advice(stage):
                     clips = _prepared(model, settings, unfinished, segment)
-                    bar.update(count * sum(clip.step for clip in clips))
+                    advance(count * sum(clip.step for clip in clips))
                     denoise(model, clips, plan, on_window)
                 latents = {sample: clip.state["x"] for sample, clip in zip(unfinished, clips)}
                 for sample in group:
                     with _memory_advice(stage):
                         if sample in latents:
-                            _decode(model, settings, latents.pop(sample), sample, segment, progress)
+                            _decode(model, settings, latents.pop(sample), sample, segment, progress, on_progress)
                     if segment == segments[-1]:
                         yield _joined(stage, settings, sample)
 
@@ -231,7 +264,13 @@ def _segment_input(stage: Stage, settings: Settings, sample: Sample, segment: Se
 
 
 def _decode(
-    model: StageModel, settings: Settings, latents: np.ndarray, sample: Sample, segment: Segment, progress: bool
+    model: StageModel,
+    settings: Settings,
+    latents: np.ndarray,
+    sample: Sample,
+    segment: Segment,
+    progress: bool,
+    on_progress: Callable[[Progress], None],
 ) -> None:
     """Decodes the frames of a segment into the sample's cache."""
     stage = model.stage
@@ -247,6 +286,7 @@ def _decode(
                 yield stage.finish(frames, start, settings, source)
                 start += len(frames)
                 bar.update(len(frames))
+                on_progress(Progress(stage.name, "decoding", start, len(latents)))
 
     shape = (settings.frames, settings.height, settings.width, 3)
     sample.cache.put(_cache_name(stage, settings, segment), shape, pieces())

@@ -39,25 +39,38 @@ def options_of(request: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: a stage is unknown, as in files of another version.
     """
-    stages = request.get("stages")
-    if not isinstance(stages, list) or not stages or not set(stages) <= set(STAGE_INFO):
-        raise UserError(f"the sample was made by the stages {stages}; known are {', '.join(STAGE_INFO)}")
+    settings = settings_of(request)
     prompts_at = request.get("prompts_at")
     prompt = f"--prompt={request['prompt']}"
     if prompts_at:
         prompt = "--prompts-at=" + " | ".join(f"{frame}: {text}" for frame, text in prompts_at.items())
-    options = [prompt, f"--seed={request.get('seed')}", f"--stages={','.join(stages)}"]
+    options = [prompt, f"--seed={request.get('seed')}", f"--stages={','.join(settings)}"]
+    for stage, given in settings.items():
+        for name, flag, kind, *_ in STAGE_INFO[stage].flags():
+            if name in given:
+                options.append(flag if kind is bool else f"{flag}={given[name]}")
+    return options
+
+
+def settings_of(request: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns {stage: settings that a user has to give} for this request, in the order of its stages.
+
+    Raises:
+        UserError: a stage is unknown, as in files of another version.
+    """
+    stages = request.get("stages")
+    if not isinstance(stages, list) or not stages or not set(stages) <= set(STAGE_INFO):
+        raise UserError(f"the sample was made by the stages {stages}; known are {', '.join(STAGE_INFO)}")
+    settings: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for stage in stages:
         own = of_stage(request, stage)
-        for name, flag, kind, *_ in STAGE_INFO[stage].flags():
+        for name, _, kind, *_ in STAGE_INFO[stage].flags():
             # A weights folder's window is recorded also where it is not used.
             unused = name == "long_window" and own.get("long") is None
             value = None if unused else own.get(name)
-            if kind is bool:
-                options += [flag] if value else []
-            elif value is not None:
-                options.append(f"{flag}={value}")
-    return options
+            if value is not None and (kind is not bool or value):
+                settings[stage][name] = value
+    return settings
 
 
 def prepare(file: Path, out: Path, more: Sequence[str]) -> tuple[list[str], Path | None]:

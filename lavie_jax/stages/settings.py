@@ -281,6 +281,7 @@ class StageInfo:
         name: of the stage, and of its module in `lavie_jax/stages/`.
         settings: the dataclass of its sampling settings.
         produces: the kind of its output clip.
+        summary: what it does, for people who choose stages.
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
@@ -293,6 +294,7 @@ class StageInfo:
     name: str
     settings: type[Settings]
     produces: str
+    summary: str
     consumes: tuple[str, ...] = ()
     training: Mapping[str, type] = dataclasses.field(default_factory=dict)
     clip_optional: bool = False
@@ -328,13 +330,22 @@ KEY_FRAMES, SMOOTH_CLIP, LARGE_CLIP = "key frames", "smooth clip", "large clip"
 STAGE_INFO = {
     info.name: info
     for info in (
-        StageInfo(name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True),
+        StageInfo(
+            name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True, summary="a short clip from the prompt"
+        ),
         StageInfo(
             name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
             clip_optional=True, takes_known=True, training={"known": KnownFrames},
+            summary="starts from pictures, or continues the clip",
         ),
-        StageInfo(name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP),
-        StageInfo(name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP),
+        StageInfo(
+            name="interpolation", settings=InterpolationSettings, consumes=(KEY_FRAMES,), produces=SMOOTH_CLIP,
+            summary="four times as many frames",
+        ),
+        StageInfo(
+            name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP,
+            summary="frames of four times the size",
+        ),
     )
 }  # fmt: skip
 MAIN_STAGE = next(name for name, info in STAGE_INFO.items() if info.main)

@@ -1,0 +1,285 @@
+"""The models of the server: they make the videos of one job at a time, and stay on the device between jobs."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from lavie_jax import cascade
+from lavie_jax.app import generation
+from lavie_jax.app.generation import Generation
+from lavie_jax.app.jobs import Stopped
+from lavie_jax.app.progress import TimeLeft
+from lavie_jax.app.store import Job, Result, Store
+from lavie_jax.cascade.personal import Personal
+from lavie_jax.cascade.running import Progress, Request
+from lavie_jax.data.tokens import known_words, load_tokenizer, text_warnings
+from lavie_jax.data.video_files import read_clip
+from lavie_jax.disk import file_hash
+from lavie_jax.errors import UserError
+from lavie_jax.estimate import sampling_flops, sampling_warnings
+from lavie_jax.parallel import keep_compiled_programs, local_devices
+from lavie_jax.samples.outputs import Output, make_request, up_to
+from lavie_jax.samples.pictures import by_frame, read_pictures
+from lavie_jax.samples.stage_cache import StageCache
+from lavie_jax.stages.clips import ClipInfo, free_memory
+from lavie_jax.stages.settings import STAGE_INFO, Settings
+from lavie_jax.stages.stage import Known
+from lavie_jax.weights import Weights, folder_hash, load_folder
+
+MAX_PROGRAMS = 64  # kinds of videos whose compiled programs are kept in memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job, checked against the weights.
+
+    Attributes:
+        settings: {stage: settings} of the stages to run.
+        request: everything that determines the video (`samples.outputs.make_request`).
+        frames: those of the clip that the first stage starts from.
+        known: given pictures by their frame.
+        personal: LoRA files.
+        notes: warnings.
+        flops: {stage: estimated FLOPs}.
+    """
+
+    settings: Mapping[str, Settings]
+    request: Mapping[str, Any]
+    frames: UInt8[np.ndarray, "t h w 3"] | None
+    known: Known
+    personal: Personal
+    notes: list[str]
+    flops: Mapping[str, float]
+
+
+class WatchedCache(StageCache):
+    """A cache on disk that reports each stage that is finished."""
+
+    def __init__(self, cache: StageCache, on_stage: Callable[[str, np.ndarray], None]):
+        super().__init__(cache.folder, cache.records, keep=False)
+        self._on_stage = on_stage
+
+    def put(
+        self, stage: str, shape: tuple[int, ...], pieces: Iterable[UInt8[np.ndarray, "n h w 3"]]
+    ) -> UInt8[np.ndarray, "t h w 3"]:
+        """Writes frames as they arrive; see `StageCache`."""
+        frames = super().put(stage, shape, pieces)
+        if stage in self.records:  # and not a segment
+            self._on_stage(stage, frames)
+        return frames
+
+
+class Engine:
+    """Makes videos with the stages of a weights folder.
+
+    Attributes:
+        folders: {stage: weights folder}.
+        headers: {stage: weights without parameters}.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        weights: Path | None = None,
+        folders: Mapping[str, Path] | None = None,
+        most_pixels: float = float("inf"),
+        fsdp: int = 1,
+    ):
+        """Finds devices and weights. Parameters are loaded when they are first needed.
+
+        Args:
+            store: where the files of jobs are.
+            weights: see `cascade.load`; default: the shipped models.
+            folders: {stage: folder} of weights that are elsewhere.
+            most_pixels: the most pixels that a video may have, in all frames of its last stage.
+            fsdp: number of devices that each weight is split over.
+
+        Raises:
+            UserError: there is no device, or a folder is missing or incomplete.
+        """
+        keep_compiled_programs()
+        self.devices = local_devices()
+        self.store, self.most_pixels, self.fsdp = store, most_pixels, fsdp
+        self.folders = cascade.stage_folders(weights, folders)
+        self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
+        self.rates: dict[str, float] = {}
+        self._loaded: dict[str, Weights] = {}
+        self._cascade: tuple[Any, cascade.Cascade] | None = None  # what is merged into the weights, and the models
+        self._programs: set = set()
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """{stage: SHA-256 of its weights}."""
+        return {stage: folder_hash(path) for stage, path in self.folders.items()}
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """The vocabulary of small models; [] of models that know every word."""
+        header = next(iter(self.headers.values()))
+        return list(known_words(load_tokenizer(header.tokenizer_dir, header.new_words)) or ())
+
+    # ---- before a job is accepted ----
+
+    def plan(self, wanted: Generation, inputs: Path) -> Plan:
+        """Checks everything that does not need parameters. Raises UserError; `inputs` has the uploaded files."""
+        wanted = generation.check(wanted)
+        stages, own_clip = wanted.stages, wanted.clip is not None
+        pictures = read_pictures(
+            {name: inputs / file for name, file in wanted.pictures.items()}, stages, own_clip=own_clip
+        )
+        personal = Personal.read([(inputs / file, scale) for file, scale in wanted.loras])
+        available = {stage: self.headers[stage] for stage in stages if stage in self.headers}
+        weights, notes = personal.apply(available)
+        frames, clip, clip_hash = self._clip(inputs / wanted.clip, notes) if wanted.clip is not None else (None,) * 3
+        settings = cascade.resolve_settings(weights, stages, wanted.settings, clip, wanted.preset)
+        self._check_size(settings)
+        taker = next((own for stage, own in settings.items() if STAGE_INFO[stage].takes_known), None)
+        given = by_frame(pictures, taker.output_frames) if taker else {}
+        known = {frame: picture.pixels for frame, picture in given.items()}
+        cascade.check_known(settings, clip, known)
+        texts = cascade.stage_prompts(settings, wanted.prompt, wanted.prompts_at)
+        Request.make(
+            None if wanted.prompts_at else wanted.prompt, wanted.prompts_at, settings[stages[0]].output_frames,
+            seed=wanted.seed,
+        )  # fmt: skip
+        hashes = {stage: self.hashes[stage] for stage in settings}
+        for stage, hash in wanted.weights.items():
+            if stage in hashes and hash != hashes[stage]:
+                raise UserError(
+                    f"The video was made with other weights of the stage {stage}: it cannot be made again here. Leave "
+                    "out weights_sha256 to make a similar one."
+                )
+        names = {frame: f"The {'first' if frame == 0 else 'last'} frame" for frame in given}
+        notes = notes + cascade.padding_notes(weights, settings, clip)
+        notes += cascade.fitting_notes(settings, clip, known, names)
+        notes += sampling_warnings(weights, settings, self.devices[0].platform)
+        notes += _text_notes(weights, settings, texts)
+        request = make_request(
+            wanted.prompt, wanted.seed, settings, hashes, prompts_at=wanted.prompts_at, clip_hash=clip_hash,
+            known_hashes={frame: picture.sha256 for frame, picture in given.items()},
+        )  # fmt: skip
+        return Plan(
+            settings=settings, request=request | personal.record(), frames=frames, known=known, personal=personal,
+            notes=list(dict.fromkeys(notes)), flops=sampling_flops(weights, settings),
+        )  # fmt: skip
+
+    def _clip(self, path: Path, notes: list[str]) -> tuple[np.ndarray, ClipInfo, str]:
+        most = min(free_memory() / 4, 3 * self.most_pixels)
+        try:
+            frames, fps = read_clip(path, max_bytes=most, warn=notes.append)
+        except UserError as error:
+            raise UserError(_without_path(str(error), path)) from None
+        notes[:] = [_without_path(note, path) for note in notes]
+        clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
+        return frames, clip, file_hash(path)
+
+    def _check_size(self, settings: Mapping[str, Settings]) -> None:
+        for own in settings.values():
+            pixels = own.output_frames * own.height * own.width
+            if pixels > self.most_pixels:
+                raise UserError(
+                    f"{own.output_frames} frames of {own.height}x{own.width} are {pixels / 1e6:.0f} million pixels, "
+                    f"where at most {self.most_pixels / 1e6:.0f} million are allowed: make fewer or smaller frames."
+                )
+
+    # ---- a job ----
+
+    def run(self, job: Job, check: Callable[[Job], None]) -> None:
+        """Makes the video of a job, and updates its progress and its results.
+
+        Args:
+            job: the job.
+            check: called between steps; what it raises ends the job.
+
+        Raises:
+            UserError: the job is impossible.
+        """
+        folder = self.store.folder_of(job.id)
+        job.stage, job.phase = None, "loading"
+        plan = self.plan(Generation.from_json(job.generation), folder / "inputs")
+        job.notes = plan.notes
+        check(job)
+        pipe = self._models(plan)
+        left = TimeLeft(plan.flops, self.rates)
+
+        def on_progress(progress: Progress) -> None:
+            first = job.stage != progress.stage  # the step that follows may compile
+            job.stage, job.phase = progress.stage, "preparing" if first else progress.phase
+            if progress.phase == "denoising":
+                left.update(progress.stage, progress.done, progress.total, time.monotonic())
+                job.share, job.seconds_left = left.share, left.seconds
+            check(job)
+
+        def on_stage(stage: str, frames: np.ndarray) -> None:
+            if job.result(stage) is None:
+                output = _output(folder / stage, up_to(plan.request, stage), frames)
+                (video,) = output.write(frames, output.formats, pipe.made_with())
+                paths = (str(path.relative_to(folder)) for path in (video, output.path("json")))
+                job.results = [*job.results, Result(stage, *paths)]
+                self.store.save(job)
+
+        whole = Output(folder=folder, index=0, formats=(), request=plan.request)
+        cache = WatchedCache(whole.cache(pipe.dtype.name), on_stage)
+        request = Request.stored(plan.request, known=plan.known)
+        try:
+            for _ in pipe.videos([request], plan.settings, clip=plan.frames, caches=[cache], on_progress=on_progress):
+                for stage in plan.settings:  # also those that an earlier run finished, but did not store
+                    on_stage(stage, cache.get(stage))
+        except Stopped:
+            if job.stop.is_set():
+                cache.remove()
+            raise
+        cache.remove()
+
+    def _models(self, plan: Plan) -> cascade.Cascade:
+        """Returns the models of a job. The same weights stay on the device; others replace them."""
+        for stage in plan.settings:
+            if stage not in self._loaded:
+                self._loaded[stage] = load_folder(self.folders[stage], stage=stage)
+        key = plan.personal.record()
+        if self._cascade is None or self._cascade[0] != key:
+            self._cascade = None  # frees the device first
+            self._cascade = key, cascade.Cascade({}, devices=self.devices, fsdp=self.fsdp)
+        pipe = self._cascade[1]
+        if not set(plan.settings) <= set(pipe.weights):
+            merged, _ = plan.personal.apply({stage: self._loaded[stage] for stage in plan.settings})
+            pipe.weights = merged | pipe.weights
+        kinds = {s: dataclasses.replace(own, negative_prompt="", prompt_suffix="") for s, own in plan.settings.items()}
+        self._programs.add(repr(kinds))
+        if len(self._programs) > MAX_PROGRAMS:
+            self._programs.clear()
+            jax.clear_caches()
+        return pipe
+
+
+def _output(folder: Path, request: Mapping[str, Any], frames: np.ndarray) -> Output:
+    """The files of one stage's video, in a format that browsers show."""
+    odd = frames.shape[1] % 2 or frames.shape[2] % 2
+    format = "png" if len(frames) == 1 else "gif" if odd else "mp4"
+    return Output(folder=folder, index=0, formats=(format,), request=request)
+
+
+def _text_notes(
+    weights: Mapping[str, Weights], settings: Mapping[str, Settings], texts: Mapping[str, Any]
+) -> list[str]:
+    """Returns warnings about words that a stage ignores; `texts` are the prompts of each stage."""
+    lines = []
+    for stage, own in settings.items():
+        tokenizer = load_tokenizer(weights[stage].tokenizer_dir, weights[stage].new_words)
+        lines += text_warnings(
+            tokenizer, [*(text + own.prompt_suffix for text, _ in texts[stage]), own.negative_prompt]
+        )
+    return lines
+
+
+def _without_path(message: str, path: Path) -> str:
+    """A message about an uploaded file, without where it is stored."""
+    return message.replace(str(path), path.name)
