@@ -204,6 +204,12 @@ def _token_names(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
+def word_tokens(tokenizer) -> dict[int, int]:
+    """Returns {id of the first token of a new word: number of its tokens}, which are consecutive."""
+    new_words = tokenizer.init_kwargs.get(_NEW_WORDS, {})
+    return {tokenizer.convert_tokens_to_ids(word): count for word, count in new_words.items()}
+
+
 def _expand(tokenizer, text: str) -> list[tuple[str, bool]]:
     """Splits a text at its new words: [(piece, whether it is the tokens of a new word), ...].
 
@@ -245,7 +251,8 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     return list(dict.fromkeys(w for w in old if w[0].isalnum() and w not in words))
 
 
-def _readable(tokenizer, text: str) -> str:
+def readable(tokenizer, text: str) -> str:
+    """Returns the text that is tokenized: new words as their tokens; without a small tokenizer's unknown words."""
     # The pieces of an unknown word would be tokens that were never trained, so the word is left out.
     words, pieces = known_words(tokenizer), _expand(tokenizer, text)
     if words is not None:
@@ -271,7 +278,7 @@ def tokenize_with_mask(
     if not texts:
         return np.zeros((0, length), np.int32), np.zeros((0, length), bool) if masked else None
     encoded = tokenizer(
-        [_readable(tokenizer, text) for text in texts],
+        [readable(tokenizer, text) for text in texts],
         padding="max_length",
         truncation=True,
         max_length=length,
@@ -282,7 +289,7 @@ def tokenize_with_mask(
 
 def lost_text(tokenizer, text: str) -> str:
     """The end of `text` that exceeds the context length; "" if all of it fits."""
-    text = _readable(tokenizer, text)
+    text = readable(tokenizer, text)
     kept = context_length(tokenizer) - tokenizer.num_special_tokens_to_add()
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return tokenizer.decode(ids[kept:]).strip()
@@ -307,16 +314,17 @@ class CachedTokens:
         return np.stack(ids), None if masks[0] is None else np.stack(masks)
 
 
-def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
+def text_warnings(tokenizer, texts: Iterable[str], *, cut: bool = True) -> list[str]:
     """Returns warnings about parts of `texts` that the model ignores.
 
-    These are the ends of texts longer than its context, and words that are not in a small model's vocabulary.
+    These are the ends of texts longer than its context, if they are `cut` there, and words that are not in a small
+    model's vocabulary.
     """
     texts = dict.fromkeys(texts)
     length = context_length(tokenizer)
     lines = [
         f"a prompt is longer than the model's {length} tokens and is truncated: {lost!r} is ignored"
-        for text in texts
+        for text in (texts if cut else ())
         if (lost := lost_text(tokenizer, text))
     ]
     if unknown := dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)):
