@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
-from lavie_jax.samples.outputs import Output, check_formats, make_request, of_stage, parse_formats
+from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
+from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
 from lavie_jax.samples.prompts import (
     Prompt,
     check_seed,
@@ -61,6 +62,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="txt (one prompt per line), csv, tsv or jsonl (prompt or prompts_at, and optionally seed and "
         "negative_prompt)",
+    )
+    add(
+        "--prompt-syntax",
+        default=PLAIN,
+        choices=SYNTAXES,
+        help="weighted gives (word:1.3), ((word)) and [word] more or less weight, in negative prompts too "
+        "(docs/prompts.md); plain takes brackets as text (default: plain)",
+    )
+    add(
+        "--long-prompts",
+        default=CUT,
+        choices=LONG_PROMPTS,
+        help="of prompts longer than CLIP's window, cut ignores the rest, chunk reads it in more windows (default cut)",
     )
     add(
         "--stages",
@@ -185,6 +199,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+    args.reading = Reading(args.prompt_syntax, args.long_prompts)
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
     args.pictures = {name: path for name in PICTURES if (path := getattr(args, f"{name}_frame")) is not None}
@@ -244,26 +259,12 @@ def plan_outputs(
             request = make_request(
                 prompt.text, seed, settings, hashes, negative_prompt=prompt.negative, clip_hash=clip_hash,
                 known_hashes={frame: picture.sha256 for frame, picture in given.items()}, prompts_at=prompt.at,
+                reading=args.reading,
             )  # fmt: skip
             request |= personal
             describe = not args.no_metadata
             outputs.append(Output(folder=args.out, index=index, formats=formats, request=request, describe=describe))
     return outputs
-
-
-def prompt_warnings(weights: Mapping[str, Any], outputs: Sequence[Output], texts_of: Mapping[str, Any]) -> list[str]:
-    """Returns warnings about words that a stage ignores; `texts_of` is {prompt: {stage: its prompts}}."""
-    from lavie_jax.data.tokens import load_tokenizer, text_warnings
-
-    lines = []
-    for stage, loaded in weights.items():
-        texts = []
-        for output in outputs:
-            own = of_stage(output.request, stage)
-            texts += [text + own["prompt_suffix"] for text, _ in texts_of[output.request["prompt"]][stage]]
-            texts.append(own["negative_prompt"])
-        lines += text_warnings(load_tokenizer(loaded.tokenizer_dir, loaded.new_words), texts)
-    return lines
 
 
 def written(
@@ -339,7 +340,8 @@ def run(args: argparse.Namespace) -> None:
     given = by_frame(pictures, taker.output_frames) if taker else {}
     known = {frame: picture.pixels for frame, picture in given.items()}
     cascade.check_known(settings, clip, known)
-    texts_of = {prompt.text: cascade.stage_prompts(settings, prompt.text, prompt.at) for prompt in prompts}
+    texts_of = [cascade.stage_prompts(settings, prompt.text, prompt.at) for prompt in prompts]
+    ignored = cascade.check_texts(weights, settings, texts_of, [prompt.negative for prompt in prompts], args.reading)
     hashes = {stage: folder_hash(folders[stage]) for stage in settings}
     part, parts = args.part
     outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given, personal.record())[part::parts]
@@ -358,8 +360,7 @@ def run(args: argparse.Namespace) -> None:
         cache.check()
     names = {frame: str(picture.path) for frame, picture in given.items()}
     warn(notes + cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
-    warn(sampling_warnings(weights, settings, devices[0].platform) if todo else [])
-    warn(prompt_warnings(weights, todo, texts_of))
+    warn(sampling_warnings(weights, settings, devices[0].platform) + ignored if todo else [])
 
     # ---- sampling ----
     pipe = None

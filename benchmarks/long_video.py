@@ -55,7 +55,7 @@ def cost(pipe: cascade.Cascade, method: str, frames: int) -> dict[str, float]:
         model.unet_params, jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32),
         text, text, Condition(), unet=in_windows(model.unet, stage.attention_windows(settings)),
         guidance=float(settings.guidance), rescale=float(settings.guidance_rescale), image=False,
-        sequential_guidance=sequential_guidance(1, window), mesh=model.mesh,
+        sequential_guidance=sequential_guidance(1, window, model.mesh), mesh=model.mesh,
     )  # fmt: skip
     memory = traced.lower().compile().memory_analysis()
     return {"flops": count_flops(traced.jaxpr), "temporary": memory.temp_size_in_bytes}

@@ -33,12 +33,13 @@ from lavie_jax.cascade.known import check_known, fitting_notes
 from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.personal import Personal
+from lavie_jax.cascade.prompts import check_texts as check_texts
 from lavie_jax.cascade.prompts import stage_prompts
 from lavie_jax.cascade.running import Progress, Request, Sample, guidance_of, run_stage
-from lavie_jax.data import tokens
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.estimate import sampling_warnings
+from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
@@ -273,6 +274,8 @@ class Cascade:
         clip: UInt8[np.ndarray, "frames h w 3"] | None = None,
         known: Known | None = None,
         preset: str = OFFICIAL,
+        prompt_syntax: str = PLAIN,
+        long_prompts: str = CUT,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
@@ -292,6 +295,8 @@ class Cascade:
             known: pictures that are frames of the prediction stage's output, {index: uint8 (H, W, 3)}, of any size.
             preset: "official", the weights folders' own settings, or "balanced" or "fast", which save work
                 (docs/speed.md). Settings that are given come before those of a preset.
+            prompt_syntax: "weighted" reads `(word:1.3)` and `[word]` in prompts, "plain" takes brackets as text.
+            long_prompts: "chunk" reads prompts longer than CLIP's window in several windows, "cut" ignores the rest.
             batch_size: see `videos`.
             progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
@@ -318,11 +323,17 @@ class Cascade:
             )
         if (prompt is None) == (prompts_at is None):
             raise UserError("give either a prompt or prompts_at")
-        known = known or {}
+        known, reading = known or {}, Reading(prompt_syntax, long_prompts)
         check_known(resolved, clip_info, known)
         requests = [
             Request.make(
-                text, at, resolved[stages[0]].output_frames, seed=check_seed(number), negative_prompt=other, known=known
+                text,
+                at,
+                resolved[stages[0]].output_frames,
+                seed=check_seed(number),
+                negative_prompt=other,
+                known=known,
+                reading=reading,
             )
             for text, at, number, other in _aligned(
                 prompt=prompt, prompts_at=prompts_at, seed=seed, negative_prompt=negative_prompt
@@ -331,13 +342,10 @@ class Cascade:
         prompts = [stage_prompts(resolved, request.prompt, request.prompts_at) for request in requests]
         lines = padding_notes(self.weights, resolved, clip_info) + fitting_notes(resolved, clip_info, known)
         lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
+        negatives = [request.negative_prompt for request in requests]
+        lines += check_texts(self.weights, resolved, prompts, negatives, reading)
         for line in lines:
             logging.warning("%s", line)
-        for stage, own in resolved.items():
-            tokenizer = tokens.load_tokenizer(self.weights[stage].tokenizer_dir, self.weights[stage].new_words)
-            texts = [text + own.prompt_suffix for parts in prompts for text, _ in parts[stage]]
-            for line in tokens.text_warnings(tokenizer, texts):
-                logging.warning("%s", line)
         return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
 
     def videos(

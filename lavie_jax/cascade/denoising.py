@@ -225,8 +225,14 @@ def _predict_windows(
 
 
 def _texts(rows: Sequence[tuple[Clip, Window]]) -> list[tuple[Prompts, Prompts]]:
-    """Returns text and null text of windows: one for every frame of each if any of them has several."""
+    """Returns text and null text of windows: one for every frame of each if any of them has several.
+
+    Where their numbers of tokens differ, shorter ones are padded with masked tokens.
+    """
     texts = [(clip.text(window), clip.null_text) for clip, window in rows]
+    lengths = {prompts.length for pair in texts for prompts in pair}
+    if len(lengths) > 1:
+        texts = [tuple(prompts.padded(max(lengths)) for prompts in pair) for pair in texts]
     if not any(text.per_frame for text, _ in texts):
         return texts
     lengths = [window.shape[0] for _, window in rows]

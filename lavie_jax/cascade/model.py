@@ -14,20 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
 from lavie_jax import parallel
-from lavie_jax.data import tokens
+from lavie_jax.data import token_chunks, tokens
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
 from lavie_jax.models.placement import split_by_rows
 from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.program_cache import cached
+from lavie_jax.samples.prompt_syntax import Parts
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import to_float
 from lavie_jax.stages.conditioning import Prompts
 from lavie_jax.weights import Part, Weights
 
+LEAST_MEAN = 0.03  # of hidden states, relative to their standard deviation, for `weigh` to restore it
 BATCH, ALL = PartitionSpec(parallel.BATCH_AXES), PartitionSpec()
 
 
@@ -59,20 +61,40 @@ class StageModel:
         Each distinct text is encoded separately: they are few, and one compiled program serves any number of them.
         """
         ids, masks = tokens.tokenize_with_mask(self.tokenizer, list(dict.fromkeys(texts)))
+        masks = masks if self.text_encoder.takes_mask else None
+        hidden = [self._hidden(ids[i], None if masks is None else masks[i]) for i in range(len(ids))]
+        rows = [list(dict.fromkeys(texts)).index(text) for text in texts]
+        return Prompts(np.stack(hidden)[rows], None if masks is None else masks[rows])
+
+    def encode_prompts(self, prompts: Sequence[Parts], *, several: bool = False) -> list[Prompts]:
+        """Returns the weighted hidden states (L, D) of prompts that are mixed, and therefore have the same L.
+
+        Args:
+            prompts: what `Reading.parse` returns for each.
+            several: whether words that exceed the text encoder's window are encoded in further ones, each by itself.
+                L is then a multiple of the window's length. Shorter prompts get the windows of an empty prompt.
+        """
+        each = [token_chunks.tokenize_chunks(self.tokenizer, parts, several=several) for parts in prompts]
+        (empty,) = token_chunks.tokenize_chunks(self.tokenizer, [[]], several=False)
+        longest, masked = max(map(len, each)), self.text_encoder.takes_mask
+
+        def encode(chunks: Sequence[token_chunks.Chunk]) -> Prompts:
+            masks = [chunk.mask if masked else None for chunk in chunks]
+            hidden = [weigh(self._hidden(c.ids, mask), c.weights, mask) for c, mask in zip(chunks, masks)]
+            return Prompts(np.concatenate(hidden), np.concatenate(masks) if masked else None)
+
+        return [encode([*chunks, *[empty] * (longest - len(chunks))]) for chunks in each]
+
+    def _hidden(self, ids: Int32[np.ndarray, " l"], mask: Bool[np.ndarray, " l"] | None) -> Float[np.ndarray, "l d"]:
+        """Returns the last hidden states of one text."""
         vocab_size = self.text_encoder.config.vocab_size
         if ids.max() >= vocab_size:
             raise UserError(
                 f"{self.weights.path}: the tokenizer returns token {ids.max()}, but the text encoder has {vocab_size} "
                 "tokens: one of them belongs to another model"
             )
-        masks = masks if self.text_encoder.takes_mask else None
-        hidden = [
-            np.asarray(_encode_text(self.text_params, ids[i : i + 1], None if masks is None else masks[i : i + 1],
-                                    model=self.text_encoder))
-            for i in range(len(ids))
-        ]  # fmt: skip
-        rows = [list(dict.fromkeys(texts)).index(text) for text in texts]
-        return Prompts(np.concatenate(hidden)[rows], None if masks is None else masks[rows])
+        masks = None if mask is None else mask[None]
+        return np.asarray(_encode_text(self.text_params, ids[None], masks, model=self.text_encoder))[0]
 
     def noise(self, seed: int, stream: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Returns standard normal noise for a clip, keyed by its seed."""
@@ -131,6 +153,25 @@ class StageModel:
         """Spreads rows over the devices, padded to `size` with the last one, so that all pieces use one program."""
         filled = np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)]) if len(rows) < size else rows
         return parallel.put(filled, parallel.batch_sharding(self.mesh))
+
+
+def weigh(
+    hidden: Float[np.ndarray, "l d"], weights: Float[np.ndarray, " l"], mask: Bool[np.ndarray, " l"] | None = None
+) -> Float[np.ndarray, "l d"]:
+    """Multiplies hidden states by the weights of their tokens, and restores their mean, as A1111 does.
+
+    Padding does not count where it is masked. Some text encoders, such as those of the included models, have hidden
+    states of mean 0 up to chance. Dividing by a mean that is chance would scale the prompt by any number, even a
+    negative one, so theirs is not restored.
+    """
+    if (weights == 1).all():
+        return hidden
+    weighted = hidden * weights[:, None].astype(hidden.dtype)
+    real = slice(None) if mask is None else mask
+    before, after = (float(x[real].mean(dtype=np.float64)) for x in (hidden, weighted))
+    if abs(before) < LEAST_MEAN * hidden[real].std() or before * after <= 0:
+        return weighted
+    return weighted * np.float32(before / after)
 
 
 def networks(weights: Weights, dtype: DTypeLike) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -5,12 +5,16 @@ and the stages after it, which show the same moments, the prompt of most of the 
 Prompts at given frames (`Request.prompts_at`) change linearly instead, in stages without segments.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lavie_jax.data import tokens
 from lavie_jax.errors import UserError
-from lavie_jax.stages.settings import Settings
+from lavie_jax.models import registry
+from lavie_jax.samples.prompt_syntax import Reading, words_of
+from lavie_jax.stages.settings import STAGE_INFO, Settings
+from lavie_jax.weights import Weights
 
 Parts = Sequence[tuple[str, int]]  # (prompt, number of frames), in the order of the frames
 
@@ -47,3 +51,43 @@ def prompt_of(frames: range, count: int, parts: Parts) -> str:
     owners = np.repeat(np.arange(len(texts)), lengths)
     moments = np.asarray(frames) / max(count - 1, 1)  # from 0 to 1
     return texts[np.bincount(owners[np.rint(moments * (len(owners) - 1)).astype(int)]).argmax()]
+
+
+def check_texts(
+    weights: Mapping[str, Weights],
+    settings: Mapping[str, Settings],
+    prompts: Iterable[Mapping[str, Parts]],
+    negatives: Iterable[str | None],
+    reading: Reading,
+) -> list[str]:
+    """Returns warnings about words that a stage ignores.
+
+    Args:
+        weights: {stage: weights folder}; parameters are not needed.
+        settings: {stage: settings} of the stages to run.
+        prompts: those of each sample (`stage_prompts`).
+        negatives: negative prompts of the samples for the main stage; None is the one of its settings.
+        reading: how prompts are read.
+
+    Raises:
+        UserError: a weighted prompt is malformed, or a text encoder cannot read prompts in chunks.
+    """
+    lines, prompts, negatives = [], list(prompts), list(negatives)
+    for stage, own in settings.items():
+        loaded = weights[stage]
+        tokenizer = tokens.load_tokenizer(loaded.tokenizer_dir, loaded.new_words)
+        if reading.chunked and tokens.uses_mask(tokenizer):
+            raise UserError(
+                f"long_prompts = {reading.long_prompts} is for CLIP; the text encoder of {stage}, "
+                f"{registry.network_name(loaded.text_encoder.config)}, has no windows to chunk a prompt into: it reads "
+                f"{tokens.context_length(tokenizer)} tokens at once"
+            )
+        texts = [
+            reading.parse(text, own.prompt_suffix, closed=len(parts[stage]) > 1)
+            for parts in prompts
+            for text, _ in parts[stage]
+        ]
+        other = own.negative_prompt
+        texts += [reading.parse(other if one is None or not STAGE_INFO[stage].main else one) for one in negatives]
+        lines += tokens.text_warnings(tokenizer, map(words_of, texts), cut=not reading.chunked)
+    return lines

@@ -23,6 +23,7 @@ from lavie_jax.diffusion import make_sampler
 from lavie_jax.diffusion.feature_cache import FeatureCache
 from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.errors import UserError
+from lavie_jax.samples.prompt_syntax import AS_IS, Reading
 from lavie_jax.samples.prompts import check_prompts_at, check_within, one_line
 from lavie_jax.samples.stage_cache import MemoryCache, segment_name
 from lavie_jax.stages.conditioning import Prompts, travel_weights
@@ -59,6 +60,7 @@ class Request:
         negative_prompt: replaces the setting of the main stage.
         known: pictures of any size that are given as frames of the clip, by their index.
         prompts_at: prompts over time, {frame of the first stage's output: prompt}, which `prompt` has in one line.
+        reading: how all prompts are read.
     """
 
     prompt: str
@@ -66,6 +68,7 @@ class Request:
     negative_prompt: str | None = None
     known: Known = dataclasses.field(default_factory=dict)
     prompts_at: Mapping[int, str] | None = None
+    reading: Reading = AS_IS
 
     @classmethod
     def make(cls, prompt: str | None, prompts_at: Any, frames: int, **fields: Any) -> "Request":
@@ -85,6 +88,7 @@ class Request:
             seed=request["seed"],
             negative_prompt=request.get("negative_prompt"),
             prompts_at=None if at is None else {int(frame): text for frame, text in at.items()},
+            reading=Reading.stored(request),
             **fields,
         )
 
@@ -233,24 +237,23 @@ def _encoded_prompts(
     model: StageModel, settings: Settings, sample: Sample, segment: Segment
 ) -> tuple[Callable[[Window], Prompts], Prompts]:
     """Returns the embeddings of a segment's prompt, as a function of its window, and of the negative prompt."""
-    own = sample.request.negative_prompt
+    reading, own = sample.request.reading, sample.request.negative_prompt
     negative = own if model.stage.info.main and own is not None else settings.negative_prompt
     parts = sample.prompts or [(sample.request.prompt, 1)]
-    texts = [text + settings.prompt_suffix for text in dict.fromkeys(text for text, _ in parts)]
-    embeddings = model.encode_text([*texts, negative])
-    *each, null_text = (jax.tree.map(lambda x, row=row: x[row], embeddings) for row in range(len(texts) + 1))
-    by_text = dict(zip(texts, each))
+    texts = list(dict.fromkeys(text for text, _ in parts))
+    read = {text: reading.parse(text, settings.prompt_suffix) for text in texts}
+    (null_text,) = model.encode_prompts([reading.parse(negative)], several=reading.chunked)
     if (at := sample.request.prompts_at) is not None and len(at) > 1:
-        several = jax.tree.map(
-            lambda *x: np.stack(x), *(by_text[text + settings.prompt_suffix] for text in at.values())
-        )
+        by_text = dict(zip(texts, model.encode_prompts(list(read.values()), several=reading.chunked)))
+        several = jax.tree.map(lambda *x: np.stack(x), *(by_text[text] for text in at.values()))
         weights = travel_weights(list(at), sample.frames, settings.frames)
         return lambda window: several.mixed(weights[window.box[0]]), null_text
+    by_text = {text: model.encode_prompts([own], several=reading.chunked)[0] for text, own in read.items()}
 
     def text(window: Window) -> Prompts:
         frames = window.spans[0]
         new = range(segment.start + max(frames.start, segment.repeated), segment.start + frames.stop)
-        return by_text[prompt_of(new, settings.output_frames, parts) + settings.prompt_suffix]
+        return by_text[prompt_of(new, settings.output_frames, parts)]
 
     return text, null_text
 

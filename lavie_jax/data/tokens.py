@@ -32,9 +32,10 @@ class CLIPWords:
 
     Importing transformers takes longer than importing jax. The ids are the same.
 
-    Attributes:
+    Attributes have the names of transformers:
         init_kwargs: the content of tokenizer_config.json.
         model_max_length: the context length, with start and end tokens.
+        bos_token_id, eos_token_id, pad_token_id: ids of the start, the end and the padding.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], config: Mapping[str, Any]):
@@ -42,16 +43,29 @@ class CLIPWords:
         if (config["bos_token"], config["eos_token"], config["pad_token"]) != (_START, _END, _END):
             raise KeyError("not a tokenizer of save_small_tokenizer")
         self.init_kwargs, self.model_max_length, self._size = config, config["model_max_length"], len(vocabulary)
-        self._start, self._end = vocabulary[_START], vocabulary[_END]
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (vocabulary[t] for t in (_START, _END, _END))
         self._ids = {word: vocabulary[f"{word}</w>"] for word in config["words"]}
+        self._words = {number: word for word, number in self._ids.items()}
 
     def __len__(self) -> int:
         return self._size
 
+    def num_special_tokens_to_add(self) -> int:
+        """Returns the number of start and end tokens of a text."""
+        return 2
+
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of known words, between those of start and end, truncated and padded to the context."""
-        ids = [self._ids[word] for word in text.split()][: self.model_max_length - 2]
-        return [self._start, *ids] + [self._end] * (self.model_max_length - 1 - len(ids))
+        """Returns the ids of a text of known words."""
+        return [self._ids[word] for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids of `encode`."""
+        return " ".join(self._words[number] for number in ids)
+
+    def framed(self, text: str) -> list[int]:
+        """Returns the ids between those of start and end, truncated and padded to the context."""
+        ids = self.encode(text)[: self.model_max_length - 2]
+        return [self.bos_token_id, *ids] + [self.eos_token_id] * (self.model_max_length - 1 - len(ids))
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -242,6 +256,12 @@ def _token_names(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
+def word_tokens(tokenizer) -> dict[int, int]:
+    """Returns {id of the first token of a new word: number of its tokens}, which are consecutive."""
+    new_words = tokenizer.init_kwargs.get(_NEW_WORDS, {})
+    return {tokenizer.convert_tokens_to_ids(word): count for word, count in new_words.items()}
+
+
 def _expand(tokenizer, text: str) -> list[tuple[str, bool]]:
     """Splits a text at its new words: [(piece, whether it is the tokens of a new word), ...].
 
@@ -283,7 +303,8 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     return list(dict.fromkeys(w for w in old if w[0].isalnum() and w not in words))
 
 
-def _readable(tokenizer, text: str) -> str:
+def readable(tokenizer, text: str) -> str:
+    """Returns the text that is tokenized: new words as their tokens; without a small tokenizer's unknown words."""
     # The pieces of an unknown word would be tokens that were never trained, so the word is left out.
     words, pieces = known_words(tokenizer), _expand(tokenizer, text)
     if words is not None:
@@ -309,9 +330,9 @@ def tokenize_with_mask(
     if not texts:
         return np.zeros((0, length), np.int32), np.zeros((0, length), bool) if masked else None
     if isinstance(tokenizer, CLIPWords):
-        return np.array([tokenizer.encode(_readable(tokenizer, text)) for text in texts], np.int32), None
+        return np.array([tokenizer.framed(readable(tokenizer, text)) for text in texts], np.int32), None
     encoded = tokenizer(
-        [_readable(tokenizer, text) for text in texts],
+        [readable(tokenizer, text) for text in texts],
         padding="max_length",
         truncation=True,
         max_length=length,
@@ -322,12 +343,16 @@ def tokenize_with_mask(
 
 def lost_text(tokenizer, text: str) -> str:
     """The end of `text` that exceeds the context length; "" if all of it fits."""
-    text = _readable(tokenizer, text)
-    if isinstance(tokenizer, CLIPWords):
-        return " ".join(text.split()[context_length(tokenizer) - 2 :])
+    text = readable(tokenizer, text)
     kept = context_length(tokenizer) - tokenizer.num_special_tokens_to_add()
-    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    return tokenizer.decode(ids[kept:]).strip()
+    return tokenizer.decode(token_ids(tokenizer, text)[kept:]).strip()
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """Returns the ids of a `readable` text, without start, end and padding."""
+    if isinstance(tokenizer, CLIPWords):
+        return tokenizer.encode(text)
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
 class CachedTokens:
@@ -349,16 +374,17 @@ class CachedTokens:
         return np.stack(ids), None if masks[0] is None else np.stack(masks)
 
 
-def text_warnings(tokenizer, texts: Iterable[str]) -> list[str]:
+def text_warnings(tokenizer, texts: Iterable[str], *, cut: bool = True) -> list[str]:
     """Returns warnings about parts of `texts` that the model ignores.
 
-    These are the ends of texts longer than its context, and words that are not in a small model's vocabulary.
+    These are the ends of texts longer than its context, if they are `cut` there, and words that are not in a small
+    model's vocabulary.
     """
     texts = dict.fromkeys(texts)
     length = context_length(tokenizer)
     lines = [
         f"a prompt is longer than the model's {length} tokens and is truncated: {lost!r} is ignored"
-        for text in texts
+        for text in (texts if cut else ())
         if (lost := lost_text(tokenizer, text))
     ]
     if unknown := dict.fromkeys(word for text in texts for word in unknown_words(tokenizer, text)):

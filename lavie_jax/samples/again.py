@@ -20,6 +20,7 @@ from lavie_jax.commands import scripts
 from lavie_jax.data.video_files import FORMATS
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
 from lavie_jax.samples.outputs import SIDECAR_VERSION, Output, of_stage
+from lavie_jax.samples.prompt_syntax import Reading
 from lavie_jax.samples.provenance import read_request
 from lavie_jax.stages.settings import STAGE_INFO
 
@@ -45,6 +46,7 @@ def options_of(request: Mapping[str, Any]) -> list[str]:
     if prompts_at:
         prompt = "--prompts-at=" + " | ".join(f"{frame}: {text}" for frame, text in prompts_at.items())
     options = [prompt, f"--seed={request.get('seed')}", f"--stages={','.join(settings)}"]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in Reading.stored(request).to_dict().items()]
     for stage, given in settings.items():
         for name, flag, kind, *_ in STAGE_INFO[stage].flags():
             if name in given:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest, user_path
+from lavie_jax.samples.prompt_syntax import AS_IS, Reading
 from lavie_jax.samples.provenance import GENERATED, describe
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
@@ -90,15 +91,16 @@ def make_request(
     prompts_at: Mapping[int, str] | None = None,
     clip_hash: str | None = None,
     known_hashes: Mapping[int, str] | None = None,
+    reading: Reading = AS_IS,
 ) -> dict[str, Any]:
     """Returns everything that determines a sample, as JSON values.
 
-    `prompts_at` are several prompts over time, of which `prompt` is then the name.
+    `prompts_at` are several prompts over time, of which `prompt` is then the name. `reading` is how prompts are read.
     `settings` and `hashes` (of the weights) are {stage: ...}. The main stage's are entries of the
     request itself, as in a call and on the command line; another stage's are under its name. `known_hashes` are those
     of the pictures that are given as frames.
     """
-    request = {"prompt": prompt, "seed": seed, "stages": list(settings)}
+    request = {"prompt": prompt, "seed": seed, "stages": list(settings), **reading.to_dict()}
     if clip_hash is not None:
         request["input_sha256"] = clip_hash
     if known_hashes:

@@ -52,6 +52,17 @@ class Prompts(NamedTuple):
         """Whether these are the prompts of a clip's frames, (T, L, D), and not one, (L, D)."""
         return self.hidden.ndim == 3
 
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.hidden.shape[-2]
+
+    def padded(self, length: int) -> "Prompts":
+        """The same prompts with masked tokens up to `length`, which change nothing."""
+        mask = np.ones(self.hidden.shape[:-1], bool) if self.mask is None else np.asarray(self.mask)
+        more = [(0, 0)] * (mask.ndim - 1) + [(0, length - self.length)]
+        return Prompts(np.pad(self.hidden, [*more, (0, 0)]), np.pad(mask, more))
+
     def repeated(self, frames: int) -> "Prompts":
         """One prompt for each of many frames."""
         return jax.tree.map(lambda x: np.broadcast_to(x, (frames, *x.shape)), self)
