@@ -19,7 +19,7 @@ import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,21 @@ class CachedFunction:
         except TypeError:  # an argument of a type that says too little about the program
             return by_jit
         path = folder / f"{hashlib.sha256(repr((facts, _surroundings())).encode()).hexdigest()}{SUFFIX}"
-        if (loaded := _load(path)) is not None:
+        devices = _devices([*leaves, *static.values()])
+        if (loaded := _load(path, devices)) is not None:
             return _trusted_once(loaded, by_jit, path)
         program = self._jitted.lower(*args, **static).compile()
-        _store(path, program)
+        _store(path, program, devices)
         return program
+
+
+def _devices(arguments: Sequence[Any]) -> list[jax.Device]:
+    """Returns the devices that a program with these arguments runs on, in order."""
+    shardings = [x.sharding for x in arguments if isinstance(x, jax.Array) and x.committed]
+    meshes = [x.mesh for x in shardings if isinstance(x, jax.sharding.NamedSharding)]
+    if meshes := meshes + [x for x in arguments if isinstance(x, Mesh)]:
+        return list(meshes[0].devices.flat)
+    return [device for x in shardings[:1] for device in x.device_set] or jax.local_devices()[:1]
 
 
 def _trusted_once(program: Callable, otherwise: Callable, path: Path) -> Callable:
@@ -105,14 +115,14 @@ def _trusted_once(program: Callable, otherwise: Callable, path: Path) -> Callabl
 # ---- files ----
 
 
-def _load(path: Path) -> Callable | None:
+def _load(path: Path, devices: list[jax.Device]) -> Callable | None:
     """Returns a stored program; None if there is none that can be loaded."""
     try:
         content = path.read_bytes()
         digest, payload = content[:32], content[32:]
         if digest != hashlib.sha256(path.name.encode() + payload).digest():
             return None
-        program = deserialize_and_load(*pickle.loads(payload))
+        program = _unpacked(payload, devices)
         os.utime(path)
     except FileNotFoundError:
         return None
@@ -122,11 +132,11 @@ def _load(path: Path) -> Callable | None:
     return program
 
 
-def _store(path: Path, program: Any) -> None:
+def _store(path: Path, program: Any, devices: list[jax.Device]) -> None:
     """Writes a program that can be loaded again, at once or not at all. Two processes may store the same one."""
     try:
         payload = pickle.dumps(serialize(program))
-        deserialize_and_load(*pickle.loads(payload))
+        _unpacked(payload, devices)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             file.write(hashlib.sha256(path.name.encode() + payload).digest() + payload)
         os.replace(file.name, path)
@@ -135,6 +145,10 @@ def _store(path: Path, program: Any) -> None:
         logging.info("%s is not stored: %s", path.name, error)
         with contextlib.suppress(NameError, OSError):
             os.unlink(file.name)
+
+
+def _unpacked(payload: bytes, devices: list[jax.Device]) -> Callable:
+    return deserialize_and_load(*pickle.loads(payload), backend=devices[0].client, execution_devices=devices)
 
 
 def _delete_unused(folder: Path) -> None:

@@ -7,6 +7,7 @@ import hook is installed before lavie_jax is imported. Subprocesses inherit the 
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,6 +16,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of th
 
 import jax
 import jaxtyping
+import pytest
 
 FIRST = "PYTEST_XDIST_WORKER" not in os.environ
 if FIRST:
@@ -42,6 +44,16 @@ def pytest_collection_finish():
     """Exempts what importing allocated from garbage collection, as train.py does after compiling."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def a_device_for_each_window(request, monkeypatch):
+    """Pads batches to the devices, with one program for any number of windows; compiling takes most of a test's time.
+
+    Tests marked `shared` have devices share windows, as outside of tests.
+    """
+    if "lavie_jax.cascade.denoising" in sys.modules and request.node.get_closest_marker("shared") is None:
+        monkeypatch.setattr("lavie_jax.cascade.denoising.layout", lambda *args, **options: None)
 
 
 def pytest_unconfigure():

@@ -57,6 +57,51 @@ def lowered_for_tpu(f, *args) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
+def lowered_for_cuda(f, *args) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Traces as on a Hopper GPU with cuDNN, without one."""
+    from jax._src.cudnn import fused_attention_stablehlo as stablehlo
+
+    monkeypatch.setattr(attention_module, "_platform", lambda: "gpu")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def arrays(sq, sk, width, dtype):
+    return [jax.ShapeDtypeStruct((2, length, 8, width), dtype) for length in (sq, sk, sk)]
+
+
+@pytest.mark.parametrize(
+    ("sq", "sk", "width", "dtype", "fused"),
+    [
+        (2560, 2560, 40, jnp.bfloat16, True),
+        (640, 1280, 80, jnp.float16, True),
+        (2560, 2560, 40, jnp.float32, False),
+        (160, 160, 160, jnp.bfloat16, False),  # Stable Diffusion's deepest level
+        (2560, 77, 40, jnp.bfloat16, False),  # text
+        (2560, 2560, 36, jnp.bfloat16, False),
+    ],
+)
+def test_on_a_gpu_auto_calls_cudnn_where_it_applies(sq, sk, width, dtype, fused, cudnn):
+    loss = lambda *qkv: attention(*qkv).astype(jnp.float32).sum()  # noqa: E731
+    for f in (attention, jax.grad(loss)):
+        assert ("__cudnn$fmha" in lowered_for_cuda(f, *arrays(sq, sk, width, dtype))) == fused
+
+
+def test_a_gpu_without_cudnn_or_with_a_mask_uses_the_other_kernels(cudnn, monkeypatch):
+    args = arrays(256, 256, 40, jnp.bfloat16)
+    masked = lambda q, k, v: attention(q, k, v, mask=jnp.ones((2, 256), bool))  # noqa: E731
+    assert "__cudnn" not in lowered_for_cuda(masked, *args)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_module, "_platform", lambda: "gpu")
+    assert "custom_call" not in lowered_for_cuda(attention, *args)
+
+
 @pytest.mark.parametrize(("batch", "heads"), [(8, 2), (8, 3), (3, 2)])
 def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
     """Lowering fails for a Pallas kernel, or its gradient, that the compiler would have to partition."""

@@ -131,6 +131,21 @@ def test_one_device_and_eight_agree():
     assert np.linalg.norm(eight - one) <= 1e-4 * np.linalg.norm(one)
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize("devices", [3, 8])
+def test_devices_share_the_windows_of_few_clips_and_of_the_last_round(devices):
+    """In evaluations with both halves of guidance, with one, and with a change that is used again."""
+    how = {"windows": WHOLE, "steps": 6, "rescale": 0.7, "low": 200, "every": 2}
+    (one,) = denoised(clip(), **how)
+    (shared,) = denoised(clip(), model=Model(devices), rows=devices, **how)
+    assert np.linalg.norm(shared - one) <= 1e-4 * np.linalg.norm(one)
+    windows = grid(overlapping(11, 4, 1), whole(6), overlapping(10, 4, 1))
+    assert len(windows) % devices == (4 if devices == 8 else 0)
+    (one,) = denoised(clip(), windows=windows)
+    (shared,) = denoised(clip(), model=Model(devices), windows=windows, rows=devices)
+    assert np.linalg.norm(shared - one) <= 1e-4 * np.linalg.norm(one)
+
+
 def test_clips_share_calls_and_do_not_mix(monkeypatch):
     calls = []
     predict = denoising.predict_rows

@@ -4,11 +4,13 @@ Every attention layer of the cascade (spatial, text, temporal, VAE, text encoder
 compute the same function and differ in memory and speed:
 
 * `xla`          einsum, softmax, einsum; materializes the scores (B, N, Sq, Sk) in float32.
-* `dot_product`  `jax.nn.dot_product_attention`, which may pick a fused kernel on a GPU.
+* `dot_product`  `jax.nn.dot_product_attention` as jax chooses.
+* `cudnn`        the same by the flash attention of cuDNN, on NVIDIA GPUs.
 * `blockwise`    online softmax over blocks of keys (arXiv 2112.05682); holds one block of scores at a time.
 * `flash`        the Pallas TPU kernel; requires sequence lengths that are multiples of 128, and no bias. On several
                  devices, call it with their mesh as the context (`jax.set_mesh`) or inside a `shard_map`.
-* `auto`         `flash` on a TPU where it fits, `blockwise` where a device's scores would be large, else `xla`.
+* `auto`         `flash` on a TPU and `cudnn` on a GPU where they fit, `blockwise` where a device's scores would be
+                 large, else `xla`.
 
 This module also has the rotary position embedding and the T5-style relative position bias of temporal attention.
 """
@@ -24,8 +26,9 @@ from jaxtyping import Array, Bool, Float
 
 from lavie_jax.models.placement import HEADS_AXIS, batch_axes, can_place, rows_per_device
 
-KERNELS = ("auto", "xla", "dot_product", "blockwise", "flash")
+KERNELS = ("auto", "xla", "dot_product", "cudnn", "blockwise", "flash")
 FLASH_BLOCK = 128  # smallest block of the Pallas kernel, which rejects lengths that are not multiples of it
+CUDNN_KEYS = 128  # keys from which `auto` prefers cuDNN; with fewer, the scores are smaller than the features
 LARGE_SCORES = 2**30  # bytes of a device's float32 scores above which `auto` does not materialize them
 CPU_LOOP = 256  # tokens from which the `xla` kernel processes one head at a time on a CPU
 MOVES_ALONE = "moves_alone"  # name scope of products that only move data, which FLOP counts leave out
@@ -60,16 +63,20 @@ def attention(
     if kernel not in KERNELS:
         raise ValueError(f"Unknown attention kernel: {kernel!r}. Choose from {', '.join(KERNELS)}.")
     if kernel == "auto":
-        kernel = _choose_kernel(q.shape, k.shape, plain=bias is None and not causal)
+        plain = bias is None and not causal
+        kernel = (
+            "cudnn" if plain and mask is None and _fits_cudnn(q, k) else _choose_kernel(q.shape, k.shape, plain=plain)
+        )
     if kernel in ("blockwise", "flash") and (bias is not None or causal):
         raise ValueError(
             f"The {kernel} attention kernel supports neither a bias nor causal attention; choose xla or dot_product."
         )
     if kernel == "xla":
         return _xla(q, k, v, bias, mask, causal)
-    if kernel == "dot_product":
-        keys = None if mask is None else mask[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=keys, is_causal=causal)
+    if kernel in ("dot_product", "cudnn"):
+        keys, implementation = None if mask is None else mask[:, None, None, :], "cudnn" if kernel == "cudnn" else None
+        options = {"bias": bias, "mask": keys, "is_causal": causal, "implementation": implementation}
+        out = jax.nn.dot_product_attention(q, k, v, **options)
         return _zero_where_all_masked(out, mask)
     if kernel == "blockwise":
         return _blockwise(q, k, v, mask)
@@ -90,6 +97,22 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
         return "flash"
     # Shapes are global here, but a device materializes the scores of its own rows.
     return "blockwise" if 4 * rows_per_device(batch) * heads * sq * sk > LARGE_SCORES else "xla"
+
+
+def _fits_cudnn(q: Array, k: Array) -> bool:
+    """Whether cuDNN's flash attention takes these arrays, forwards and backwards, and this machine has it.
+
+    Heads may have other widths than powers of two, such as Stable Diffusion's 40 and 80; 160 is too wide on most GPUs.
+    """
+    if _platform() not in ("gpu", "cuda") or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if q.shape[-1] % 8 or q.shape[-1] > 128 or q.shape[1] % 2 or k.shape[1] % 2 or k.shape[1] < CUDNN_KEYS:
+        return False
+    try:
+        jax.eval_shape(lambda q, k: jax.nn.dot_product_attention(q, k, k, implementation="cudnn"), q, k)
+    except (NotImplementedError, RuntimeError, ValueError):  # no cuDNN, an older one, or an older GPU
+        return False
+    return True
 
 
 def _platform() -> str:

@@ -46,7 +46,8 @@ def _training_page(rows: list[Row], source: str) -> str:
     )  # fmt: skip
 
 
-def _sampling_page(rows: list[Row], source: str) -> str:
+def _sampling_page(all_rows: list[Row], source: str) -> str:
+    rows = [row for row in all_rows if row["chips"] == 1]
     header = [
         "stage", "program", "size", "arguments", "temporary", "outputs", "code", "beside", "total", "HBM limit", "fits",
     ]  # fmt: skip
@@ -60,7 +61,32 @@ def _sampling_page(rows: list[Row], source: str) -> str:
         plan = [_cell(row, name) for name in ("arguments", "temporary", "outputs", "code", "beside")]
         verdict = "yes" if fits(row) else "**no**"
         cells.append([stage, row["program"], row["note"], *plan, gib(total(row)), gib(chip.memory), verdict])
-    return SAMPLING.format(source=source, table=results.markdown(header, cells), versions=_versions(rows))
+    return SAMPLING.format(
+        source=source, table=results.markdown(header, cells), shared=_shared_table(all_rows), versions=_versions(rows)
+    )
+
+
+def _shared_table(rows: list[Row]) -> str:
+    """The table of guided steps of one clip on several chips, next to the same step on one chip."""
+    header = [
+        "stage", "chips", "TFLOP per chip", "part of one chip's", "collectives (count, GiB)", "total, GiB", "HBM limit",
+        "bound, ms: arithmetic", "memory", "links", "estimated speed-up",
+    ]  # fmt: skip
+    alone = {(row["kind"], row["program"]): row for row in rows if row["chips"] == 1 and "program_flops" in row}
+    cells = []
+    for row in rows:
+        one = alone.get((row["kind"], row["program"]))
+        if row["chips"] == 1 or one is None or row["changed"]:
+            continue
+        chip, _ = chips.parse(row["topology"])
+        each, before = (bound({**r, "flops": r["program_flops"]}, chip) for r in (row, one))
+        cells.append([
+            row["kind"], row["topology"], f"{row['program_flops'] / 1e12:.2f}",
+            f"1/{one['program_flops'] / row['program_flops']:.2f}", collectives_text(row), gib(total(row)),
+            gib(chip.memory), *(f"{1e3 * seconds:.1f}" for seconds in each),
+            f"{before.seconds / (each.seconds + each.links):.1f}",
+        ])  # fmt: skip
+    return results.markdown(header, cells)
 
 
 def _name(row: Row) -> list[str]:
@@ -156,4 +182,18 @@ the VAE. `total` includes the compiled code, which needs `--code`. Only one stag
 Interpolation decodes with the same program as base.
 
 {table}
+
+## One clip on several chips
+
+Where there are fewer clips than chips, chips share one: the halves of guidance go to two groups, whose chips divide the
+frames, or the pixels in temporal layers ([tpu.md](tpu.md)). A guided step, planned by
+
+    python -m lavie_jax.planner --config configs/base.py --sample base --topology v5e:2x4 --program "guided step" \\
+        --json docs/{source}
+
+FLOPs are counted in the compiled program of a chip, padding and repeated work included. The bounds are those of a
+roofline, as in [planner.md](planner.md). The speed-up is an estimate from them, with collectives that overlap with
+nothing: nothing was run on a TPU.
+
+{shared}
 """
