@@ -3,12 +3,11 @@
     python benchmarks/work.py [--json FILE]
 
 For the full-size cascade at its released sizes: 16 key frames of 320x512, 61 frames, 61 frames of 1280x2048. Nothing is
-computed, so that no accelerator is needed; tracing takes a few minutes. Counted are the evaluations of the UNets, as
+computed, so that no accelerator is needed; tracing takes a minute or two. Counted are the evaluations of the UNets, as
 the planner counts them. The VAEs and the text encoder do the same work in every row.
 """
 
 import argparse
-import dataclasses
 import functools
 import sys
 from collections import Counter
@@ -19,9 +18,9 @@ from typing import Any
 import jax
 
 from lavie_jax import cascade, results
+from lavie_jax.cascade.denoising import halves
 from lavie_jax.cascade.running import feature_cache_of, guidance_of
 from lavie_jax.diffusion import make_sampler
-from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED
 from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.flops import count_flops
 from lavie_jax.planner.sampling import abstract_weights, sampling_program
@@ -48,32 +47,19 @@ TRICKS: dict[str, dict[str, Any]] = {  # settings of all stages
 
 
 @functools.cache
-def evaluation_flops(spec: str, cache_depth: int | None = None) -> dict[tuple[str, bool], float]:
-    """Returns the FLOPs of an evaluation of one window of the stage that the config `spec` describes.
+def evaluation_flops(spec: str, cache_depth: int) -> dict[bool, float]:
+    """Returns the FLOPs of one half of guidance in a window of the stage that the config `spec` describes.
 
-    The keys are what it computes of guidance, and whether it computes the whole UNet.
+    The keys are whether the whole UNet is computed, or its outermost layers to `cache_depth`. Both halves of guidance are
+    twice the work.
     """
     config = options.load(spec)
     program = sampling_program(config, config.stage, "guided step", jax.devices()[:1])
-
-    def count(*more: Any, **static: Any) -> float:
-        changed = dataclasses.replace(
-            program, arguments=(*program.arguments, *more), static={**program.static, **static}
-        )
-        return count_flops(changed.trace().jaxpr)
-
-    # A scale of 1 would leave out the half without the text: the released scale is that of the program, or 2.
-    scale = {"guidance": program.static["guidance"] if program.static["guidance"] != 1 else 2.0}
-    both, one = count(**scale), count(guidance=1.0)
-    flops = {(COMPUTED, True): both, (REUSED, True): one, (NONE, True): one}
-    if cache_depth is not None:
-        kept = {**program.static, **scale, "cache_depth": cache_depth}
-        deep = jax.eval_shape(functools.partial(program.function, **kept), *program.arguments).deep
-        half = jax.ShapeDtypeStruct((deep.shape[0], 1, *deep.shape[2:]), deep.dtype)
-        both = count(None, deep, cache_depth=cache_depth, **scale)
-        one = count(None, half, cache_depth=cache_depth, guidance=1.0)
-        flops |= {(COMPUTED, False): both, (REUSED, False): one, (NONE, False): one}
-    return flops
+    static = {**program.static, "guidance": 1.0, "cache_depth": cache_depth}
+    whole = program.function.trace(*program.arguments, **static)
+    deep = jax.ShapeDtypeStruct(whole.out_info.deep.shape, whole.out_info.deep.dtype)
+    outermost = program.function.trace(*program.arguments, None, deep, **static)
+    return {True: count_flops(whole.jaxpr), False: count_flops(outermost.jaxpr)}
 
 
 def stage_work(spec: str, weights: Weights, settings: Settings) -> dict[str, Any]:
@@ -81,11 +67,11 @@ def stage_work(spec: str, weights: Weights, settings: Settings) -> dict[str, Any
     sampler = make_sampler(settings.sampler, settings.steps, weights.schedule, settings.spacing)
     modes = guidance_of(settings).plan(sampler.timesteps)
     counts = Counter(zip(modes, feature_cache_of(settings).plan(modes)))
-    flops = evaluation_flops(spec, settings.cache_depth if settings.cache_every > 1 else None)
+    flops = evaluation_flops(spec, settings.cache_depth)
     stage = STAGES[weights.stage]
     windows = len(stage.windows(stage.latent_shape(weights, settings), settings))
     evaluations = {mode if whole else f"{mode}, outermost layers": n for (mode, whole), n in counts.items()}
-    work = windows * sum(flops[kind] * n for kind, n in counts.items())
+    work = windows * sum(halves(mode) * flops[whole] * n for (mode, whole), n in counts.items())
     return {"windows": windows, "evaluations": evaluations, "flops": work}
 
 

@@ -8,7 +8,6 @@ guidance go to two groups, and the devices of a group divide its frames, or pixe
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from lavie_jax.models.placement import CLIP_AXIS
@@ -48,8 +47,13 @@ def shares_windows(mesh: Mesh) -> bool:
 class SharedUNet:
     """A UNet whose batch is spread over the groups of devices of a mesh of `layout`, one row for each."""
 
-    def __init__(self, unet: nn.Module, mesh: Mesh):
+    def __init__(self, unet: Any, mesh: Mesh):
         self.unet, self.mesh = unet, mesh
+
+    @property
+    def config(self) -> Any:
+        """The UNet's architecture."""
+        return self.unet.config
 
     def apply(self, variables: dict, *inputs: Any, **named: Any) -> Any:
         """Calls the UNet's `apply`, with the weights on every device."""
