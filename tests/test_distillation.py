@@ -63,15 +63,15 @@ def test_a_student_that_equals_the_guided_teacher_has_no_loss_and_its_teacher_no
     assert jax.grad(loss, argnums=1)(0.2, 0.1) == 0 != jax.grad(loss)(0.2, 0.1)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_exact_consistency_function_agrees_with_itself_along_the_teachers_chain(prediction):
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_exact_consistency_function_agrees_with_itself_along_the_teachers_chain(kind):
     """The end of the ODE of Gaussian data is MEAN + STD (x_t - alpha MEAN) / std(x_t)."""
-    schedule = Schedule(prediction=prediction)
+    schedule = Schedule(prediction=kind)
 
     def as_prediction(x0, made):
         alpha, sigma = alpha_sigma(schedule, made)
         eps = (made.x_t - alpha * x0) / sigma
-        return eps if prediction == "epsilon" else alpha * eps - sigma * x0
+        return eps if kind == "epsilon" else alpha * eps - sigma * x0
 
     def predict(who, made, text):
         alpha, sigma = alpha_sigma(schedule, made)

@@ -119,7 +119,12 @@ def by_definition(how):
 
 
 @pytest.mark.parametrize(
-    "guidance", [{}, {"every": 2}, {"low": 300, "high": 700, "every": 2}], ids=["every", "reused", "interval"]
+    "guidance",
+    [
+        pytest.param({}, marks=pytest.mark.heavy, id="every"),
+        pytest.param({"every": 2}, id="reused"),
+        pytest.param({"low": 300, "high": 700, "every": 2}, marks=pytest.mark.heavy, id="interval"),
+    ],
 )
 def test_both_halves_of_guidance_keep_features_of_their_own(guidance):
     how = cached(3, 7, **guidance)
@@ -128,8 +133,11 @@ def test_both_halves_of_guidance_keep_features_of_their_own(guidance):
     np.testing.assert_allclose(finished(how), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(finished(cached(1, 7, **guidance)) - expected).max() > 1e-2
     # windows keep features of their own; the network is without context, so that they change nothing
-    many = finished(how, Model(8, TwoLayers()), OVERLAPPING, rows=8)
+    eight = Model(8, TwoLayers())
+    many = finished(how, eight, OVERLAPPING, rows=8)
     np.testing.assert_allclose(many, expected, rtol=1e-4, atol=1e-5)
+    # the devices share a window: two groups for the halves of guidance, and the frames divided
+    np.testing.assert_allclose(finished(how, eight, rows=8), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_halves_one_after_the_other_keep_the_same_features(monkeypatch):

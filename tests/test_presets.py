@@ -1,6 +1,7 @@
 """Presets: bundles of settings that save work, from the stage or from the weights folder."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import PRESETS, STAGE_INFO
 from lavie_jax.weights import folder_hash, load_folder
+from tests.tiny import make_base
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,10 @@ def test_a_preset_that_does_not_exist_and_guidance_that_is_never_applied_are_ref
     assert "fats" in capsys.readouterr().err
 
 
-def test_the_hash_of_a_folder_without_presets_is_the_one_before_there_were_any():
+def test_the_hash_of_a_folder_is_the_one_before_it_had_presets(tmp_path):
     """Samples that were made with the weights are recognised by it."""
     assert folder_hash(cascade.SHIPPED / "base").startswith("b780ae604e77")
+    folder = make_base(tmp_path / "base")
+    before, config = folder_hash(folder), json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"presets": {"fast": {"steps": 2}}}))
+    assert folder_hash(folder) == before and load_folder(folder, params=False).presets["fast"] == {"steps": 2}

@@ -168,12 +168,13 @@ def _predictions(
             yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan, mesh)
 
     for batch, evaluation in one_ahead(started()):
+        deep = np.asarray(evaluation.deep) if plan.keeps_deep(i) else None
         for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(evaluation.prediction))):
             blended[number][window.box] += window.weight * prediction
             if changes is not None:
                 changes[number][window.box] += window.weight * np.asarray(evaluation.change[row])
-            if plan.keeps_deep(i):
-                clips[number].deep[window.corner] = np.asarray(evaluation.deep[row])
+            if deep is not None:
+                clips[number].deep[window.corner] = deep[row]
             on_window()
     for number, clip in enumerate(clips if changes is not None else ()):
         clip.change = changes[number]
@@ -182,8 +183,8 @@ def _predictions(
 
 def _layout(mesh: Mesh, windows: Sequence[Window], i: int, plan: DenoisingPlan) -> tuple[Mesh, int]:
     """Returns the mesh for windows of one shape in evaluation i, and their number with padding."""
-    halves = 2 if plan.guidance_modes[i] == COMPUTED else 1
-    return layout(mesh, len(windows), halves=halves, frames=windows[0].shape[0]) or (mesh, plan.rows)
+    mode = plan.guidance_modes[i]
+    return layout(mesh, len(windows), halves=halves(mode), frames=windows[0].shape[0]) or (mesh, plan.rows)
 
 
 def _predict_windows(
@@ -293,16 +294,9 @@ def _batched(items: Iterator, size: int) -> Iterator[list]:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "unet",
-        "guidance",
-        "rescale",
-        "image",
-        "sequential_guidance",
-        "keep_change",
-        "cache_depth",
-        "mesh",
+        "unet", "guidance", "rescale", "image", "sequential_guidance", "keep_change", "cache_depth", "mesh",
     ),
-)
+)  # fmt: skip
 def predict_rows(
     params: dict,
     x_t: Float[Array, "b t h w c"],

@@ -50,6 +50,11 @@ class SharedUNet:
     def __init__(self, unet: Any, mesh: Mesh):
         self.unet, self.mesh = unet, mesh
 
+    @property
+    def config(self) -> Any:
+        """The UNet's architecture."""
+        return self.unet.config
+
     def apply(self, variables: dict, *inputs: Any, **named: Any) -> Any:
         """Calls the UNet's `apply`, with the weights on every device."""
         arrays = {k: v for k, v in named.items() if hasattr(v, "shape")}

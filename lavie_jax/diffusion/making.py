@@ -103,7 +103,8 @@ def _check_start(name: str, sampler: Sampler) -> None:
     if not _starts_noisy(sampler):
         longer = (dataclasses.replace(sampler, steps=n) for n in range(steps + 1, schedule.steps + 1))
         least = next(other.steps for other in longer if _starts_noisy(other))
-        able = [n for n, kind in _SAMPLERS.items() if _starts_noisy(kind(steps, schedule, kind.default_spacing))]
+        general = {name: kind for name, kind in _SAMPLERS.items() if kind is not LCM}  # which is for distilled networks
+        able = [n for n, kind in general.items() if _starts_noisy(kind(steps, schedule, kind.default_spacing))]
         raise UserError(
             f"{name} cannot sample in {steps} step{'s' * (steps > 1)}: with {sampler.spacing!r} spacing it starts at "
             f"timestep {first}, almost without noise, and would return noise. Use at least {least} steps, or a sampler "

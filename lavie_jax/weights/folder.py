@@ -216,7 +216,8 @@ def folder_hash(path: str | Path) -> str:
     """Returns the SHA-256, in hex, of a weights folder's config and of the files of its parts, wherever they are."""
     path = user_path(path)
     config = read_config(path)
-    settings = json.dumps({k: v for k, v in config.items() if k != "parts"}, sort_keys=True)
+    # Not presets: a sample depends on the settings that they stand for, which its JSON has.
+    settings = json.dumps({k: v for k, v in config.items() if k not in ("parts", "presets")}, sort_keys=True)
     digest = hashlib.sha256(settings.encode())
     for name in CONTENTS[config["stage"]]:
         folder = _part_dir(path, config, name)
