@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 import lavie_jax
+from lavie_jax import remote
 from lavie_jax.commands import config_file
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
@@ -86,7 +87,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
     for name in FOLDERS:
-        if str(config.get(name, "")).startswith(HUB):  # recorded as the folder in the cache, which has the commit
+        text = str(config.get(name, ""))
+        if text.startswith(HUB) or remote.url(text):  # recorded as the folder in the cache, which belongs to a version
             config[name] = str(local_folder(config[name]))
     workdir = user_path(flags["workdir"])
     read_networks(config, workdir / "weights")
