@@ -65,6 +65,7 @@ class Store:
         """Lists the files below a URL. Raises UserError if there are none, or the store cannot be read."""
         with one_line(place):
             system = filesystem(place)
+            system.invalidate_cache()
             found: Mapping[str, Mapping] = system.find(place, detail=True)
             root = system._strip_protocol(place).rstrip("/") + "/"
         files = {name.removeprefix(root): info for name, info in found.items() if name.startswith(root)}

@@ -2,8 +2,8 @@
 
     python -m tools.make_gallery
 
-Samples every clip with sample.py, into a temporary folder, and writes docs/images/gallery-*.gif. `page` is the text, which
-tests/test_docs.py compares with the committed file.
+Samples every clip with sample.py, into a temporary folder, and writes docs/images/gallery-*.gif. `page` is the text,
+which tests/test_docs.py compares with the committed file.
 """
 
 import dataclasses

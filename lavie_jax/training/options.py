@@ -18,7 +18,7 @@ import jax
 import lavie_jax
 from lavie_jax import remote
 from lavie_jax.commands import config_file
-from lavie_jax.errors import UserError, check_folder, suggest, user_path
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training import sinks
@@ -34,6 +34,7 @@ from lavie_jax.training.config import (
     text_network,
 )
 from lavie_jax.training.optimizer import ADAPTER
+from lavie_jax.training.workdir import Workdir
 from lavie_jax.weights.hub.repository import HUB
 from lavie_jax.weights.locations import local_folder
 
@@ -55,7 +56,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         config: a locked ConfigDict.
-        workdir: folder of all outputs.
+        workdir: folder of all outputs, or the URL of a bucket as a Path (`training/workdir.py`).
         restore_step: the checkpoint to resume from; None = the newest.
         profile: whether to write a trace of a few steps.
     """
@@ -147,12 +148,13 @@ def check(config: Any, workdir: Path) -> None:
             "samples come from the weights folder that is written with a checkpoint."
         )
     sinks.names(config.metrics)
-    if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
+    storage = Workdir.of(workdir)
+    if (storage.folder / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ but no checkpoints/, so this run would overwrite another program's "
             "weights. Name another --workdir."
         )
-    check_folder(workdir, f"--workdir {workdir}")
+    storage.check()
 
 
 def load(spec: str) -> Any:

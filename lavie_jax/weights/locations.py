@@ -1,9 +1,8 @@
 """Where weights are: a folder, `hub:OWNER/NAME` on the Hugging Face hub, or a bucket, which are downloaded.
 
-A bucket (`gs://BUCKET/PATH`, `s3://BUCKET/PATH`) contains a weights folder or a cascade of them. On the hub, a repository
-contains one of these, or originals: checkpoints of LaVie or SEINE, or an image model (Stable Diffusion 1.x, the
-x4-upscaler). Originals are converted once, into ~/.cache/lavie_jax/hub. Only the files of the stages in question are
-downloaded.
+A bucket (`gs://BUCKET/PATH`, `s3://BUCKET/PATH`) contains a weights folder or a cascade of them. A repository on the
+hub may also have originals: checkpoints of LaVie or SEINE, or an image model (Stable Diffusion 1.x, the x4-upscaler).
+They are converted once, into ~/.cache/lavie_jax/hub. Only the files of the stages in question are downloaded.
 """
 
 import os
