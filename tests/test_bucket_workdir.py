@@ -93,7 +93,8 @@ class Objects:
         if method == "GET" and self.content is None:
             raise FileNotFoundError
         if method != "GET":
-            self.content, self.updated = data, time.time()
+            self.content = data and data.split(b"\n\n")[2].partition(b"\n--")[0]
+            self.updated = time.time()
             self.generation += method == "POST"
         updated = datetime.fromtimestamp(self.updated, UTC).isoformat()
         return {"generation": str(self.generation), "updated": updated}
@@ -137,9 +138,12 @@ def test_a_lock_of_a_dead_process_of_this_host_is_taken_at_once(objects):
 
 
 @pytest.mark.heavy
-def test_the_lock_works_with_gcsfs(bucket):
+def test_the_lock_works_with_gcsfs(bucket, monkeypatch):
     held = bucket_lock.BucketLock(URL)
     assert json.loads(bucket.cat_file(f"{URL}/lock"))["pid"] == os.getpid()
+    monkeypatch.setattr(bucket_lock, "alive", lambda pid: True)
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        bucket_lock.BucketLock(URL)
     assert held._write(0) is None  # the server's answer, as gcsfs raises it
     held._generation = held._write(held._generation)
     held.release()

@@ -22,24 +22,25 @@ from lavie_jax.data.video_files import read_clip
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gallery.md"
 FIRST = "first.png"  # the picture that a clip starts from, made by the tool
-SIDE = 128  # of clips of 64 pixels, which are enlarged without smoothing
+SIDE = 128  # pixels on the page of clips that are smaller
 MOST_FRAMES = 16  # of a GIF; longer clips are thinned out, at the same speed
 
 ABOUT = """# Gallery
 
 Clips of the included models, which draw Moving Shapes, each with the command that made it. None was chosen among seeds.
 `python -m tools.make_gallery` makes this page again: the clips on it are GIFs of at most 16 frames, thinned out from
-longer ones, and clips of 64 pixels are enlarged.
+longer ones, and clips of 64 pixels are shown at twice their size.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip of the gallery: the name of its file, what it shows, and the options of sample.py."""
+    """A clip of the gallery: the name of its file, what it shows, the options of sample.py, whether it is large."""
 
     name: str
     title: str
     options: tuple[str, ...]
+    large: bool = False
 
 
 CLIPS = (
@@ -53,6 +54,7 @@ CLIPS = (
         "cascade",
         "All three stages: 61 frames of 256x256",
         ("--prompt", "a large yellow ring moving right", "--stages", "base,interpolation,vsr"),
+        large=True,
     ),
     Clip(
         "picture",
@@ -81,8 +83,9 @@ def page() -> str:
     parts = [ABOUT]
     for clip in CLIPS:
         command = " ".join(["python sample.py", *map(shlex.quote, clip.options)])
-        alt = clip.title.lower()
-        parts.append(f"## {clip.title}\n\n![{alt}](images/gallery-{clip.name}.gif)\n\n    {command}\n")
+        size = "" if clip.large else f' width="{SIDE}"'
+        image = f'<img src="images/gallery-{clip.name}.gif" alt="{clip.title}"{size}>'
+        parts.append(f"## {clip.title}\n\n{image}\n\n    {command}\n")
     parts.append(f"`{FIRST}` is the first frame of the clip for the prompt {PICTURE!r}, written with `--format png`.\n")
     return "\n".join(parts)
 
@@ -93,9 +96,7 @@ PICTURE = "a small green star standing still"
 def write_gif(frames: np.ndarray, fps: float, path: Path) -> None:
     """Writes frames as a GIF of at most MOST_FRAMES frames."""
     step = -(-len(frames) // MOST_FRAMES)
-    scale = max(1, SIDE // frames.shape[1])
-    shown = [Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1)) for frame in frames[::step]]
-    pages = [picture.quantize(64, dither=Image.Dither.NONE) for picture in shown]
+    pages = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames[::step]]
     pages[0].save(
         path, save_all=True, append_images=pages[1:], duration=round(1000 * step / fps), loop=0, optimize=True
     )
@@ -113,7 +114,7 @@ def main() -> None:
     """Samples all clips, and writes the page with its pictures."""
     with tempfile.TemporaryDirectory() as scratch:
         first = Path(scratch) / FIRST
-        Image.fromarray(make(["--prompt", PICTURE], Path(scratch) / "picture")[0][0]).save(first)
+        Image.fromarray(make(["--prompt", PICTURE], Path(scratch) / "first")[0][0]).save(first)
         for clip in CLIPS:
             options = [str(first) if option == FIRST else option for option in clip.options]
             frames, fps = make(options, Path(scratch) / clip.name)

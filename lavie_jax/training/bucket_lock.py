@@ -15,6 +15,8 @@ from lavie_jax import remote
 from lavie_jax.errors import UserError
 from lavie_jax.training.lock import BEAT, LOCK, STALE, alive
 
+BOUNDARY = "==lavie=="  # between an object's description and its content
+
 
 class BucketLock:
     """Holds the object `WORKDIR/lock` during a run.
@@ -68,10 +70,17 @@ class BucketLock:
     def _write(self, generation: int) -> int | None:
         """Replaces this generation of the lock, and returns the new one; None if there is another generation by now."""
         path = f"{self._system._location}/upload/storage/v1/b/{quote(self._bucket)}/o"
-        holder = json.dumps({"host": platform.node(), "pid": os.getpid()})
-        conditions = {"uploadType": "media", "name": self._name, "ifGenerationMatch": str(generation)}
+        parts = [
+            ("application/json; charset=UTF-8", {"name": self._name}),
+            ("application/json", {"host": platform.node(), "pid": os.getpid()}),
+        ]
+        text = "".join(f"--{BOUNDARY}\nContent-Type: {kind}\n\n{json.dumps(part)}\n" for kind, part in parts)
         try:
-            info = self._system.call("POST", path, data=holder.encode(), json_out=True, **conditions)
+            info = self._system.call(
+                "POST", path, uploadType="multipart", ifGenerationMatch=str(generation), json_out=True,
+                data=f"{text}--{BOUNDARY}--".encode(),
+                headers={"Content-Type": f'multipart/related; boundary="{BOUNDARY}"'},
+            )  # fmt: skip
         except Exception as error:
             if _precondition_failed(error):
                 return None
