@@ -43,10 +43,11 @@ from lavie_jax.data.config import latent_paths
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.estimate import training_warning
-from lavie_jax.training import build, checkpoint, divergence, lock, metrics, optimizer, options, sinks
+from lavie_jax.training import build, checkpoint, divergence, metrics, optimizer, options, sinks
 from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
+from lavie_jax.training.workdir import Workdir
 from lavie_jax.weights.saving import recover_folder
 
 SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, with losses
@@ -86,7 +87,9 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
 
 def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, cleanup: ExitStack) -> None:
     """Runs the training that the parsed command line describes; see `main`."""
-    config, workdir, restore_step, profile = arguments
+    config, place, restore_step, profile = arguments
+    storage = Workdir.of(place)
+    workdir = storage.folder
     logging.set_verbosity(logging.WARNING)  # Orbax logs a lot
 
     # ┌──────────────────────────────────────────────────────────────────────────────────┐
@@ -96,11 +99,15 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
     first = jax.process_index() == 0  # only this host writes files
     with hosts.agreed():
         if first:
-            held = lock.Lock(workdir)
+            held = storage.lock()
             cleanup.callback(held.release)
             hosts.before_leaving(held.release)
             recover_folder(workdir / "weights")  # after a kill during an export
-    hosts.check_shared(workdir)
+    if storage.url is None:
+        hosts.check_shared(workdir)
+    with hosts.agreed():
+        cleanup.callback(storage.close, push=first)
+        storage.pull()
     with hosts.agreed():
         mesh = parallel.make_mesh(**config.mesh)
         parallel.check_batch(config.batch, mesh, accumulate=config.accumulate)
@@ -131,7 +138,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     hosts.before_leaving(lambda: shutil.rmtree(scratch, ignore_errors=True))
     with hosts.agreed():
-        resumed = workdir / "weights" if checkpoint.steps(workdir / "checkpoints") else None
+        resumed = workdir / "weights" if checkpoint.steps(storage.checkpoints) else None
         task, tokenizer_dir = build.make_task(config, dtype, scratch, resumed)
         identity = checkpoint.identity(config.to_dict(), task)
         facts = {"frozen models": identity[checkpoint.FROZEN]}
@@ -151,7 +158,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
         with closing(pipeline.batches(held_out_examples, tokenizer, rows=rows)) as batches:
             held_out_batches = [parallel.put_batch(next(batches), mesh) for _ in held_out_weights]
     checkpoints = checkpoint.Checkpoints(
-        workdir / "checkpoints",
+        storage.checkpoints,
         keep=config.keep_checkpoints,
         best=config.keep_best,
         every=config.keep_every,
@@ -293,6 +300,8 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
             base = config.init_from if config.regime == optimizer.ADAPTER else ""
             if write_sample_grid(workdir / "weights", config.stage, config.prompts, grid, base=base):
                 writer.picture(step, "samples", grid)
+        if save and first:
+            storage.push()
         if save or step % config.held_out_every == 0:
             timer.resume()
 

@@ -2,7 +2,7 @@
 
     cascade = lavie_jax.load("weights/")
     video = cascade("a red circle moving left", stages=("base", "interpolation", "vsr"), seed=0)
-    lavie_jax.save_video(video, "out.mp4", fps=24)  # uint8 (1, T, H, W, 3)
+    video.save("out.mp4")  # uint8 (1, T, H, W, 3), with video.fps
 
 The names below load on first use, so that `import lavie_jax` costs nothing and starts no device.
 """

@@ -265,6 +265,12 @@ def test_settings_of_a_call_are_those_of_the_stages(single):
         single(PROMPT, vsr={"steps": 3})
 
 
+def test_a_cascade_shows_its_stages(single, folder):
+    line, stage = repr(single).splitlines()
+    assert line.startswith("Cascade(1 stages, float32, ") and stage.endswith(str(folder))
+    assert "base: 4 frames of 16x24 at 8 fps, ddim, 3 steps; " in stage
+
+
 def test_the_result_of_a_call_can_be_saved(tmp_path):
     video = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 24, 3), np.uint8)
     with np.load(lavie_jax.save_video(video, tmp_path / "out.npz", fps=8)) as arrays:
@@ -276,7 +282,7 @@ def test_the_result_of_a_call_can_be_saved(tmp_path):
 
 
 def test_the_package_offers_its_names_lazily():
-    assert {"load", "save_video", "__version__"} <= set(dir(lavie_jax))
+    assert {"load", "push_to_hub", "save_video", "__version__"} <= set(dir(lavie_jax))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = lavie_jax.lode
 

@@ -112,6 +112,14 @@ def test_shown_make_targets_exist():
     assert set(TARGETS) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+def test_the_gallery_is_the_output_of_its_script():
+    from tools import make_gallery
+
+    assert make_gallery.PAGE.read_text(encoding="utf-8") == make_gallery.page(), "run python -m tools.make_gallery"
+    for clip in make_gallery.CLIPS:
+        assert (ROOT / f"docs/images/gallery-{clip.name}.gif").stat().st_size < 700_000
+
+
 def test_the_fast_tests_exist():
     (names,) = re.findall(r"^FAST := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for name in names.replace("\\\n", " ").split():

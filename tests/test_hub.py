@@ -117,7 +117,7 @@ def test_a_cut_download_is_not_taken_for_whole(hub, folder):
         ("hub:someone/closed", "access is denied .*: log in with `hf auth login`"),
         ("hub:someone/text", "has no weights: the repository contains README.md, model.gguf; give one with a weights"),
         ("hub:someone/base/vsr", "has no weights: the repository contains config.json"),
-        ("hub:someone/cut", "is incomplete: hub:someone/cut@[0-9a-f]{40}/unet is missing"),
+        ("hub:someone/cut", "hub:someone/cut@[0-9a-f]{40} is incomplete: unet is missing"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(location, message, hub, folder):
@@ -128,7 +128,7 @@ def test_what_cannot_be_had_is_refused_in_one_line(location, message, hub, folde
     hub.add("someone/cut", {"config.json": (folder / "base" / "config.json").read_bytes()})
     with pytest.raises(UserError, match=message) as refused:
         lavie_jax.load(location)
-    assert "\n" not in str(refused.value) and location in str(refused.value)
+    assert "\n" not in str(refused.value) and location.partition("@")[0] in str(refused.value)
 
 
 def test_training_starts_from_the_hub(hub, folder):

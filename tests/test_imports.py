@@ -34,7 +34,8 @@ MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 # Needed by some configurations only, or slow to import: they are imported where they are used.
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
-    "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb", "gradio", "fastapi", "starlette", "uvicorn",
+    "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb", "fsspec",
+    "gradio", "fastapi", "starlette", "uvicorn",
 ]  # fmt: skip
 MAX_STAGE_COMPARISONS = 8  # what differs between the stages belongs in `lavie_jax/stages/`
 STAGE_NAMES = {"base", "interpolation", "vsr"}

@@ -42,13 +42,15 @@ from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_seed
 from lavie_jax.samples.stage_cache import MemoryCache
+from lavie_jax.samples.videos import Videos
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, load_folder
-from lavie_jax.weights.locations import local_folder
+from lavie_jax.weights.locations import local_folder, record
 
+REPR_FIELDS = ("frames", "height", "width", "fps", "sampler", "steps")
 SHIPPED = Path(__file__).parents[1] / "assets"
 
 
@@ -240,6 +242,14 @@ class Cascade:
         self.dtype = jnp.dtype(dtype or default_dtype(self.devices))
         self._model = None
 
+    def __repr__(self) -> str:
+        lines = [f"Cascade({len(self.weights)} stages, {self.dtype.name}, {parallel.describe(self.mesh)})"]
+        for stage, loaded in self.weights.items():
+            own = {name: loaded.sampling.get(name, "?") for name in REPR_FIELDS}
+            clip = "{frames} frames of {height}x{width} at {fps} fps, {sampler}, {steps} steps".format(**own)
+            lines.append(f"  {stage}: {clip}; {record('weights', loaded.path)['weights']}")
+        return "\n".join(lines)
+
     def model(self, stage: str) -> StageModel:
         """Returns a stage's networks on the devices. They replace the previous stage's: small devices hold only one."""
         if self._model is None or self._model.weights.stage != stage:
@@ -280,9 +290,10 @@ class Cascade:
         progress: bool = False,
         **settings: Any,
     ) -> UInt8[np.ndarray, "b t H W 3"]:
-        """Samples videos, (B, T, H, W, 3) uint8.
+        """Samples videos, (B, T, H, W, 3) uint8, with the attribute `fps` and the method `save` (`Videos`).
 
-            cascade("a red circle moving left", stages="base,vsr", steps=20, vsr={"steps": 10, "noise_level": 30})
+            video = cascade("a red circle moving left", stages="base,vsr", steps=20, vsr={"steps": 10})
+            video.save("out.mp4")
 
         Args:
             prompt: one for all samples, or one for each of B samples; the same holds for `seed` and `negative_prompt`.
@@ -313,8 +324,8 @@ class Cascade:
         clip_info = None
         if clip is not None:
             _check_clip(clip)
-            # the frame rate is not used: the result is an array
-            clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=24, own=True)
+            fps = getattr(clip, "fps", None) or 24  # only the result's own frame rate follows from it
+            clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=fps, own=True)
         resolved = resolve_settings(self.weights, stages, given, clip_info, preset)
         if negative_prompt is not None and MAIN_STAGE not in stages:
             raise UserError(
@@ -346,7 +357,9 @@ class Cascade:
         lines += check_texts(self.weights, resolved, prompts, negatives, reading)
         for line in lines:
             logging.warning("%s", line)
-        return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
+        frames = np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
+        known_rate = clip is None or getattr(clip, "fps", None) is not None
+        return Videos.of(frames, resolved[stages[-1]].fps if known_rate else None)
 
     def videos(
         self,

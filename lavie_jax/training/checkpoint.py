@@ -66,16 +66,22 @@ def identity(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return dict(config) | hashes
 
 
-def steps(path: Path) -> list[int]:
-    """Returns the steps of the checkpoints under `path`, complete or not, in order."""
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.is_dir() else []
+def steps(path: Any) -> list[int]:
+    """Returns the steps of the checkpoints under `path`, complete or not, in order.
+
+    In a bucket, which has no renames, a save that was cut short leaves a step without its last file. It does not count.
+    """
+    if not path.is_dir():
+        return []
+    numbers = (p for p in path.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in numbers if isinstance(path, Path) or (p / COMMITTED[0]).exists())
 
 
 class Checkpoints:
     """The checkpoints under `path`: the newest `keep`, the `best` of them, and every `every`-th step.
 
     Args:
-        path: their directory.
+        path: their directory, a Path, or etils' path of a bucket.
         keep: how many of the newest are kept, at least 1.
         best: how many more are kept for their low `held_out`, however old.
         every: multiples of this step are never deleted; 0 = none.
@@ -86,8 +92,8 @@ class Checkpoints:
         UserError: the checkpoint to resume from is missing or incomplete; the message lists the others.
     """
 
-    def __init__(self, path: Path, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
-        self._path = path.absolute()
+    def __init__(self, path: Any, *, keep: int, best: int = 0, every: int = 0, restore_step: int | None = None):
+        self._path = path.absolute() if isinstance(path, Path) else path
         self._aside: dict[Path, Path] = {}  # {new name: old name}, until the run has resumed without them
         replaced = _replaced(self._path, restore_step)
         _all_hosts("checkpoints: chosen")
@@ -268,7 +274,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
         return [one.step in best for one in checkpoints]
 
 
-def _read_held_out(path: Path) -> dict[int, float]:
+def _read_held_out(path: Any) -> dict[int, float]:
     """Returns {step: held-out loss} of the checkpoints under `path`; earlier versions wrote it into each of them."""
     losses = {}
     for file in path.glob("*/metrics/metrics"):
@@ -300,7 +306,7 @@ def _all_hosts(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _replaced(path: Path, restore_step: int | None) -> dict[int, str]:
+def _replaced(path: Any, restore_step: int | None) -> dict[int, str]:
     """Returns {step: reason} of the step directories to rename before a run resumes at `restore_step`.
 
     Orbax takes any directory whose name is a number for a checkpoint.
@@ -321,7 +327,7 @@ def _replaced(path: Path, restore_step: int | None) -> dict[int, str]:
     return newer | {s: "incomplete" for s in there if missing[s]}
 
 
-def _missing(step: Path) -> list[str]:
+def _missing(step: Any) -> list[str]:
     """Returns the commit marks that a step directory lacks."""
     lacks = [mark for mark in MARKS if not (step / mark).is_file()]
     uncommitted = [mark for mark in COMMITTED if not (step / mark).is_file()]

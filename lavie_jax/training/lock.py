@@ -16,6 +16,7 @@ from lavie_jax import disk
 from lavie_jax.errors import UserError
 
 BEAT = 10.0  # seconds between heartbeats
+LOCK = "lock"  # its name in the workdir
 STALE = 60.0  # seconds without one after which a run on another host counts as dead
 
 
@@ -31,7 +32,7 @@ class Lock:
     """
 
     def __init__(self, workdir: Path):
-        self._path = workdir / "lock"
+        self._path = workdir / LOCK
         self._file: TextIOWrapper | None = None
         self._stopped = threading.Event()
         if problem := self._try():
@@ -66,7 +67,7 @@ class Lock:
         holder = _holder(file)
         silent = time.time() - self._path.stat().st_mtime
         if free is None:
-            if holder.get("host") == platform.node() and silent < STALE and _alive(holder.get("pid")):
+            if holder.get("host") == platform.node() and silent < STALE and alive(holder.get("pid")):
                 file.close()
                 return f"{self._in_use(holder)} If that process is another program, delete {self._path}."
             logging.warning(
@@ -116,7 +117,7 @@ class Lock:
             self._path.parent.rmdir()
 
 
-def _alive(pid: Any) -> bool:
+def alive(pid: Any) -> bool:
     """Whether a process of this host runs that is not this one."""
     if not isinstance(pid, int) or pid == os.getpid():
         return False

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 
 import lavie_jax
+from lavie_jax import remote
 from lavie_jax.commands import config_file
-from lavie_jax.errors import UserError, check_folder, suggest, user_path
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training import sinks
@@ -33,6 +34,7 @@ from lavie_jax.training.config import (
     text_network,
 )
 from lavie_jax.training.optimizer import ADAPTER
+from lavie_jax.training.workdir import Workdir
 from lavie_jax.weights.hub.repository import HUB
 from lavie_jax.weights.locations import local_folder
 
@@ -54,7 +56,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         config: a locked ConfigDict.
-        workdir: folder of all outputs.
+        workdir: folder of all outputs, or the URL of a bucket as a Path (`training/workdir.py`).
         restore_step: the checkpoint to resume from; None = the newest.
         profile: whether to write a trace of a few steps.
     """
@@ -86,7 +88,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
     for name in FOLDERS:
-        if str(config.get(name, "")).startswith(HUB):  # recorded as the folder in the cache, which has the commit
+        text = str(config.get(name, ""))
+        if text.startswith(HUB) or remote.url(text):  # recorded as the folder in the cache, which belongs to a version
             config[name] = str(local_folder(config[name]))
     workdir = user_path(flags["workdir"])
     read_networks(config, workdir / "weights")
@@ -145,12 +148,13 @@ def check(config: Any, workdir: Path) -> None:
             "samples come from the weights folder that is written with a checkpoint."
         )
     sinks.names(config.metrics)
-    if (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
+    storage = Workdir.of(workdir)
+    if (storage.folder / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ but no checkpoints/, so this run would overwrite another program's "
             "weights. Name another --workdir."
         )
-    check_folder(workdir, f"--workdir {workdir}")
+    storage.check()
 
 
 def load(spec: str) -> Any:

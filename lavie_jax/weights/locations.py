@@ -1,8 +1,8 @@
-"""Where weights are: a folder, or `hub:OWNER/NAME` on the Hugging Face hub, which is downloaded.
+"""Where weights are: a folder, `hub:OWNER/NAME` on the Hugging Face hub, or a bucket, which are downloaded.
 
-A repository on the hub contains a weights folder, a cascade of them, or originals: checkpoints of LaVie or SEINE, or an
-image model (Stable Diffusion 1.x, the x4-upscaler). Originals are converted once, into ~/.cache/lavie_jax/hub. Only the
-files of the stages in question are downloaded.
+A bucket (`gs://BUCKET/PATH`, `s3://BUCKET/PATH`) contains a weights folder or a cascade of them. A repository on the
+hub may also have originals: checkpoints of LaVie or SEINE, or an image model (Stable Diffusion 1.x, the x4-upscaler).
+They are converted once, into ~/.cache/lavie_jax/hub. Only the files of the stages in question are downloaded.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
+from lavie_jax import remote
 from lavie_jax.disk import cache_folder
 from lavie_jax.errors import UserError, user_path
 from lavie_jax.stages import STAGES
@@ -34,21 +35,29 @@ def local_folder(location: str | os.PathLike, stages: Collection[str] | None = N
     """Returns the folder of a location, after downloading and converting it if necessary.
 
     Args:
-        location: a path, which is returned with `~` expanded, or `hub:OWNER/NAME[@REVISION][/FOLDER]`.
+        location: a path, which is returned with `~` expanded, `hub:OWNER/NAME[@REVISION][/FOLDER]`, or a URL of a
+            folder in a bucket, `gs://BUCKET/FOLDER` or `s3://BUCKET/FOLDER`.
         stages: the stages of a cascade that are needed; None for all.
 
     Raises:
-        UserError: the repository cannot be read (`Repository`), or has no weights.
+        UserError: the repository or bucket cannot be read (`Repository`, `Store`), or has no weights.
     """
     text = os.fspath(location)
+    if place := remote.url(text):
+        store = remote.Store.open(place)
+        if not (folders := _weights_folders(store, "")):
+            raise UserError(
+                f"{place} is not a weights folder: it has no config.json, nor have {', '.join(STAGES)} in it"
+            )
+        return store.download(_files(store, "", [name for name in folders if stages is None or name in ("", *stages)]))
     if not text.startswith(HUB):
         return user_path(location)
     place = Location.parse(text)
     repository = Repository.open(place)
-    folders = _weights_folders(repository, place)
+    folders = _weights_folders(repository, place.path)
     if folders:
         needed = [name for name in folders if stages is None or name in ("", *stages)]
-        top = repository.download(_files(repository, place, needed))
+        top = repository.download(_files(repository, place.path, needed))
         return top / place.path
     return _originals(repository, place, stages)
 
@@ -60,31 +69,33 @@ def record(name: str, folder: Path) -> dict[str, str]:
     """
     file = folder / SOURCES
     image = read_json(file).get("image_model") if file.is_file() else None
-    return {name: str(location_of(folder) or folder)} | ({f"{name}_image_model": image} if image else {})
+    return {name: str(location_of(folder) or remote.origin(folder) or folder)} | (
+        {f"{name}_image_model": image} if image else {}
+    )
 
 
 # ---- weights folders ----
 
 
-def _weights_folders(repository: Repository, place: Location) -> list[str]:
-    """Returns the weights folders at a place: "" is the place itself, others are names of stages in it."""
-    names = {name: posixpath.join(place.path, name, "config.json") for name in ("", *STAGES)}
+def _weights_folders(repository: Repository | remote.Store, path: str) -> list[str]:
+    """Returns the weights folders at a path: "" is the path itself, others are names of stages in it."""
+    names = {name: posixpath.join(path, name, "config.json") for name in ("", *STAGES)}
     there = {name: file for name, file in names.items() if file in repository.files}
     top = repository.download(there.values())
     found = [name for name, file in there.items() if "format_version" in read_json(top / file)]
     return [""] if "" in found else found
 
 
-def _files(repository: Repository, place: Location, folders: Iterable[str]) -> list[str]:
-    """Returns the files of weights folders at a place, with the parts that they share with other folders."""
+def _files(repository: Repository | remote.Store, path: str, folders: Iterable[str]) -> list[str]:
+    """Returns the files of weights folders at a path, with the parts that they share with other folders."""
     files = []
     for name in folders:
-        folder = posixpath.join(place.path, name)
+        folder = posixpath.join(path, name)
         config = read_config(repository.download([posixpath.join(folder, "config.json")]) / folder)
         for part in CONTENTS[config["stage"]]:
             where = posixpath.normpath(posixpath.join(folder, config.get("parts", {}).get(part, part)))
             if not (inside := contents(repository.files, where)):
-                raise UserError(f"{place} is incomplete: {repository.location}/{where} is missing")
+                raise UserError(f"{repository.location} is incomplete: {posixpath.join(folder, where)} is missing")
             files += inside
     return files
 

@@ -1,0 +1,103 @@
+"""Object stores, `gs://BUCKET/PATH` and `s3://BUCKET/PATH`, through fsspec: Google Cloud Storage and Amazon S3.
+
+Credentials are those of the libraries: `gcloud auth application-default login` or the machine's service account, and
+AWS's environment variables or `~/.aws`. `STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` select another server.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lavie_jax.disk import cache_folder
+from lavie_jax.errors import UserError
+
+PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # {protocol: (package, extra of this project)}
+URL = re.compile(r"(gs|s3):/+(.+)")  # a Path has lost one slash
+CHANGES = ("etag", "ETag", "generation", "md5Hash", "created")  # what tells apart versions of an object
+ORIGIN = ".location"  # in a download's folder: its URL
+
+
+def url(text: str | os.PathLike) -> str | None:
+    """Returns the URL of a place in an object store, without a slash at its end, or None for anything else."""
+    match = URL.fullmatch(os.fspath(text).rstrip("/"))
+    return match and f"{match[1]}://{match[2]}"
+
+
+def filesystem(place: str) -> Any:
+    """Returns fsspec's file system of a URL. Raises UserError if its package is not installed."""
+    import fsspec  # slow to import
+
+    package, extra = PACKAGES[place.partition(":")[0]]
+    try:
+        return fsspec.url_to_fs(place)[0]
+    except ImportError as error:
+        raise UserError(f"{place} needs the package {package}: pip install 'lavie_jax[{extra}]'") from error
+
+
+@contextlib.contextmanager
+def one_line(place: str) -> Iterator[None]:
+    """Turns errors of the store and the network in the block into a UserError about `place`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{place} cannot be used ({type(error).__name__}: {reason[:200]})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The files below a URL, and the folder that they are downloaded to, which belongs to these versions of them."""
+
+    location: str
+    files: tuple[str, ...]
+    folder: Path
+
+    @classmethod
+    def open(cls, place: str) -> "Store":
+        """Lists the files below a URL. Raises UserError if there are none, or the store cannot be read."""
+        with one_line(place):
+            system = filesystem(place)
+            system.invalidate_cache()
+            found: Mapping[str, Mapping] = system.find(place, detail=True)
+            root = system._strip_protocol(place).rstrip("/") + "/"
+        files = {name.removeprefix(root): info for name, info in found.items() if name.startswith(root)}
+        if not files:
+            raise UserError(f"{place} does not exist, or contains no files")
+        versions = [(name, info["size"], *(str(info.get(key)) for key in CHANGES)) for name, info in files.items()]
+        digest = hashlib.sha256(json.dumps([place, sorted(versions)]).encode()).hexdigest()
+        return cls(place, tuple(sorted(files)), cache_folder("remote") / digest[:32])
+
+    def download(self, files: Iterable[str]) -> Path:
+        """Returns the folder after downloading those of `files` that it lacks; each appears when it is complete."""
+        with one_line(self.location):
+            system = filesystem(self.location)
+            for name in sorted(set(files)):
+                target = self.folder / name
+                if not target.is_file():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    partial = target.with_name(f".{target.name}.{os.getpid()}")
+                    try:
+                        system.get_file(f"{self.location}/{name}", str(partial))
+                        partial.replace(target)
+                    finally:
+                        partial.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ORIGIN).write_text(self.location)
+        return self.folder
+
+
+def origin(folder: Path) -> str | None:
+    """Returns the URL that a folder was downloaded from, or None."""
+    for top in (folder, folder.parent):
+        if (top / ORIGIN).is_file():
+            rest = folder.relative_to(top).as_posix()
+            return (top / ORIGIN).read_text() + ("" if rest == "." else f"/{rest}")
+    return None

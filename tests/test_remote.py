@@ -1,0 +1,107 @@
+"""Weights in buckets, against fsspec's file system in memory."""
+
+import fsspec
+import pytest
+import tiny
+from fsspec.implementations.memory import MemoryFileSystem
+
+from lavie_jax import cascade, remote
+from lavie_jax.errors import UserError
+from lavie_jax.training import options
+from lavie_jax.weights import folder_hash, locations
+from lavie_jax.weights.locations import local_folder
+
+
+class Bucket(MemoryFileSystem):
+    """Objects in memory; `got` are the names of those that were downloaded."""
+
+    got: list = []
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.partition("://")[2].rstrip("/") if "://" in path else path
+
+    def get_file(self, rpath, lpath, **kwargs):
+        self.got.append(rpath.rpartition("shapes/")[2])
+        super().get_file(rpath, lpath, **kwargs)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """An empty bucket; the cache is in tmp_path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+    monkeypatch.setattr(Bucket, "got", [])
+    system = Bucket()
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda place: (system, system._strip_protocol(place)))
+    return system
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_cascade(tmp_path_factory.mktemp("weights") / "cascade")
+
+
+def upload(bucket, folder, place):
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        bucket.pipe_file(f"{place}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def test_urls_survive_being_a_path():
+    assert remote.url("gs://bucket/a/") == remote.url("gs:/bucket/a") == "gs://bucket/a"
+    assert remote.url("s3://bucket") == "s3://bucket"
+    assert remote.url("weights") is remote.url("hub:a/b") is remote.url("gs:bucket") is None
+
+
+def test_the_stages_in_question_are_downloaded_once(bucket, folder):
+    upload(bucket, folder, "gs://lavie/shapes")
+    found = cascade.stage_folders("gs://lavie/shapes", stages=("vsr",))
+    assert folder_hash(found["vsr"]) == folder_hash(folder / "vsr")
+    assert not any(name.startswith("interpolation/unet") for name in bucket.got)
+    bucket.got.clear()
+    assert cascade.stage_folders("gs://lavie/shapes", stages=("vsr",))["vsr"] == found["vsr"] and not bucket.got
+    assert locations.record("weights", found["vsr"]) == {"weights": "gs://lavie/shapes/vsr"}
+    argv = ["--config=configs/moving_shapes/base.py:tiny", "--workdir=nowhere"]
+    config = options.parse([*argv, "--config.init_from=gs://lavie/shapes/base"]).config
+    assert folder_hash(config.init_from) == folder_hash(folder / "base")
+
+
+def test_a_changed_object_is_downloaded_again(bucket, folder):
+    upload(bucket, folder / "base", "s3://lavie/base")
+    first = local_folder("s3://lavie/base")
+    config = bucket.cat_file("s3://lavie/base/config.json")
+    bucket.pipe_file("s3://lavie/base/config.json", config.replace(b'"guidance": 4.0', b'"guidance": 5.0'))
+    second = local_folder("s3://lavie/base")
+    assert first != second and folder_hash(first) == folder_hash(folder / "base") != folder_hash(second)
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("gs://lavie/nothing", "gs://lavie/nothing does not exist, or contains no files"),
+        ("gs://lavie/text", "gs://lavie/text is not a weights folder: it has no config.json"),
+        ("gs://lavie/cut", "gs://lavie/cut is incomplete: unet is missing"),
+    ],
+)
+def test_places_without_weights_are_refused(place, message, bucket, folder):
+    bucket.pipe_file("gs://lavie/text/a.txt", b"")
+    bucket.pipe_file("gs://lavie/cut/config.json", (folder / "base/config.json").read_bytes())
+    with pytest.raises(UserError, match=message):
+        local_folder(place)
+
+
+def test_a_missing_package_and_a_failing_store_are_one_line(bucket, monkeypatch):
+    def fail(error):
+        def url_to_fs(place):
+            raise error
+
+        monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
+
+    fail(ImportError("no gcsfs"))
+    with pytest.raises(UserError, match=r"gs://lavie/a needs the package gcsfs: pip install 'lavie_jax\[gcs\]'"):
+        local_folder("gs://lavie/a")
+    fail(PermissionError("denied\nfor many reasons"))
+    with pytest.raises(UserError, match=r"s3://lavie/a cannot be used .PermissionError: denied."):
+        local_folder("s3://lavie/a")
