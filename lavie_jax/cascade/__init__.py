@@ -185,7 +185,7 @@ def resolve_settings(
         try:
             own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
-            guidance_of(own).plan(sampler.timesteps)
+            guidance_of(own).plan(sampler.tail(own.first_step).timesteps)
             _check_cache_depth(own, weights[stage])
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
@@ -291,7 +291,8 @@ class Cascade:
             stages: the stages to run, in order.
             seed: from 0 to 2^32 - 1.
             negative_prompt: for the base stage; other stages take it as a setting.
-            clip: the clip that the first stage starts from, if `stages` begins with a later stage.
+            clip: the clip that the first stage starts from: one that a later stage than base continues, or that base
+                makes anew, given `strength`.
             known: pictures that are frames of the prediction stage's output, {index: uint8 (H, W, 3)}, of any size.
             preset: "official", the weights folders' own settings, or "balanced" or "fast", which save work
                 (docs/speed.md). Settings that are given come before those of a preset.
