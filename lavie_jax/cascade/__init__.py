@@ -41,6 +41,7 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_seed
+from lavie_jax.samples.safety import SafetyFilter, withheld
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
@@ -276,6 +277,7 @@ class Cascade:
         preset: str = OFFICIAL,
         prompt_syntax: str = PLAIN,
         long_prompts: str = CUT,
+        safety_filter: SafetyFilter | None = None,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
@@ -298,6 +300,8 @@ class Cascade:
                 (docs/speed.md). Settings that are given come before those of a preset.
             prompt_syntax: "weighted" reads `(word:1.3)` and `[word]` in prompts, "plain" takes brackets as text.
             long_prompts: "chunk" reads prompts longer than CLIP's window in several windows, "cut" ignores the rest.
+            safety_filter: called with each video, uint8 (T, H, W, 3); where it returns True, the frames are black, such
+                as `lavie_jax.samples.safety.open_nsfw`.
             batch_size: see `videos`.
             progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
@@ -347,7 +351,8 @@ class Cascade:
         lines += check_texts(self.weights, resolved, prompts, negatives, reading)
         for line in lines:
             logging.warning("%s", line)
-        return np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
+        videos = self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)
+        return np.stack([withheld(own) if safety_filter and safety_filter(own) else own for own in videos])
 
     def videos(
         self,

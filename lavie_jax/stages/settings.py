@@ -333,7 +333,8 @@ class StageInfo:
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
-        fits_clip: whether a clip of the user is cropped and scaled to the size of its output.
+        fits_clip: whether a clip of the user is cropped and scaled to the size of its output. A stage that consumes
+            no clips can make one anew.
         takes_known: whether frames of its output can be given, as pictures or as the end of its input clip. The output
             continues that clip, where other stages show the same moments again.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
@@ -376,14 +377,13 @@ class StageInfo:
         return error if self.main else UserError(f"{self.name} stage: {error}")
 
 
-OWN_CLIP = "clip of the user"  # which no stage produces
 KEY_FRAMES, SMOOTH_CLIP, LARGE_CLIP = "key frames", "smooth clip", "large clip"
 STAGE_INFO = {
     info.name: info
     for info in (
         StageInfo(
-            name="base", settings=BaseSettings, consumes=(OWN_CLIP,), produces=KEY_FRAMES, clip_optional=True,
-            fits_clip=True, main=True, summary="a short clip from the prompt",
+            name="base", settings=BaseSettings, produces=KEY_FRAMES, fits_clip=True, main=True,
+            summary="a short clip from the prompt",
         ),
         StageInfo(
             name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
