@@ -39,7 +39,9 @@ from lavie_jax.samples.prompts import (
     parse_prompts_at,
     read_prompts,
 )
+from lavie_jax.samples.safety import SafetyFilter, check_open_nsfw, open_nsfw, withheld
 from lavie_jax.samples.sheets import ContactSheets
+from lavie_jax.samples.signing import Certificate
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 
 
@@ -106,6 +108,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--no-metadata",
         action="store_true",
         help="write no prompt and settings into the videos, only that they are generated",
+    )
+    add("--c2pa-certificate", type=Path, metavar="FILE", help="sign the files (docs/provenance.md) with this PEM chain")
+    add("--c2pa-key", type=Path, metavar="FILE", help="private key of --c2pa-certificate, PEM")
+    add("--c2pa-algorithm", default="es256", metavar="NAME", help="algorithm of that key (default: es256)")
+    add(
+        "--safety-filter",
+        action="store_true",
+        help="replace videos that the classifier open_nsfw finds pornographic by black frames (docs/provenance.md)",
     )
     add("--no-contact-sheet", action="store_true", help="do not write contact-sheet.png")
     add(
@@ -205,6 +215,13 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     args.pictures = {name: path for name in PICTURES if (path := getattr(args, f"{name}_frame")) is not None}
     check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
+    if (args.c2pa_certificate is None) != (args.c2pa_key is None):
+        raise UserError("c2pa-certificate: give it together with --c2pa-key FILE, the private key")
+    args.certificate = args.c2pa_certificate and Certificate.read(
+        args.c2pa_certificate, args.c2pa_key, args.c2pa_algorithm
+    )
+    if args.safety_filter:
+        check_open_nsfw()
     args.seed = check_seed(args.seed, "seed")
     args.part = parse_part(args.part)
     if any(not text.strip() for text in args.prompt):
@@ -263,24 +280,39 @@ def plan_outputs(
             )  # fmt: skip
             request |= personal
             describe = not args.no_metadata
-            outputs.append(Output(folder=args.out, index=index, formats=formats, request=request, describe=describe))
+            outputs.append(
+                Output(
+                    folder=args.out, index=index, formats=formats, request=request, describe=describe,
+                    certificate=args.certificate,
+                )
+            )  # fmt: skip
     return outputs
 
 
 def written(
-    outputs: Sequence[Output], formats: Sequence[Sequence[str]], videos: Iterator, caches: Sequence, made_with: dict
+    outputs: Sequence[Output],
+    formats: Sequence[Sequence[str]],
+    videos: Iterator,
+    caches: Sequence,
+    made_with: dict,
+    unsafe: SafetyFilter | None,
 ) -> Iterator[tuple[Output, Any]]:
     """Writes the files that each output lacks (`formats`), and yields it with its video, None if it was complete.
 
-    `videos` and `caches` belong to the outputs that are not complete.
+    `videos` and `caches` belong to the outputs that are not complete. A video that is `unsafe` is replaced.
     """
     caches = iter(caches)
     for output, missing in zip(outputs, formats):
         video = next(videos) if missing else None
         if missing:
-            for path in output.write(video, missing, made_with):
+            cache, record = next(caches), made_with
+            if unsafe is not None and unsafe(video):
+                warn([f"{output.path('json')}: the safety filter withholds this video: its frames are black"])
+                video, record = withheld(video), {**made_with, "withheld": True}
+                cache.remove()
+            for path in output.write(video, missing, record):
                 tqdm.write(str(path))
-            next(caches).clear()
+            cache.clear()
         yield output, video
 
 
@@ -377,7 +409,7 @@ def run(args: argparse.Namespace) -> None:
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
     made_with |= personal.files()
-    videos = iter(())
+    videos, unsafe = iter(()), open_nsfw if args.safety_filter else None
     if pipe is not None:
         made_with |= pipe.made_with()
         videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=True)
@@ -385,7 +417,7 @@ def run(args: argparse.Namespace) -> None:
     if STAGE_INFO[args.stages[0]].takes_known:
         shown = cascade.given_frames(settings, frames, known)
         clips = {} if shown is None else {"given, white where generated": shown}
-    for output, video in written(outputs, formats, videos, caches, made_with):
+    for output, video in written(outputs, formats, videos, caches, made_with, unsafe):
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
     sheets.flush()

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavie_jax import cascade, parallel, results
-from lavie_jax.cascade.denoising import in_windows, predict_rows, sequential_guidance
+from lavie_jax.cascade.denoising import adapted, predict_rows, sequential_guidance
 from lavie_jax.data.video_files import contact_sheet
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation.detectors import detect
@@ -53,7 +53,7 @@ def cost(pipe: cascade.Cascade, method: str, frames: int) -> dict[str, float]:
     text = Prompts(jax.ShapeDtypeStruct(prompt.hidden.shape, prompt.hidden.dtype))
     traced = predict_rows.trace(
         model.unet_params, jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32),
-        text, text, Condition(), unet=in_windows(model.unet, stage.attention_windows(settings)),
+        text, text, Condition(), unet=adapted(model.unet, stage.attention_windows(settings), None),
         guidance=float(settings.guidance), rescale=float(settings.guidance_rescale), image=False,
         sequential_guidance=sequential_guidance(1, window, model.mesh), mesh=model.mesh,
     )  # fmt: skip

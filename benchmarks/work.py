@@ -50,8 +50,8 @@ TRICKS: dict[str, dict[str, Any]] = {  # settings of all stages
 def evaluation_flops(spec: str, cache_depth: int) -> dict[bool, float]:
     """Returns the FLOPs of one half of guidance in a window of the stage that the config `spec` describes.
 
-    The keys are whether the whole UNet is computed, or its outermost layers to `cache_depth`. Both halves of guidance are
-    twice the work.
+    The keys are whether the whole UNet is computed, or its outermost layers to `cache_depth`. Both halves of guidance
+    are twice the work.
     """
     config = options.load(spec)
     program = sampling_program(config, config.stage, "guided step", jax.devices()[:1])

@@ -377,7 +377,7 @@ BAD_CASCADE = {
     "order": (["--stages", "vsr,base"], "cannot be run in this order"),
     "stage": (["--stages", "base,vrs"], "did you mean 'vsr'"),
     "no clip": (["--stages", "vsr"], "vsr needs a clip"),
-    "clip for base": (["--input", "{file}"], "base starts from the prompt only"),
+    "clip for base": (["--input", "{file}"], "a clip for base needs strength"),
     "no clip there": (["--stages", "vsr", "--input", "nowhere.mp4"], "'nowhere.mp4' does not exist"),
     "no video": (["--stages", "vsr", "--input", "{file}"], "cannot read the video"),
     "no frames": (["--stages", "vsr", "--input", "{empty}"], "empty.mp4"),

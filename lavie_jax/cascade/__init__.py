@@ -41,6 +41,7 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_seed
+from lavie_jax.samples.safety import SafetyFilter, withheld
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.samples.videos import Videos
 from lavie_jax.stages import STAGES
@@ -187,7 +188,7 @@ def resolve_settings(
         try:
             own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
-            guidance_of(own).plan(sampler.timesteps)
+            guidance_of(own).plan(sampler.tail(own.first_step).timesteps)
             _check_cache_depth(own, weights[stage])
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
@@ -286,6 +287,7 @@ class Cascade:
         preset: str = OFFICIAL,
         prompt_syntax: str = PLAIN,
         long_prompts: str = CUT,
+        safety_filter: SafetyFilter | None = None,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
@@ -302,12 +304,15 @@ class Cascade:
             stages: the stages to run, in order.
             seed: from 0 to 2^32 - 1.
             negative_prompt: for the base stage; other stages take it as a setting.
-            clip: the clip that the first stage starts from, if `stages` begins with a later stage.
+            clip: the clip that the first stage starts from: one that a later stage than base continues, or that base
+                makes anew, given `strength`.
             known: pictures that are frames of the prediction stage's output, {index: uint8 (H, W, 3)}, of any size.
             preset: "official", the weights folders' own settings, or "balanced" or "fast", which save work
                 (docs/speed.md). Settings that are given come before those of a preset.
             prompt_syntax: "weighted" reads `(word:1.3)` and `[word]` in prompts, "plain" takes brackets as text.
             long_prompts: "chunk" reads prompts longer than CLIP's window in several windows, "cut" ignores the rest.
+            safety_filter: called with each video, uint8 (T, H, W, 3); where it returns True, the frames are black, such
+                as `lavie_jax.samples.safety.open_nsfw`.
             batch_size: see `videos`.
             progress: whether to show a progress bar for each stage.
             settings: of the base stage by name (`frames`, `steps`, ...; see `BaseSettings` in `stages/settings.py`), of
@@ -357,7 +362,8 @@ class Cascade:
         lines += check_texts(self.weights, resolved, prompts, negatives, reading)
         for line in lines:
             logging.warning("%s", line)
-        frames = np.stack(list(self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)))
+        videos = self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)
+        frames = np.stack([withheld(own) if safety_filter and safety_filter(own) else own for own in videos])
         known_rate = clip is None or getattr(clip, "fps", None) is not None
         return Videos.of(frames, resolved[stages[-1]].fps if known_rate else None)
 

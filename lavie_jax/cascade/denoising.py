@@ -20,13 +20,16 @@ from lavie_jax.cascade.layout import ROWS_AXIS, SharedUNet, layout, shares_windo
 from lavie_jax.cascade.model import ALL, BATCH, StageModel, one_ahead, per_device
 from lavie_jax.diffusion import Sampler
 from lavie_jax.diffusion.feature_cache import FeatureCache
+from lavie_jax.diffusion.free_init import renoise
 from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
+from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.program_cache import cached
 from lavie_jax.stages.conditioning import Condition, Evaluation, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
 MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels per device up to which both guidance halves share a UNet call
+RENOISE_STREAM = 2**32 - 3  # of the noise of further passes, below those of stages
 MAX_UPDATE_PIXELS = 8 * 320 * 512  # latent pixels that a sampler updates at a time
 SAVE_EVERY = 5  # evaluations between two saved states, at least
 
@@ -42,7 +45,8 @@ class Clip:
         null_text: embedding of the negative or empty prompt.
         shape: shape of the latents (T, h, w, C).
         noise: `noise(stream, frames)` is the noise of some frames. Stream 0 is the start, stream i + 1 is fresh noise
-            for evaluation i.
+            for evaluation i, counted over all passes, and stream RENOISE_STREAM - p that of a new pass p.
+        start: latents to which noise is added at the start; None to start from noise.
         concat: condition that is concatenated to the UNet's input channels.
         noise_level: condition of the VSR stage.
         state: the sampler's state; None before the start.
@@ -56,6 +60,7 @@ class Clip:
     null_text: Prompts
     shape: tuple[int, int, int, int]
     noise: Callable[[int, range], Array]
+    start: Float[np.ndarray, "t h w c"] | None = None
     concat: Float[np.ndarray, "t h w k"] | None = None
     noise_level: int | None = None
     state: State | None = None
@@ -77,6 +82,8 @@ class DenoisingPlan:
         rows: number of windows in one UNet call, a multiple of the number of devices.
         image: whether clips are single images, without temporal layers.
         attention_windows: windows of the temporal attention inside the UNet.
+        free_u: factors of the inputs of the UNet's up blocks.
+        passes: how often clips are denoised, each time but the first from their result, see `free_init.py`.
     """
 
     sampler: Sampler
@@ -86,6 +93,13 @@ class DenoisingPlan:
     image: bool = False
     attention_windows: AttentionWindows | None = None
     cache: FeatureCache = FeatureCache()
+    free_u: FreeU | None = None
+    passes: int = 1
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of a clip."""
+        return self.passes * self.sampler.evaluations
 
     @functools.cached_property
     def guidance_modes(self) -> tuple[str, ...]:
@@ -100,9 +114,10 @@ class DenoisingPlan:
     @functools.cached_property
     def saves(self) -> frozenset[int]:
         """The steps at which states are saved, which do not need anything of earlier evaluations but the state."""
-        steps, last = {self.sampler.evaluations}, 0
-        for step in range(1, self.sampler.evaluations):
-            if step >= last + SAVE_EVERY and self.guidance_modes[step] != REUSED and self.whole[step]:
+        steps, last, each = {self.evaluations}, 0, self.sampler.evaluations
+        for step in range(1, self.evaluations):
+            alone = self.guidance_modes[step % each] != REUSED and self.whole[step % each]
+            if step >= last + SAVE_EVERY and alone:
                 steps.add(step)
                 last = step
         return frozenset(steps)
@@ -131,17 +146,41 @@ def denoise(
     """
     for clip in clips:
         if clip.state is None:
-            clip.state = _by_frames(clip, lambda frames, clip=clip: plan.sampler.init(clip.noise(0, frames)))
-    while unfinished := [clip for clip in clips if clip.step < plan.sampler.evaluations]:
-        i = min(clip.step for clip in unfinished)
-        active = [clip for clip in unfinished if clip.step == i]
-        for clip, prediction in zip(active, _predictions(model, active, i, plan, on_window)):
-            clip.state = _updated(model, clip, prediction, plan.sampler)
+            clip.state = _started(clip, plan.sampler)
+    each = plan.sampler.evaluations
+    while unfinished := [clip for clip in clips if clip.step < plan.evaluations]:
+        step = min(clip.step for clip in unfinished)
+        active = [clip for clip in unfinished if clip.step == step]
+        for clip, prediction in zip(active, _predictions(model, active, step % each, plan, on_window)):
+            clip.state = _updated(model, clip, prediction, step % each, plan.sampler)
             clip.step += 1
-            if plan.whole[i + 1 : i + 2] != (False,):
+            if plan.whole[step % each + 1 : step % each + 2] != (False,):
                 clip.deep.clear()  # of a large clip, they are many times as large as its state
+            if clip.step % each == 0 and clip.step < plan.evaluations:
+                clip.state = _restarted(clip, clip.step // each, plan.sampler)
             if clip.step in plan.saves:
                 clip.save(clip.step, clip.state)
+
+
+def _started(clip: Clip, sampler: Sampler) -> State:
+    """Returns the state before the first evaluation."""
+
+    def start(frames: range) -> dict[str, Array]:
+        noise = clip.noise(0, frames)
+        state = sampler.init(noise)
+        if clip.start is None:
+            return state
+        return {**state, "x": sampler.add_noise(clip.start[frames.start : frames.stop], noise)}
+
+    return _by_frames(clip, start)
+
+
+def _restarted(clip: Clip, number: int, sampler: Sampler) -> State:
+    """Returns the state before the first evaluation of pass `number`, given the result of the one before."""
+    every = range(clip.shape[0])
+    first, fresh = (np.asarray(clip.noise(stream, every)) for stream in (0, RENOISE_STREAM - number))
+    noise = renoise(clip.state["x"], first, fresh, sampler.schedule)
+    return _by_frames(clip, lambda frames: sampler.init(noise[frames.start : frames.stop]))
 
 
 def _predictions(
@@ -216,7 +255,7 @@ def _predict_windows(
         stacked_prompts(text for text, _ in texts), stacked_prompts(null_text for _, null_text in texts), condition,
         stacked(clip.change[window.box] for clip, window in rows) if mode == REUSED else None,
         None if plan.whole[i] else stacked(clip.deep[window.corner][: halves(mode)] for clip, window in rows),
-        unet=in_windows(model.unet, plan.attention_windows),
+        unet=adapted(model.unet, plan.attention_windows, plan.free_u),
         guidance=1.0 if mode == NONE else float(plan.guidance.scale),
         rescale=float(plan.guidance.rescale), image=plan.image,
         sequential_guidance=sequential_guidance(len(rows), rows[0][1], mesh),
@@ -248,9 +287,9 @@ def halves(mode: str) -> int:
     return 2 if mode == COMPUTED else 1
 
 
-def in_windows(unet, windows: AttentionWindows | None):
-    """Returns the UNet with these windows of its temporal attention."""
-    return unet if windows is None else unet.clone(attention_windows=windows)
+def adapted(unet, windows: AttentionWindows | None, free_u: FreeU | None):
+    """Returns the UNet with these windows of its temporal attention, and factors of the inputs of its up blocks."""
+    return unet.clone(attention_windows=windows, free_u=free_u)
 
 
 def sequential_guidance(rows: int, window: Window, mesh: Mesh) -> bool:
@@ -260,8 +299,10 @@ def sequential_guidance(rows: int, window: Window, mesh: Mesh) -> bool:
     return rows // mesh.size * int(np.prod(window.shape)) > MAX_BATCHED_PIXELS
 
 
-def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], sampler: Sampler) -> State:
-    """Returns the clip's state after its next evaluation, which returned `prediction`."""
+def _updated(
+    model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w c"], i: int, sampler: Sampler
+) -> State:
+    """Returns the clip's state after its next evaluation, number i of its pass, which returned `prediction`."""
 
     def update(frames):
         """Returns the next state of a range of frames."""
@@ -269,7 +310,7 @@ def _updated(model: StageModel, clip: Clip, prediction: Float[np.ndarray, "t h w
         state = {name: array[part] for name, array in clip.state.items()}
         noise = clip.noise(clip.step + 1, frames) if sampler.needs_noise else None
         state, prediction_part = jax.device_put((state, prediction[part]), model.device)
-        return _update(state, clip.step, prediction_part, noise, sampler=sampler)
+        return _update(state, i, prediction_part, noise, sampler=sampler)
 
     return _by_frames(clip, update)
 

@@ -42,7 +42,7 @@ def fitting_notes(
     """
     lines = []
     for stage, own in settings.items():
-        if STAGE_INFO[stage].takes_known:
+        if STAGE_INFO[stage].fits_clip:
             sizes = {(names or {}).get(i, f"known frame {i}"): picture.shape[:2] for i, picture in known.items()}
             if clip is not None:
                 sizes["the clip"] = clip.height, clip.width

@@ -138,18 +138,21 @@ def run_stage(
     rows = devices
     if stage.batched:
         rows = min(math.ceil(n / devices) * devices for n in (batch_size or devices, len(samples)))
+    sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule, settings.spacing)
     plan = DenoisingPlan(
-        sampler=make_sampler(settings.sampler, settings.steps, model.weights.schedule, settings.spacing),
+        sampler=sampler.tail(settings.first_step),
         guidance=guidance_of(settings),
         cache=feature_cache_of(settings),
         windows=stage.windows(stage.latent_shape(model.weights, settings), settings),
         rows=rows,
         image=stage.is_image(settings),
         attention_windows=stage.attention_windows(settings),
+        free_u=stage.free_u(settings),
+        passes=stage.passes(settings),
     )
     segments = stage.segments(settings)
     count, group_size = len(plan.windows), max(1, rows // len(plan.windows))
-    each = plan.sampler.evaluations * count  # steps or windows of a segment
+    each = plan.evaluations * count  # steps or windows of a segment
     bar = tqdm(
         total=len(samples) * len(segments) * each, unit="step" if count == 1 else "window",
         desc=f"{stage.name}: compiling", disable=not progress,
@@ -217,7 +220,8 @@ def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample], 
     for sample in samples:
         seed = sample.request.seed
         text, null_text = _encoded_prompts(model, settings, sample, segment)
-        concat, noise_level = stage.prepare(model, settings, seed, _segment_input(stage, settings, sample, segment))
+        frames = _segment_input(stage, settings, sample, segment)
+        concat, noise_level = stage.prepare(model, settings, seed, frames)
 
         def noise(stream: int, frames: range, seed: int = seed):
             frames = range(first + frames.start, first + frames.stop)
@@ -225,7 +229,7 @@ def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample], 
 
         clip = Clip(
             text=text, null_text=null_text, shape=shape, noise=noise, concat=concat, noise_level=noise_level,
-            save=functools.partial(sample.cache.save_state, name),
+            start=stage.start(model, settings, frames), save=functools.partial(sample.cache.save_state, name),
         )  # fmt: skip
         if saved := sample.cache.load_state(name):
             clip.step, clip.state = saved

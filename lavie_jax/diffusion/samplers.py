@@ -50,9 +50,10 @@ class Sampler:
     """The interface of all samplers. Samplers hash by their fields: they can be static arguments of `jax.jit`.
 
     Attributes:
-        steps: number of steps between noise levels.
+        steps: number of steps between noise levels of the whole chain.
         schedule: the schedule that the network was trained with.
         spacing: how the timesteps are spaced, one of `SPACINGS`.
+        first: the first of the steps that is run, see `tail`.
         default_spacing: the spacing of `make_sampler` if none is given.
         leading_offset: the offset of "leading" spacing.
         fractional: whether the network is evaluated at fractional timesteps.
@@ -63,6 +64,7 @@ class Sampler:
     steps: int
     schedule: Schedule
     spacing: str
+    first: int = 0
     default_spacing: ClassVar[str]
     leading_offset: ClassVar[int] = 0
     fractional: ClassVar[bool] = False
@@ -71,15 +73,20 @@ class Sampler:
 
     @property
     def evaluations(self) -> int:
-        """Number of network evaluations of a whole chain."""
-        return self.steps
+        """Number of network evaluations of the chain."""
+        return self.steps - self.first
+
+    def tail(self, first: int) -> "Sampler":
+        """Returns the sampler of the chain from step `first` on, which starts from noised data (`add_noise`)."""
+        return dataclasses.replace(self, first=first)
 
     @functools.cached_property
     def step_timesteps(self) -> np.ndarray:
-        """The timestep at which each step starts, `(steps,)`, falling."""
-        return spaced_timesteps(
+        """The timestep at which each step starts, falling."""
+        timesteps = spaced_timesteps(
             self.spacing, self.steps, self.schedule, offset=self.leading_offset, fractional=self.fractional
         )
+        return timesteps[self.first :]
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -88,7 +95,7 @@ class Sampler:
 
     @functools.cached_property
     def levels(self) -> np.ndarray:
-        """abar before each step and after the last, float64 `(steps + 1,)`, rising."""
+        """abar before each step and after the last, float64, rising."""
         return np.append(self.schedule.alphas_cumprod[self.step_timesteps], self.final_level)
 
     @property
@@ -109,6 +116,11 @@ class Sampler:
     def init(self, noise: Float[ArrayLike, "b ..."]) -> State:
         """Returns the state before evaluation 0, float32, given standard normal `noise`."""
         return {"x": jnp.asarray(noise, jnp.float32) * self.init_noise_sigma}
+
+    def add_noise(self, x0: Float[ArrayLike, "b ..."], noise: Float[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
+        """Returns `state["x"]` before evaluation 0 of a chain that starts from noised data, float32."""
+        alpha, sigma = entries(0, np.sqrt(self.levels), np.sqrt(1 - self.levels))
+        return alpha * jnp.asarray(x0, jnp.float32) + sigma * jnp.asarray(noise, jnp.float32)
 
     def model_input(self, state: State, i: int | Array) -> tuple[Float[ArrayLike, "b ..."], Shaped[ArrayLike, " b"]]:
         """Returns what the network is evaluated on.
@@ -211,7 +223,7 @@ class RespacedDDPM(DDPM):
     @property
     def residual_noise(self) -> float:
         # The variance that x_t has at the last evaluation in addition to the schedule's, which the network removes.
-        if self.steps == 1:
+        if self.evaluations == 1:
             return 0.0
         abar_t, abar_s = self.levels[-3:-2], self.levels[-2:-1]
         return float(np.sqrt(self._variance(abar_t, abar_s) - super()._variance(abar_t, abar_s))[0])
@@ -267,7 +279,7 @@ class Euler(Sampler):
 
     @functools.cached_property
     def sigmas(self) -> np.ndarray:
-        """sigma before each step and after the last (0), float64 `(steps + 1,)`."""
+        """sigma before each step and after the last (0), float64."""
         sigmas = np.interp(self.step_timesteps, np.arange(self.schedule.steps), self.schedule.sigmas)
         return np.append(sigmas, 0.0)
 
@@ -278,6 +290,9 @@ class Euler(Sampler):
     @property
     def init_noise_sigma(self) -> float:
         return float(self.sigmas.max())
+
+    def add_noise(self, x0, noise):
+        return super().add_noise(x0, noise) / np.float32(np.sqrt(self.levels[0]))
 
     def _x_t(self, state, i):
         (scale,) = entries(self._level_index(i), np.sqrt(self.levels))

@@ -32,7 +32,7 @@ class Heun(Euler):
 
     @property
     def evaluations(self) -> int:
-        return 2 * self.steps - 1
+        return 2 * (self.steps - self.first) - 1
 
     @property
     def timesteps(self) -> np.ndarray:
@@ -83,7 +83,7 @@ class DPMSolver2M(Sampler):
         alpha, sigma = np.sqrt(self.levels), np.sqrt(1 - self.levels)
         decay = self._decay
         h = -np.log(decay[:-1])
-        c = np.zeros(self.steps)
+        c = np.zeros(self.evaluations)
         c[1:-1] = h[1:] / (2 * h[:-1])
         x_t_weight, x0_weight, c = entries(i, sigma[1:] / sigma[:-1], alpha[1:] * (1 - decay), c)
         return x_t_weight * x_t + x0_weight * ((1 + c) * x0 - c * previous_x0)
@@ -136,8 +136,8 @@ class UniPC(DPMSolver2M):
         rows = (
             np.append(0, x_weight),
             np.append(0, scale),
-            np.concatenate([[0, 0], rho_1 / r])[: self.steps],
-            np.concatenate([[0, 0.5], rho_2])[: self.steps],
+            np.concatenate([[0, 0], rho_1 / r])[: self.evaluations],
+            np.concatenate([[0, 0.5], rho_2])[: self.evaluations],
         )
         x_weight, scale, previous_weight, new_weight = entries(i, *rows)
         old = state["x0"]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from lavie_jax.models import layers
 from lavie_jax.models.additions import add_motion
 from lavie_jax.models.attention import attention, relative_position_buckets, rotary_embedding
+from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.layers import Frames, GroupNorm, ResnetBlock, dense, items_to_frames, on_video, per_frame
 from lavie_jax.models.placement import frames_to_pixels, pixels_to_frames, splits_unevenly
 from lavie_jax.models.temporal_windows import AttentionWindows, attend_in_windows
@@ -36,6 +37,7 @@ class Setting:
     kernel: str
     remat: str = "none"
     windows: AttentionWindows | None = None  # of the temporal attention; None: one over all frames
+    free_u: FreeU | None = None  # factors of the inputs of up blocks
 
 
 class Attention(nn.Module):

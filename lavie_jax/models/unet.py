@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from lavie_jax.models import additions, layers
+from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, on_video
 from lavie_jax.models.placement import split_by_frames
 from lavie_jax.models.temporal_windows import AttentionWindows
@@ -142,6 +143,8 @@ class UpBlock(nn.Module):
         width = config.block_out_channels[self.level]
         for i, skip in enumerate(reversed(skips), start=config.layers_per_block + 1 - len(skips)):
             self.sow("intermediates", f"into_{i}", x)  # kept only on request, see `deep_features`
+            if self.s.free_u is not None:
+                x, skip = self.s.free_u(len(config.block_out_channels) - 1 - self.level, x, skip)
             x = resnet(self.s, jnp.concatenate([x, skip], axis=-1), cond, width, f"resnets_{i}")
             if config.attention_levels[self.level]:
                 only_text = config.only_cross_attention[self.level]
@@ -163,6 +166,7 @@ class UNet(nn.Module):
             layer, while the outputs of layers wait in the host's memory.
         attention_windows: windows of the temporal attention, for clips longer than those of training; None: one over
             all frames.
+        free_u: factors of the inputs of up blocks in sampling; None: none.
     """
 
     config: UNetConfig
@@ -170,6 +174,7 @@ class UNet(nn.Module):
     attention_kernel: str = "auto"
     remat: str = "none"
     attention_windows: AttentionWindows | None = None
+    free_u: FreeU | None = None
 
     @nn.compact
     def __call__(
@@ -205,7 +210,7 @@ class UNet(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"Unknown remat: {self.remat!r}. Choose from {', '.join(REMAT)}.")
         frames = split_frames(x, text, image_text)
-        s = Setting(config, frames, dtype, self.attention_kernel, self.remat, self.attention_windows)
+        s = Setting(config, frames, dtype, self.attention_kernel, self.remat, self.attention_windows, self.free_u)
         x = split_by_frames(x)
 
         if text is not None and text.ndim == 3:  # one item for the whole video

@@ -9,7 +9,7 @@ import numpy as np
 
 from lavie_jax import parallel
 from lavie_jax.cascade import default_dtype
-from lavie_jax.cascade.denoising import in_windows, predict_rows, sequential_guidance
+from lavie_jax.cascade.denoising import adapted, predict_rows, sequential_guidance
 from lavie_jax.cascade.layout import layout, shares_windows
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
@@ -105,8 +105,8 @@ def _guided_step(
         function=predict_rows,
         arguments=(params["unet"], array(*x_t.shape), array(dtype=t.dtype), prompts, prompts, condition),
         static={
-            "unet": in_windows(unet, stage.attention_windows(settings)), "guidance": float(settings.guidance),
-            "rescale": float(settings.guidance_rescale), "image": False,
+            "unet": adapted(unet, stage.attention_windows(settings), stage.free_u(settings)),
+            "guidance": float(settings.guidance), "rescale": float(settings.guidance_rescale), "image": False,
             "sequential_guidance": sequential, "mesh": mesh,
         },
         mesh=mesh,

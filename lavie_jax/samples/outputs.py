@@ -23,6 +23,7 @@ from lavie_jax.data.video_files import FORMATS, read_video, save_as
 from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.samples.prompt_syntax import AS_IS, Reading
 from lavie_jax.samples.provenance import GENERATED, describe
+from lavie_jax.samples.signing import Certificate
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.settings import STAGE_INFO, Settings, complete
 
@@ -31,7 +32,11 @@ STAGES_FOLDER = "stages"
 
 
 def save_video(
-    video: UInt8[np.ndarray, "1 t h w 3"] | UInt8[np.ndarray, "t h w 3"], path: str | os.PathLike, *, fps: float
+    video: UInt8[np.ndarray, "1 t h w 3"] | UInt8[np.ndarray, "t h w 3"],
+    path: str | os.PathLike,
+    *,
+    fps: float,
+    certificate: Certificate | None = None,
 ) -> Path:
     """Writes one video, as a `Cascade` returns it or (T, H, W, 3), in the format of the path's ending.
 
@@ -42,6 +47,7 @@ def save_video(
         path: ends in `.mp4`, `.gif`, `.npz` (lossless) or `.png` (lossless: a file for one frame, else a folder of
             that name without the ending).
         fps: frames per second.
+        certificate: signs the file (`signing.py`), except npz.
 
     Returns:
         The path of the file or folder.
@@ -52,7 +58,10 @@ def save_video(
     path = user_path(path)
     if path.suffix[1:] not in FORMATS:
         raise UserError(f"{path}: unknown ending {path.suffix!r}{suggest(path.suffix[1:], FORMATS)}")
-    return save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps, metadata=GENERATED)
+    saved = save_as(video.reshape(video.shape[-4:]), path.with_suffix(""), path.suffix[1:], fps=fps, metadata=GENERATED)
+    if certificate is not None:
+        certificate.sign(saved)
+    return saved
 
 
 def parse_formats(names: str) -> tuple[str, ...]:
@@ -137,6 +146,7 @@ class Output:
         formats: the requested formats.
         request: everything that determines the sample (`make_request`).
         describe: whether files contain the request. They always state that they are generated.
+        certificate: signs the files; None for none.
     """
 
     folder: Path
@@ -144,6 +154,7 @@ class Output:
     formats: tuple[str, ...]
     request: Mapping[str, Any]
     describe: bool = True
+    certificate: Certificate | None = None
 
     @property
     def stem(self) -> str:
@@ -220,7 +231,10 @@ class Output:
                 _replace(part, self.path("json"))
             metadata = describe(self.request) if self.describe else GENERATED
             for name in formats:
-                _replace(save_as(video, part, name, fps=self.final["fps"], metadata=metadata), self.path(name))
+                saved = save_as(video, part, name, fps=self.final["fps"], metadata=metadata)
+                if self.certificate is not None:
+                    self.certificate.sign(saved)
+                _replace(saved, self.path(name))
         except OSError as error:
             raise UserError(f"out: cannot write {self.folder / self.stem}: {error.strerror or error}") from error
         finally:

@@ -1,7 +1,8 @@
 """Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only.
 
 `long="free_noise"` makes clips that are longer than those of training, without training (FreeNoise, arXiv 2310.15169):
-frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md).
+frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md). A clip
+of the user is made anew from a middle step on: `strength`. For `free_init` and `free_u` see docs/prompts.md.
 """
 
 import dataclasses
@@ -9,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from lavie_jax.diffusion.free_noise import noise_sources, shuffle_count, shuffles
 from lavie_jax.diffusion.making import adds_noise
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
+from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.temporal_windows import AttentionWindows
-from lavie_jax.stages.clips import check_sides
+from lavie_jax.stages.clips import ClipInfo, check_sides, fitted
 from lavie_jax.stages.settings import BaseSettings
 from lavie_jax.stages.stage import LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, grid, whole
@@ -44,12 +46,37 @@ class Base(Stage):
     original = "lavie_base.pt"
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
-    def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: None) -> BaseSettings:
-        settings: BaseSettings = BaseSettings.make(weights.sampling, given)
+    def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> BaseSettings:
+        """A clip of the user determines the rate and, as far as the model was trained on it, the number of frames."""
+        derived = {} if clip is None else self._from_clip(weights, given, clip)
+        settings: BaseSettings = BaseSettings.make(weights.sampling, {**given, **derived})
+        if clip is None and settings.strength is not None:
+            raise UserError("strength: it belongs to a clip that is made anew, which is not given: give an input clip")
+        if settings.free_init and (settings.long or settings.strength is not None):
+            other = "long" if settings.long else "strength"
+            raise UserError(f"free_init starts every pass from noise of its own and cannot be used with {other}")
         check_sides(settings.height, settings.width, weights.vae.config.factor)
         if settings.long is None and settings.long_window is not None and given.get("long_window") is not None:
             raise UserError(f"long_window = {settings.long_window} is for long = free_noise, which is not given")
         return settings if settings.long is None else self._resolve_long(weights, given, settings)
+
+    def _from_clip(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> dict[str, Any]:
+        """Returns the settings that follow from a clip of the user."""
+        if given.get("strength") is None:
+            raise UserError(
+                "a clip for base needs strength, above 0 to 1: how much of it is made anew, such as 0.6; other stages "
+                "(--stages) enlarge, interpolate or continue it"
+            )
+        frames, trained = given.get("frames"), weights.sampling["frames"]
+        if frames is not None and frames > clip.frames:
+            raise UserError(f"frames: {frames} are more than the {clip.frames} of the clip")
+        if frames is None and clip.frames > trained and given.get("long") is None:
+            raise UserError(
+                f"the clip has {clip.frames} frames, but this model makes {trained}: give frames = {trained} for the "
+                "first ones, or long = free_noise for all"
+            )
+        derived = {"frames": clip.frames} if frames is None else {}
+        return derived | ({"fps": clip.fps} if given.get("fps") is None else {})
 
     def _resolve_long(self, weights: StageWeights, given: Mapping[str, Any], settings: BaseSettings) -> BaseSettings:
         """Sets the window and the sampler. Raises UserError if the model, the clip or the sampler cannot do it."""
@@ -85,6 +112,24 @@ class Base(Stage):
 
     def windows(self, shape: Sequence[int], settings: BaseSettings) -> list[Window]:
         return grid(*map(whole, shape[:3]))
+
+    def start(
+        self, model: LoadedStage, settings: BaseSettings, frames: UInt8[np.ndarray, "_t _H _W 3"] | None
+    ) -> Float[np.ndarray, "t h w c"] | None:
+        """Encodes the user's clip, from which the tail of the chain starts (SDEdit, arXiv 2108.01073)."""
+        if frames is None or settings.first_step == 0:
+            return None
+        size = settings.height, settings.width
+        return model.encode(np.stack([fitted(np.asarray(frame), *size) for frame in frames[: settings.frames]]))
+
+    def free_u(self, settings: BaseSettings) -> FreeU | None:
+        if settings.free_u is None:
+            return None
+        b1, b2, s1, s2 = settings.free_u_factors
+        return FreeU(backbone=(b1, b2), skip=(s1, s2))
+
+    def passes(self, settings: BaseSettings) -> int:
+        return 1 + settings.free_init
 
     def attention_windows(self, settings: BaseSettings) -> AttentionWindows | None:
         """Returns windows that start every quarter of their length, as FreeNoise's."""

@@ -120,6 +120,11 @@ class Settings:
         """The number of frames of the output."""
         return self.frames
 
+    @property
+    def first_step(self) -> int:
+        """The first of `steps` that is run; earlier ones are replaced by noise on a clip."""
+        return 0
+
     def prompts(self, prompt: str) -> list[tuple[str, int]] | None:
         """Returns (prompt, number of frames) for each segment of the output; None if the stage has no segments.
 
@@ -145,6 +150,49 @@ class BaseSettings(Settings):
     long_window: int | None = field(
         "frames per window of --long (default: as many as the model was trained on)", metavar="T", default=None, low=2
     )
+    strength: float | None = field(
+        "with --input: how much of the clip is made anew, above 0, which keeps it, to 1, which ignores it",
+        metavar="X", default=None, low=0, high=1,
+    )  # fmt: skip
+    free_init: int = field(
+        "FreeInit: how often the clip is denoised again, from the low frequencies of the result", metavar="N",
+        default=0, low=0,
+    )  # fmt: skip
+    free_u: str | None = field(
+        "FreeU: factors b1,b2 of the features and s1,s2 of the skip connections of the two deepest up blocks, such as "
+        "1.3,1.4,0.9,0.2",
+        metavar="LIST",
+        default=None,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strength is not None and self.first_step == self.steps:
+            raise UserError(
+                f"strength: {self.strength:g} of {self.steps} steps leaves none to run: use at least "
+                f"{1 / self.steps:.2g}, or more steps"
+            )
+        if self.free_u is not None:
+            object.__setattr__(self, "free_u", ",".join(f"{factor:g}" for factor in self.free_u_factors))
+
+    @property
+    def first_step(self) -> int:
+        return 0 if self.strength is None else self.steps - int(self.strength * self.steps + 0.5)
+
+    @property
+    def free_u_factors(self) -> tuple[float, ...]:
+        """b1, b2, s1 and s2 of `free_u`; () without it. Raises UserError if it is something else."""
+        if self.free_u is None:
+            return ()
+        try:
+            factors = tuple(map(float, self.free_u.split(",")))
+        except ValueError:
+            factors = ()
+        if len(factors) != 4 or not all(0 <= factor <= 10 for factor in factors):
+            raise UserError(
+                f"free_u: {self.free_u!r} is not four numbers from 0 to 10, b1,b2,s1,s2, such as 1.3,1.4,0.9,0.2"
+            )
+        return factors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,6 +333,8 @@ class StageInfo:
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
+        fits_clip: whether a clip of the user is cropped and scaled to the size of its output. A stage that consumes
+            no clips can make one anew.
         takes_known: whether frames of its output can be given, as pictures or as the end of its input clip. The output
             continues that clip, where other stages show the same moments again.
         main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
@@ -298,6 +348,7 @@ class StageInfo:
     consumes: tuple[str, ...] = ()
     training: Mapping[str, type] = dataclasses.field(default_factory=dict)
     clip_optional: bool = False
+    fits_clip: bool = False
     takes_known: bool = False
     main: bool = False
 
@@ -331,11 +382,12 @@ STAGE_INFO = {
     info.name: info
     for info in (
         StageInfo(
-            name="base", settings=BaseSettings, produces=KEY_FRAMES, main=True, summary="a short clip from the prompt"
+            name="base", settings=BaseSettings, produces=KEY_FRAMES, fits_clip=True, main=True,
+            summary="a short clip from the prompt",
         ),
         StageInfo(
             name="prediction", settings=PredictionSettings, consumes=(KEY_FRAMES,), produces=KEY_FRAMES,
-            clip_optional=True, takes_known=True, training={"known": KnownFrames},
+            clip_optional=True, fits_clip=True, takes_known=True, training={"known": KnownFrames},
             summary="starts from pictures, or continues the clip",
         ),
         StageInfo(
@@ -377,9 +429,6 @@ def parse_stages(names: str | Sequence[str], *, own_clip: bool) -> tuple[str, ..
     if repeated := next((name for name in stages if stages.count(name) > 1), None):
         raise UserError(f"stages: {repeated} is given twice in {','.join(stages)}; each stage is run once")
     first = STAGE_INFO[stages[0]]
-    if own_clip and not first.consumes:
-        others = ", ".join(name for name, info in STAGE_INFO.items() if info.consumes)
-        raise UserError(f"stages: {first.name} starts from the prompt only; your clip can go through {others}")
     if not own_clip and not first.from_text:
         raise UserError(
             f"stages: {first.name} needs a clip to start from: put {MAIN_STAGE} before it, or give a clip as the input"

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from lavie_jax import random
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.registry import PARTS
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.stages.clips import ClipInfo
@@ -81,8 +82,8 @@ class Stage:
     """One stage of the cascade: its released settings, what its UNet is conditioned on, and how a clip goes through it.
 
     The methods come in the order in which they are called: `training_inputs`, `condition` and `training_pair` in
-    training; `resolve`, `segments`, `latent_shape`, `windows`, `attention_windows`, `segment_input`, `prepare`, `noise`
-    and `finish` in sampling.
+    training; `resolve`, `segments`, `latent_shape`, `windows`, `attention_windows`, `free_u`, `passes`,
+    `segment_input`, `prepare`, `start`, `noise` and `finish` in sampling.
 
     Attributes:
         name: see `StageInfo`.
@@ -297,9 +298,24 @@ class Stage:
         """Returns `concat` and `noise_level` of one clip's condition, computed from the frames of the input clip."""
         return None, None
 
+    def start(self, model: LoadedStage, settings: Settings, frames: Any) -> Float[np.ndarray, "t h w c"] | None:
+        """Returns the latents that are noised at `Settings.first_step`; None for denoising that starts from noise.
+
+        `frames` is what `segment_input` returns.
+        """
+        return None
+
     def attention_windows(self, settings: Settings) -> AttentionWindows | None:
         """Returns windows of the temporal attention inside the UNet; None for one over all frames."""
         return None
+
+    def free_u(self, settings: Settings) -> FreeU | None:
+        """Returns factors of the inputs of the UNet's up blocks; None for none."""
+        return None
+
+    def passes(self, settings: Settings) -> int:
+        """Returns how often a clip is denoised, see `diffusion/free_init.py`."""
+        return 1
 
     def noise(
         self,
