@@ -1,4 +1,5 @@
 # make demo           install, then sample from the included models into demo/: three clips, and one through the full cascade
+# make app            install Gradio too, then serve the page with the included models and open it
 # make check          lint, type check and the fast tests; run it before every commit
 # make test           the test suite
 # make heavy-test     tests that are too slow for `make test`: more meshes, stages, sizes and whole runs
@@ -25,7 +26,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 FAST := docs errors imports layers lock loss originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
-.PHONY: demo check test heavy-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
+.PHONY: demo app check test heavy-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -35,6 +36,9 @@ demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo/cascade --overwrite --stages base,interpolation,vsr --vsr-window-frames 61 \
 		--prompt "a red circle moving left"
 	@echo "Videos, contact sheets and JSON files with all settings are in $(CURDIR)/demo and demo/cascade"
+
+app: $(VENV)/app.stamp
+	$(PY) -m lavie_jax.app --open
 
 check: lint typecheck
 	$(PY) -m pytest --quiet --durations=0 --durations-min=2 --numprocesses=2 --dist=loadfile $(FAST:%=tests/test_%.py) \
@@ -99,6 +103,11 @@ $(VENV)/pip.stamp:
 $(VENV)/requirements.stamp: requirements.txt $(VENV)/pip.stamp
 	@echo "Installing requirements.txt into $(VENV) (one or two minutes, the first time only)."
 	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/app.stamp: pyproject.toml $(VENV)/requirements.stamp
+	@echo "Installing Gradio into $(VENV) (about a minute, the first time only)."
+	@$(PIP) install --editable ".[app]"
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml $(VENV)/requirements.stamp

@@ -36,6 +36,7 @@ CONTEXT = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_imp
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 _folder: Path | None = None
+_cached: list["CachedFunction"] = []
 
 
 def keep_programs(folder: Path | None) -> None:
@@ -46,7 +47,15 @@ def keep_programs(folder: Path | None) -> None:
 
 def cached(jitted: Callable) -> "CachedFunction":
     """Wraps a jitted function whose static arguments, and no others, are passed by keyword."""
-    return CachedFunction(jitted)
+    _cached.append(CachedFunction(jitted))
+    return _cached[-1]
+
+
+def free_programs() -> None:
+    """Frees the memory of all compiled programs, which are loaded or compiled again when they are next called."""
+    for function in _cached:
+        function.clear()
+    jax.clear_caches()
 
 
 class CachedFunction:
@@ -56,6 +65,10 @@ class CachedFunction:
         functools.update_wrapper(self, jitted)
         self._jitted, self._programs = jitted, {}
         self.trace, self.lower = jitted.trace, jitted.lower
+
+    def clear(self) -> None:
+        """Forgets the programs."""
+        self._programs.clear()
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         if _folder is None or jax.process_count() > 1:

@@ -211,6 +211,7 @@ BAD_BODIES = [
     ({"prompt": "a", "stages": ["base", "vsr"], "vsr": {"stps": 3}}, "vsr: unknown setting 'stps'"),
     ({"prompt": "a", "stages": ["base", "vsr"], "vsr": 3}, "vsr must be an object"),
     ({"prompt": "a", "preset": "best"}, "preset: unknown 'best'"),
+    ({"prompt": "a", "prompt_syntax": "weigthed"}, "did you mean 'weighted'"),
     ({"prompt": "a", "prompts_at": {"x": "b"}}, "prompts_at must be like"),
     ({"prompt": "a", "input": "/etc/passwd"}, "addresses of files are not read"),
     ({"prompt": "a", "first_frame": "file:///etc/passwd", "stages": ["prediction"]}, "is not base64"),
@@ -485,7 +486,7 @@ def test_a_video_is_made_stopped_between_steps_resumed_and_made_again(weights, s
 
     stop = [1.0]  # the last prediction is made, but not used
     queue = JobQueue(store, lambda wanted, inputs: engine.plan(wanted, inputs).notes, run, most_waiting=5)
-    wanted = Generation(prompt="a red cat", seed=3, settings={"base": {"steps": 6, "guidance": 1.0}})
+    wanted = Generation(prompt="a red cat", seed=3, settings={"base": {"steps": 6}})
     first = queue.submit("anna", lambda inputs: wanted)
     assert any("cat" in note for note in first.notes)
     queue.start()
@@ -522,6 +523,7 @@ def test_a_video_is_made_stopped_between_steps_resumed_and_made_again(weights, s
     ({"settings": {"base": {"height": 17}}}, None, "height: 17 is not a multiple"),
     ({"stages": ("base", "interpolation")}, None, "interpolation has no weights"),
     ({"weights": {"base": "0" * 64}}, None, "other weights of the stage base"),
+    ({"prompt": "((([]", "prompt_syntax": "weighted"}, None, "brackets"),
     ({"prompts_at": {0: "a", 9: "b"}}, None, "frame 9 is beyond the clip"),
     ({"stages": ("vsr",), "settings": {"vsr": {"window_frames": 1, "overlap_frames": 3}}}, 1, "overlap_frames must be"),
     ({"stages": ("vsr",)}, 40, "million pixels|memory"),

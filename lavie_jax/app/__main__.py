@@ -13,7 +13,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 from lavie_jax.stages.settings import STAGE_INFO
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -40,12 +40,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--weights",
-        type=Path,
+        type=user_location,
         metavar="DIR",
-        help=f"weights folder of a stage, or a folder of {'/, '.join(STAGE_INFO)}/ (default: the shipped models)",
+        help=f"weights folder of a stage, a folder of {'/, '.join(STAGE_INFO)}/, or hub:OWNER/NAME[@REVISION] on the "
+        "Hugging Face hub (default: the shipped models)",
     )
     for stage in STAGE_INFO:
-        add(f"--{stage}-weights", type=Path, metavar="DIR", help=f"weights folder of {stage}, if not inside --weights")
+        text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
+        add(f"--{stage}-weights", type=user_location, metavar="DIR", help=text)
     add("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of the videos (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other devices in (default: %(default)s)")
     add("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")

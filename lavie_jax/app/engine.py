@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -19,12 +18,13 @@ from lavie_jax.app.progress import TimeLeft
 from lavie_jax.app.store import Job, Result, Store
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.running import Progress, Request
-from lavie_jax.data.tokens import known_words, load_tokenizer, text_warnings
+from lavie_jax.data.tokens import known_words, load_tokenizer
 from lavie_jax.data.video_files import read_clip
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError
 from lavie_jax.estimate import sampling_flops, sampling_warnings
 from lavie_jax.parallel import keep_compiled_programs, local_devices
+from lavie_jax.program_cache import free_programs
 from lavie_jax.samples.outputs import Output, make_request, up_to
 from lavie_jax.samples.pictures import by_frame, read_pictures
 from lavie_jax.samples.stage_cache import StageCache
@@ -88,8 +88,8 @@ class Engine:
         self,
         store: Store,
         *,
-        weights: Path | None = None,
-        folders: Mapping[str, Path] | None = None,
+        weights: str | Path | None = None,
+        folders: Mapping[str, str | Path] | None = None,
         most_pixels: float = float("inf"),
         fsdp: int = 1,
     ):
@@ -145,7 +145,7 @@ class Engine:
         given = by_frame(pictures, taker.output_frames) if taker else {}
         known = {frame: picture.pixels for frame, picture in given.items()}
         cascade.check_known(settings, clip, known)
-        texts = cascade.stage_prompts(settings, wanted.prompt, wanted.prompts_at)
+        prompts = cascade.stage_prompts(settings, wanted.prompt, wanted.prompts_at)
         Request.make(
             None if wanted.prompts_at else wanted.prompt, wanted.prompts_at, settings[stages[0]].output_frames,
             seed=wanted.seed,
@@ -161,10 +161,10 @@ class Engine:
         notes = notes + cascade.padding_notes(weights, settings, clip)
         notes += cascade.fitting_notes(settings, clip, known, names)
         notes += sampling_warnings(weights, settings, self.devices[0].platform)
-        notes += _text_notes(weights, settings, texts)
+        notes += cascade.check_texts(weights, settings, [prompts], [None], wanted.reading)
         request = make_request(
             wanted.prompt, wanted.seed, settings, hashes, prompts_at=wanted.prompts_at, clip_hash=clip_hash,
-            known_hashes={frame: picture.sha256 for frame, picture in given.items()},
+            known_hashes={frame: picture.sha256 for frame, picture in given.items()}, reading=wanted.reading,
         )  # fmt: skip
         return Plan(
             settings=settings, request=request | personal.record(), frames=frames, known=known, personal=personal,
@@ -256,7 +256,7 @@ class Engine:
         self._programs.add(repr(kinds))
         if len(self._programs) > MAX_PROGRAMS:
             self._programs.clear()
-            jax.clear_caches()
+            free_programs()
         return pipe
 
 
@@ -265,19 +265,6 @@ def _output(folder: Path, request: Mapping[str, Any], frames: np.ndarray) -> Out
     odd = frames.shape[1] % 2 or frames.shape[2] % 2
     format = "png" if len(frames) == 1 else "gif" if odd else "mp4"
     return Output(folder=folder, index=0, formats=(format,), request=request)
-
-
-def _text_notes(
-    weights: Mapping[str, Weights], settings: Mapping[str, Settings], texts: Mapping[str, Any]
-) -> list[str]:
-    """Returns warnings about words that a stage ignores; `texts` are the prompts of each stage."""
-    lines = []
-    for stage, own in settings.items():
-        tokenizer = load_tokenizer(weights[stage].tokenizer_dir, weights[stage].new_words)
-        lines += text_warnings(
-            tokenizer, [*(text + own.prompt_suffix for text, _ in texts[stage]), own.negative_prompt]
-        )
-    return lines
 
 
 def _without_path(message: str, path: Path) -> str:

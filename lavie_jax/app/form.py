@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.app import uploads
-from lavie_jax.app.generation import FRAMES, INPUT, Generation, check, check_scale, own_stages
+from lavie_jax.app.generation import FRAMES, INPUT, READING, Generation, check, check_scale, own_stages
 from lavie_jax.errors import UserError
 from lavie_jax.fields import parse_text, rule_of, types_of, without_none
 from lavie_jax.samples.pictures import PICTURES
 from lavie_jax.samples.prompts import check_seed, one_line, parse_prompts_at
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, STAGE_INFO
 
-PLAIN = ("prompt", "stages", "seed", "preset", "prompts_at", *FRAMES.values(), INPUT, "loras", "lora_scales")
+PLAIN = ("prompt", "stages", "seed", "preset", "prompts_at", *READING, *FRAMES.values(), INPUT, "loras", "lora_scales")
 SHOWN = ("steps", "guidance", "negative_prompt")  # settings of the main stage that are not folded away
 
 
@@ -87,6 +87,7 @@ def read(values: Mapping[str, Any], folder: Path, inputs: Path, most: int) -> Ge
             prompt=str(values["prompt"] or ""), prompts_at=parse_prompts_at(at) if at else None, stages=stages,
             seed=check_seed(values["seed"]), preset=values["preset"] or OFFICIAL,
             settings={stage: given for stage, given in settings.items() if given}, clip=clip and INPUT,
+            **{name: values[name] for name in READING if values[name]},
         )
     )  # fmt: skip
     loras = [path for file in values["loras"] or () if (path := uploaded(file, folder)) is not None]
@@ -148,6 +149,7 @@ def values_of(wanted: Generation, files: Mapping[str, Any], settings: Sequence[S
         "stages": list(wanted.stages),
         "seed": wanted.seed,
         "preset": wanted.preset,
+        **{name: getattr(wanted, name) for name in READING},
         "prompts_at": one_line(wanted.prompts_at) if wanted.prompts_at else "",
         **{FRAMES[name]: files.get(FRAMES[name]) for name in PICTURES},
         INPUT: files.get(INPUT),

@@ -14,6 +14,7 @@ from lavie_jax.app import uploads
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.samples.again import settings_of
 from lavie_jax.samples.pictures import PICTURES
+from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_prompts_at, check_seed, check_unicode, one_line
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, parse_stages
 
@@ -21,7 +22,10 @@ MODEL = "lavie_jax"  # the only value of the field `model`, which other servers 
 WEIGHTS = "weights_sha256"  # of a stage; with it, other weights are refused
 INPUT = "input"
 FRAMES = {name: f"{name}_frame" for name in PICTURES}  # {picture: its field}
-FIELDS = ("prompt", "prompts_at", "stages", "seed", "preset", "model", *FRAMES.values(), INPUT, "loras", WEIGHTS)
+READING = ("prompt_syntax", "long_prompts")  # fields of `Reading`
+FIELDS = (
+    "prompt", "prompts_at", "stages", "seed", "preset", *READING, "model", *FRAMES.values(), INPUT, "loras", WEIGHTS
+)  # fmt: skip
 MAX_PROMPT, MAX_LORAS = 4000, 8
 
 
@@ -35,6 +39,8 @@ class Generation:
         stages: the stages to run, in order.
         seed: from 0 to 2^32 - 1.
         preset: one of `PRESETS`.
+        prompt_syntax: see `Reading`.
+        long_prompts: see `Reading`.
         settings: {stage: settings}, without those that are left to the weights folder and the preset.
         weights: {stage: SHA-256 that its weights must have}.
         pictures: {one of `PICTURES`: file}.
@@ -47,11 +53,18 @@ class Generation:
     stages: tuple[str, ...] = (MAIN_STAGE,)
     seed: int = 0
     preset: str = OFFICIAL
+    prompt_syntax: str = PLAIN
+    long_prompts: str = CUT
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clip: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def reading(self) -> Reading:
+        """How prompts are read. Raises UserError for an unknown value."""
+        return Reading(self.prompt_syntax, self.long_prompts)
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON values, for the job's file."""
@@ -89,6 +102,7 @@ def check(wanted: Generation) -> Generation:
     stages = parse_stages(wanted.stages, own_clip=wanted.clip is not None)
     if wanted.preset not in PRESETS:
         raise UserError(f"preset: unknown {wanted.preset!r}{suggest(str(wanted.preset), PRESETS)}")
+    Reading(wanted.prompt_syntax, wanted.long_prompts)  # raises for unknown values
     if len(wanted.loras) > MAX_LORAS:
         raise UserError(f"{len(wanted.loras)} LoRA files are given, where at most {MAX_LORAS} are allowed.")
     for stage, values in wanted.settings.items():
@@ -127,7 +141,7 @@ def from_body(body: Mapping[str, Any], inputs: Path, most: int) -> Generation:
             raise UserError(f"unknown field {name!r}{suggest(str(name), {*FIELDS, *main, *STAGE_INFO} - {MAIN_STAGE})}")
     if body.get("model", MODEL) != MODEL:
         raise UserError(f"model must be {MODEL!r}, not {body['model']!r}")
-    for name in ("prompt", "preset"):
+    for name in ("prompt", "preset", *READING):
         if not isinstance(body.get(name, ""), str):
             raise UserError(f"{name} must be text, not {body[name]!r}")
     stages = body.get("stages", (MAIN_STAGE,))
@@ -151,6 +165,7 @@ def from_body(body: Mapping[str, Any], inputs: Path, most: int) -> Generation:
         stages=stages,
         seed=check_seed(body.get("seed", 0)),
         preset=body.get("preset", OFFICIAL),
+        **{name: body[name] for name in READING if name in body},
         settings={stage: values for stage, values in settings.items() if values},
         weights={stage: str(values[WEIGHTS]) for stage, values in groups.items() if WEIGHTS in values},
         clip=None if body.get(INPUT) is None else INPUT,
@@ -226,6 +241,7 @@ def from_request(request: Mapping[str, Any]) -> tuple[Generation, list[str]]:
         prompts_at=_prompts_at(request.get("prompts_at")),
         stages=tuple(settings),
         seed=check_seed(request.get("seed")),
+        **dataclasses.asdict(Reading.stored(request)),
         settings=settings,
         weights={stage: str(own[WEIGHTS]) for stage, own in groups.items() if isinstance(own.get(WEIGHTS), str)},
     )

@@ -23,11 +23,16 @@ from lavie_jax.app.jobs import JobQueue
 from lavie_jax.app.store import Job
 from lavie_jax.errors import UserError
 from lavie_jax.fields import MAX_SEED
+from lavie_jax.samples.prompt_syntax import LONG_PROMPTS, SYNTAXES
 from lavie_jax.samples.provenance import read_request
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO
 
 OWNER = "lavie_owner"  # the cookie that says which videos are one's own
 CARDS = 12  # jobs in the gallery, until more are asked for
+READINGS = (
+    ("prompt_syntax", SYNTAXES, "weighted gives brackets their meaning: (word:1.3), [word]"),
+    ("long_prompts", LONG_PROMPTS, "what becomes of words beyond the text encoder's window"),
+)
 BROKEN = "Something went wrong on the server. Its log has the details."
 CSS = (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -174,6 +179,12 @@ class Page:
             fields["prompts_at"] = gr.Textbox(
                 "", label="Prompts over time, instead of the prompt", placeholder="0: a red circle | 8: a blue circle"
             )
+            with gr.Row():
+                for name, allowed, info in READINGS:
+                    fields[name] = gr.Radio(
+                        list(allowed), value=allowed[0], label=name.replace("_", " ").capitalize(), info=info,
+                        elem_id=name.replace("_", "-"), min_width=130,
+                    )  # fmt: skip
             with gr.Tabs():
                 for stage in self.site.stages:
                     with gr.Tab(stage):

@@ -124,7 +124,7 @@ async def _nothing() -> dict[str, Any]:
 
 def api_app(api: Api) -> App:
     """Returns the interface for programs as an ASGI application."""
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, Response
 
     def response(answer: Answer) -> Response:
@@ -149,6 +149,8 @@ def api_app(api: Api) -> App:
                 request.headers.get("content-type", ""),
             )
             answer = await asyncio.to_thread(api.answer, *arguments, body)
+        except ClientDisconnect:  # or the request became too large
+            return
         except Exception:
             logging.exception("a request failed")
             answer = error(500, "Something went wrong on the server. Its log has the details.")

@@ -28,6 +28,7 @@ from lavie_jax.errors import UserError, check_folder
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
 FINISHED = (COMPLETED, FAILED, CANCELLED)
 VERSION = 1
+KEPT = 256  # finished jobs in memory
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -92,10 +93,10 @@ _STORED = ("id", "owner", "generation", "created", "status", "started", "finishe
 
 
 class Store:
-    """The folder of all jobs. Memory holds their ids only."""
+    """The folder of all jobs. Memory holds their ids, and a few finished jobs."""
 
     def __init__(self, folder: Path):
-        """Opens or makes the folder, and reads the ids of its jobs.
+        """Opens or makes the folder, and reads its jobs.
 
         Raises:
             UserError: it cannot be written, or another server uses it.
@@ -109,6 +110,7 @@ class Store:
             raise UserError(f"--out {folder} is in use by another server: end it, or choose another --out")
         self._lock = threading.Lock()
         self._by_owner: dict[str, dict[str, None]] = {}  # ids, oldest first
+        self._read: dict[str, Job] = {}  # finished jobs that were read lately
         jobs = [job for path in self.folder.glob("*/job.json") if (job := self.get(path.parent.name)) is not None]
         jobs.sort(key=lambda job: job.created)
         for job in jobs:
@@ -145,6 +147,18 @@ class Store:
         """Reads a job; None if there is none of this id."""
         if not _ID.fullmatch(id):
             return None
+        with self._lock:
+            if (job := self._read.get(id)) is not None:
+                return job
+        job = self._from_disk(id)
+        if job is not None and job.is_finished:
+            with self._lock:
+                self._read[id] = job
+                if len(self._read) > KEPT:
+                    self._read.pop(next(iter(self._read)))
+        return job
+
+    def _from_disk(self, id: str) -> Job | None:
         try:
             content = json.loads((self.folder / id / "job.json").read_text(encoding="utf-8"))
             results = [Result(**result) for result in content["results"]]
@@ -168,5 +182,6 @@ class Store:
         """Deletes a job and its files."""
         with self._lock:
             self._by_owner.get(owner, {}).pop(id, None)
+            self._read.pop(id, None)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.folder_of(id))
