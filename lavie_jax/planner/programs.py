@@ -1,7 +1,7 @@
 """Programs of training and sampling, described by shapes only, for devices that may not exist."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ class Program:
     """
 
     name: str
-    function: Callable
+    function: Any  # with `trace` and `lower`
     arguments: tuple
     mesh: Mesh
     held: Mapping[str, Any]
