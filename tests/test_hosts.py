@@ -146,7 +146,7 @@ def test_hosts_that_do_not_share_the_workdir_are_refused(program, tmp_path):
 
 @pytest.mark.heavy
 def test_two_hosts_make_one_sample_and_the_first_writes_it(tmp_path):
-    """With three devices each, through two stages, and again after the state of an interrupted run."""
+    """With a device each, through two stages; the sample is then found, and replaced on request."""
     weights = tiny.make_base(tmp_path / "weights" / "base").parent
     tiny.make_stage(weights / "interpolation", "interpolation")
     words = ["sample.py", "--weights", weights, "--prompt", "a red circle", "--stages", "base,interpolation"]
