@@ -12,7 +12,8 @@ records everything needed to reproduce it. OUT/contact-sheet.png shows the sampl
 stages, or with --input, OUT/stages contains the lossless frames of every stage (.npy), and the contact sheet has a row
 for each stage, at the same points in time. Existing samples are skipped, and an interrupted run resumes at the same
 prompt, stage, segment and denoising step. `--part I/N` splits the samples over machines that run the same command with
-the same OUT. Omitted settings default to the weights folder's config.json.
+the same OUT; with --distributed, the devices of all hosts make every sample together. Omitted settings default to the
+weights folder's config.json.
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 """
 
@@ -124,6 +125,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="I/N",
         help="generate only every N-th sample, starting at index I: hosts 0 to N-1 with the same command and OUT share "
         "the work (default 0/1)",
+    )
+    add(
+        "--distributed",
+        action="store_true",
+        help="make each sample on the devices of all hosts, which run this command at the same time with the same "
+        "files and OUT; the first host writes",
     )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
     add(
@@ -345,10 +352,11 @@ def run(args: argparse.Namespace) -> None:
     pictures = read_pictures(args.pictures, args.stages, own_clip=args.input is not None)
 
     # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
-    from lavie_jax.parallel import keep_compiled_programs, local_devices
+    from lavie_jax.parallel import check_hosts_are_consistent, keep_compiled_programs, local_devices
 
     keep_compiled_programs()
     import jax
+    from jax.experimental import multihost_utils
 
     from lavie_jax import cascade
     from lavie_jax.cascade.personal import Personal, parse_embedding
@@ -358,6 +366,9 @@ def run(args: argparse.Namespace) -> None:
     from lavie_jax.weights.lora import parse_lora
 
     devices = local_devices()  # fails in one line, before weights are read
+    first = jax.process_index() == 0  # the host that reads and writes OUT, and prints
+    if args.distributed:
+        devices = jax.devices()
 
     # ---- requested samples ----
     named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
@@ -382,7 +393,8 @@ def run(args: argparse.Namespace) -> None:
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
     todo = [output for output, missing in zip(outputs, formats) if missing]
-    if len(todo) < len(outputs):
+    check_hosts_are_consistent({"samples": [output.request for output in outputs], "existing samples": formats})
+    if len(todo) < len(outputs) and first:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
@@ -391,16 +403,23 @@ def run(args: argparse.Namespace) -> None:
     for cache in caches if not args.overwrite else ():
         cache.check()
     names = {frame: str(picture.path) for frame, picture in given.items()}
-    warn(notes + cascade.padding_notes(weights, settings, clip) + cascade.fitting_notes(settings, clip, known, names))
-    warn(sampling_warnings(weights, settings, devices[0].platform) + ignored if todo else [])
+    if first:
+        warn(notes + cascade.padding_notes(weights, settings, clip))
+        warn(cascade.fitting_notes(settings, clip, known, names))
+        warn(sampling_warnings(weights, settings, devices[0].platform) + ignored if todo else [])
 
     # ---- sampling ----
     pipe = None
     if todo:
         loaded, _ = personal.apply({stage: load_folder(folders[stage], stage=stage) for stage in settings})
-        pipe = cascade.Cascade(loaded, dtype=dtype, fsdp=args.fsdp)
-    for cache in caches if args.overwrite else ():
+        pipe = cascade.Cascade(loaded, dtype=dtype, devices=devices, fsdp=args.fsdp)
+    for cache in caches if args.overwrite and first else ():
         cache.prepare_overwrite()
+    if args.distributed:
+        multihost_utils.sync_global_devices("what is overwritten is discarded")
+        stored = [cache.in_memory() for cache in caches]
+        check_hosts_are_consistent({"unfinished work in OUT": [cache.contents() for cache in stored]})
+        caches = caches if first else stored
     requests = [cascade.Request.stored(output.request, known=known) for output in todo]
     made_with = {}
     for stage in settings:
@@ -412,11 +431,15 @@ def run(args: argparse.Namespace) -> None:
     videos, unsafe = iter(()), open_nsfw if args.safety_filter else None
     if pipe is not None:
         made_with |= pipe.made_with()
-        videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=True)
+        videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=first)
     clips = {} if frames is None else {"input": frames}
     if STAGE_INFO[args.stages[0]].takes_known:
         shown = cascade.given_frames(settings, frames, known)
         clips = {} if shown is None else {"given, white where generated": shown}
+    if not first:
+        for _ in videos:
+            pass
+        return
     for output, video in written(outputs, formats, videos, caches, made_with, unsafe):
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
@@ -426,7 +449,16 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        if not args.distributed:
+            run(args)
+            return 0
+        from lavie_jax.parallel import initialise
+        from lavie_jax.training.hosts import Hosts
+
+        initialise(distributed=True)
+        with Hosts().leave_together():
+            run(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

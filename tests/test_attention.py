@@ -57,6 +57,11 @@ def lowered_for_tpu(f, *args) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.parametrize(("length", "block"), [(128, 128), (640, 640), (2560, 640), (512, 512), (1408, 128)])
+def test_blocks_of_flash_attention_divide_the_sequence(length, block):
+    assert attention_module._largest_block(length) == block
+
+
 def lowered_for_cuda(f, *args) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30.0  # seconds from a fault to the end of the last host
@@ -140,3 +142,39 @@ def test_hosts_that_do_not_share_the_workdir_are_refused(program, tmp_path):
     assert codes == [2, 2] and apart < LIMIT, (codes, logs)
     assert "error: host 1: --workdir" in logs[0] and "is not the first host's" in logs[0]
     assert not list(tmp_path.glob("run-*"))
+
+
+@pytest.mark.heavy
+def test_two_hosts_make_one_sample_and_the_first_writes_it(tmp_path):
+    """With a device each, through two stages; the sample is then found, and replaced on request."""
+    weights = tiny.make_base(tmp_path / "weights" / "base").parent
+    tiny.make_stage(weights / "interpolation", "interpolation")
+    words = ["sample.py", "--weights", weights, "--prompt", "a red circle", "--stages", "base,interpolation"]
+    words += ["--format", "npz", "--steps", "7"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    alone = [sys.executable, *map(str, words), "--out", str(tmp_path / "alone")]
+    subprocess.run(alone, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+    def together(*more):
+        started = start(lambda i: [*words, "--distributed", "--out", tmp_path / "out", *more], tmp_path)
+        return ended(*started)
+
+    codes, logs, _ = together()
+    assert codes == [0, 0], logs
+    assert "samples" not in logs[1] and "step" not in logs[1]
+    (file,), (reference,) = (list((tmp_path / name).glob("*.npz")) for name in ("out", "alone"))
+    video, expected = (np.load(path)["video"].astype(int) for path in (file, reference))
+    assert video.shape == (13, 16, 24, 3) and np.abs(video - expected).max() <= 1
+    codes, logs, _ = together()
+    assert codes == [0, 0] and "1 of 1 samples exist" in logs[0], logs
+    codes, logs, _ = together("--overwrite")
+    assert codes == [0, 0] and np.array_equal(np.load(file)["video"], video), logs
+
+
+@pytest.mark.heavy
+def test_hosts_that_sample_other_prompts_are_refused(tmp_path):
+    weights = tiny.make_base(tmp_path / "base")
+    codes, logs, _ = ended(*start(lambda i: ["sample.py", "--weights", weights, "--prompt", "a red circle", "--seed", i,
+                                             "--distributed", "--out", tmp_path / "out"], tmp_path))  # fmt: skip
+    assert codes == [2, 2] and "error: the hosts differ in samples" in logs[0], logs
+    assert not (tmp_path / "out").exists()

@@ -270,15 +270,18 @@ def test_rows_are_added_replaced_and_written_as_tables(tmp_path):
     report.append(path, row())
     report.append(path, row(per_chip_batch=2, fits=False, needs=None))
     report.append(path, row(needs=11 * GIB))
-    report.append(path, row(kind="base", program="guided step", topology="v5e:1x1", remat="none"))
+    guided = {"kind": "base", "program": "guided step", "remat": "none"}
+    report.append(path, row(**guided, topology="v5e:1x1", chips=1, program_flops=16e12))
+    report.append(path, row(**guided, topology="v5e:2x4", chips=8, per_chip_batch=1 / 8, program_flops=2e12))
     report.append(path, without_code(row(topology="v6e:4x4")))
-    assert [r["needs"] for r in report.read(path)] == [None, 11 * GIB, 10 * GIB, 10 * GIB]
+    assert [r["needs"] for r in report.read(path)] == [None, 11 * GIB, 10 * GIB, 10 * GIB, 10 * GIB]
     command.main(["--tables", str(path)])
     training, sampling = ((tmp_path / name).read_text() for name in ("planner.md", "memory.md"))
     assert "| 1.00 | 2.00 | 1.00 | 0.00 | 6.00 | 0.00 | 11.00 | 15.75 | yes |" in training
     assert "| 6.00 |  | 10.00 | 31.24 | yes |" in training and "|  | 2 s |" in training and "| 2 s |  |" in training
     assert "| ? | 15.75 | **no** |" in training
     assert "| base | guided step |" in sampling and "| vsr |" not in sampling
+    assert "| base | v5e:2x4 | 2.00 | 1/8.00 |" in sampling
     for page in (training, sampling):
         widths = {line.count("|") for line in re.findall(r"(?:^\|.*\n?)+", page, re.M)[0].splitlines()}
         assert len(widths) == 1

@@ -207,13 +207,15 @@ def _predictions(
             yield batch, _predict_windows(model, [(clips[number], window) for number, window in padded], i, plan, mesh)
 
     for batch, evaluation in one_ahead(started()):
-        deep = np.asarray(evaluation.deep) if plan.keeps_deep(i) else None
-        for row, ((number, window), prediction) in enumerate(zip(batch, np.asarray(evaluation.prediction))):
+        if not plan.keeps_deep(i):  # features are large
+            evaluation = evaluation._replace(deep=None)
+        evaluation = parallel.gather(evaluation)
+        for row, ((number, window), prediction) in enumerate(zip(batch, evaluation.prediction)):
             blended[number][window.box] += window.weight * prediction
             if changes is not None:
-                changes[number][window.box] += window.weight * np.asarray(evaluation.change[row])
-            if deep is not None:
-                clips[number].deep[window.corner] = deep[row]
+                changes[number][window.box] += window.weight * evaluation.change[row]
+            if evaluation.deep is not None:
+                clips[number].deep[window.corner] = evaluation.deep[row]
             on_window()
     for number, clip in enumerate(clips if changes is not None else ()):
         clip.change = changes[number]
@@ -289,7 +291,7 @@ def halves(mode: str) -> int:
 
 def adapted(unet, windows: AttentionWindows | None, free_u: FreeU | None):
     """Returns the UNet with these windows of its temporal attention, and factors of the inputs of its up blocks."""
-    return unet.clone(attention_windows=windows, free_u=free_u)
+    return unet if windows is None and free_u is None else unet.clone(attention_windows=windows, free_u=free_u)
 
 
 def sequential_guidance(rows: int, window: Window, mesh: Mesh) -> bool:

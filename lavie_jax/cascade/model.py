@@ -52,8 +52,8 @@ class StageModel:
 
     @property
     def device(self) -> jax.Device:
-        """The device for computations that need only one."""
-        return self.mesh.devices.flat[0]
+        """The device of this process for computations that need only one."""
+        return self.mesh.local_devices[0]
 
     def encode_text(self, texts: Sequence[str]) -> Prompts:
         """Returns the last hidden states of the text encoder for B texts.
@@ -133,7 +133,7 @@ class StageModel:
             )
             for part, size in pieces(*frames.shape[:3], devices=self.mesh.size)
         ]  # fmt: skip
-        return np.concatenate([np.asarray(part) for part in parts])[: len(frames)]
+        return np.concatenate([parallel.gather(part) for part in parts])[: len(frames)]
 
     def decode(self, latents: Float[np.ndarray, "t h w c"]) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """Yields the frames of scaled latents in order, a few at a time. Raises UserError if latents are not finite."""
@@ -147,7 +147,7 @@ class StageModel:
                 yield frames, len(latents[part])
 
         for frames, wanted in one_ahead(started()):
-            yield np.asarray(frames)[:wanted]
+            yield parallel.gather(frames)[:wanted]
 
     def _spread(self, rows: np.ndarray, size: int) -> Array:
         """Spreads rows over the devices, padded to `size` with the last one, so that all pieces use one program."""

@@ -24,11 +24,16 @@ def batch_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 
 
 def can_place(rows: int) -> bool:
-    """Whether that many rows are known to divide over the devices."""
+    """Whether that many rows are known to divide over the devices, padded where these share a clip."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    return rows % _ways(mesh) == 0
+    return rows % _ways(mesh) == 0 or CLIP_AXIS in mesh.auto_axes
+
+
+def missing_rows(rows: int) -> int:
+    """Returns by how many rows a batch has to be padded so that the devices divide it."""
+    return -rows % _ways(jax.sharding.get_abstract_mesh())
 
 
 def rows_per_device(rows: int) -> int:

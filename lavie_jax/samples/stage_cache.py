@@ -27,13 +27,17 @@ def segment_name(stage: str, index: int) -> str:
 
 
 class MemoryCache:
-    """A stage cache in memory, without states, for users of the library.
+    """A stage cache in memory, which stores no states, for users of the library.
 
     Its methods take the name of a stage, or that of a segment (`segment_name`).
+
+    Attributes:
+        frames: finished frames by name.
+        states: states of an interrupted run by name.
     """
 
     def __init__(self):
-        self.frames = {}
+        self.frames, self.states = {}, {}
 
     def get(self, stage: str) -> UInt8[np.ndarray, "t h w 3"] | None:
         """Returns a stage's frames, or None if they are not finished."""
@@ -53,10 +57,14 @@ class MemoryCache:
 
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
         """Returns (next step, arrays) of an unfinished stage, or None."""
-        return None
+        return self.states.get(stage)
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
         """Stores the state before step `step`."""
+
+    def contents(self) -> list[tuple[str, int]]:
+        """Returns the names of what is stored, with the next step of unfinished stages, -1 of others."""
+        return sorted([(name, -1) for name in self.frames] + [(name, step) for name, (step, _) in self.states.items()])
 
 
 class StageCache(MemoryCache):
@@ -128,6 +136,17 @@ class StageCache(MemoryCache):
         self._record(stage)
         with finished(self._path(stage, "state.npz")) as part, part.open("wb") as file:
             np.savez(file, step=step, **state)
+
+    def in_memory(self) -> MemoryCache:
+        """Returns a copy for a host that samples with others and does not write: the files change meanwhile."""
+        copy = MemoryCache()
+        for path in self.folder.glob("*.npy"):
+            copy.frames[path.stem] = np.load(path)
+        for path in self.folder.glob("*.state.npz"):
+            name = path.name.removesuffix(".state.npz")
+            if (state := self.load_state(name)) is not None:
+                copy.states[name] = state
+        return copy
 
     def clear(self) -> None:
         """Removes the files of a finished sample, unless `keep`."""
