@@ -8,6 +8,7 @@ the planner counts them. The VAEs and the text encoder do the same work in every
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections import Counter
@@ -80,9 +81,10 @@ def measure() -> dict[str, dict]:
     weights = {stage: abstract_weights(options.load(spec)) for stage, spec in FULL_SIZE.items()}
 
     def row(given: Mapping[str, Any], preset: str) -> dict[str, Any]:
-        own = {stage: dict(given) for stage in FULL_SIZE}
-        settings = cascade.resolve_settings(weights, list(FULL_SIZE), own, preset=preset)
-        return {stage: stage_work(FULL_SIZE[stage], weights[stage], one) for stage, one in settings.items()}
+        settings = cascade.resolve_settings(weights, list(FULL_SIZE), {}, preset=preset)
+        # changed afterwards, because resolving refuses what this machine has too little memory for
+        settings = {stage: dataclasses.replace(own, **given) for stage, own in settings.items()}
+        return {stage: stage_work(FULL_SIZE[stage], weights[stage], own) for stage, own in settings.items()}
 
     table = {preset: row({}, preset) for preset in PRESETS}
     return table | {name: row(given, PRESETS[0]) for name, given in TRICKS.items()}

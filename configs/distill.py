@@ -5,7 +5,7 @@
     python train.py --config configs/distill.py:vsr --workdir runs/vsr-lcm --config.distill.kind=consistency \\
         --config.data.path=CLIPS --config.data.image_path=IMAGES --config.distributed=True
     python sample.py --weights runs/base-distilled/weights --prompt "a panda playing the guitar"
-    python train.py --config configs/distill.py:tiny --workdir runs/distill-tiny    # a minute on a CPU
+    python train.py --config configs/distill.py:tiny --workdir runs/distill-tiny    # minutes on a CPU
 
 The teacher is `init_from`, a weights folder of the stage, and the student starts from its weights. With
 `distill.kind=guidance` (arXiv 2210.03142, section 3.1), one pass of the student predicts what the

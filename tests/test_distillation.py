@@ -16,8 +16,10 @@ from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.diffusion.consistency import boundary_weights
 from lavie_jax.errors import UserError
 from lavie_jax.stages.conditioning import Condition, Text, TrainingPair
-from lavie_jax.training import build, options
+from lavie_jax.training import build, optimizer, options
 from lavie_jax.training.distillation import Distillation, consistent_x0
+from lavie_jax.training.state import make_state
+from lavie_jax.training.step import make_update
 from lavie_jax.weights import load_folder
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +185,29 @@ def test_what_cannot_be_distilled_is_refused(overrides, match, base, tmp_path):
     with pytest.raises(UserError, match=match):
         build.check_stage(config)
         build.stage_task(config, np.float32, build.load_init(config, tmp_path))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["consistency", "guidance"])
+def test_updates_lower_the_loss_and_leave_the_teacher_alone(kind, base, tmp_path):
+    config = config_for(base, **{"distill.kind": kind, "distill.guidance": 3, "data.frames": 2, "data.height": 16,
+                                 "data.width": 16, "data.images": 1})  # fmt: skip
+    task = build.stage_task(config, np.float32, build.load_init(config, tmp_path))
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1e-3, warmup=0), 10)
+    state, rng = make_state(task.start, task, tx), np.random.default_rng(0)
+    batch = {
+        "video": rng.integers(0, 255, (2, 2, 16, 16, 3), np.uint8),
+        "images": rng.integers(0, 255, (2, 1, 16, 16, 3), np.uint8),
+        "tokens": np.full((2, tiny.CONTEXT), 3, np.int32),
+        "image_tokens": np.full((2, 1, tiny.CONTEXT), 4, np.int32),
+    }
+    update, held_out = jax.jit(make_update(task, tx, seed=0, ema_decay=0.5)), jax.jit(task.held_out)
+    before = held_out(state["ema"], task.frozen, batch, jax.random.key(0))
+    for _ in range(8):
+        state, losses = update(state, task.frozen, batch)
+        assert losses["skipped"] == 0
+    after = held_out(state["ema"], task.frozen, batch, jax.random.key(0))
+    assert after["video_loss"] < before["video_loss"]
 
 
 @pytest.mark.heavy

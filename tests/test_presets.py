@@ -7,6 +7,9 @@ import pytest
 
 import sample
 from lavie_jax import cascade
+from lavie_jax.cascade.running import guidance_of
+from lavie_jax.diffusion import make_sampler
+from lavie_jax.diffusion.guidance import COMPUTED
 from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import PRESETS, STAGE_INFO
@@ -29,6 +32,18 @@ def test_every_stage_has_settings_that_are_allowed_for_each_preset():
         for values in stage.presets.values():
             assert set(values) <= {field.name for field in dataclasses.fields(STAGE_INFO[name].settings)}
             STAGE_INFO[name].settings.make(stage.sampling, values)
+
+
+def test_presets_of_the_shipped_models_never_take_more_work_than_their_own_settings():
+    for name, stage in STAGES.items():
+        shipped = load_folder(cascade.SHIPPED / name, params=False)
+        work = []
+        for preset in PRESETS:
+            clip = stage.default_clip(shipped) if STAGE_INFO[name].consumes else None
+            one = cascade.resolve_settings({name: shipped}, [name], {}, clip, preset)[name]
+            timesteps = make_sampler(one.sampler, one.steps, shipped.schedule, one.spacing).timesteps
+            work.append(sum(2 if mode == COMPUTED else 1 for mode in guidance_of(one).plan(timesteps)))
+        assert work == sorted(work, reverse=True), name
 
 
 def test_settings_that_are_given_come_before_a_preset_and_a_preset_before_the_folder(weights):

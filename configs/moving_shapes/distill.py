@@ -3,7 +3,7 @@
     python train.py --config configs/moving_shapes/distill.py:cpu --workdir runs/distilled
     python train.py --config configs/moving_shapes/distill.py:cpu --workdir runs/lcm --config.distill.kind=consistency
     python -m lavie_jax.evaluation.moving_shapes --weights runs/distilled/weights
-    python train.py --config configs/moving_shapes/distill.py:tiny --workdir runs/distill-tiny    # a minute on a CPU
+    python train.py --config configs/moving_shapes/distill.py:tiny --workdir runs/distill-tiny    # minutes on a CPU
 
 The teacher is the included model, or `init_from`, of the same architecture.
 

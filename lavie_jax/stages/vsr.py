@@ -117,9 +117,11 @@ class VSR(Stage):
         if settings.cache_every == 1:
             return 0
         config = weights.unet.config
-        level = (settings.cache_depth - 1) // (config.layers_per_block + 1)
+        level, layers = divmod(settings.cache_depth, config.layers_per_block + 1)  # all of the levels above, and layers
+        width = config.block_out_channels[min(level, len(config.block_out_channels) - 1)]
+        pixels = 4.0 ** -(level if layers else level - 1)  # whole levels get features that are enlarged already
         repeated = settings.window_frames / max(1, settings.window_frames - settings.overlap_frames)
-        return 2 * 2 * repeated * max(config.block_out_channels[: level + 2]) / 4**level
+        return 2 * 2 * repeated * width * pixels
 
     def _low_res_schedule(self, weights: StageWeights) -> Schedule:
         return weights.low_res_schedule or self.low_res_schedule

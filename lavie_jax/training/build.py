@@ -18,7 +18,7 @@ from lavie_jax.data.config import DataConfig, check_buckets, latent_paths
 from lavie_jax.data.latents import LatentSet, open_set
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.diffusion.schedule import Schedule
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.models import registry
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
@@ -30,7 +30,7 @@ from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.distillation import NONE, TEACHER, DistillConfig
 from lavie_jax.training.distillation import SAMPLING as STUDENT_SAMPLING
 from lavie_jax.training.step import Task, check_same
-from lavie_jax.weights.folder import part_dir
+from lavie_jax.weights.folder import part_dir, read_config
 from lavie_jax.weights.inflate import copied, copies_temporal, inflate
 from lavie_jax.weights.safetensors_io import as_tensor
 from lavie_jax.weights.tokenizer_files import check_tokenizer, copy_tokenizer
@@ -246,9 +246,10 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
     start, frozen = None if start_weights is None else {"unet": start_weights.unet.params}, {"vae": vae.params}
     teacher_sampling = {}
     if config.distill.kind != NONE:
-        teacher = weights.load_folder(config.init_from, stage=config.stage, dtype=np.float32)
-        check_same(teacher.unet.config, models.unet.config, config.init_from)
-        frozen[TEACHER], teacher_sampling = teacher.unet.params, teacher.sampling
+        teacher = weights.load_part(config.init_from, "unet", dtype=np.float32)  # again, also when a run resumes
+        check_same(teacher.config, models.unet.config, config.init_from)
+        frozen[TEACHER] = teacher.params
+        teacher_sampling = read_config(user_path(config.init_from), config.stage)["sampling"]
     if not config.train_text_encoder:
         frozen["text_encoder"] = text
     elif start is not None:

@@ -191,7 +191,7 @@ class StageLoss:
 
     def _null_text(self, frozen: Any, text: Text) -> Text:
         """Returns the teacher's negative prompt in place of each of the captions `text`."""
-        tokens, mask = self.distillation.null_tokens, self.distillation.null_mask
+        tokens, mask = jax.tree.map(jnp.asarray, (self.distillation.null_tokens, self.distillation.null_mask))
         one = encode_text(self.models.text_encoder, frozen["text_encoder"], tokens, None, mask, None)
         like = lambda null, given: None if given is None else jnp.broadcast_to(null, given.shape)  # noqa: E731
         return Text(
