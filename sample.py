@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
+from lavie_jax.remote import Mirror
 from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
 from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
@@ -43,6 +44,7 @@ from lavie_jax.samples.prompts import (
 from lavie_jax.samples.safety import SafetyFilter, check_open_nsfw, open_nsfw, withheld
 from lavie_jax.samples.sheets import ContactSheets
 from lavie_jax.samples.signing import Certificate
+from lavie_jax.samples.stage_cache import STATE
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 
 
@@ -220,6 +222,8 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     args.stages = parse_stages(args.stages, own_clip=args.input is not None)
     args.given = given_settings(args)
     args.pictures = {name: path for name in PICTURES if (path := getattr(args, f"{name}_frame")) is not None}
+    args.mirror = Mirror.of(args.out)
+    args.out = args.mirror.folder
     check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
     if (args.c2pa_certificate is None) != (args.c2pa_key is None):
@@ -390,12 +394,13 @@ def run(args: argparse.Namespace) -> None:
     outputs = plan_outputs(args, prompts, settings, hashes, clip_hash, given, personal.record())[part::parts]
 
     # ---- existing samples ----
+    args.mirror.pull(output.stem for output in outputs)
     sheets = ContactSheets(args.out, "contact-sheet" if parts == 1 else f"contact-sheet-part-{part}")
     formats = [output.to_make(overwrite=args.overwrite) for output in outputs]
     todo = [output for output, missing in zip(outputs, formats) if missing]
     check_hosts_are_consistent({"samples": [output.request for output in outputs], "existing samples": formats})
     if len(todo) < len(outputs) and first:
-        print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.out}")
+        print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.mirror.url or args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
     dtype = jax.numpy.dtype(cascade.default_dtype(devices))
@@ -443,7 +448,9 @@ def run(args: argparse.Namespace) -> None:
     for output, video in written(outputs, formats, videos, caches, made_with, unsafe):
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
+        args.mirror.push(leave_out=STATE)
     sheets.flush()
+    args.mirror.push(leave_out=STATE)
 
 
 def main(argv: list[str] | None = None) -> int:

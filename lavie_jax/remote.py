@@ -101,3 +101,69 @@ def origin(folder: Path) -> str | None:
             rest = folder.relative_to(top).as_posix()
             return (top / ORIGIN).read_text() + ("" if rest == "." else f"/{rest}")
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mirror:
+    """A folder whose files are copied to a URL; `url` is None for a folder that is not.
+
+    The folder of a URL is in the user's cache and stays there, so that an interrupted command resumes on this machine.
+    """
+
+    folder: Path
+    url: str | None = None
+    _uploaded: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, place: Path) -> "Mirror":
+        """Returns the mirror of a URL, or the folder `place`. Raises UserError if the store cannot be used."""
+        if (target := url(place)) is None:
+            return cls(place)
+        with one_line(target):
+            filesystem(target).exists(target)
+        return cls(cache_folder("out") / hashlib.sha256(target.encode()).hexdigest()[:32], target)
+
+    def pull(self, stems: Iterable[str]) -> None:
+        """Makes files whose names begin with one of `stems` those of the store."""
+        if self.url is None:
+            return
+        stems = tuple(stems)
+        with one_line(self.url):
+            system = filesystem(self.url)
+            system.invalidate_cache()
+            root = system._strip_protocol(self.url).rstrip("/") + "/"
+            found = {name.removeprefix(root): info["size"] for name, info in system.find(self.url, detail=True).items()}
+            for name in [name for name in found if name.startswith(stems)]:
+                target = self.folder / name
+                if not target.is_file() or target.stat().st_size != found[name]:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    system.get_file(f"{self.url}/{name}", str(target))
+        for name, path in files_in(self.folder).items():
+            if name.startswith(stems) and name not in found:  # deleted in the store
+                path.unlink()
+            elif name in found:
+                self._uploaded[name] = stamp(path)
+
+    def push(self, *, leave_out: str = "") -> None:
+        """Uploads files that changed since the last time, but for those with the ending `leave_out`."""
+        if self.url is None:
+            return
+        with one_line(self.url):
+            system = filesystem(self.url)
+            for name, path in files_in(self.folder).items():
+                now = stamp(path)
+                if self._uploaded.get(name) != now and not (leave_out and name.endswith(leave_out)):
+                    system.put_file(str(path), f"{self.url}/{name}")
+                    self._uploaded[name] = now
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Returns {relative name: path} of all files in a folder, but for hidden ones."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path for name, path in found.items() if not any(p.startswith(".") for p in name.parts)}
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Returns what changes when a file is written: its time and size."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size

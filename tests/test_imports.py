@@ -12,7 +12,8 @@ PACKAGE = ROOT / "lavie_jax"
 
 # From the ground up. A unit may import itself, the units that it lists, and the HELPERS.
 HELPERS = {
-    "commands", "disk", "errors", "fields", "program_cache", "random", "results", "text_files", "tokenizer_kinds",
+    "commands", "disk", "errors", "fields", "program_cache", "random", "remote", "results", "text_files",
+    "tokenizer_kinds",
 }  # fmt: skip
 GROUND = {"models", "diffusion", "data", "parallel"}  # independent of each other
 CORE = GROUND | {"stages", "weights"}

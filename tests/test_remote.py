@@ -1,10 +1,13 @@
 """Weights in buckets, against fsspec's file system in memory."""
 
+from pathlib import Path
+
 import fsspec
 import pytest
 import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
+import sample
 from lavie_jax import cascade, remote
 from lavie_jax.errors import UserError
 from lavie_jax.training import options
@@ -105,3 +108,47 @@ def test_a_missing_package_and_a_failing_store_are_one_line(bucket, monkeypatch)
     fail(PermissionError("denied\nfor many reasons"))
     with pytest.raises(UserError, match=r"s3://lavie/a cannot be used .PermissionError: denied."):
         local_folder("s3://lavie/a")
+
+
+def test_outputs_are_uploaded_and_only_what_is_missing_is_made_again(bucket, tmp_path):
+    """Two machines, each with a cache of its own, write to one place."""
+    mirror = remote.Mirror.of(Path("gs:/lavie/out"))
+    mirror.folder.mkdir(parents=True)
+    for name in (
+        "0000-a-0.mp4",
+        "0000-a-0.json",
+        ".partial",
+        "stages/0000-a-0/base.npy",
+        "stages/0000-a-0/base.state.npz",
+    ):
+        (mirror.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror.folder / name).write_text(name)
+    mirror.push(leave_out=".state.npz")
+    found = {name.removeprefix("/lavie/out/") for name in bucket.find("gs://lavie/out")}
+    assert found == {"0000-a-0.mp4", "0000-a-0.json", "stages/0000-a-0/base.npy"}
+
+    other = remote.Mirror(tmp_path / "other", mirror.url)
+    other.pull(["0000-a-0", "0001-b-0"])
+    assert (other.folder / "0000-a-0.mp4").read_text() == "0000-a-0.mp4" and not (other.folder / "stages").exists()
+    bucket.rm_file("gs://lavie/out/0000-a-0.mp4")  # deleted by the user, to make it again
+    mirror.pull(["0000-a-0"])
+    assert not (mirror.folder / "0000-a-0.mp4").exists() and (mirror.folder / "stages/0000-a-0/base.state.npz").exists()
+    mirror.push(leave_out=".state.npz")
+    assert not bucket.exists("gs://lavie/out/0000-a-0.mp4")
+
+
+def test_a_folder_is_its_own_mirror(tmp_path):
+    mirror = remote.Mirror.of(tmp_path)
+    mirror.pull(["a"])
+    mirror.push()
+    assert mirror.folder == tmp_path and not list(tmp_path.iterdir())
+
+
+@pytest.mark.heavy  # samples
+def test_a_sample_goes_to_a_bucket_and_is_not_made_again(bucket, folder, capsys):
+    words = ["--prompt=a red circle", f"--weights={folder / 'base'}", "--steps=2", "--out=gs://lavie/samples"]
+    assert sample.main(words) == 0
+    names = {name.rpartition("/")[2] for name in bucket.find("gs://lavie/samples")}
+    assert names == {"0000-a-red-circle-0.mp4", "0000-a-red-circle-0.json", "contact-sheet.png"}
+    assert sample.main(words) == 0
+    assert "1 of 1 samples exist in gs://lavie/samples" in capsys.readouterr().out

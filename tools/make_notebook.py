@@ -24,6 +24,19 @@ Stable Diffusion below. Only one stage's weights are on the chip at a time, and 
 loading them into memory. The notebook is designed for one chip with 16 GB and a host with 12 GB; the project's README
 lists what has been measured.
 
+What the cells download, and how long they take. Sizes are computed from numbers of parameters in float32; times are
+estimates for a runtime with one v5e chip, not measured. The first run of a stage compiles it, later ones do not.
+
+| cell | downloads | time (estimate) |
+| --- | --- | --- |
+| Install | the repository, 40 MB, and packages | 2 to 4 minutes |
+| Weights, included models | nothing | seconds |
+| Weights, `hub:Vchitect/LaVie` | base, interpolation 3.7 GB each, vsr 2.8 GB; of Stable Diffusion 1.4 0.8 GB, \
+of the x4-upscaler 1.6 GB | 5 to 15 minutes; seconds the second time |
+| Base | nothing | 2 to 4 minutes; seconds with the included models |
+| Interpolation | nothing | 4 to 8 minutes |
+| Super-resolution | nothing | 10 to 30 minutes |
+
 All results are stored in the folder `results`. If a cell is interrupted, run it again and it resumes, also in a new
 session if the folder is on a mounted Drive. Different settings use different folders, so nothing is overwritten.
 """
@@ -85,27 +98,49 @@ if mount_drive:
 WEIGHTS = """
 ## Weights
 
-Leave `weights` empty to use the included small model, and continue with the prompt. Otherwise name a folder that
-contains some of `base/`, `interpolation/` and `vsr/`, or a new folder for weights converted from PyTorch files.
+Leave `weights` empty to use the included small models. For LaVie itself, enter `hub:Vchitect/LaVie`, its repository on
+the Hugging Face hub, or another with the files `lavie_base.pt`, `lavie_interpolation.pt` and `lavie_vsr.pt`: the chosen
+stages are downloaded and converted once, with the parts of Stable Diffusion 1.4 and the x4-upscaler that they use. This
+needs PyTorch, which Colab has. Weights folders of other people are `hub:OWNER/NAME`; a folder, e.g. on a mounted Drive,
+is a path, and a bucket `gs://BUCKET/FOLDER`.
 
-To convert, name LaVie's checkpoints and the image models that they were trained from: Stable Diffusion 1.4 for base and
-interpolation, the x4-upscaler for vsr. Each is a path, e.g. on a mounted Drive, or a location on the Hugging Face hub:
-`hub:OWNER/NAME` for an image model, `hub:OWNER/NAME/FILE` for a checkpoint. An image model is a diffusers folder, or a
-CompVis `.ckpt` with the folder of its tokenizer. SHA-256 hashes are optional and are checked if given; for a folder,
-enter `HASH NAME, HASH NAME` for files in it.
+Downloads are in `~/.cache`, which Colab deletes after the session. Gated repositories need a token: enter it under
+Secrets as `HF_TOKEN`. These models have their own licences. Read them before you use or share the results.
+"""
 
-These models have their own licences. Read them before you use or share the results.
+HUB = """
+# @title Weights
+from lavie_jax import cascade
+
+weights = ""  # @param {type:"string"}
+# @markdown `all` = every stage that has weights. Fewer stages download less.
+stages = "all"  # @param ["all", "base", "base,interpolation", "base,vsr", "base,interpolation,vsr"]
+
+wanted = None if stages == "all" else stages.split(",")
+if weights.startswith(("hub:", "gs://", "s3://")):  # from here on a folder, so that no cell downloads again
+    found = cascade.stage_folders(weights, stages=wanted)
+    if not found:
+        raise SystemExit(f"{weights} has no weights of the stages {stages}")
+    folder = next(iter(found.values()))
+    weights = str(folder if len(found) == 1 else folder.parent)
+"""
+
+BY_HAND = """
+### PyTorch files of your own
+
+Skip this cell unless LaVie's checkpoints are elsewhere: name them, the image models that they were trained from (Stable
+Diffusion 1.4 for base and interpolation, the x4-upscaler for vsr), and in `weights`, above, a new folder. Each is a
+path, e.g. on a mounted Drive, or on the hub: `hub:OWNER/NAME` for an image model, `hub:OWNER/NAME/FILE` for a
+checkpoint. An image model is a diffusers folder, or a CompVis `.ckpt` with the folder of its tokenizer. SHA-256 hashes
+are optional and are checked if given; for a folder, enter `HASH NAME, HASH NAME` for files in it.
 """
 
 CONVERT = """
-# @title Weights
+# @title PyTorch files of your own
 import convert_torch
-from lavie_jax import cascade
 from lavie_jax.weights import originals
 
-weights = ""  # @param {type:"string"}
-
-# @markdown PyTorch files to convert into this folder:
+# @markdown PyTorch files to convert into the folder `weights`:
 lavie_base = ""  # @param {type:"string"}
 lavie_base_sha256 = ""  # @param {type:"string"}
 lavie_interpolation = ""  # @param {type:"string"}
@@ -158,9 +193,6 @@ PROMPT = """
 # @title Prompt and settings
 prompt = "a small red circle moving left over a blue background"  # @param {type:"string"}
 seed = 0  # @param {type:"integer"}
-# @markdown `all` = every stage that has weights.
-stages = "all"  # @param ["all", "base", "base,interpolation", "base,vsr", "base,interpolation,vsr"]
-
 # @markdown Empty fields and `None` use the defaults of the weights.
 negative_prompt = ""  # @param {type:"string"}
 frames = None  # @param {type:"raw"}
@@ -264,7 +296,9 @@ CELLS = (
     ("device", "code", DEVICE),
     ("keep", "code", KEEP),
     ("weights-text", "markdown", WEIGHTS),
-    ("weights", "code", CONVERT),
+    ("weights", "code", HUB),
+    ("convert-text", "markdown", BY_HAND),
+    ("convert", "code", CONVERT),
     ("prompt", "code", PROMPT),
     ("sampling", "code", SAMPLING),
     ("base", "code", BASE),

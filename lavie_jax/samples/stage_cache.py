@@ -20,6 +20,8 @@ from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
 from lavie_jax.stages.settings import complete
 
+STATE = "state.npz"  # ending of the files that only an unfinished sample has
+
 
 def segment_name(stage: str, index: int) -> str:
     """The name under which a cache holds one segment of a stage's output."""
@@ -117,7 +119,7 @@ class StageCache(MemoryCache):
             np.lib.format.write_array_header_1_0(file, header)
             for piece in pieces:
                 file.write(np.ascontiguousarray(piece).data)
-        self._path(stage, "state.npz").unlink(missing_ok=True)
+        self._path(stage, STATE).unlink(missing_ok=True)
         for segment in self.folder.glob(f"{stage}.[0-9]*"):
             segment.unlink()
         return self.get(stage)
@@ -125,7 +127,7 @@ class StageCache(MemoryCache):
     def load_state(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
         """Returns (next step, arrays) of an unfinished stage, or None without a readable state."""
         try:
-            with self._path(stage, "state.npz").open("rb") as file, np.load(file) as arrays:
+            with self._path(stage, STATE).open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
             return int(state.pop("step")), state
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
@@ -134,7 +136,7 @@ class StageCache(MemoryCache):
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
         """Writes the state before step `step`."""
         self._record(stage)
-        with finished(self._path(stage, "state.npz")) as part, part.open("wb") as file:
+        with finished(self._path(stage, STATE)) as part, part.open("wb") as file:
             np.savez(file, step=step, **state)
 
     def in_memory(self) -> MemoryCache:

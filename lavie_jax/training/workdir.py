@@ -93,29 +93,21 @@ class Workdir:
         """Uploads files that changed since the last time. A failure is logged, and the next push tries again."""
         if self.url is None:
             return
-        files = {
-            path.relative_to(self.folder).as_posix(): path
-            for path in self.folder.rglob("*")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-        }
-        changed = {name: stamp for name, path in files.items() if self._uploaded.get(name) != (stamp := _stamp(path))}
+        files = remote.files_in(self.folder)
+        stamps = {name: remote.stamp(path) for name, path in files.items()}
+        changed = {name: now for name, now in stamps.items() if self._uploaded.get(name) != now}
         try:
             system = remote.filesystem(self.url)
             config = f"{WEIGHTS}/config.json"
             if any(name.startswith(f"{WEIGHTS}/") for name in changed) and system.exists(f"{self.url}/{config}"):
                 system.rm_file(f"{self.url}/{config}")  # until all files of the weights are there
-                changed[config] = _stamp(files[config])
+                changed[config] = stamps[config]
             for name in _config_last(changed):
                 system.put_file(str(files[name]), f"{self.url}/{name}")
                 self._uploaded[name] = changed[name]
         except Exception as error:  # of the network or the store
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             logging.error("%s could not be written (%s). Training continues.", self.url, reason)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _config_last(names: Iterable[str]) -> list[str]:
