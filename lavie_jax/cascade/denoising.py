@@ -289,7 +289,7 @@ def halves(mode: str) -> int:
 
 def adapted(unet, windows: AttentionWindows | None, free_u: FreeU | None):
     """Returns the UNet with these windows of its temporal attention, and factors of the inputs of its up blocks."""
-    return unet.clone(attention_windows=windows, free_u=free_u)
+    return unet if windows is None and free_u is None else unet.clone(attention_windows=windows, free_u=free_u)
 
 
 def sequential_guidance(rows: int, window: Window, mesh: Mesh) -> bool:
