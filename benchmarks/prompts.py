@@ -27,6 +27,7 @@ from lavie_jax.evaluation.moving_shapes import score, true_samples
 from lavie_jax.flops import count_flops
 from lavie_jax.models.free_u import FreeU
 from lavie_jax.planner.sampling import sampling_program
+from lavie_jax.stages import STAGES
 
 KIND = "prompts"
 FREE_U = "1.3,1.4,0.9,0.2"  # published for Stable Diffusion 1.4
@@ -63,9 +64,8 @@ def measure(pipe: cascade.Cascade, given: dict[str, Any], count: int) -> dict[st
 
 def work() -> str:
     """Returns a table of the FLOPs of the released base model's UNet in a sample."""
-    config = base.get_config()
-    program = sampling_program(config, "base", "guided step", jax.devices()[:1])
-    steps, factors = config.sampling.steps, FreeU((1.3, 1.4), (0.9, 0.2))
+    program = sampling_program(base.get_config(), "base", "guided step", jax.devices()[:1])
+    steps, factors = STAGES["base"].sampling["steps"], FreeU((1.3, 1.4), (0.9, 0.2))
 
     def flops(unet: Any) -> float:
         changed = dataclasses.replace(program, static={**program.static, "unet": unet})
