@@ -187,10 +187,8 @@ class Person:
         return self.run("[...document.querySelectorAll('#results video')].map((video) => video.src)")
 
     def wait_until_ready(self, before=()):
-        wait_for(
-            lambda: self.text("#status p") == "Your video is ready." and self.shown() and self.shown() != list(before)
-        )
-        return self.shown()
+        ready = lambda: self.text("#status p") == "Your video is ready."  # noqa: E731
+        return wait_for(lambda: ready() and (shown := self.shown()) and shown != list(before) and shown)
 
     def plays(self, selector="#results video"):
         """Whether a video has pictures and its time passes."""
@@ -324,13 +322,14 @@ def test_a_picture_becomes_a_video_and_that_becomes_a_clip(server, open_page, tm
     wait_for(lambda: person.chosen_stages() == ["prediction"])
     assert "which can start from this file" in person.text("#note")
     person.make_small("prediction")
+    person.click("#prediction-keep-known-frames input")
     person.make()
     (source,) = person.wait_until_ready()
     assert person.plays() and "prediction: " in person.text("#results")
     path = tmp_path / "made.mp4"
     path.write_bytes(server.ask(source.removeprefix(server.address))[2])
     first = read_video(path)[0].astype(int)
-    assert np.abs(first - image[::2, ::2]).mean() < 40  # it begins with the picture
+    assert np.abs(first - image[::2, ::2]).mean() < 20  # it begins with the picture
 
     person.click("#gallery button[data-action=again]")  # with the picture, which is in the job's folder
     wait_for(lambda: person.find("#first-frame img"))
@@ -396,13 +395,13 @@ def test_every_field_has_a_name_and_everything_is_reached_by_the_keyboard(open_p
     person.unfold("all-settings")
     nameless = """[...document.querySelectorAll('input:not([type=file]), textarea, button')].filter((e) => e.offsetWidth
       && !(e.labels?.length || e.ariaLabel || e.innerText?.trim() || e.title)).map((e) => e.outerHTML)"""
-    assert wait_for(lambda: person.find("#base-sampler input")) and person.run(nameless) == []
+    assert wait_for(lambda: person.find("#base-sampler input, #base-sampler textarea")) and person.run(nameless) == []
     person.run("document.querySelector('#prompt textarea').focus()")
     reached = set()
     for _ in range(25):
         person.browser.switch_to.active_element.send_keys("\ue004")  # Tab
         reached.add(person.run("document.activeElement.closest('[id]')?.id"))
-    assert {"make", "seed"} <= {id for id in reached if id} or "make" in str(reached)
+    assert {"stages", "make", "dice"} <= reached
 
 
 # ---- without a browser ----
@@ -460,6 +459,7 @@ def test_an_upload_of_five_gigabytes_is_refused_at_once(server):
             encode_chunked=True,
         )
         assert connection.getresponse().status in (400, 413)
+    connection.close()
     assert sent < 64 * 2**20
     total = sum(path.stat().st_size for path in server.out.rglob("*") if path.is_file())
     assert total < 64 * 2**20
