@@ -79,13 +79,14 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.most_body:
             return await self._refuse(send)
-        left, started = self.most_body, False
+        left, started, complete = self.most_body, False, length == "0" and "transfer-encoding" not in headers
 
         async def counted() -> dict[str, Any]:
             """Receives a part of the body; one without a length ends where it becomes too large."""
-            nonlocal left
+            nonlocal left, complete
             message = await receive()
             left -= len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if left < 0:
                 if not started:
                     await self._refuse(send)
@@ -99,6 +100,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                if not complete:  # the rest of the body is not read
+                    more.append((b"connection", b"close"))
                 if scope["path"] == "/" and f"{self.cookie}=" not in headers.get("cookie", ""):
                     value = f"{self.cookie}={secrets.token_urlsafe(24)}; Path=/; Max-Age={YEAR}; HttpOnly; SameSite=Lax"
                     more.append((b"set-cookie", value.encode()))
