@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import Mesh
 
@@ -33,6 +34,7 @@ SUFFIX = ".program"
 UNUSED_DAYS = 30  # programs that were not used for so long are deleted
 PACKAGES = ("jax", "jaxlib", "flax", "einops", "numpy")
 CONTEXT = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
+WITHOUT_EFFECT = ("cache", "log", "explain", "traceback", "profile")  # parts of the names of such settings of jax
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 _folder: Path | None = None
@@ -91,8 +93,9 @@ class CachedFunction:
         path = folder / f"{hashlib.sha256(repr((facts, _surroundings())).encode()).hexdigest()}{SUFFIX}"
         devices = _devices([*leaves, *static.values()])
         if (loaded := _load(path, devices)) is not None:
-            return _trusted_once(loaded, by_jit, path)
-        program = self._jitted.lower(*args, **static).compile()
+            return _checked(loaded, by_jit, path)
+        with _without_jaxs_cache():
+            program = self._jitted.lower(*args, **static).compile()
         _store(path, program, devices)
         return program
 
@@ -106,23 +109,38 @@ def _devices(arguments: Sequence[Any]) -> list[jax.Device]:
     return [device for x in shardings[:1] for device in x.device_set] or jax.local_devices()[:1]
 
 
-def _trusted_once(program: Callable, otherwise: Callable, path: Path) -> Callable:
-    """Calls a loaded program, and from the first error on, `otherwise`, after which its file is compiled anew."""
-    chosen = [program]
+def _checked(program: Callable, otherwise: Callable, path: Path) -> Callable:
+    """Calls a loaded program if its first run succeeds; else `otherwise`, and deletes its file."""
+    chosen = []
 
     def call(*args: Any) -> Any:
-        """Calls the program."""
-        try:
+        """Calls the program. Waits for the first run, because some errors are raised while it computes."""
+        if chosen:
             return chosen[0](*args)
+        try:
+            out = jax.block_until_ready(program(*args))
+            chosen.append(program)
         except Exception as error:
-            if chosen[0] is otherwise:
-                raise
             logging.warning("a stored program cannot run, and is compiled again: %s", str(error).partition("\n")[0])
             path.unlink(missing_ok=True)
-            chosen[0] = otherwise
+            chosen.append(otherwise)
             return otherwise(*args)
+        return out
 
     return call
+
+
+@contextlib.contextmanager
+def _without_jaxs_cache() -> Iterator[None]:
+    """Has jax compile. On CPUs, a program that jax's cache has loaded lacks functions when it is stored again."""
+    before = jax.config.jax_enable_compilation_cache  # ty: ignore[missing-attribute]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        reset_cache()
 
 
 # ---- files ----
@@ -228,7 +246,9 @@ def _constant_surroundings() -> tuple:
 
 def _surroundings() -> tuple:
     """Everything that a program depends on in addition to the arguments."""
-    settings = sorted((name, str(value)) for name, value in jax.config.values.items() if "cache" not in name)
+    settings = sorted(
+        (k, str(v)) for k, v in jax.config.values.items() if not any(word in k for word in WITHOUT_EFFECT)
+    )
     context = [str(getattr(jax.config, name)) for name in CONTEXT]
     return *_constant_surroundings(), settings, context, [os.environ.get(name) for name in ENVIRONMENT]
 
