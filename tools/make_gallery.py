@@ -21,7 +21,6 @@ from lavie_jax.data.video_files import read_clip
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gallery.md"
-FIRST = "first.png"  # the picture that a clip starts from, made by the tool
 SIDE = 128  # pixels on the page of clips that are smaller
 MOST_FRAMES = 16  # of a GIF; longer clips are thinned out, at the same speed
 
@@ -57,11 +56,6 @@ CLIPS = (
         large=True,
     ),
     Clip(
-        "picture",
-        "A picture that starts to move",
-        ("--stages", "prediction", "--first-frame", FIRST, "--prompt", "a small green star moving up"),
-    ),
-    Clip(
         "long",
         "A long video with two prompts",
         (
@@ -74,7 +68,6 @@ CLIPS = (
         ),
     ),
     Clip("fast", "A preset that saves work", ("--preset", "fast", "--prompt", "a blue cross moving down")),
-    Clip("image", "An image", ("--frames", "1", "--prompt", "a large orange triangle over a purple background")),
 )
 
 
@@ -86,11 +79,7 @@ def page() -> str:
         size = "" if clip.large else f' width="{SIDE}"'
         image = f'<img src="images/gallery-{clip.name}.gif" alt="{clip.title}"{size}>'
         parts.append(f"## {clip.title}\n\n{image}\n\n    {command}\n")
-    parts.append(f"`{FIRST}` is the first frame of the clip for the prompt {PICTURE!r}, written with `--format png`.\n")
     return "\n".join(parts)
-
-
-PICTURE = "a small green star standing still"
 
 
 def write_gif(frames: np.ndarray, fps: float, path: Path) -> None:
@@ -113,11 +102,8 @@ def make(options: Sequence[str], folder: Path) -> tuple[np.ndarray, float]:
 def main() -> None:
     """Samples all clips, and writes the page with its pictures."""
     with tempfile.TemporaryDirectory() as scratch:
-        first = Path(scratch) / FIRST
-        Image.fromarray(make(["--prompt", PICTURE], Path(scratch) / "first")[0][0]).save(first)
         for clip in CLIPS:
-            options = [str(first) if option == FIRST else option for option in clip.options]
-            frames, fps = make(options, Path(scratch) / clip.name)
+            frames, fps = make(clip.options, Path(scratch) / clip.name)
             target = PAGE.parent / "images" / f"gallery-{clip.name}.gif"
             write_gif(frames, fps, target)
             print(f"{target}: {len(frames)} frames, {target.stat().st_size / 1000:.0f} kB")
