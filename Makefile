@@ -4,7 +4,8 @@
 # make test           the test suite
 # make heavy-test     tests that are too slow for `make test`: more meshes, stages, sizes and whole runs
 # make crash-test     kill a small training run at 50 random moments, also inside saves and on two hosts; the result must not change
-# make wheel-test     build a wheel, install it into an empty environment, and sample there
+# make wheel-test     build a wheel, install it into an empty environment, and sample there; WHEEL=--offline: with
+#                     the packages of .venv
 # make lint           ruff: rules and formatting
 # make typecheck      ty: names, attributes, imports and the arguments of calls
 # make parity-full    reproduce every golden case, including the full-size models (10 GB of memory, minutes)
@@ -57,7 +58,7 @@ crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py
 
 wheel-test: $(VENV)/pip.stamp
-	$(PY) tools/wheel_test.py
+	$(PY) tools/wheel_test.py $(WHEEL)
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ import io
 import json
 from pathlib import Path
 
-from lavie_jax import __version__
+import lavie_jax
 from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.samples.provenance import GENERATED_SOURCE
 
@@ -71,7 +71,7 @@ class Certificate:
         except ImportError:
             raise UserError("c2pa-certificate: signing needs c2pa-python: pip install 'lavie_jax[c2pa]'") from None
         manifest = {
-            "claim_generator_info": [{"name": "lavie_jax", "version": __version__}],
+            "claim_generator_info": [{"name": "lavie_jax", "version": lavie_jax.__version__}],
             "format": mime,
             "assertions": [
                 {
