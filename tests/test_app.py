@@ -1,5 +1,6 @@
 """The queue, the interface for programs, forms, uploads and views of `lavie_jax/app`, without Gradio."""
 
+import asyncio
 import base64
 import dataclasses
 import io
@@ -458,6 +459,38 @@ def test_a_port_in_use_and_a_missing_address_are_one_line():
         server.listen("192.0.2.1", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
+
+
+@pytest.mark.parametrize(
+    "length, parts, status", [(None, 3, 200), (None, 50, 413), ("30", 3, 200), ("5368709120", 0, 413)]
+)
+def test_a_body_is_read_up_to_the_limit_only(length, parts, status):
+    """Sends `parts` of 10 bytes to an application behind a limit of 100."""
+    sent, taken = [], []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        if message["type"] == "http.request":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        taken.append(1)
+        return {"type": "http.request", "body": bytes(10), "more_body": len(taken) < parts}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-length", length.encode())] if length else [(b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "path": "/", "headers": headers}
+    asyncio.run(server.Guard(app, most_body=100, cookie="own")(scope, receive, send))
+    start, body = sent
+    found = dict(start["headers"])
+    assert start["status"] == status and len(taken) <= 11
+    assert (found.get(b"connection") == b"close") == (status == 413)
+    assert status == 200 or "too large" in json.loads(body["body"])["error"]["message"]
+    assert status == 413 or (b"own=" in found[b"set-cookie"] and b"HttpOnly" in found[b"set-cookie"])
 
 
 # ---- the models ----

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -114,15 +115,11 @@ class Guard:
         answer = error(
             413, f"The request is too large: at most {self.most_body // 2**20} MiB are allowed.", "too_large"
         )
-        from starlette.responses import JSONResponse
-
-        # The rest of the body is not read.
-        response = JSONResponse(dict(answer.content or {}), answer.status, {"Connection": "close"})
-        await response({"type": "http", "method": "POST"}, _nothing, send)
-
-
-async def _nothing() -> dict[str, Any]:
-    return {"type": "http.disconnect"}
+        body = json.dumps(answer.content).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": answer.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
 
 
 def api_app(api: Api) -> App:
