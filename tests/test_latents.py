@@ -37,8 +37,8 @@ from tests.tiny import make_base, make_stage
 ROOT = Path(__file__).parents[1]
 CLIPS, SECONDS, RATE = 8, 1.5, 16
 WORDS = ("a red circle moving left", "a blue square moving right", "a blue circle", "red circle square")
-LENIENT = ("--min-height", "32", "--min-words", "0", "--min-motion", "0", "--max-overlay", "1", "--workers", "1",
-           "--duplicate-bits", "-1", "--min-frames", "2")  # fmt: skip
+LENIENT = ("--min-height", "32", "--min-words", "0", "--min-motion", "0", "--max-overlay", "1", "--max-text", "1",
+           "--workers", "1", "--duplicate-bits", "-1", "--min-frames", "2")  # fmt: skip
 
 
 def curate(*words):

@@ -459,7 +459,7 @@ BAD = {
     "prompt file": (["--prompt-file", "nowhere.txt"], "nowhere.txt does not exist"),
     "weights": (["--weights", "nowhere"], "nowhere does not exist"),
     "out": (["--out", "{file}/below"], "is a file"),
-    "an address for a folder": (["--out", "gs://bucket/samples"], "gs:// is not a folder of this machine"),
+    "a bucket of an unknown kind": (["--out", "az://bucket/samples"], "az://"),
     "part": (["--part", "2/2"], "part must be I/N with I from 0 to N-1"),
     "PyTorch file for a folder": (["--weights", "{file}"], "Convert PyTorch files with convert_torch.py import"),
 }

@@ -61,8 +61,8 @@ class Segment:
         picture: a small JPEG of the middle of a dropped scene, relative to the work folder.
         height, width: size of the clip, upright and without black bars.
         split: "train" or "val" if clips are held out by name or time; "" if training decides.
-        motion, brightness, overlay, text, aesthetic: measurements of `filters`, `text_lines` and `models`; None = not
-            measured.
+        motion, brightness, overlay, text_share, aesthetic: measurements of `filters`, `text_lines` and `models`; None =
+            not measured.
     """
 
     start: float
@@ -80,7 +80,7 @@ class Segment:
     motion: float | None = None
     brightness: float | None = None
     overlay: float | None = None
-    text: float | None = None
+    text_share: float | None = None
     aesthetic: float | None = None
     split: str = ""
     perceptual_hash: PerceptualHash | None = None
@@ -269,15 +269,15 @@ class _Judge:
             segment,
             motion=filters.motion(frames),
             overlay=filters.overlay(frames),
-            text=text_share(filters.gray(frames)),
+            text_share=text_share(filters.gray(frames)),
             perceptual_hash=perceptual_hash(frames),
         )
         if segment.motion < want.min_motion:
             return dropped("static", f"{segment.motion:.2%} of the pixels change")
         if segment.overlay is not None and segment.overlay > want.max_overlay:
             return dropped("overlaid text", f"static marks on {segment.overlay:.1%} of the picture")
-        if segment.text is not None and segment.text > want.max_text:
-            return dropped("overlaid text", f"lines of text in {segment.text:.0%} of the sample frames")
+        if segment.text_share is not None and segment.text_share > want.max_text:
+            return dropped("overlaid text", f"lines of text in {segment.text_share:.0%} of the sample frames")
         return self._caption_and_score(segment, frames), bars
 
     def _caption_and_score(self, segment: Segment, frames: UInt8[np.ndarray, "t h w 3"]) -> Segment:
