@@ -8,7 +8,7 @@ attributes are detected in its pixels (`evaluation.moving_shapes`). Interpolatio
 clips of the split and are compared with the true frames: PSNR, and LPIPS if its weights are there
 (`python -m lavie_jax.evaluation lpips --help`). Work is counted in FLOPs of the UNet (benchmarks/work.py), relative to
 the official preset. `--stages` and `--rows` choose what to measure; rows that FILE has already are kept unless the
-number of clips differs, so that a long measurement can be made in pieces. `--weights STAGE=DIR` adds a row for another
+number of clips differs, so that a long measurement can be made in pieces. `--weights STAGE:DIR` adds a row for another
 model, such as a distilled one.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from lavie_jax import cascade, parallel, results
-from lavie_jax.errors import Parser, UserError, one_line_errors, suggest
+from lavie_jax.errors import Parser, UserError, one_line_errors, suggest, user_location
 from lavie_jax.evaluation.cascade import downscaled, moving_samples
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.evaluation.fidelity import psnr
@@ -195,7 +195,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", help="names of rows, separated by ; (default: all)")
     parser.add_argument("--samples", type=int, help=f"clips of each stage (default: {DEFAULT_CLIPS})")
     parser.add_argument("--lpips", type=Path, help="weights of LPIPS, as for lavie_jax.evaluation")
-    parser.add_argument("--weights", metavar="STAGE=DIR", help="measure this model instead, as row DIR of its stage")
+    parser.add_argument(
+        "--weights", type=user_location, metavar="STAGE:DIR", help="measure this model instead, as row DIR of its stage"
+    )
     parser.add_argument("--docs", type=Path, help="write the tables into this document")
     parser.add_argument("--plot", type=Path, help="draw work and quality into this file")
     args = parser.parse_args()
@@ -220,7 +222,7 @@ def main() -> None:
     wanted = {stage: {name: ROWS[stage][name] for name in ROWS[stage] if name in args.rows} for stage in args.stages}
     folders: dict[str, str] = {}
     if args.weights:
-        stage, _, folder = args.weights.partition("=")
+        stage, _, folder = args.weights.partition(":")
         if stage not in ROWS:
             raise UserError(f"--weights: unknown stage {stage!r}{suggest(stage, ROWS)}")
         wanted, folders = {stage: {folder: {}}}, {stage: folder}

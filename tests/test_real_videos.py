@@ -325,15 +325,15 @@ def test_a_circle_stays_a_circle_where_pixels_are_not_square(aspect, format, tmp
 def test_curated_clips_have_square_pixels(tmp_path):
     from lavie_jax.curation.filters import Thresholds
     from lavie_jax.curation.inputs import find_videos
-    from lavie_jax.curation.video import curate_video, read_result
+    from lavie_jax.curation.video import Part, curate_part, read_result
 
     clip = videos.pan(1, 24, height=96, width=96)
     (tmp_path / "a.mp4").write_bytes(write(clip, aspect=Fraction(2)))
     (tmp_path / "a.txt").write_text("a land of many colours")
     (video,) = find_videos(tmp_path, None)
     thresholds = Thresholds(min_height=90)
-    curate_video(video, tmp_path / "work", thresholds, captioner=None, scorer=None)
-    (segment,) = read_result(tmp_path / "work" / video.key)
+    curate_part(Part(video), tmp_path / "work", thresholds, captioner=None, scorer=None)
+    (segment,) = read_result(video, tmp_path / "work")
     assert (segment.reason, segment.height, segment.width) == ("", 96, 192)
 
 
@@ -341,7 +341,7 @@ def test_curated_clips_have_square_pixels(tmp_path):
 def test_curation_counts_unusable_videos_by_reason(reason, tmp_path):
     from lavie_jax.curation.filters import Thresholds
     from lavie_jax.curation.inputs import find_videos
-    from lavie_jax.curation.video import REASONS, curate_video, read_result
+    from lavie_jax.curation.video import REASONS, Part, curate_part, read_result
 
     clip = videos.pan(1, 24, height=96, width=96)
     quiet = {"x265-params": "log-level=none"}
@@ -352,8 +352,8 @@ def test_curation_counts_unusable_videos_by_reason(reason, tmp_path):
     (tmp_path / "a.mp4").write_bytes(made[reason]())
     (tmp_path / "a.txt").write_text("a land of many colours")
     (video,) = find_videos(tmp_path, None)
-    curate_video(video, tmp_path / "work", Thresholds(min_height=90), captioner=None, scorer=None)
-    (segment,) = read_result(tmp_path / "work" / video.key)
+    curate_part(Part(video), tmp_path / "work", Thresholds(min_height=90), captioner=None, scorer=None)
+    (segment,) = read_result(video, tmp_path / "work")
     assert segment.reason == reason and reason in REASONS and "'a.mp4'" in segment.detail
 
 

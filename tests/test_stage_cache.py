@@ -54,7 +54,7 @@ def test_a_cache_older_than_a_setting_has_its_default(tmp_path):
         "overlap_frames": 2,
         "tile": None,
     }
-    base = {**common, "guidance_rescale": 0.0}
+    base = {**common, "guidance_rescale": 0.0, "free_init": 0}
     now = cache(**everything, guidance_rescale=0.0)
     now.records["vsr"] |= base
     now.check()
