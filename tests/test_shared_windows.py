@@ -92,4 +92,5 @@ def test_the_same_prediction_on_any_number_of_devices(stage, frames, devices):
         layers = 1  # with temporal attention
         assert exchanged["all-to-all"]["count"] >= 2 * layers
         # no features are gathered: inputs and outputs have 4 to 8 channels, features 16
-        assert exchanged["all-gather"]["bytes"] <= exchanged["all-gather"]["count"] * 4 * 8 * 4 * 6 * 8
+        pixels = 4 * 6 * 8 * -(-frames // 8)  # with padding
+        assert exchanged["all-gather"]["bytes"] <= exchanged["all-gather"]["count"] * 4 * 6 * pixels
