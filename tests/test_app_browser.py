@@ -60,7 +60,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
             )
-        wait_for(lambda: "Serving" in self.log.read_text() or self.process.poll() is not None, 600)
+        # the log of a restarted server begins with that of the server before, on another port
+        wait_for(lambda: f":{self.port}/ (end" in self.log.read_text() or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.log.read_text()
         self.address = f"http://127.0.0.1:{self.port}"
 
@@ -520,7 +521,7 @@ def test_fifty_requests_are_all_made_memory_is_flat_and_a_restart_loses_none(tmp
     assert 0 < done.count("completed") < 50 and set(done) <= {"completed", "queued", "in_progress"}
 
     server = Server(tmp_path / "videos")
-    assert f"{50 - done.count('completed')} videos of the last run" in server.log.read_text()
+    wait_for(lambda: f"{50 - done.count('completed')} videos of the last run" in server.log.read_text(), 30)
     enough = done.count("completed") + 10
     wait_for(lambda: [v["status"] for v in states()].count("completed") >= enough, 300)
     before = server.memory()
