@@ -134,7 +134,10 @@ def test_a_lock_of_a_dead_process_of_this_host_is_taken_at_once(objects):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     objects.put(platform.node(), process.pid)
-    bucket_lock.BucketLock(URL).release()
+    taken = bucket_lock.BucketLock(URL)
+    assert b'"pid": %d' % os.getpid() in objects.content
+    taken.release()
+    assert objects.content is None
 
 
 @pytest.mark.heavy

@@ -211,6 +211,7 @@ class Engine:
         left = TimeLeft(plan.flops, self.rates)
 
         def on_progress(progress: Progress) -> None:
+            """Shows the step in the job; raises `Stopped` if the work is to end."""
             first = job.stage != progress.stage  # the step that follows may compile
             job.stage, job.phase = progress.stage, "preparing" if first else progress.phase
             if progress.phase == "denoising":
@@ -219,6 +220,7 @@ class Engine:
             check(job)
 
         def on_stage(stage: str, frames: np.ndarray) -> None:
+            """Writes the video of a finished stage, uint8 (T, H, W, 3), and adds it to the job."""
             if job.result(stage) is None:
                 output = _output(folder / stage, up_to(plan.request, stage), frames)
                 (video,) = output.write(frames, output.formats, pipe.made_with())

@@ -95,6 +95,7 @@ class Guard:
             return message
 
         async def with_headers(message: dict[str, Any]) -> None:
+            """Sends a part of the answer, with HEADERS and the cookie; nothing once the request is refused."""
             nonlocal started
             if left < 0:  # refused
                 return
@@ -128,6 +129,7 @@ def api_app(api: Api) -> App:
     from starlette.responses import FileResponse, JSONResponse, Response
 
     def response(answer: Answer) -> Response:
+        """Returns an answer as HTTP: JSON, or a file."""
         headers = {"Cache-Control": "no-store", **answer.headers}
         if answer.file is None:
             return JSONResponse(dict(answer.content or {}), answer.status, headers)
@@ -139,6 +141,7 @@ def api_app(api: Api) -> App:
         )  # fmt: skip
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request. `Api` runs in a thread, because it reads and writes files."""
         request = Request(scope, receive)
         try:
             body = await request.body()

@@ -126,6 +126,7 @@ def _pool(job: CurationJob, workers: int) -> Iterator[Run]:
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
 
     def run(function: Callable, arguments: Sequence[tuple]) -> Iterator[tuple[tuple, Any]]:
+        """Keeps a few calls for each worker submitted, not all: there may be millions."""
         running, remaining = {}, iter(arguments)
         while True:
             for each in itertools.islice(remaining, 4 * workers - len(running)):
