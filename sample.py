@@ -28,6 +28,7 @@ from tqdm import tqdm
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.remote import Mirror
+from lavie_jax.samples.flags import add_weights, given_stage_weights
 from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
 from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
@@ -141,13 +142,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="videos that base and prediction denoise together (default: one per device)",
     )
-    add(
-        "--weights",
-        type=user_location,
-        metavar="DIR",
-        help=f"weights folder of a stage, a folder of {'/, '.join(STAGE_INFO)}/, or hub:OWNER/NAME[@REVISION] on the "
-        "Hugging Face hub (default: the shipped models)",
-    )
+    add_weights(add)
     add(
         "--lora",
         action="append",
@@ -173,9 +168,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="settings of all stages: official, the weights folders' own; balanced or fast, which save work "
         "(docs/speed.md); flags come before a preset (default: official)",
     )
-    for stage in STAGE_INFO:
-        text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
-        add(f"--{stage}-weights", type=user_location, metavar="DIR", help=text)
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
     add("--overwrite", action="store_true", help="generate existing samples again, and replace them")
     for stage, info in STAGE_INFO.items():
@@ -375,8 +367,7 @@ def run(args: argparse.Namespace) -> None:
         devices = jax.devices()
 
     # ---- requested samples ----
-    named = {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
-    folders = cascade.stage_folders(args.weights, named, args.stages)
+    folders = cascade.stage_folders(args.weights, given_stage_weights(args), args.stages)
     available = [stage for stage in args.stages if stage in folders]
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
     personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))

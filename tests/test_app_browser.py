@@ -24,25 +24,16 @@ from PIL import Image
 
 from lavie_jax.app.server import listen
 from lavie_jax.data.video_files import read_video, save_video
+from tests.browser import browsers, wait_for
 
 pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).parents[1]
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 PHONE = (360, 740)
 PROMPT = "a red circle moving left"
 MARKUP = "<img src=x onerror=alert(1)> {{7*7}} ${6*7}"
 SHOTS = os.environ.get("APP_SCREENSHOTS")
 SHORT = {"steps": 3, "frames": 4, "height": 32, "width": 32}  # a video of about a second
 MAX_UPLOAD = 4  # MiB
-
-
-def wait_for(condition, seconds=300):
-    """Returns the first true value of a condition."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the page does not get there"
-        time.sleep(0.1)
-    return value
 
 
 class Server:
@@ -103,30 +94,10 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def open_page(server):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not (BROWSER and DRIVER):
-        pytest.skip("needs chromium and chromedriver")
-    browsers = []
-
-    def open_in_new_browser(phone=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = BROWSER
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1100"):
-            options.add_argument(flag)
-        if phone:
-            metrics = {"width": PHONE[0], "height": PHONE[1], "pixelRatio": 2, "touch": True}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        browsers.append(browser)
-        browser.get(server.address)
-        return Person(browser)
-
-    yield open_in_new_browser
-    for browser in browsers:
-        severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        browser.quit()
-        assert not severe
+    with browsers(server.address, window=(1280, 1100), phone_screen=PHONE) as (open_in_new_browser, opened):
+        yield lambda phone=False: Person(open_in_new_browser(phone))
+        for browser in opened:
+            assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 class Person:

