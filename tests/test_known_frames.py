@@ -233,8 +233,8 @@ def test_every_frame_of_the_masked_clip_is_a_sample_of_its_own_posterior(pipe):
     assert np.abs(modes.concat - ready.concat).max() > 1e-3
 
 
-def latents_of(pipe, known) -> np.ndarray:
-    model, settings, ready = prepared(pipe, known)
+def latents_of(pipe, known, **given) -> np.ndarray:
+    model, settings, ready = prepared(pipe, known, **given)
     windows = STAGE.windows(ready.shape, settings)
     sampler = make_sampler(settings.sampler, settings.steps, model.weights.schedule)
     plan = denoising.DenoisingPlan(
@@ -242,6 +242,14 @@ def latents_of(pipe, known) -> np.ndarray:
     )
     denoising.denoise(model, [ready], plan)
     return ready.state["x"]
+
+
+def test_exact_predictions_keep_the_latents_of_known_frames(pipe):
+    known, given = {0: PICTURES[0], 2: PICTURES[1]}, {"known_prediction": "exact", "sampler": "dpm++2m"}
+    own = prepared(pipe, known, **given)[2].concat[..., 1:]
+    latents = latents_of(pipe, known, **given)
+    np.testing.assert_allclose(latents[[0, 2]], own[[0, 2]], atol=1e-4)
+    assert np.abs(latents[[1, 3]] - own[[1, 3]]).max() > 0.1
 
 
 @pytest.mark.heavy

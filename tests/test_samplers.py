@@ -281,6 +281,19 @@ def test_the_model_input_of_a_state_on_the_host_stays_on_the_host(name):
         np.testing.assert_array_equal(array, traced)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_prediction_of_known_data_leads_to_the_data(name, prediction):
+    sampler = make_sampler(name, 10, Schedule(prediction=prediction))
+    x0, noise = np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32)
+    state = sampler.init(noise)
+    for i in range(sampler.evaluations):
+        exact = sampler.prediction_of(state, i, x0)
+        state = sampler.update(state, i, exact, np.zeros_like(noise) if sampler.needs_noise else None)
+    left = (1 - sampler.final_level) ** 0.5  # noise, of samplers that end before level 1
+    np.testing.assert_allclose(state["x"], x0, atol=3 * left + 1e-4)
+
+
 def test_a_shorter_schedule_has_fewer_timesteps():
     schedule = Schedule(steps=20)
     for name in SAMPLERS:

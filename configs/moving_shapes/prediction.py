@@ -37,6 +37,7 @@ def get_config(mode: str = "") -> ConfigDict:
         guidance=2.0,  # the first frame is nearer to the picture than with 4, and follows the caption as well
         known_frames=1,  # clips end where the object has to turn, and the motion of more known frames would continue
         known_latents="mode",
+        known_prediction="exact",  # the mode of a known frame determines its target
     )
     config.data.images = 1
     config.steps = 20_000

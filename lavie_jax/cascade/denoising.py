@@ -11,7 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -25,7 +27,7 @@ from lavie_jax.diffusion.guidance import COMPUTED, NONE, REUSED, Guidance
 from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.temporal_windows import AttentionWindows
 from lavie_jax.program_cache import cached
-from lavie_jax.stages.conditioning import Condition, Evaluation, Prompts, denoiser
+from lavie_jax.stages.conditioning import Condition, Evaluation, KnownLatents, Prompts, denoiser
 from lavie_jax.stages.windows import Window
 
 MAX_BATCHED_PIXELS = 16 * 40 * 64  # latent pixels per device up to which both guidance halves share a UNet call
@@ -49,6 +51,7 @@ class Clip:
         start: latents to which noise is added at the start; None to start from noise.
         concat: condition that is concatenated to the UNet's input channels.
         noise_level: condition of the VSR stage.
+        known: frames whose latents are known, and stay as they are.
         state: the sampler's state; None before the start.
         step: number of the next evaluation.
         change: what the text changed in the last prediction for which that was computed, if it is used again.
@@ -63,6 +66,7 @@ class Clip:
     start: Float[np.ndarray, "t h w c"] | None = None
     concat: Float[np.ndarray, "t h w k"] | None = None
     noise_level: int | None = None
+    known: KnownLatents | None = None
     state: State | None = None
     step: int = 0
     change: Float[np.ndarray, "t h w c"] | None = None
@@ -311,8 +315,9 @@ def _updated(
         part = slice(frames.start, frames.stop)
         state = {name: array[part] for name, array in clip.state.items()}
         noise = clip.noise(clip.step + 1, frames) if sampler.needs_noise else None
-        state, prediction_part = jax.device_put((state, prediction[part]), model.device)
-        return _update(state, i, prediction_part, noise, sampler=sampler)
+        known = clip.known and KnownLatents(*(array[part] for array in clip.known))
+        state, prediction_part, known = jax.device_put((state, prediction[part], known), model.device)
+        return _update(state, i, prediction_part, noise, known, sampler=sampler)
 
     return _by_frames(clip, update)
 
@@ -388,8 +393,12 @@ def _update(
     i: Int[Array, ""],
     prediction: Float[Array, "t h w c"],
     noise: Float[Array, "t h w c"] | None,
+    known: KnownLatents | None,
     *,
     sampler: Sampler,
 ) -> dict[str, Array]:
     """The state of frames after evaluation i; each frame is a row of its own to the sampler."""
+    if known is not None:
+        exact = sampler.prediction_of(state, i, known.latents)
+        prediction = jnp.where(rearrange(known.known, "t -> t 1 1 1"), exact, prediction)
     return sampler.update(state, i, prediction, noise)

@@ -229,7 +229,8 @@ def _prepared(model: StageModel, settings: Settings, samples: Sequence[Sample], 
 
         clip = Clip(
             text=text, null_text=null_text, shape=shape, noise=noise, concat=concat, noise_level=noise_level,
-            start=stage.start(model, settings, frames), save=functools.partial(sample.cache.save_state, name),
+            start=stage.start(model, settings, frames), known=stage.known_latents(settings, concat),
+            save=functools.partial(sample.cache.save_state, name),
         )  # fmt: skip
         if saved := sample.cache.load_state(name):
             clip.step, clip.state = saved

@@ -38,7 +38,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
-from lavie_jax.diffusion.schedule import Schedule, split_prediction
+from lavie_jax.diffusion.schedule import Schedule, join_prediction, split_prediction
 from lavie_jax.diffusion.spacing import spaced_timesteps
 
 State = dict[str, Array | np.ndarray]
@@ -158,6 +158,13 @@ class Sampler:
             The next state, in the same structure, shapes and dtypes.
         """
         raise NotImplementedError
+
+    def prediction_of(self, state: State, i: int | Array, x0: Float[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
+        """Returns the prediction for `model_input(state, i)` that stands for `x0`, for data that is known."""
+        alpha, sigma = entries(self._level_index(i), np.sqrt(self.levels), np.sqrt(1 - self.levels))
+        x0 = jnp.asarray(x0, jnp.float32)
+        eps = (self._x_t(state, i) - alpha * x0) / sigma
+        return join_prediction(self.schedule.prediction, x0, eps, alpha, sigma)
 
     def _x_t(self, state: State, i: int | Array) -> ArrayLike:
         return state["x"]

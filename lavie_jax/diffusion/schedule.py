@@ -121,12 +121,7 @@ class Schedule:
         self, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
     ) -> Float[Array, "b ..."]:
         """Returns the prediction target of the network for the input `add_noise(x0, eps, t)`."""
-        if self.prediction == "epsilon":
-            return eps
-        if self.prediction == "sample":
-            return x0
-        alpha, sigma = self._alpha_sigma(t, x0.ndim)
-        return alpha * eps - sigma * x0
+        return join_prediction(self.prediction, x0, eps, *self._alpha_sigma(t, x0.ndim))
 
     def x0_and_eps(
         self, prediction: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Int[ArrayLike, "..."]
@@ -172,3 +167,18 @@ def split_prediction(
         return prediction, (x_t - alpha * prediction) / sigma
     # v_prediction: (x_t, v) is (x0, eps) turned by the angle whose cosine is alpha (arXiv 2202.00512, app. D)
     return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
+
+
+def join_prediction(
+    kind: str,
+    x0: Float[Array, "*shape"],
+    eps: Float[Array, "*shape"],
+    alpha: Float[ArrayLike, "..."],
+    sigma: Float[ArrayLike, "..."],
+) -> Float[Array, "*shape"]:
+    """Returns the prediction of the given kind that stands for x0 and eps; the inverse of `split_prediction`."""
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x0
+    return alpha * eps - sigma * x0

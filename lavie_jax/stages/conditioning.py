@@ -28,6 +28,13 @@ class Condition(NamedTuple):
     noise_level: Int[Array, " b"] | None = None  # of the low-resolution frames (super-resolution)
 
 
+class KnownLatents(NamedTuple):
+    """Which frames of a clip are known, and the latents of all of its frames, of which only theirs are used."""
+
+    known: Bool[ArrayLike, " t"]
+    latents: Float[ArrayLike, "t h w c"]
+
+
 class Text(NamedTuple):
     """Encoded captions of the videos and of the images; None if the batch has no videos or no images.
 

@@ -24,7 +24,7 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.stages.base import STAGE as BASE
 from lavie_jax.stages.clips import ClipInfo, check_sides, fitted, to_float
-from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
+from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips, KnownLatents
 from lavie_jax.stages.settings import KnownFrames, PredictionSettings, check_derived
 from lavie_jax.stages.stage import (
     CONDITION_STREAM,
@@ -227,6 +227,13 @@ class Prediction(Stage):
             noise = np.asarray(model.frame_noise(seed, CONDITION_STREAM, numbers, side))
         masked_latents = model.encode(clip, noise)
         return np.asarray(self.condition({"mask": mask[None], "masked_latents": masked_latents[None]}).concat[0]), None
+
+    def known_latents(self, settings: PredictionSettings, concat: Float[np.ndarray, "t h w k"]) -> KnownLatents | None:
+        """As the replacement of known frames by their noised latents (arXiv 2204.03458, section 3.1), in terms of the
+        prediction, which suits every sampler."""
+        if settings.known_prediction == "network":
+            return None
+        return KnownLatents(known=concat[:, 0, 0, 0] < 0.5, latents=concat[..., 1:])
 
     def finish(
         self, decoded: UInt8[np.ndarray, "n H W 3"], start: int, settings: PredictionSettings, frames: SegmentInput

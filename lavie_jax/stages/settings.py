@@ -216,6 +216,10 @@ class PredictionSettings(Settings):
         default="sample",
         choices=("sample", "mode"),
     )
+    known_prediction: str = field(
+        "the prediction at known frames: the network's, as in SEINE, or the exact one, which keeps their latents",
+        metavar="NAME", default="network", choices=("network", "exact"),
+    )  # fmt: skip
     keep_known_frames: bool = field(
         "copy the known frames' pixels into the result", default=False, flag="keep-known-frames"
     )

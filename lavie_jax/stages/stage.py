@@ -21,6 +21,7 @@ from lavie_jax.stages.conditioning import (
     Condition,
     ConditionSetup,
     EncodedClips,
+    KnownLatents,
     SampleTimesteps,
     TrainingPair,
     frame_timesteps,
@@ -303,6 +304,10 @@ class Stage:
 
         `frames` is what `segment_input` returns.
         """
+        return None
+
+    def known_latents(self, settings: Settings, concat: Float[np.ndarray, "t h w k"] | None) -> KnownLatents | None:
+        """Returns the frames whose latents are kept during denoising, from what `prepare` returned; None for none."""
         return None
 
     def attention_windows(self, settings: Settings) -> AttentionWindows | None:
