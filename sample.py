@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.remote import Mirror
-from lavie_jax.samples.flags import add_weights, given_stage_weights
+from lavie_jax.samples.flags import add_dtype, add_weights, given_stage_weights
 from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
 from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
@@ -142,6 +142,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="videos that base and prediction denoise together (default: one per device)",
     )
+    add_dtype(add)
     add_weights(add)
     add(
         "--lora",
@@ -394,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.mirror.url or args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
         return
-    dtype = jax.numpy.dtype(cascade.default_dtype(devices))
+    dtype = cascade.compute_dtype(args.dtype, devices, [weights[stage] for stage in settings])
     caches = [output.cache(dtype.name) for output in todo]
     for cache in caches if not args.overwrite else ():
         cache.check()

@@ -71,7 +71,7 @@ def cudnn(monkeypatch):
     """Traces as on a Hopper GPU with cuDNN, without one."""
     from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 
-    monkeypatch.setattr(attention_module, "_platform", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(stablehlo, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
@@ -103,14 +103,14 @@ def test_a_gpu_without_cudnn_or_with_a_mask_uses_the_other_kernels(cudnn, monkey
     masked = lambda q, k, v: attention(q, k, v, mask=jnp.ones((2, 256), bool))  # noqa: E731
     assert "__cudnn" not in lowered_for_cuda(masked, *args)
     monkeypatch.undo()
-    monkeypatch.setattr(attention_module, "_platform", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
     assert "custom_call" not in lowered_for_cuda(attention, *args)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(8, 2), (8, 3), (3, 2)])
 def test_flash_on_a_mesh_is_split_by_rows_and_heads(batch, heads, monkeypatch):
     """Lowering fails for a Pallas kernel, or its gradient, that the compiler would have to partition."""
-    monkeypatch.setattr(attention_module, "_platform", lambda: "tpu")  # which `auto` calls
+    monkeypatch.setattr(attention_module, "platform", lambda: "tpu")  # which `auto` calls
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     x = jax.ShapeDtypeStruct((batch, 128, heads, 64), jnp.bfloat16, sharding=parallel.replicated(mesh))
     grad = jax.grad(lambda x: attention(x, x, x).astype(jnp.float32).sum())
@@ -252,7 +252,7 @@ def test_rotary_embedding_is_the_same_on_a_tpu(dtype, monkeypatch):
     wanted = np.stack([pair.real, pair.imag], -1)
     given = np.asarray(result, np.float64)[..., [0, 1, 12, 13]].reshape(wanted.shape)
     np.testing.assert_allclose(given, wanted, atol=1e-6 if dtype == jnp.float32 else 2e-2)
-    monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
+    monkeypatch.setattr("lavie_jax.models.attention.platform", lambda: "tpu")
     np.testing.assert_array_equal(rotary_embedding(x, 2, 8), result)
     with pytest.raises(ValueError, match="must be even, not 3"):
         rotary_embedding(x[..., :6], 2, 2)

@@ -80,7 +80,7 @@ def test_the_peak_is_configured_or_looked_up():
 
 def test_products_that_only_move_data_are_not_counted(monkeypatch):
     """On TPUs a product swaps rotary pairs, in forward and backward passes and under rematerialisation."""
-    monkeypatch.setattr("lavie_jax.models.attention._platform", lambda: "tpu")
+    monkeypatch.setattr("lavie_jax.models.attention.platform", lambda: "tpu")
     rotated = lambda x: rotary_embedding(x, 2, 8).sum()  # noqa: E731
     x = jnp.zeros((1, 4, 32))
     assert "dot_general" in str(jax.make_jaxpr(jax.grad(rotated))(x))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavie_jax.errors import Parser, UserError, one_line_errors
-from lavie_jax.samples.flags import add_weights, given_stage_weights
+from lavie_jax.samples.flags import add_dtype, add_weights, given_stage_weights
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 SHIPPED_EXAMPLES = (
@@ -54,6 +54,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="pixels in all frames of the largest video, in millions (default: %(default)s; LaVie's full size is 160)",
     )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
+    add_dtype(add)
     args = parser.parse_args(argv)
     for name in ("max_queue", "max_upload", "max_megapixels", "fsdp"):
         if not getattr(args, name) > 0:
@@ -82,7 +83,9 @@ def _run(args: argparse.Namespace) -> None:
 
         folders = given_stage_weights(args)
         pixels = args.max_megapixels * 1e6
-        engine = Engine(store, weights=args.weights, folders=folders, most_pixels=pixels, fsdp=args.fsdp)
+        engine = Engine(
+            store, weights=args.weights, folders=folders, most_pixels=pixels, fsdp=args.fsdp, dtype=args.dtype
+        )
         queue = JobQueue(
             store,
             lambda wanted, inputs: engine.plan(wanted, inputs).notes,

@@ -29,7 +29,7 @@ from lavie_jax.samples.outputs import Output, make_request, up_to
 from lavie_jax.samples.pictures import by_frame, read_pictures
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.clips import ClipInfo, free_memory
-from lavie_jax.stages.settings import STAGE_INFO, Settings
+from lavie_jax.stages.settings import AUTO, STAGE_INFO, Settings
 from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, folder_hash, load_folder
 
@@ -92,6 +92,7 @@ class Engine:
         folders: Mapping[str, str | Path] | None = None,
         most_pixels: float = float("inf"),
         fsdp: int = 1,
+        dtype: str = AUTO,
     ):
         """Finds devices and weights. Parameters are loaded when they are first needed.
 
@@ -101,6 +102,7 @@ class Engine:
             folders: {stage: folder} of weights that are elsewhere.
             most_pixels: the most pixels that a video may have, in all frames of its last stage.
             fsdp: number of devices that each weight is split over.
+            dtype: see `cascade.load`.
 
         Raises:
             UserError: there is no device, or a folder is missing or incomplete.
@@ -110,6 +112,7 @@ class Engine:
         self.store, self.most_pixels, self.fsdp = store, most_pixels, fsdp
         self.folders = cascade.stage_folders(weights, folders)
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
+        self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
         self.rates: dict[str, float] = {}
         self._loaded: dict[str, Weights] = {}
         self._cascade: tuple[Any, cascade.Cascade] | None = None  # what is merged into the weights, and the models
@@ -249,7 +252,7 @@ class Engine:
         key = plan.personal.record()
         if self._cascade is None or self._cascade[0] != key:
             self._cascade = None  # frees the device first
-            self._cascade = key, cascade.Cascade({}, devices=self.devices, fsdp=self.fsdp)
+            self._cascade = key, cascade.Cascade({}, dtype=self.dtype, devices=self.devices, fsdp=self.fsdp)
         pipe = self._cascade[1]
         if not set(plan.settings) <= set(pipe.weights):
             merged, _ = plan.personal.apply({stage: self._loaded[stage] for stage in plan.settings})

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -29,6 +28,8 @@ from jaxtyping import UInt8
 
 import lavie_jax
 from lavie_jax import parallel
+from lavie_jax.cascade.dtypes import compute_dtype as compute_dtype
+from lavie_jax.cascade.dtypes import default_dtype as default_dtype
 from lavie_jax.cascade.known import check_known, fitting_notes
 from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
@@ -79,7 +80,7 @@ def load(
             the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
-        dtype: of parameters and computation. Default: see `default_dtype`.
+        dtype: of parameters and computation: "float32", "bfloat16" or "auto", see `default_dtype`.
         devices: the devices that share samples and windows. Default: all of this process.
         fsdp: the number of devices that each weight is split over, for models too large for one device.
         loras: LoRA files of Stable Diffusion 1.x, each a path or (path, scale). They are merged, in this order, into
@@ -89,7 +90,7 @@ def load(
     Raises:
         UserError: a folder is missing, incomplete, damaged or of another stage; the hub cannot be reached, or does not
             have the repository or the revision; a stage has no weights; `fsdp` does
-            not divide the devices; a LoRA or embedding belongs to another model.
+            not divide the devices; the dtype is unknown; a LoRA or embedding belongs to another model.
     """
     _mesh(devices, fsdp)  # raises before anything is read
     personal = Personal.read(loras, embeddings)
@@ -144,11 +145,6 @@ def stage_folder(path: str | os.PathLike | None, stage: str) -> Path:
 def _no_weights(stage: str, available: Iterable[str]) -> UserError:
     names = ", ".join(available) or "none"
     return UserError(f"stage {stage} has no weights; available stages: {names}. Give --{stage}-weights")
-
-
-def default_dtype(devices: Sequence[jax.Device]) -> DTypeLike:
-    """float32 on a CPU, where bfloat16 is slower; bfloat16 elsewhere."""
-    return jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
 
 
 # ---- settings ----
@@ -240,7 +236,7 @@ class Cascade:
         self.weights = dict(weights)
         self.mesh = _mesh(devices, fsdp)
         self.devices = list(self.mesh.devices.flat)
-        self.dtype = jnp.dtype(dtype or default_dtype(self.devices))
+        self.dtype = compute_dtype(dtype, self.devices, self.weights.values())
         self._model = None
 
     def __repr__(self) -> str:

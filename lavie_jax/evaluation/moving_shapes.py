@@ -31,6 +31,7 @@ from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, s
 from lavie_jax.evaluation.cascade import downscaled
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.models.vae import VAE
+from lavie_jax.samples.flags import add_dtype
 from lavie_jax.stages.interpolation import KEY_FRAME_SPACING
 from lavie_jax.stages.settings import MAIN_STAGE, parse_stages
 from lavie_jax.text_files import read_json
@@ -153,6 +154,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="default: the weights' own, also for --steps and --guidance")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
+    add_dtype(parser.add_argument)
     parser.add_argument("--json", type=Path, help="write the tables to this file")
 
 
@@ -211,7 +213,7 @@ def _generator(args: argparse.Namespace) -> tuple[Mapping, Callable[[list[Sample
     if args.vae:
         sampling = read_json(weights / "config.json").get("sampling") or DEFAULTS
         return sampling, lambda samples: reconstructed(weights, samples)
-    pipe = cascade.load(args.weights, stages=args.stages)
+    pipe = cascade.load(args.weights, stages=args.stages, dtype=args.dtype)
 
     def generate(samples: list[Sample]) -> Videos:
         captions = [sample.caption for sample in samples]

@@ -107,7 +107,8 @@ def _measure(args: argparse.Namespace) -> dict:
     elif args.vae:
         clips = reconstructed(weights, samples)
     else:
-        clips = generated(cascade.load(args.weights, stages=args.stages), captions, args, images=args.images)
+        pipe = cascade.load(args.weights, stages=args.stages, dtype=args.dtype)
+        clips = generated(pipe, captions, args, images=args.images)
     found = [detect_pair(clip, fps=sampling["fps"]) for clip in clips]
     outcomes = [outcome(one, sample.objects) for one, sample in zip(found, samples)]
     if args.sheet is not None:

@@ -192,7 +192,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> dict:
     folder, start = cascade.stage_folder(args.weights, STAGE), time.perf_counter()
-    model = Model(cascade.load(folder, stages=(STAGE,)), args)
+    model = Model(cascade.load(folder, stages=(STAGE,), dtype=args.dtype), args)
     sampling = model.settings.to_dict()
     shape = {name: sampling[name] for name in ("height", "width", "frames", "fps")}
     samples, moving = (

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from lavie_jax.models.layers import Frames, conv, dense, items_to_frames, on_video, per_frame, timestep_features
+from lavie_jax.models.precision import dot_general
 from lavie_jax.models.unet_config import UNetConfig
 
 BETWEEN_KEYS = (-1, 0, 1, 2)  # frame offsets; the mean of their key frames is the cross-fade between two key frames
@@ -147,7 +148,7 @@ class MotionEmbedding(nn.Module):
         channels: int,
     ) -> Float[Array, "b t h w c"]:
         def dense(name, init=nn.linear.default_kernel_init):
-            return nn.Dense(channels, dtype=self.dtype, kernel_init=init, name=name)
+            return nn.Dense(channels, dtype=self.dtype, kernel_init=init, dot_general=dot_general, name=name)
 
         def positions(length):
             return timestep_features(jnp.linspace(0.0, self.SPAN, length), channels).astype(self.dtype)

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from lavie_jax.models.placement import HEADS_AXIS, batch_axes, can_place, missing_rows, rows_per_device
+from lavie_jax.models.precision import accumulator, platform
 
 KERNELS = ("auto", "xla", "dot_product", "cudnn", "blockwise", "flash")
 FLASH_BLOCK = 128  # smallest block of the Pallas kernel, which rejects lengths that are not multiples of it
@@ -95,7 +96,7 @@ def _choose_kernel(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, plain:
     sk = k_shape[1]
     if not plain:
         return "xla"
-    if _platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and can_place(batch):
+    if platform() == "tpu" and sq % FLASH_BLOCK == 0 and sk % FLASH_BLOCK == 0 and can_place(batch):
         return "flash"
     # Shapes are global here, but a device materializes the scores of its own rows.
     return "blockwise" if 4 * rows_per_device(batch) * heads * sq * sk > LARGE_SCORES else "xla"
@@ -106,7 +107,7 @@ def _fits_cudnn(q: Array, k: Array) -> bool:
 
     Heads may have other widths than powers of two, such as Stable Diffusion's 40 and 80; 160 is too wide on most GPUs.
     """
-    if _platform() not in ("gpu", "cuda") or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if platform() not in ("gpu", "cuda") or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     if q.shape[-1] % 8 or q.shape[-1] > 128 or q.shape[1] % 2 or k.shape[1] % 2 or k.shape[1] < CUDNN_KEYS:
         return False
@@ -115,12 +116,6 @@ def _fits_cudnn(q: Array, k: Array) -> bool:
     except (NotImplementedError, RuntimeError, ValueError):  # no cuDNN, an older one, or an older GPU
         return False
     return True
-
-
-def _platform() -> str:
-    """Returns the platform that the program is traced for: the context mesh's (possibly absent) devices, or jax's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _xla(q, k, v, bias, mask, causal):
@@ -144,7 +139,7 @@ def _xla(q, k, v, bias, mask, causal):
         return (out / (total if mask is None else jnp.where(total == 0, 1, total))).astype(v.dtype)
 
     plain, longest = bias is None and mask is None and not causal, min(q.shape[2], k.shape[2])
-    if plain and longest >= CPU_LOOP and _platform() == "cpu":
+    if plain and longest >= CPU_LOOP and platform() == "cpu":
         # One head at a time fits in a CPU's cache: three times as fast at 640 tokens.
         heads = [rearrange(x, "b n s k -> (b n) s k") for x in (q, k, v)]
         out = jax.lax.map(lambda head: rows(*head), heads)
@@ -189,7 +184,8 @@ def _blockwise(q, k, v, mask):
             if mask is not None:
                 weights = jnp.where(visible, weights, 0)
             d = d * shrink + weights.sum(-1)
-            o_block = jnp.einsum("bnqs,bsnk->bnqk", weights.astype(values.dtype), values)
+            wide = accumulator(values.dtype)
+            o_block = jnp.einsum("bnqs,bsnk->bnqk", weights.astype(values.dtype), values, preferred_element_type=wide)
             return (m_new, d, o * shrink[..., None] + o_block), None
 
         rows = (batch, heads, q_block)
@@ -275,7 +271,7 @@ def rotary_embedding(x: Float[Array, "b t c"], heads: int, rotary_width: int) ->
 
 def _partners(x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
     """Returns x with the two channels of each pair swapped, in float32."""
-    if _platform() == "tpu":
+    if platform() == "tpu":
         # As a matrix product: by the compiler's estimate, swapping lanes would cost a fifth of all temporal attention.
         # The matrix is computed in the program, which would otherwise hold megabytes of constants per layer.
         channel = jnp.arange(x.shape[-1])

@@ -17,6 +17,7 @@ from einops import rearrange, reduce, repeat
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from lavie_jax.models import precision
 from lavie_jax.models.placement import split_by_rows
 
 # Jitted, so that it is traced once per shape. Flax evaluates its shape for every layer in every call.
@@ -134,7 +135,7 @@ def dense(
 
 def _multiply(x: Float[Array, "n *pixels c"], kernel: Array, *dimensions: Any, **options: Any) -> Array:
     """Computes `lax.dot_general` with the rows sharded as the batch is."""
-    return split_by_rows(jax.lax.dot_general(split_by_rows(x), kernel, *dimensions, **options))
+    return split_by_rows(precision.dot_general(split_by_rows(x), kernel, *dimensions, **options))
 
 
 def _convolve(x: Float[Array, "n *pixels c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
@@ -145,14 +146,15 @@ def _convolve(x: Float[Array, "n *pixels c"], kernel: Array, strides: tuple[int,
     x = split_by_rows(x)
 
     def convolution(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+        return precision.conv_general_dilated(x, kernel, strides, padding, **options)
 
     def product(x, kernel):
         """A 3x3 convolution as one matrix product, which is faster for small frames on a CPU."""
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         height, width = x.shape[1] - 2, x.shape[2] - 2
         shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return jnp.concatenate(shifted, axis=-1) @ rearrange(kernel, "h w i o -> (h w i) o")
+        patches, columns = jnp.concatenate(shifted, axis=-1), rearrange(kernel, "h w i o -> (h w i) o")
+        return jnp.matmul(patches, columns, preferred_element_type=precision.accumulator(x.dtype)).astype(x.dtype)
 
     if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PIXELS:
         return split_by_rows(convolution(x, kernel))

@@ -20,6 +20,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.models.attention import attention
 from lavie_jax.models.config import check_positive, config_from_dict
 from lavie_jax.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample, conv, dense
+from lavie_jax.models.precision import conv_general_dilated
 
 EPS = 1e-6  # of every group norm in a VAE; 1e-5 in the UNet's residual blocks
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -81,8 +82,9 @@ class VAE(nn.Module):
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config, self.dtype, self.attention_kernel)
         self.decoder = Decoder(self.config, self.dtype, self.attention_kernel)
-        self.quant_conv = nn.Conv(2 * latent, (1, 1), dtype=self.dtype)
-        self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=self.dtype)
+        pixelwise = {"padding": 0, "dtype": self.dtype, "conv_general_dilated": conv_general_dilated}
+        self.quant_conv = nn.Conv(2 * latent, (1, 1), **pixelwise)
+        self.post_quant_conv = nn.Conv(latent, (1, 1), **pixelwise)
 
     def __call__(self, images: Float[Array, "*b H W c"]) -> Float[Array, "*b H W d"]:
         """Reconstructs images from the posterior's mean; uses both halves, as initialization must."""

@@ -21,7 +21,7 @@ from lavie_jax.data.video_files import FORMATS
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
 from lavie_jax.samples.outputs import SIDECAR_VERSION, Output, of_stage
 from lavie_jax.samples.prompt_syntax import Reading
-from lavie_jax.samples.provenance import read_request
+from lavie_jax.samples.provenance import read_sample
 from lavie_jax.stages.settings import STAGE_INFO
 
 SCRIPT = scripts() / "sample.py"
@@ -83,12 +83,13 @@ def prepare(file: Path, out: Path, more: Sequence[str]) -> tuple[list[str], Path
     """
     if not file.exists():
         raise UserError(f"{file} does not exist")
-    request = read_request(file)
+    request, dtype = read_sample(file)
     for field, options in FILES.items():
         if request.get(field) and not any(text.split("=")[0] in options for text in more):
             raise UserError(f"{file} was made with files of the user ({field}): give them with {' or '.join(options)}")
     check_folder(out, f"--out {out}")
     options = [*options_of(request), "--no-contact-sheet", f"--out={out}"]
+    options += [f"--dtype={dtype}"] if dtype else []
     format = "png" if file.is_dir() else file.suffix[1:]
     if format in FORMATS:
         options.append(f"--format={format}")

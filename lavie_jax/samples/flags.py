@@ -1,10 +1,10 @@
-"""Flags that `sample.py` and the page share: where the weights are."""
+"""Flags that several commands share: where the weights are, and the dtype of sampling."""
 
 import argparse
 from collections.abc import Callable
 
 from lavie_jax.errors import user_location
-from lavie_jax.stages.settings import STAGE_INFO
+from lavie_jax.stages.settings import AUTO, DTYPES, STAGE_INFO
 
 
 def add_weights(add: Callable[..., object]) -> None:
@@ -20,6 +20,17 @@ def add_weights(add: Callable[..., object]) -> None:
     for stage in STAGE_INFO:
         text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
         add(f"--{stage}-weights", type=user_location, metavar="DIR", help=text)
+
+
+def add_dtype(add: Callable[..., object]) -> None:
+    """Adds --dtype; `add` is the `add_argument` of a parser or of a group."""
+    add(
+        "--dtype",
+        default=AUTO,
+        choices=DTYPES,
+        help="of weights and computation: auto is bfloat16 on accelerators, and on CPUs with AMX or AVX512-BF16 for "
+        "models of full size, else float32 (default: auto)",
+    )
 
 
 def given_stage_weights(args: argparse.Namespace) -> dict[str, str]:

@@ -229,7 +229,7 @@ class Output:
                 self._remove_outdated()
                 part.write_text(text, encoding="utf-8")
                 _replace(part, self.path("json"))
-            metadata = describe(self.request) if self.describe else GENERATED
+            metadata = describe(self.request, made_with.get("dtype")) if self.describe else GENERATED
             for name in formats:
                 saved = save_as(video, part, name, fps=self.final["fps"], metadata=metadata)
                 if self.certificate is not None:

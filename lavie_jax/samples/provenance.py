@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 
 from lavie_jax.data.embedded import Metadata, read_metadata
 from lavie_jax.errors import UserError
+from lavie_jax.stages.settings import DTYPES
 from lavie_jax.text_files import read_json
 
 GENERATED_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -37,9 +38,9 @@ def _packet(description: str) -> str:
 GENERATED = Metadata(xmp=_packet(""))
 
 
-def describe(request: Mapping[str, Any]) -> Metadata:
-    """Returns the metadata of a sample with this request."""
-    comment = json.dumps({REQUEST: request}, ensure_ascii=False)
+def describe(request: Mapping[str, Any], dtype: str | None = None) -> Metadata:
+    """Returns the metadata of a sample with this request, computed in `dtype` if that is known."""
+    comment = json.dumps({REQUEST: request} | ({"dtype": dtype} if dtype else {}), ensure_ascii=False)
     return Metadata(xmp=_packet(request["prompt"]), title=request["prompt"], comment=comment)
 
 
@@ -49,6 +50,11 @@ def read_request(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
+    return read_sample(path)[0]
+
+
+def read_sample(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Returns the request of `read_request`, and the dtype that the sample was computed in, None where not recorded."""
     if path.suffix == ".json":
         content: Any = read_json(path)
     else:
@@ -60,4 +66,6 @@ def read_request(path: Path) -> dict[str, Any]:
     request = content.get(REQUEST) if isinstance(content, dict) else None
     if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
         raise UserError(f"{path} does not contain how it was made: give a video that sample.py wrote, or its JSON file")
-    return request
+    made_with = content.get("made_with")
+    dtype = (made_with if isinstance(made_with, dict) else content).get("dtype")
+    return request, dtype if dtype in DTYPES else None

@@ -14,6 +14,8 @@ from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, wit
 MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
 OFFICIAL = "official"  # the preset without changes: the weights folder's own settings
 PRESETS = (OFFICIAL, "balanced", "fast")
+AUTO = "auto"  # the dtype that is fast on the device
+DTYPES = (AUTO, "float32", "bfloat16")  # of the computation
 
 
 class Flag(NamedTuple):

@@ -19,7 +19,7 @@ from lavie_jax.models.attention import KERNELS
 from lavie_jax.models.unet import REMAT
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
-from lavie_jax.stages.settings import STAGE_INFO
+from lavie_jax.stages.settings import AUTO, DTYPES, STAGE_INFO
 from lavie_jax.training.autoencoder import AutoencoderLoss
 from lavie_jax.training.diffusion import DiffusionLoss
 from lavie_jax.training.distillation import DistillConfig
@@ -60,8 +60,8 @@ class RunConfig:
     accumulate: int = field("parts that a batch is processed in, one after the other", default=1, low=1)
     dtype: str = field(
         "dtype of the computation; auto is bfloat16 on accelerators and float32 on CPUs",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
+        default=AUTO,
+        choices=DTYPES,
     )
     remat: str = field(
         "saves memory: block recomputes each block in the backward pass, full each layer as well; offload keeps the "

@@ -1,0 +1,44 @@
+"""The dtype of parameters and computation in sampling."""
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lavie_jax.errors import UserError, suggest
+from lavie_jax.models.precision import cpu_multiplies_bfloat16
+from lavie_jax.stages.settings import AUTO, DTYPES
+from lavie_jax.stages.stage import StageWeights
+
+FULL_WIDTH = 512  # channels of the widest level from which a UNet counts as one of full size
+
+
+def compute_dtype(
+    dtype: DTypeLike | None, devices: Sequence[jax.Device], weights: Iterable[StageWeights] = ()
+) -> np.dtype:
+    """Returns the dtype that `dtype` stands for, one of `DTYPES`; None is the same as "auto".
+
+    Raises:
+        UserError: the dtype is not one that the networks compute in.
+    """
+    if dtype is None or dtype == AUTO:
+        return jnp.dtype(default_dtype(devices, weights))
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name!r} is not a dtype of sampling{suggest(name, DTYPES)}")
+    return jnp.dtype(name)
+
+
+def default_dtype(devices: Sequence[jax.Device], weights: Iterable[StageWeights] = ()) -> DTypeLike:
+    """Returns what is fast on these devices: bfloat16 on accelerators, and float32 on most CPUs.
+
+    CPUs that have units for bfloat16 compute models of full size in it. Small models, as the shipped ones are, stay
+    float32 there, so that a sample is the same on all CPUs, up to rounding.
+    """
+    if devices[0].platform != "cpu":
+        return jnp.bfloat16
+    widths = [max(own.unet.config.block_out_channels) for own in weights]
+    full_size = bool(widths) and min(widths) >= FULL_WIDTH
+    return jnp.bfloat16 if full_size and cpu_multiplies_bfloat16() else jnp.float32
