@@ -21,7 +21,7 @@ from pathlib import Path
 from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.inputs import HeldOut
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
-from lavie_jax.curation.pipeline import curate
+from lavie_jax.curation.pipeline import TIME_LIMIT, curate
 from lavie_jax.data.buckets import parse_sizes
 from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 
@@ -71,6 +71,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
+    add(
+        "--time-limit",
+        type=float,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="drop a video as unreadable if a part of it, about a minute, takes a worker longer; 0: no limit "
+        "(default: %(default)g)",
+    )
     filters = parser.add_argument_group("filters")
     for field in dataclasses.fields(Thresholds):
         flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: %(default)s)"
@@ -130,7 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("give either --input, a folder of videos, or --images, captioned images")
         if args.images is None:
             job, table = _job(args), args.captions
-            outcome = curate(args.input, args.out, job, table=table, workers=args.workers, shard_clips=args.shard_clips)
+            outcome = curate(
+                args.input, args.out, job, table=table, workers=args.workers, shard_clips=args.shard_clips,
+                time_limit=args.time_limit,
+            )  # fmt: skip
         else:
             outcome = _encode_images(args)
     print(_summary(outcome, args.out))

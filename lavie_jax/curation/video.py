@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def curate_part(
 ) -> Summary:
     """Writes the result and the kept clips of a part to its folder in `work`. An unreadable file has a result too."""
     began = time.process_time()
-    folder, temporary = work / part.name, work / f".{os.getpid()}-{part.name}"
+    temporary = _temporary(part, work)
     judge = _Judge(part.video, thresholds, captioner, scorer)
 
     def new_folder() -> Path:
@@ -156,13 +157,35 @@ def curate_part(
         # The message must not depend on where the input folder is.
         detail = str(error).replace(os.fspath(part.video.path), part.video.name)
         segments = [Segment(start=0.0, end=0.0, reason=reason, detail=detail)]
-    rows = {"parts": part.count, "segments": [dataclasses.asdict(segment) for segment in segments]}
-    (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
-    temporary.rename(folder)
+    _store(part, segments, temporary, work)
     kept = sum(not segment.reason for segment in segments)
     seconds = sum(segment.end - segment.start for segment in segments if segment.frames)  # decoded files only
     return Summary(seconds, time.process_time() - began, kept, len(segments) - kept)
+
+
+def drop_part(part: Part, work: Path, detail: str) -> Summary:
+    """Stores an unreadable file as the result of a part, whose process crashed or ran out of time."""
+    temporary = _temporary(part, work)
+    temporary.mkdir(parents=True)
+    _store(part, [Segment(start=0.0, end=0.0, reason="unreadable", detail=detail)], temporary, work)
+    return Summary(0.0, 0.0, 0, 1)
+
+
+def _temporary(part: Part, work: Path) -> Path:
+    """Returns a name for the folder of an unfinished result, unlike those of other machines."""
+    return work / f".{uuid.uuid4().hex[:12]}-{part.name}"
+
+
+def _store(part: Part, segments: list[Segment], temporary: Path, work: Path) -> None:
+    """Completes a result and gives it its name."""
+    rows = {"parts": part.count, "segments": [dataclasses.asdict(segment) for segment in segments]}
+    (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
+    folder = work / part.name
+    if read_part(work, part.name) is not None:  # of another machine that was given the same part
+        shutil.rmtree(temporary)
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
+    temporary.rename(folder)
 
 
 def read_result(video: Video, work: Path) -> list[Segment] | None:
