@@ -1,4 +1,4 @@
-"""Functions for worker processes of the curation that crash, hang or are killed; imports little, as workers start often."""
+"""Functions for worker processes that crash, hang or are killed. Imports little, as workers start often."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lavie_jax.errors import UserError
 
 def crash_or_hang(frames):
     """A captioner that does to its process what a decoder may do: it hangs at dark frames and crashes at all others."""
-    if frames.mean() < 90:
+    if frames.mean() < 117:
         time.sleep(600)
     os.abort()
 

@@ -365,7 +365,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(wild, curated, tmp_path,
     for module, name, after in (
         (video.video_files, "encode", 2),
         (pipeline, "curate_part", 3),
-        (pipeline.assemble, "_fields", 19),  # in the second shard
+        (pipeline.assemble, "fields_of", 29),  # in the second shard
         (pipeline.report, "write", 0),
         (pipeline.output, "write_manifest", 0),
     ):
@@ -591,7 +591,7 @@ def test_modules_import_each_other_in_one_direction():
         (("--out", "in/out"), "lies in the input folder"),
         (("--out", "full"), "is not empty (it contains file)"),
         (("--out", "full/file"), "--out 'full/file'"),
-        (("--workers", "0"), "--workers and --shard-clips must be at least 1"),
+        (("--workers", "0"), "--workers must be at least 1"),
         (("--time-limit", "-1"), "--time-limit must be at least 0 seconds"),
         (("--letterbox", "corp"), "did you mean 'crop'"),
         (("--min-frames", "-1"), "--min-frames must be at least 0"),

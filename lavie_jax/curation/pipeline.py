@@ -25,9 +25,8 @@ from lavie_jax.curation.inputs import Video, find_videos
 from lavie_jax.curation.isolation import Interrupted, OutOfTime, Worker
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.models import Captioner, Scorer
-from lavie_jax.curation.video import Part, Summary, curate_part, drop_part, parts_of, read_part
+from lavie_jax.curation.video import LATER, Part, Summary, curate_part, drop_part, parts_of, read_part
 from lavie_jax.errors import UserError
-
 
 TIME_LIMIT = 3600.0  # of a part of about a minute
 
@@ -56,26 +55,19 @@ def curate(
         UserError: before any work, if something is missing or inconsistent, or if `out` contains a finished set or one
             started with other settings.
     """
-    if workers < 1 or shard_clips < 1:
-        raise UserError(f"--workers and --shard-clips must be at least 1; given {workers} and {shard_clips}")
-    if not time_limit >= 0:
-        raise UserError(f"--time-limit must be at least 0 seconds; given {time_limit:g}")
-    _check_libraries()
-    videos = find_videos(folder, table)
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {os.fspath(out)!r} lies in the input folder: name one outside")
-    output.refuse_finished(out)
-    _make_models(job)  # to fail here, once, rather than in every worker
-    encoder = None if job.latents is None else _make_encoder(job.latents)
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1; given {workers}")
+    videos, encoder = prepare(folder, out, job, table=table, shard_clips=shard_clips, time_limit=time_limit)
     settings = job.settings() | ({} if encoder is None else {"latents": encoder.settings()})
     with output.open_output(out, settings | {"shard_clips": shard_clips}) as work:
         summaries = _curate_all(videos, work, job, workers, time_limit)
         bits = job.thresholds.duplicate_bits
-        manifest, dropped = assemble.write_set(
+        manifest, statistics, clips = assemble.write_set(
             videos, work, out, settings=settings, duplicate_bits=bits, shard_clips=shard_clips,
             hold_out=job.hold_out, encoder=encoder,
         )  # fmt: skip
-        report.write(out, manifest, dropped, work, encoder)
+        samples = [clips[rank] for rank in report.sample_ranks(len(clips))]
+        report.write(out, manifest, statistics, samples, work, encoder)
         output.write_manifest(out, manifest)
     shutil.rmtree(work)
     return Outcome(
@@ -87,6 +79,27 @@ def curate(
     )
 
 
+def prepare(
+    folder: Path, out: Path, job: CurationJob, *, table: Path | None, shard_clips: int, time_limit: float
+) -> tuple[list[Video], assemble.LatentWriter | None]:
+    """Checks all settings and loads the models once, before any work; returns the videos and the encoder of latents.
+
+    Raises:
+        UserError: something is missing or inconsistent, or `out` contains a finished set.
+    """
+    if shard_clips < 1:
+        raise UserError(f"--shard-clips must be at least 1; given {shard_clips}")
+    if not time_limit >= 0:
+        raise UserError(f"--time-limit must be at least 0 seconds; given {time_limit:g}")
+    _check_libraries()
+    videos = find_videos(folder, table)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {os.fspath(out)!r} lies in the input folder: name one outside")
+    output.refuse_finished(out)
+    _make_models(job)  # to fail here, once, rather than in every worker
+    return videos, None if job.latents is None else make_encoder(job.latents)
+
+
 def _check_libraries() -> None:
     for name in ("scenedetect", "matplotlib"):
         try:
@@ -95,7 +108,8 @@ def _check_libraries() -> None:
             raise UserError(f"curation needs {name}: {scenes.INSTALL} ({error})") from error
 
 
-def _make_encoder(job: LatentJob) -> assemble.LatentWriter:
+def make_encoder(job: LatentJob) -> assemble.LatentWriter:
+    """Loads the frozen models of a stage."""
     from lavie_jax.curation.latent_encoder import LatentEncoder  # loads jax, which worker processes do not need
 
     return LatentEncoder(job)
@@ -204,11 +218,11 @@ def work_on(worker: Worker | None, part: Part, work: Path, thresholds: Threshold
 
 # ---- in the workers ----
 
-_models: tuple[Captioner | None, Scorer | None] = (None, None)  # loaded once per process
+_models: tuple[Captioner | str | None, Scorer | None] = (None, None)  # loaded once per process
 
 
-def _make_models(job: CurationJob) -> tuple[Captioner | None, Scorer | None]:
-    captioner = None if job.captioner is None else models.make_captioner(job.captioner)
+def _make_models(job: CurationJob) -> tuple[Captioner | str | None, Scorer | None]:
+    captioner = job.captioner if job.captioner in (None, LATER) else models.make_captioner(job.captioner)
     scorer = None if job.aesthetic is None else models.make_scorer(*map(Path, job.aesthetic))
     return captioner, scorer
 
