@@ -1,8 +1,8 @@
 """The index of a set of ArrayRecord shards, stored beside its list of clips, so that many shards open at once.
 
 Without it every shard is opened to count its records, its first record is read, and the list is parsed: minutes for
-10,000 shards. With it a start compares names, sizes and modification times of files. An index that does not describe them
-is ignored.
+10,000 shards. With it a start compares names, sizes and modification times of files. An index that does not describe
+them is ignored.
 """
 
 import contextlib
