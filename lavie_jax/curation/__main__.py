@@ -18,10 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lavie_jax.curation import beam
+from lavie_jax.curation.beam import STAGES
 from lavie_jax.curation.filters import LETTERBOX, Thresholds
 from lavie_jax.curation.inputs import HeldOut
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
-from lavie_jax.curation.pipeline import curate
+from lavie_jax.curation.pipeline import TIME_LIMIT, curate
 from lavie_jax.data.buckets import parse_sizes
 from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 
@@ -71,6 +73,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
+    add(
+        "--time-limit",
+        type=float,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="drop a video as unreadable if a part of it, about a minute, takes a worker longer; 0: no limit "
+        "(default: %(default)g)",
+    )
+    engine = parser.add_argument_group("Apache Beam")
+    engine.add_argument("--runner", metavar="NAME", help="run on this runner of Apache Beam, such as DirectRunner")
+    engine.add_argument(
+        "--until",
+        choices=STAGES,
+        default=STAGES[-1],
+        help="end after this stage; the same command, on the same or other machines, runs the others later",
+    )
+    engine.add_argument("runner_options", nargs="*", metavar="-- OPTIONS", help="options of the runner, after --")
     filters = parser.add_argument_group("filters")
     for field in dataclasses.fields(Thresholds):
         flag, text = f"--{field.name.replace('_', '-')}", f"{field.metadata['help']} (default: %(default)s)"
@@ -126,14 +145,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with one_line_errors():
         args = _parse(argv)
+        if args.runner is None and (args.runner_options or args.until != STAGES[-1]):
+            raise UserError("--until and options of a runner need --runner NAME")
+        if args.runner is not None and args.images is not None:
+            raise UserError("--runner is for --input; --images runs on all devices of this machine")
         if (args.input is None) == (args.images is None):
             raise UserError("give either --input, a folder of videos, or --images, captioned images")
         if args.images is None:
             job, table = _job(args), args.captions
-            outcome = curate(args.input, args.out, job, table=table, workers=args.workers, shard_clips=args.shard_clips)
+            options = {"table": table, "workers": args.workers, "shard_clips": args.shard_clips,
+                       "time_limit": args.time_limit}  # fmt: skip
+            if args.runner is None:
+                outcome = curate(args.input, args.out, job, **options)
+            else:
+                outcome = beam.curate(
+                    args.input, args.out, job, runner=args.runner, options=args.runner_options, until=args.until,
+                    **options,
+                )  # fmt: skip
         else:
             outcome = _encode_images(args)
-    print(_summary(outcome, args.out))
+    print(_summary(outcome, args.out) if outcome else f"finished stage {args.until}; run the others without --until")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""Near-duplicates: clips that show the same thing, possibly at another size, rate or compression."""
+"""Near-duplicates: clips that show the same thing, possibly at another size, rate or compression.
+
+Of near-duplicates the first is kept: a clip is dropped if and only if an earlier one that is kept is near it. Being
+near is not transitive: of A, B and C, where B is near both others and they are not near each other, A and C are kept.
+"""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8, UInt64
 from PIL import Image
 
 MOMENTS = 4  # frames of a clip, each with a difference hash of 64 bits
@@ -38,32 +43,101 @@ def _resize(frame: UInt8[np.ndarray, "h w 3"], width: int, height: int) -> UInt8
     return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), Image.Resampling.BOX))
 
 
-class HashIndex:
-    """An index that finds similar hashes without comparing all of them.
+@dataclasses.dataclass(frozen=True)
+class Fingerprints:
+    """The hashes of many clips, as arrays.
 
-    Two hashes that differ in at most k bits agree in at least one of k + 1 parts (pigeonhole principle). A clip is
-    therefore compared only with clips that share a part, and no near-duplicate is missed.
+    Attributes:
+        ids: numbers that increase in the order of the clips: the first of near-duplicates is kept.
+        bits: the 256 bits of each hash, in words.
+        colours: mean colours of 64 squares.
     """
+
+    ids: Int64[np.ndarray, " n"]
+    bits: UInt64[np.ndarray, "n 4"]
+    colours: UInt8[np.ndarray, "n 192"]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], hashes: Sequence[PerceptualHash]) -> "Fingerprints":
+        """Returns the arrays of some hashes."""
+        bits = np.frombuffer(b"".join(bytes.fromhex(each.bits) for each in hashes), np.uint64)
+        colours = np.frombuffer(b"".join(bytes.fromhex(each.colours) for each in hashes), np.uint8)
+        return cls(
+            np.array(ids, np.int64), rearrange(bits, "(n w) -> n w", w=4), rearrange(colours, "(n c) -> n c", c=192)
+        )
+
+    @classmethod
+    def concatenated(cls, parts: Iterable["Fingerprints"]) -> "Fingerprints":
+        """Joins batches; returns an empty one of none."""
+        parts = [cls.of((), ()), *parts]
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, chosen: np.ndarray) -> "Fingerprints":
+        return Fingerprints(self.ids[chosen], self.bits[chosen], self.colours[chosen])
+
+
+def part_keys(bits: UInt64[np.ndarray, "n 4"], max_bits: int) -> UInt64[np.ndarray, "n parts"]:
+    """Returns the keys of each hash: near-duplicates have at least one of them in common, in the same column.
+
+    Two hashes that differ in at most k bits agree in at least one of k + 1 parts (pigeonhole principle). A part has
+    bits from all over the hash, as the bits of a flat region are alike in many clips. Equal parts have equal keys;
+    unequal ones may have, if they are longer than a key.
+    """
+    single = np.unpackbits(bits.view(np.uint8), axis=1)
+    keys = np.zeros((len(bits), max_bits + 1), np.uint64)
+    for part in range(max_bits + 1):
+        packed = np.packbits(single[:, part :: max_bits + 1], axis=1)
+        packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
+        for word in np.ascontiguousarray(packed).view(np.uint64).T:
+            keys[:, part] = keys[:, part] * np.uint64(0x9E3779B97F4A7C15) + word
+    return keys
+
+
+def are_near(
+    bits_a: UInt64[np.ndarray, "n 4"],
+    bits_b: UInt64[np.ndarray, "#n 4"],
+    colours_a: UInt8[np.ndarray, "n 192"],
+    colours_b: UInt8[np.ndarray, "#n 192"],
+    max_bits: int,
+) -> Bool[np.ndarray, " n"]:
+    """Returns which pairs are near-duplicates; the second of all pairs may be one hash."""
+    near = np.bitwise_count(bits_a ^ bits_b).sum(axis=1, dtype=np.int64) <= max_bits
+    close = np.flatnonzero(near)
+    other = colours_b[close] if len(colours_b) == len(colours_a) else colours_b
+    apart = np.abs(colours_a[close].astype(np.int16) - other).max(axis=1, initial=0)
+    near[close] = apart <= MAX_COLOUR_DIFFERENCE
+    return near
+
+
+class HashIndex:
+    """An index that finds similar hashes by their `part_keys`, without comparing all of them."""
 
     def __init__(self, max_bits: int):
         self.max_bits = max_bits
-        self.parts = np.array_split(np.arange(HASH_BITS), max_bits + 1)
-        self.bits: list[np.ndarray] = []
-        self.colours: list[np.ndarray] = []
-        self.positions: dict[tuple[int, bytes], list[int]] = {}  # (part, its bits) -> positions of clips
+        self._count = 0
+        self._bits = np.zeros((1024, 4), np.uint64)
+        self._colours = np.zeros((1024, 192), np.uint8)
+        self._positions: dict[tuple[int, int], list[int]] = {}  # (part, its key) -> positions of clips
 
     def find_or_add(self, new: PerceptualHash) -> int | None:
         """Returns the position of the first near-duplicate, counted from 0; adds the hash and returns None if none."""
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(new.bits), np.uint8))
-        squares = np.frombuffer(bytes.fromhex(new.colours), np.uint8)
-        colours = rearrange(squares, "(hw c) -> hw c", c=3).astype(int)
-        keys = [(i, bits[part].tobytes()) for i, part in enumerate(self.parts)]
-        for position in sorted({position for key in keys for position in self.positions.get(key, ())}):
-            far = np.abs(self.colours[position] - colours).max() > MAX_COLOUR_DIFFERENCE
-            if not far and (self.bits[position] != bits).sum() <= self.max_bits:
-                return position
+        return self.find_or_add_row(Fingerprints.of((0,), (new,)))
+
+    def find_or_add_row(self, one: Fingerprints) -> int | None:
+        """Does the same for a single row."""
+        keys = list(enumerate(part_keys(one.bits, self.max_bits)[0].tolist()))
+        found = np.unique([position for key in keys for position in self._positions.get(key, ())]).astype(int)
+        near = are_near(self._bits[found], one.bits, self._colours[found], one.colours, self.max_bits)
+        if near.any():
+            return int(found[np.argmax(near)])
+        if self._count == len(self._bits):
+            self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
+            self._colours = np.concatenate([self._colours, np.zeros_like(self._colours)])
+        self._bits[self._count], self._colours[self._count] = one.bits[0], one.colours[0]
         for key in keys:
-            self.positions.setdefault(key, []).append(len(self.bits))
-        self.bits.append(bits)
-        self.colours.append(colours)
+            self._positions.setdefault(key, []).append(self._count)
+        self._count += 1
         return None

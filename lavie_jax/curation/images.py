@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def encode_images(source: str, out: Path, job: LatentJob, *, shard_clips: int = 
             "settings": settings,
             "pictures": len(rows),
             "dropped": dropped,
-            "latents": encoder.manifest("image", rows),
+            "latents": encoder.manifest("image", Counter(Path(row["shard"]).parent.name for row in rows)),
             "files": output.file_hashes(out, [*paths, out / output.CLIPS, out / output.DROPPED]),
         }
         output.write_manifest(out, manifest)

@@ -9,8 +9,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +117,13 @@ class LatentEncoder:
             part = video_files.read_video(clip, frames=length, fps=self.fps, start=first / self.fps)
             yield transforms.resize_crop(part, height=size[0], width=size[1], rng=None)
 
-    def manifest(self, medium: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-        """Returns the manifest's entry `latents` for the rows that `write` returned."""
-        counts = Counter(str(Path(row["shard"]).parent) for row in rows)
+    def manifest(self, medium: str, counts: Mapping[str, int]) -> dict[str, object]:
+        """Returns the manifest's entry `latents`, given the number of records in the folder of each size."""
         return {
             "format": latents.FORMAT,
             "medium": medium,
             "dtype": "float16",
-            "sizes": [[list(size), counts[size_name(size)]] for size in self.sizes if counts[size_name(size)]],
+            "sizes": [[list(size), counts[size_name(size)]] for size in self.sizes if counts.get(size_name(size))],
             "fps": self.fps,
             "null_caption": self.null_caption,
             "made_from": self.name,
@@ -138,40 +136,46 @@ class LatentEncoder:
         Returns:
             The paths of the files; a row for each record: shard, index, SHA-256 of its latents, and its fields.
         """
-        with video_files.finished(out / latents.NULL_TEXT) as temporary, temporary.open("wb") as file:
-            np.save(file, self.text(self.null_caption))
-        paths, rows = [], []
+        paths, rows = [self.write_null_text(out)], []
         with tqdm(total=len(records), desc="latents", unit="clip") as bar:
             for size in self.sizes:
                 of_size = [record for record in records if record.size == size]
                 for number, first in enumerate(range(0, len(of_size), shard_clips)):
                     path = out / size_name(size) / f"{NAME}-{number:05d}{shards.SUFFIX}"
-                    rows += self._write_shard(of_size[first : first + shard_clips], path, out, bar)
+                    rows += self.write_shard(of_size[first : first + shard_clips], path, out, bar.update)
                     paths.append(path)
         for stale in set(out.glob(f"*/*{shards.SUFFIX}")) - set(paths):
             stale.unlink()  # left by an interrupted run that had more videos
-        return [*paths, out / latents.NULL_TEXT], rows
+        return [*paths[1:], paths[0]], rows
 
-    def _write_shard(self, records: Sequence[PendingRecord], path: Path, out: Path, bar: tqdm) -> list[dict]:
-        """Writes a shard, unless it exists with these records, and returns its rows."""
+    def write_null_text(self, out: Path) -> Path:
+        """Writes the encoded null caption of a set; returns its path."""
+        with video_files.finished(out / latents.NULL_TEXT) as temporary, temporary.open("wb") as file:
+            np.save(file, self.text(self.null_caption))
+        return out / latents.NULL_TEXT
+
+    def write_shard(
+        self, records: Sequence[PendingRecord], path: Path, out: Path, done: Callable[[int], Any]
+    ) -> list[dict]:
+        """Writes a shard, unless it exists with these records, and returns its rows. Calls `done` with clip counts."""
         for partial in path.parent.glob(f".[0-9]*-{path.name}"):  # left by a killed run
             partial.unlink()
         name = path.relative_to(out).as_posix()
         rows = _read_rows(path, name)
         if rows is not None and [_fields(row) for row in rows] == [dict(record.fields) for record in records]:
-            bar.update(len(rows))
+            done(len(rows))
             return rows
-        shards.write_shard(self._encoded(records, bar), path)
+        shards.write_shard(self._encoded(records, done), path)
         return _read_rows(path, name)
 
-    def _encoded(self, records: Sequence[PendingRecord], bar: tqdm) -> Iterator[dict[str, Any]]:
+    def _encoded(self, records: Sequence[PendingRecord], done: Callable[[int], Any]) -> Iterator[dict[str, Any]]:
         """Yields the finished records in order. Frames of the next one are prepared while the devices compute."""
         with contextlib.closing(_prefetched(records)) as prepared:
             for record, parts in prepared:
                 stored = np.concatenate([self.latents(part, str(record.fields["source"])) for part in parts])
                 text = self.text(record.fields["caption"])
                 yield {**latents.packed("latents", stored), **latents.packed("text", text), **record.fields}
-                bar.update()
+                done(1)
 
 
 def _check_sizes(sizes: Sequence[Size], fps: float, factor: int) -> None:

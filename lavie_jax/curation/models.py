@@ -5,7 +5,7 @@ Nothing is downloaded: a model is a folder in the format of transformers' `save_
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from lavie_jax.errors import UserError
 
 # Both take the sample frames of a scene, uint8 (T, H, W, 3).
 Captioner = Callable[[np.ndarray], str]
+BatchCaptioner = Callable[[Sequence[np.ndarray]], list[str]]
 Scorer = Callable[[np.ndarray], float]
 
 CAPTION_TOKENS = 40
@@ -49,25 +50,38 @@ def make_captioner(captioner: str | Captioner) -> Captioner:
     return function
 
 
+def make_batch_captioner(captioner: str | Captioner) -> BatchCaptioner:
+    """Returns the same captioner for several scenes at a time; a model runs on the GPU if PyTorch finds one."""
+    if isinstance(captioner, str) and Path(captioner).is_dir():
+        return _batch_captioner(Path(captioner), accelerator=True)
+    one = make_captioner(captioner)
+    return lambda scenes: [str(one(frames)) for frames in scenes]
+
+
 def _model_captioner(folder: Path) -> Captioner:
+    captions = _batch_captioner(folder)
+    return lambda frames: captions([frames])[0]
+
+
+def _batch_captioner(folder: Path, *, accelerator: bool = False) -> BatchCaptioner:
     torch, transformers = _libraries(folder)
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{str(folder)!r} does not hold an image-to-text model with its processor: {error}") from error
-    model.eval()
+    device = "cuda" if accelerator and torch.cuda.is_available() else "cpu"
+    model.eval().to(device)
 
-    def caption(frames: np.ndarray) -> str:
-        """Captions the middle frame."""
-        picture = Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2]))
+    def captions(scenes: Sequence[np.ndarray]) -> list[str]:
+        """Captions the middle frames."""
+        pictures = [Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2])) for frames in scenes]
+        inputs = processor(images=pictures, return_tensors="pt").to(device)
         with torch.no_grad():
-            ids = model.generate(
-                **processor(images=picture, return_tensors="pt"), max_new_tokens=CAPTION_TOKENS, do_sample=False
-            )
-        return processor.batch_decode(ids, skip_special_tokens=True)[0]
+            ids = model.generate(**inputs, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+        return processor.batch_decode(ids, skip_special_tokens=True)
 
-    return caption
+    return captions
 
 
 def make_scorer(clip: Path, head: Path) -> Scorer:

@@ -1,41 +1,45 @@
 """Writes report.html: statistics of the kept clips, after the paper's figures 8 and 9, and what was dropped and why.
 
-Clips are read back from the lists and shards, so the report shows what was actually written. Pictures of dropped scenes
+Sample clips are read back from the shards, so the report shows what was actually written. Pictures of dropped scenes
 come from the work folder, which is removed afterwards.
 """
 
 import html
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from lavie_jax.curation.assemble import LatentWriter, Segments
+from lavie_jax.curation.assemble import LatentWriter
+from lavie_jax.curation.inputs import Video
 from lavie_jax.curation.output import CLIPS, DROPPED
-from lavie_jax.curation.video import REASONS
+from lavie_jax.curation.statistics import Statistics
+from lavie_jax.curation.video import Segment
 from lavie_jax.data import latents, shards, video_files
 
 PAGE, FIGURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
-SHEET_DROPPED, SHEET_COLUMNS = 12, 4  # scenes for each reason
+SHEET_COLUMNS = 4  # of the sheets of dropped scenes
 _BAR = "#3a6ea5"
 
 
 def write(
-    out: Path, manifest: Mapping, dropped: Mapping[str, Segments], work: Path, encoder: LatentWriter | None = None
+    out: Path,
+    manifest: Mapping,
+    statistics: Statistics,
+    samples: Sequence[tuple[str, int]],
+    work: Path,
+    encoder: LatentWriter | None = None,
 ) -> None:
     """Writes `out/report.html` and its figures in `out/report/`.
 
     Args:
-        dropped: the dropped segments of each reason.
-        work: the work folder with their pictures.
+        samples: (shard, index) of the clips to show, see `sample_ranks`.
+        work: the work folder with pictures of dropped scenes.
         encoder: needed for a set of latents.
     """
-    clips = _read_lines(out / CLIPS)
     folder = out / FIGURES
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.png"):  # left by an interrupted run
@@ -46,36 +50,38 @@ def write(
         figures.append((name, title))
         return folder / f"{name}.png", title
 
-    _histogram([_seconds(row) for row in clips], "seconds", *at("durations", "Clip durations"))
-    words = [len(row["caption"].split()) for row in clips]
-    _histogram(words, "words", *at("captions", "Caption lengths"), integers=True)
-    sizes = Counter(f"{row['width']}x{row['height']}" for row in clips)
-    _bars(sizes, "clips", *at("resolutions", "Resolutions, width x height"))
-    scores = [row["aesthetic"] for row in clips if row["aesthetic"] is not None]
-    if scores:
-        _histogram(scores, "score", *at("aesthetic", "Aesthetic scores"))
-    categories = Counter(row["category"] or "(none)" for row in clips)
-    if set(categories) != {"(none)"}:
-        _bars(categories, "clips", *at("categories", "Categories"))
-    if dropped:
-        _bars(manifest["dropped"], "scenes or files", *at("dropped", "Reasons for dropping"))
-    chosen = np.unique(np.linspace(0, len(clips) - 1, SHEET_CLIPS).round().astype(int)).tolist()
-    samples = _latent_samples(out, chosen, encoder) if encoder else _samples(out, chosen)
-    videos, captions = zip(*samples)
+    plot(statistics, at)
+    medium = "latents" if encoder else "video"
+    records = (shards.ShardRecords(out / name, medium=medium, val_fraction=0.0).fields(i) for name, i in samples)
+    videos, captions = zip(*(_latent_sample(*each, encoder) if encoder else _sample(*each) for each in records))
     video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
-    pictures = {reason: _picture_dropped(folder, reason, each, work) for reason, each in dropped.items()}
-    page = _page(manifest, _read_lines(out / DROPPED), figures, pictures, max(clips, key=_seconds))
+    pictures = {r: _picture_dropped(folder, r, statistics.pictures.get(r, ()), work) for r in statistics.reasons()}
+    page = _page(manifest, statistics, figures, pictures)
     with video_files.finished(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _seconds(row: Mapping) -> float:
-    return row["frames"] / row["fps"]
+def sample_ranks(clips: int) -> list[int]:
+    """Returns which of a set's clips are shown, spread over all of them."""
+    return np.unique(np.linspace(0, clips - 1, SHEET_CLIPS).round().astype(int)).tolist()
 
 
-def _read_lines(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def plot(statistics: Statistics, at: Callable[[str, str], tuple[Path, str]]) -> None:
+    """Plots the distributions of the kept clips and the reasons for dropping.
+
+    Args:
+        at: returns where to write the figure of a name and title, and the title.
+    """
+    _histogram(statistics.seconds, "seconds", *at("durations", "Clip durations"))
+    _histogram(statistics.words, "words", *at("captions", "Caption lengths"), integers=True)
+    _bars(statistics.sizes, "clips", *at("resolutions", "Resolutions, width x height"))
+    if statistics.scores:
+        _histogram(statistics.scores, "score", *at("aesthetic", "Aesthetic scores"))
+    categories = {name or "(none)": number for name, number in statistics.categories.items()}
+    if set(categories) != {"(none)"}:
+        _bars(categories, "clips", *at("categories", "Categories"))
+    if statistics.dropped:
+        _bars(statistics.reasons(), "scenes or files", *at("dropped", "Reasons for dropping"))
 
 
 # ---- figures ----
@@ -88,17 +94,19 @@ def _figure(height: float = 3.2):
     return figure, figure.subplots()
 
 
-def _histogram(values: Sequence[float], unit: str, path: Path, title: str, *, integers: bool = False) -> None:
+def _histogram(counts: Mapping[float, int], unit: str, path: Path, title: str, *, integers: bool = False) -> None:
     """Plots the distribution of a value over clips."""
     figure, axes = _figure()
-    low, high = min(values), max(values)
+    values, weights = (np.array(each) for each in zip(*sorted(counts.items())))
+    low, high = values[0], values[-1]
     if integers:
         step = max(1, -(-int(high - low + 1) // 40))
         edges = np.arange(low, high + step + 1, step) - 0.5
     else:
         edges = np.linspace(low, high, 31) if high - low > 1e-6 else np.array([low - 0.5, low + 0.5])
-    axes.hist(values, bins=edges, color=_BAR)
-    middle = float(np.median(values))
+    axes.hist(values, bins=edges, weights=weights, color=_BAR)
+    above = np.cumsum(weights)
+    middle = float(np.mean(values[np.searchsorted(above, [(above[-1] + 1) // 2, above[-1] // 2 + 1])]))
     axes.axvline(middle, color="black", linewidth=1, linestyle="--", label=f"median {middle:.3g}")
     axes.set(title=title, xlabel=unit, ylabel="clips")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -128,36 +136,30 @@ def _bars(counts: Mapping[str, int], unit: str, path: Path, title: str, *, most:
 Sample = tuple[np.ndarray, str]  # a few small frames of a clip, uint8 (T, H, W, 3), and its caption
 
 
-def _samples(out: Path, chosen: Sequence[int]) -> Iterator[Sample]:
-    """Yields sample frames and captions of the chosen clips."""
-    records = shards.ShardRecords(out, medium="video", val_fraction=0.0)
-    for record in (records[i] for i in chosen):
-        info = video_files.video_info(record.content, name=record.name)
-        stride = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
-        window = video_files.ClipWindow(frames=min(SHEET_FRAMES, info.frames), stride=stride)
-        frames = video_files.read_window(record.content, window, place=0.0, name=record.name)
-        yield np.stack([_thumbnail(frame) for frame in frames]), record.caption
+def _sample(name: str, fields: Mapping) -> Sample:
+    """Returns sample frames and the caption of a clip."""
+    info = video_files.video_info(fields["video"], name=name)
+    stride = max(1, (info.frames - 1) // (SHEET_FRAMES - 1))
+    window = video_files.ClipWindow(frames=min(SHEET_FRAMES, info.frames), stride=stride)
+    frames = video_files.read_window(fields["video"], window, place=0.0, name=name)
+    return np.stack([_thumbnail(frame) for frame in frames]), fields["caption"]
 
 
-def _latent_samples(out: Path, chosen: Sequence[int], encoder: LatentWriter) -> Iterator[Sample]:
-    """Yields the same for latents, decoded by the VAE."""
-    records = shards.ShardRecords(out, medium="latents", val_fraction=0.0)
-    for name, fields in (records.fields(i) for i in chosen):
-        record = latents.unpack_record(name, fields)
-        count = len(record.latents)
-        # A constant number of frames, also for short clips, so that each size compiles once.
-        shown = encoder.decode(record.latents[np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)])
-        yield np.stack([_thumbnail(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
+def _latent_sample(name: str, fields: Mapping, encoder: LatentWriter) -> Sample:
+    """Returns the same for latents, decoded by the VAE."""
+    record = latents.unpack_record(name, fields)
+    count = len(record.latents)
+    # A constant number of frames, also for short clips, so that each size compiles once.
+    shown = encoder.decode(record.latents[np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)])
+    return np.stack([_thumbnail(frame) for frame in shown[: min(SHEET_FRAMES, count)]]), record.caption
 
 
-def _picture_dropped(folder: Path, reason: str, segments: Segments, work: Path) -> str:
-    """Writes a sheet of scenes dropped for a reason, spread over all of them; returns its name, "" without pictures."""
-    shown = [(video, segment) for video, segment in segments if segment.picture or segment.file]
-    if not shown:
+def _picture_dropped(folder: Path, reason: str, chosen: Sequence[tuple[str, Video, Segment]], work: Path) -> str:
+    """Writes a sheet of scenes dropped for a reason; returns its name, "" without pictures."""
+    if not chosen:
         return ""
-    chosen = np.unique(np.linspace(0, len(shown) - 1, SHEET_DROPPED).round().astype(int))
     frames, labels = [], []
-    for video, segment in (shown[i] for i in chosen):
+    for _, video, segment in sorted(chosen, key=lambda each: (each[1].name, each[2].start)):
         if segment.picture:
             with Image.open(work / segment.picture) as image:
                 frames.append(_thumbnail(np.asarray(image.convert("RGB"))))
@@ -198,28 +200,22 @@ _STYLE = (
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}"
     "img{max-width:100%}figure{display:inline-block;margin:.5em 0}"
 )
-_EXAMPLES = 3  # per reason
 
 
 def _page(
-    manifest: Mapping,
-    dropped: Sequence[Mapping],
-    figures: Sequence[tuple[str, str]],
-    pictures: Mapping[str, str],
-    longest: Mapping,
+    manifest: Mapping, statistics: Statistics, figures: Sequence[tuple[str, str]], pictures: Mapping[str, str]
 ) -> str:
-    reasons = manifest["dropped"]
+    reasons, longest = statistics.reasons(), statistics.longest[2]
     summary = {
         "Input videos": manifest["videos"],
         "Clips kept": manifest["clips"],
         "Hours kept": f"{manifest['hours']:.3f}",
-        "Longest clip": f"{_seconds(longest):.1f} s, {_example({**longest, 'detail': ''})}",
+        "Longest clip": f"{longest['frames'] / longest['fps']:.1f} s, {_example({**longest, 'detail': ''})}",
         "Scenes or files dropped": sum(reasons.values()),
     }
     rows = []
-    for reason in (r for r in REASONS if r in reasons):
-        chosen = [row for row in dropped if row["reason"] == reason][:_EXAMPLES]
-        examples = "<br>".join(html.escape(_example(row)) for row in chosen)
+    for reason in reasons:
+        examples = "<br>".join(html.escape(_example(row)) for _, row in statistics.examples[reason])
         if name := pictures[reason]:
             examples += f'<br><img src="{FIGURES}/{name}.png" alt="scenes dropped: {reason}">'
         rows.append(f"<tr><td>{reason}</td><td>{reasons[reason]}</td><td>{examples}</td></tr>")

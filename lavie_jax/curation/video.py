@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from lavie_jax.data.records import one_line
 from lavie_jax.errors import UserError
 
 RESULT = "result.json"
+LATER = "later"  # in place of a captioner: scenes without a given caption are captioned by a later stage
 # A fast preset, because encoding dominates the run time. A key frame about every second, because training windows
 # start anywhere in a clip.
 X264 = {"crf": "18", "preset": "veryfast", "g": "24"}
@@ -59,6 +61,7 @@ class Segment:
         detail: the measured value behind the reason.
         file: the clip, relative to the work folder.
         picture: a small JPEG of the middle of a dropped scene, relative to the work folder.
+        samples: sample frames for a captioner that runs later, relative to the work folder.
         height, width: size of the clip, upright and without black bars.
         split: "train" or "val" if clips are held out by name or time; "" if training decides.
         motion, brightness, overlay, text_share, aesthetic: measurements of `filters`, `text_lines` and `models`; None =
@@ -84,6 +87,7 @@ class Segment:
     aesthetic: float | None = None
     split: str = ""
     perceptual_hash: PerceptualHash | None = None
+    samples: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +140,14 @@ def parts_of(video: Video) -> list[Part]:
 
 
 def curate_part(
-    part: Part, work: Path, thresholds: Thresholds, *, captioner: Captioner | None, scorer: Scorer | None
+    part: Part, work: Path, thresholds: Thresholds, *, captioner: Captioner | str | None, scorer: Scorer | None
 ) -> Summary:
-    """Writes the result and the kept clips of a part to its folder in `work`. An unreadable file has a result too."""
+    """Writes the result and the kept clips of a part to its folder in `work`. An unreadable file has a result too.
+
+    With `captioner` = LATER, clips without a given caption are kept with their sample frames.
+    """
     began = time.process_time()
-    folder, temporary = work / part.name, work / f".{os.getpid()}-{part.name}"
+    temporary = _temporary(part, work)
     judge = _Judge(part.video, thresholds, captioner, scorer)
 
     def new_folder() -> Path:
@@ -156,13 +163,35 @@ def curate_part(
         # The message must not depend on where the input folder is.
         detail = str(error).replace(os.fspath(part.video.path), part.video.name)
         segments = [Segment(start=0.0, end=0.0, reason=reason, detail=detail)]
-    rows = {"parts": part.count, "segments": [dataclasses.asdict(segment) for segment in segments]}
-    (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
-    temporary.rename(folder)
+    _store(part, segments, temporary, work)
     kept = sum(not segment.reason for segment in segments)
     seconds = sum(segment.end - segment.start for segment in segments if segment.frames)  # decoded files only
     return Summary(seconds, time.process_time() - began, kept, len(segments) - kept)
+
+
+def drop_part(part: Part, work: Path, detail: str) -> Summary:
+    """Stores an unreadable file as the result of a part, whose process crashed or ran out of time."""
+    temporary = _temporary(part, work)
+    temporary.mkdir(parents=True)
+    _store(part, [Segment(start=0.0, end=0.0, reason="unreadable", detail=detail)], temporary, work)
+    return Summary(0.0, 0.0, 0, 1)
+
+
+def _temporary(part: Part, work: Path) -> Path:
+    """Returns a name for the folder of an unfinished result, unlike those of other machines."""
+    return work / f".{uuid.uuid4().hex[:12]}-{part.name}"
+
+
+def _store(part: Part, segments: list[Segment], temporary: Path, work: Path) -> None:
+    """Completes a result and gives it its name."""
+    rows = {"parts": part.count, "segments": [dataclasses.asdict(segment) for segment in segments]}
+    (temporary / RESULT).write_text(json.dumps(rows), encoding="utf-8")
+    folder = work / part.name
+    if read_part(work, part.name) is not None:  # of another machine that was given the same part
+        shutil.rmtree(temporary)
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier result
+    temporary.rename(folder)
 
 
 def read_result(video: Video, work: Path) -> list[Segment] | None:
@@ -170,17 +199,22 @@ def read_result(video: Video, work: Path) -> list[Segment] | None:
 
     A video with an unreadable part is dropped as a whole: its clips would be those of a damaged file.
     """
-    segments, part, parts = [], 0, 1
-    while part < parts:
-        result = read_part(work, result_name(video, part))
+    results, parts = [], 1
+    while len(results) < parts:
+        result = read_part(work, result_name(video, len(results)))
         if result is None:
             return None
         parts, own = result
+        results.append(own)
+    return join_parts(results)
+
+
+def join_parts(results: Sequence[list[Segment]]) -> list[Segment]:
+    """Returns the segments of a video from those of its parts, in order; only the failure if a part is unreadable."""
+    for own in results:
         if failed := [s for s in own if s.reason and not s.end]:
             return failed
-        segments += own
-        part += 1
-    return segments
+    return [segment for own in results for segment in own]
 
 
 def read_part(work: Path, name: str) -> tuple[int, list[Segment]] | None:
@@ -211,10 +245,16 @@ def _write_segments(judge: "_Judge", part: Part, folder: Path) -> Iterator[Segme
     found = scenes.find_scenes(path, threshold=want.cut, part=part.frames, max_frames=longest)
     for number, scene in enumerate(found):
         segment, bars = judge.scene(scene, info.fps, size)
-        if segment.reason:
+        later = not segment.reason and not segment.caption and judge.captioner == LATER
+        if later:
+            np.save(folder / f"{number:05d}.npy", bars.cut(scene.samples))
+            segment = dataclasses.replace(segment, samples=f"{part.name}/{number:05d}.npy")
+        if segment.reason or later:
             picture = folder / f"{number:05d}.jpg"
             Image.fromarray(scene.samples[len(scene.samples) // 2]).save(picture, quality=80)
-            yield dataclasses.replace(segment, picture=f"{part.name}/{picture.name}")
+            segment = dataclasses.replace(segment, picture=f"{part.name}/{picture.name}")
+        if segment.reason:
+            yield segment
         else:
             clip = folder / f"{number:05d}.mp4"
             written = _write_clip(path, scene, segment, bars, clip, max_height=want.max_height)
@@ -227,7 +267,7 @@ class _Judge:
 
     video: Video
     thresholds: Thresholds
-    captioner: Captioner | None
+    captioner: Captioner | str | None
     scorer: Scorer | None
 
     def file(self, whole: Segment, size: tuple[int, int]) -> Segment | None:
@@ -236,7 +276,7 @@ class _Judge:
             return dataclasses.replace(whole, reason="low resolution", detail=f"{size[0]}x{size[1]}")
         if self.captioner is None:
             longest = max((caption.text for caption in self.video.captions), key=_word_count, default="")
-            return self._check_caption(dataclasses.replace(whole, caption=longest))
+            return _check_caption(dataclasses.replace(whole, caption=longest), self.thresholds.min_words)
         return None
 
     def scene(self, scene: scenes.Scene, fps: float, size: tuple[int, int]) -> tuple[Segment, Bars]:
@@ -282,26 +322,39 @@ class _Judge:
 
     def _caption_and_score(self, segment: Segment, frames: UInt8[np.ndarray, "t h w 3"]) -> Segment:
         """Adds caption and aesthetic score, and drops the scene for either. The captioner, the slowest, runs last."""
+        words = self.thresholds.min_words
         given = caption_of(self.video.captions, start=segment.start, end=segment.end)
         if given is not None:
             segment = dataclasses.replace(segment, caption=given.text, category=given.category)
-        if (given is not None or self.captioner is None) and (dropped := self._check_caption(segment)):
+        if (given is not None or self.captioner is None) and (dropped := _check_caption(segment, words)):
             return dropped
         if self.scorer is not None:
             segment = dataclasses.replace(segment, aesthetic=self.scorer(frames))
             if self.thresholds.min_aesthetic and segment.aesthetic < self.thresholds.min_aesthetic:
                 return dataclasses.replace(segment, reason="low aesthetic score", detail=f"{segment.aesthetic:.2f}")
+        if given is None and self.captioner == LATER:
+            return segment
         if given is None and self.captioner is not None:
             segment = dataclasses.replace(segment, caption=one_line(str(self.captioner(frames))))
-        return self._check_caption(segment) or segment
+        return _check_caption(segment, words) or segment
 
-    def _check_caption(self, segment: Segment) -> Segment | None:
-        """Returns the segment as dropped if its caption is missing or too short; else None."""
-        if not segment.caption:
-            return dataclasses.replace(segment, reason="no caption")
-        if _word_count(segment.caption) < self.thresholds.min_words:
-            return dataclasses.replace(segment, reason="short caption", detail=segment.caption)
-        return None
+
+def _check_caption(segment: Segment, min_words: int) -> Segment | None:
+    """Returns the segment as dropped if its caption is missing or too short; else None."""
+    if not segment.caption:
+        return dataclasses.replace(segment, reason="no caption")
+    if _word_count(segment.caption) < min_words:
+        return dataclasses.replace(segment, reason="short caption", detail=segment.caption)
+    return None
+
+
+def with_caption(segment: Segment, text: str, thresholds: Thresholds) -> Segment:
+    """Returns a segment that was kept for a later captioner with its caption, as kept or dropped."""
+    captioned = dataclasses.replace(segment, caption=one_line(text), samples="")
+    dropped = _check_caption(captioned, thresholds.min_words)
+    if dropped is not None:
+        return dataclasses.replace(dropped, file="", height=0, width=0)
+    return dataclasses.replace(captioned, picture="")
 
 
 def _word_count(caption: str) -> int:

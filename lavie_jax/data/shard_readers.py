@@ -54,12 +54,16 @@ class Readers:
 
     Attributes:
         paths: the shards.
-        starts: position of the first record of each shard, and at the end the number of records.
+        starts: position of the first record of each shard, and at the end the number of records. Counted by opening all
+            shards unless `counts` of their records are given.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int] | np.ndarray | None = None):
         self.paths = [os.fspath(path) for path in paths]
         _POOL.forget(self.paths)
+        if counts is not None:
+            self.starts = np.concatenate([[0], np.cumsum(counts)])
+            return
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             counts = pool.map(_count, self.paths)
             counts = list(tqdm(counts, "shards", len(paths), disable=len(paths) < 500, leave=False))

@@ -8,12 +8,13 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int32
 
 from lavie_jax.data.records import (
     VAL_FRACTION,
@@ -26,6 +27,7 @@ from lavie_jax.data.records import (
     shard_files,
     split_of_hashes,
 )
+from lavie_jax.data.shard_index import MANY, ShardIndex, read_index, write_index
 from lavie_jax.data.shard_readers import Readers
 from lavie_jax.data.video_files import finished
 from lavie_jax.errors import UserError
@@ -51,12 +53,31 @@ class ShardRecords:
         val_fraction: float = VAL_FRACTION,
     ):
         self.medium = medium
-        self.reader = Readers(shard_files(path, SUFFIX))
+        files = shard_files(path, SUFFIX)
+        folder = _listed_folder(files)
+        index = None if folder is None else read_index(folder, LIST, files)
+        self.reader = Readers(files, None if index is None else index.counts)
         self.paths, self.starts = self.reader.paths, self.reader.starts
-        _check_schema(self.reader, medium)
-        self.indices = split_of_hashes(self._split_hashes(), split, val_fraction)
+        self.sizes = None if index is None else index.sizes  # of all records, if known
+        if index is None:
+            fields = _check_schema(self.reader, medium)
+        else:
+            _check_fields(index.fields, medium, self.paths[0])
+        if not val_fraction:
+            self.indices = np.arange(self.starts[-1] if split == "train" else 0)
+        else:
+            hashes = self._split_hashes() if index is None else index.hashes
+            if index is None and folder is not None and len(files) >= MANY:
+                write_index(folder, LIST, files, self._index(fields, hashes))
+            self.indices = split_of_hashes(_spread(hashes, self.paths[0]), split, val_fraction)
         if not len(self.indices):
             raise empty_split(path, "clip" if medium == "latents" else medium, split, int(self.starts[-1]))
+
+    def _index(self, fields: Sequence[str], hashes: np.ndarray) -> ShardIndex:
+        sizes = self._sizes_in_list()
+        if sizes is None:
+            sizes = np.zeros((len(hashes), 2), np.int32)
+        return ShardIndex(tuple(fields), np.diff(self.starts), hashes, sizes)
 
     def _split_hashes(self) -> np.ndarray:
         """Returns the hash of each record by which it is assigned to a split, the same for all scenes of one video.
@@ -65,19 +86,16 @@ class ShardRecords:
         mean reading all clips.
         """
         hashes = np.empty(self.starts[-1], np.uint64)
-        listed = np.zeros(len(hashes), bool)
         for path, start, end in zip(map(Path, self.paths), self.starts, self.starts[1:]):
-            hashes[start:end] = [name_hash(f"{path.name}[{i}]") for i in range(end - start)]
             folder = next((p for p in (path.parent, path.parent.parent) if (p / LIST).is_file()), None)
-            if folder is None:
-                continue
-            sources = _listed_sources(folder / LIST, (folder / LIST).stat().st_mtime_ns)
-            indices, of_sources = sources.get(path.relative_to(folder).as_posix(), (np.empty(0, int), None))
+            sources, indices = {}, np.empty(0, int)
+            if folder is not None:
+                sources = _listed_sources(folder / LIST, (folder / LIST).stat().st_mtime_ns)
+                indices, of_sources = sources.get(path.relative_to(folder).as_posix(), (indices, None))
+            if len(np.unique(indices)) < end - start:
+                hashes[start:end] = [name_hash(f"{path.name}[{i}]") for i in range(end - start)]
             if len(indices) and 0 <= indices.min() and indices.max() < end - start:
-                hashes[start + indices], listed[start + indices] = of_sources, True
-        if len(hashes) > 1 and listed.all() and (hashes == hashes[0]).all():
-            logging.warning("all clips in %s are scenes of one video: both splits get some", Path(self.paths[0]).parent)
-            return np.array([name_hash(f"scene {i}") for i in range(len(hashes))], np.uint64)
+                hashes[start + indices] = of_sources
         return hashes
 
     def __len__(self) -> int:
@@ -96,20 +114,49 @@ class ShardRecords:
 
     def listed_sizes(self) -> list[tuple[int, int]] | None:
         """(height, width) of each record if there is a list beside every shard; else None."""
+        sizes = self._sizes_in_list() if self.sizes is None or not self.sizes.all() else self.sizes
+        return None if sizes is None else list(map(tuple, sizes[self.indices].tolist()))
+
+    def _sizes_in_list(self) -> Int32[np.ndarray, "n 2"] | None:
         lists = {path: Path(path).parent / LIST for path in self.paths}
         if not all(path.is_file() for path in lists.values()):
             return None
-        sizes: dict[tuple[Path, str, int], tuple[int, int]] = {}
+        found = np.zeros((self.starts[-1], 2), np.int32)
+        start_of = dict(zip(self.paths, self.starts.tolist()))
         try:
             for path in set(lists.values()):
                 with path.open(encoding="utf-8") as file:
                     for row in map(json.loads, file):
-                        sizes[path.parent, row["shard"], row["index"]] = row["height"], row["width"]
-            shards = np.searchsorted(self.starts, self.indices, side="right") - 1
-            keys = [(Path(self.paths[n]), int(i - self.starts[n])) for n, i in zip(shards, self.indices)]
-            return [sizes[path.parent, path.name, number] for path, number in keys]
-        except (OSError, ValueError, KeyError, TypeError):  # the list belongs to another set
+                        start = start_of.get(os.fspath(path.parent / row["shard"]))
+                        if start is not None:
+                            found[start + row["index"]] = row["height"], row["width"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):  # the list belongs to another set
             return None
+        return found if found.all() else None
+
+
+def store_index(folder: Path, medium: Medium | Literal["latents"]) -> None:
+    """Stores the index of a finished set, as opening a set of many shards does."""
+    files = shard_files(folder, SUFFIX)
+    records = ShardRecords(folder, medium=medium, val_fraction=0.0)
+    fields = _check_schema(records.reader, medium)
+    write_index(folder, LIST, files, records._index(fields, records._split_hashes()))
+
+
+def _listed_folder(files: Sequence[Path]) -> Path | None:
+    """Returns the folder of the list of all these shards, beside or above them."""
+    for folder in (files[0].parent, files[0].parent.parent):
+        if (folder / LIST).is_file():
+            return folder if all(file.is_relative_to(folder) for file in files) else None
+    return None
+
+
+def _spread(hashes: np.ndarray, path: str) -> np.ndarray:
+    """Returns the hashes, or others if all clips are scenes of one video, so that both splits get some."""
+    if len(hashes) < 2 or not (hashes == hashes[0]).all():
+        return hashes
+    logging.warning("all clips in %s are scenes of one video: both splits get some", Path(path).parent)
+    return np.array([name_hash(f"scene {i}") for i in range(len(hashes))], np.uint64)
 
 
 _HASH_OF_SPLIT = {"val": 0, "train": 2**64 - 1}
@@ -178,21 +225,26 @@ def _record(fields: Mapping[str, Any], medium: Medium, name: str) -> Record:
     return Record(name, one_line(caption), content)
 
 
-def _check_schema(reader: Readers, medium: str) -> None:
-    """Raises UserError unless the first record of every shard has the same fields, with caption and medium."""
+def _check_schema(reader: Readers, medium: str) -> list[str]:
+    """Returns the fields of records. Raises UserError unless the first record of every shard has the same ones."""
     first = None
     for path, start, end in zip(reader.paths, reader.starts, reader.starts[1:]):
         if start == end:
             raise UserError(f"the shard {path!r} has no records: remove it")
         fields = sorted(_fields(reader, int(start), f"{path}[0]"))
-        if not {medium, "caption"} <= set(fields):
-            raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; they need {medium} and caption")
+        _check_fields(fields, medium, path)
         if first is not None and fields != first[1]:
             raise UserError(
                 f"shards have different fields: records of {first[0]!r} have {', '.join(first[1])}, those of {path!r} "
                 f"{', '.join(fields)}. Train on them as two parts of a mixture."
             )
         first = first or (path, fields)
+    return first[1]
+
+
+def _check_fields(fields: Sequence[str], medium: str, path: str) -> None:
+    if not {medium, "caption"} <= set(fields):
+        raise UserError(f"records of {path!r} have the fields {', '.join(fields)}; they need {medium} and caption")
 
 
 def write_shards(
