@@ -4,6 +4,7 @@ Credentials are those of the libraries: `gcloud auth application-default login` 
 AWS's environment variables or `~/.aws`. `STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` select another server.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -13,6 +14,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from lavie_jax.disk import cache_folder
 from lavie_jax.errors import UserError
@@ -54,11 +57,22 @@ def one_line(place: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The files below a URL, and the folder that they are downloaded to, which belongs to these versions of them."""
+    """The files below a URL, and the folder that they are downloaded to, which belongs to these versions of them.
+
+    Attributes:
+        location: the URL.
+        sizes: {name below the URL: bytes} of each file, sorted.
+        folder: where downloaded files are.
+    """
 
     location: str
-    files: tuple[str, ...]
+    sizes: Mapping[str, int]
     folder: Path
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files, sorted."""
+        return tuple(self.sizes)
 
     @classmethod
     def open(cls, place: str) -> "Store":
@@ -73,25 +87,48 @@ class Store:
             raise UserError(f"{place} does not exist, or contains no files")
         versions = [(name, info["size"], *(str(info.get(key)) for key in CHANGES)) for name, info in files.items()]
         digest = hashlib.sha256(json.dumps([place, sorted(versions)]).encode()).hexdigest()
-        return cls(place, tuple(sorted(files)), cache_folder("remote") / digest[:32])
+        sizes = {name: files[name]["size"] for name in sorted(files)}
+        return cls(place, sizes, cache_folder("remote") / digest[:32])
 
-    def download(self, files: Iterable[str]) -> Path:
-        """Returns the folder after downloading those of `files` that it lacks; each appears when it is complete."""
-        with one_line(self.location):
+    def missing(self, files: Iterable[str]) -> list[str]:
+        """Returns those of `files` that the folder lacks, sorted."""
+        return sorted(name for name in set(files) if not self._is_complete(self.folder / name, name))
+
+    def download(self, files: Iterable[str], *, workers: int = 1, progress: bool = False) -> Path:
+        """Returns the folder after downloading those of `files` that it lacks; each appears when it is complete.
+
+        Args:
+            files: names of `self.files`.
+            workers: number of downloads at the same time.
+            progress: whether to show a bar of the bytes.
+        """
+        missing = self.missing(files)
+        total = sum(self.sizes[name] for name in missing)
+        bar = tqdm(desc=self.location, total=total, unit="B", unit_scale=True, disable=not (progress and missing))
+        with one_line(self.location), bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
             system = filesystem(self.location)
-            for name in sorted(set(files)):
-                target = self.folder / name
-                if not target.is_file():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    partial = target.with_name(f".{target.name}.{os.getpid()}")
-                    try:
-                        system.get_file(f"{self.location}/{name}", str(partial))
-                        partial.replace(target)
-                    finally:
-                        partial.unlink(missing_ok=True)
+            for name in pool.map(lambda name: self._fetch(system, name), missing):
+                bar.update(self.sizes[name])
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ORIGIN).write_text(self.location)
         return self.folder
+
+    def _is_complete(self, file: Path, name: str) -> bool:
+        return file.is_file() and file.stat().st_size == self.sizes[name]
+
+    def _fetch(self, system: Any, name: str) -> str:
+        """Downloads a file, and returns its name. Raises UserError if it has another size than in the listing."""
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            system.get_file(f"{self.location}/{name}", str(partial))
+            if not self._is_complete(partial, name):
+                raise UserError(f"{self.location}/{name} was changed while it was downloaded: start again")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return name
 
 
 def origin(folder: Path) -> str | None:

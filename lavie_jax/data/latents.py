@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float16
 
 from lavie_jax.data.buckets import Size, size_name
+from lavie_jax.data.downloads import local_data
 from lavie_jax.data.records import VAL_FRACTION, Medium
 from lavie_jax.data.shards import ShardRecords
 from lavie_jax.data.sources import Item, first_readable
@@ -60,12 +61,12 @@ class LatentSet:
 
 @functools.lru_cache(maxsize=16)  # a run opens the same set several times
 def open_set(path: str) -> LatentSet:
-    """Opens the set in a folder.
+    """Opens the set in a folder, or in a bucket, from which it is copied.
 
     Raises:
         UserError: the set is missing or incomplete, or does not contain latents.
     """
-    folder = user_path(path)
+    folder = user_path(local_data(path))
     path = os.fspath(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from lavie_jax.data import moving_pairs, moving_shapes, transforms, video_files
 from lavie_jax.data.display import UnusableVideo, picture_pixels
+from lavie_jax.data.downloads import local_data
 from lavie_jax.data.folders import open_folder
 from lavie_jax.data.records import SUFFIXES, VAL_FRACTION, Medium, Record, Records
 from lavie_jax.data.shards import ShardRecords, TFDSRecords
@@ -281,11 +282,11 @@ def open_records(
     `caption` is that of files in a folder which have none of their own; other kinds do not take one.
 
     Raises:
-        UserError: the kind is unknown, or the data cannot be used.
+        UserError: the kind is unknown, or the data cannot be used, or not be copied from a bucket.
     """
     if kind not in KINDS:
         raise UserError(f"unknown data source {kind!r}{suggest(kind, KINDS)}")
-    path = user_location(path)
+    path = local_data(user_location(path))
     options = {"medium": medium, "split": split, "val_fraction": val_fraction}
     if caption and kind != "video_folder":
         raise UserError(f"data.image_captions is for folders of images, kind video_folder; given {kind}:{path}")

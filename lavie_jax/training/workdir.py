@@ -51,6 +51,7 @@ class Workdir:
         if self.url is None:
             return check_folder(self.folder, f"--workdir {self.folder}")
         if not self.url.startswith("gs://"):
+            # Orbax (0.12) marks complete checkpoints in gs:// by an object; in s3:// it renames them object by object.
             raise UserError(f"--workdir {self.url}: only gs:// and folders are supported: give the path of a mount")
         with remote.one_line(self.url):
             remote.filesystem(self.url).exists(self.url)
