@@ -28,7 +28,14 @@ from tqdm import tqdm
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.remote import Mirror
-from lavie_jax.samples.flags import add_dtype, add_weights, given_stage_weights
+from lavie_jax.samples.flags import (
+    add_dtype,
+    add_finishing,
+    add_weights,
+    given_certificate,
+    given_filter,
+    given_stage_weights,
+)
 from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
 from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
@@ -42,9 +49,8 @@ from lavie_jax.samples.prompts import (
     parse_prompts_at,
     read_prompts,
 )
-from lavie_jax.samples.safety import SafetyFilter, check_open_nsfw, open_nsfw, withheld
+from lavie_jax.samples.safety import SafetyFilter, withheld
 from lavie_jax.samples.sheets import ContactSheets
-from lavie_jax.samples.signing import Certificate
 from lavie_jax.samples.stage_cache import STATE
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 
@@ -113,14 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write no prompt and settings into the videos, only that they are generated",
     )
-    add("--c2pa-certificate", type=Path, metavar="FILE", help="sign the files (docs/provenance.md) with this PEM chain")
-    add("--c2pa-key", type=Path, metavar="FILE", help="private key of --c2pa-certificate, PEM")
-    add("--c2pa-algorithm", default="es256", metavar="NAME", help="algorithm of that key (default: es256)")
-    add(
-        "--safety-filter",
-        action="store_true",
-        help="replace videos that the classifier open_nsfw finds pornographic by black frames (docs/provenance.md)",
-    )
+    add_finishing(add)
     add("--no-contact-sheet", action="store_true", help="do not write contact-sheet.png")
     add(
         "--part",
@@ -219,13 +218,7 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     args.out = args.mirror.folder
     check_folder(args.out, f"--out {args.out}")
     args.format = args.format and parse_formats(args.format)
-    if (args.c2pa_certificate is None) != (args.c2pa_key is None):
-        raise UserError("c2pa-certificate: give it together with --c2pa-key FILE, the private key")
-    args.certificate = args.c2pa_certificate and Certificate.read(
-        args.c2pa_certificate, args.c2pa_key, args.c2pa_algorithm
-    )
-    if args.safety_filter:
-        check_open_nsfw()
+    args.certificate, args.unsafe = given_certificate(args), given_filter(args)
     args.seed = check_seed(args.seed, "seed")
     args.part = parse_part(args.part)
     if any(not text.strip() for text in args.prompt):
@@ -425,7 +418,7 @@ def run(args: argparse.Namespace) -> None:
     made_with |= {"input": str(args.input)} if args.input else {}
     made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
     made_with |= personal.files()
-    videos, unsafe = iter(()), open_nsfw if args.safety_filter else None
+    videos = iter(())
     if pipe is not None:
         made_with |= pipe.made_with()
         videos = pipe.videos(requests, settings, clip=frames, caches=caches, batch_size=args.batch_size, progress=first)
@@ -437,7 +430,7 @@ def run(args: argparse.Namespace) -> None:
         for _ in videos:
             pass
         return
-    for output, video in written(outputs, formats, videos, caches, made_with, unsafe):
+    for output, video in written(outputs, formats, videos, caches, made_with, args.unsafe):
         if not args.no_contact_sheet:
             add_to_sheet(sheets, output, video, args.stages, clips, dtype.name)
         args.mirror.push(leave_out=STATE)

@@ -25,7 +25,9 @@ from lavie_jax.app.store import CANCELLED, COMPLETED, FAILED, QUEUED, RUNNING, J
 from lavie_jax.data.video_files import read_video, save_as, save_video
 from lavie_jax.errors import UserError
 from lavie_jax.samples.provenance import read_request
+from lavie_jax.samples.signing import Certificate
 from lavie_jax.stages.settings import STAGE_INFO
+from lavie_jax.weights.safetensors_io import write_safetensors
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
 MARKUP = "<img src=x onerror=alert(1)> {{7*7}} ${alert(2)} \"'`<script>"
@@ -219,6 +221,10 @@ BAD_BODIES = [
     ({"prompt": "a", "first_frame": {"path": "/etc/passwd"}, "stages": ["prediction"]}, "must be a file in base64"),
     ({"prompt": "a", "loras": ["a.safetensors"]}, "loras must be a list of objects"),
     ({"prompt": "a", "loras": [{"file": "AAAA", "scale": "big"}]}, "not of a kind|scale of a LoRA"),
+    ({"prompt": "a", "embeddings": {"<cat>": "AAAA"}}, "embeddings must be a list of objects"),
+    ({"prompt": "a", "embeddings": [{"file": "AAAA", "word": "a cat"}]}, "must be text without spaces"),
+    ({"prompt": "a", "embeddings": [{"file": "AAAA"}] * 9}, "at most 8 are allowed"),
+    ({"prompt": "a", "embeddings": [{"file": "AAAA"}]}, "embedding is not of a kind that can be read"),
 ]
 
 
@@ -341,6 +347,28 @@ def test_the_form_asks_for_what_it_shows(tmp_path):
     shown = form.values_of(wanted, {"first_frame": str(folder / "a.bmp")}, settings)
     assert form.read(form_values() | shown, folder, inputs, MOST) == wanted
     assert next(s for s in settings if s.name == "steps").default == 20
+
+
+def test_embeddings_have_the_words_of_the_form_or_of_their_files(tmp_path):
+    folder, inputs, width = tmp_path / "uploads", tmp_path / "inputs", tiny.TEXT.hidden_size
+    folder.mkdir()
+    for name, key in (("a", "<cat>"), ("my dog", "emb_params")):  # the second has no word
+        write_safetensors(folder / f"{name}.safetensors", {key: np.ones((2, width), np.float32)}, {})
+    files = [{"path": str(folder / "a.safetensors")}, {"path": str(folder / "my dog.safetensors")}]
+    wanted = form.read(form_values({"embeddings": files}), folder, inputs, MOST)
+    names = ["embedding-0.safetensors", "embedding-1.safetensors"]
+    assert wanted.embeddings == tuple(zip(names, ("<cat>", "my-dog"))) and (inputs / names[1]).exists()
+    assert Generation.from_json(json.loads(json.dumps(wanted.to_json()))) == wanted
+    assert not Generation.from_json({k: v for k, v in wanted.to_json().items() if k != "embeddings"}).embeddings
+    given = form_values({"embeddings": files, "embedding_words": "<x>, y"})
+    wanted = form.read(given, folder, inputs, MOST)
+    assert wanted.embeddings == tuple(zip(names, ("<x>", "y")))
+    assert form.values_of(wanted, {}, [])["embedding_words"] == "<x>, y"
+    with pytest.raises(UserError, match="1 words are given for 2 embeddings"):
+        form.read(given | {"embedding_words": "<x>"}, folder, inputs, MOST)
+    write_safetensors(folder / "a.safetensors", {"clip_g": np.ones((1, 4), np.float32)}, {})
+    with pytest.raises(UserError, match=r"^embedding-0.safetensors is an embedding for Stable Diffusion XL"):
+        form.read(form_values({"embeddings": files}), folder, inputs, MOST)
 
 
 @pytest.mark.parametrize("given, message", [
@@ -549,6 +577,35 @@ def test_a_video_is_made_stopped_between_steps_resumed_and_made_again(weights, s
     assert not needed and second.error is None
     assert store.path_of(second, second.results[0].video).read_bytes() == path.read_bytes()
     assert engine._cascade[1].model("base") is model  # the weights stayed on the device
+
+
+def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeypatch):
+    signed = []
+    monkeypatch.setattr(Certificate, "sign", lambda self, path: signed.append(path.suffix))
+    certificate = Certificate("chain", "key")
+    engine = Engine(store, weights=weights, certificate=certificate, unsafe=lambda video: bool(video.any()))
+    queue = JobQueue(
+        store, lambda wanted, inputs: engine.plan(wanted, inputs).notes, lambda job: engine.run(job, queue.check),
+        most_waiting=5,
+    )  # fmt: skip
+
+    def wanted(inputs):
+        inputs.mkdir()
+        vectors = np.ones((2, tiny.TEXT.hidden_size), np.float32)
+        write_safetensors(inputs / "embedding-0.safetensors", {"<cat>": vectors}, {})
+        return Generation(
+            prompt="a red <cat>", settings={"base": {"steps": 2}}, embeddings=(("embedding-0.safetensors", None),)
+        )
+
+    job = queue.submit("anna", wanted)
+    queue.start()
+    until(lambda: queue.waiting() == 0, 120)
+    queue.close()
+    assert job.status == COMPLETED and signed == [".mp4"]
+    assert job.notes == ["The safety filter withholds the video of base: its frames are black."]
+    assert not read_video(store.path_of(job, job.results[0].video)).any()
+    sidecar = json.loads(store.path_of(job, job.results[0].json).read_text())
+    assert sidecar["made_with"]["withheld"] is True and sidecar["request"]["embeddings"][0]["word"] == "<cat>"
 
 
 @pytest.mark.parametrize("fields, clip, message", [

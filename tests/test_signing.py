@@ -14,7 +14,7 @@ import sample
 from lavie_jax.cascade import Cascade
 from lavie_jax.data.video_files import read_video, save_as
 from lavie_jax.errors import UserError
-from lavie_jax.samples import safety
+from lavie_jax.samples import flags, safety
 from lavie_jax.samples.outputs import save_video
 from lavie_jax.samples.provenance import GENERATED_SOURCE, describe, read_request
 from lavie_jax.samples.signing import Certificate
@@ -124,8 +124,8 @@ def test_videos_that_a_filter_finds_are_black_and_their_stages_are_removed(monke
 
     monkeypatch.setattr(Cascade, "videos", videos)
     folder = tiny.make_base(tmp_path / "base")
-    monkeypatch.setattr(sample, "check_open_nsfw", lambda: None)
-    monkeypatch.setattr(sample, "open_nsfw", lambda video: True)
+    monkeypatch.setattr(flags, "check_open_nsfw", lambda: None)
+    monkeypatch.setattr(flags, "open_nsfw", lambda video: True)
     arguments = ["--weights", str(folder), "--prompt", "a red circle", "--frames", "1", "--out", str(tmp_path / "out")]
     assert sample.main([*arguments, "--safety-filter", "--no-contact-sheet"]) == 0
     assert "the safety filter withholds this video" in capsys.readouterr().err

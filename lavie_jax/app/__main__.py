@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavie_jax.errors import Parser, UserError, one_line_errors
-from lavie_jax.samples.flags import add_dtype, add_weights, given_stage_weights
+from lavie_jax.samples.flags import (
+    add_dtype,
+    add_finishing,
+    add_weights,
+    given_certificate,
+    given_filter,
+    given_stage_weights,
+)
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 SHIPPED_EXAMPLES = (
@@ -55,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--fsdp", type=int, default=1, metavar="N", help="split the weights over N of this host's devices (default 1)")
     add_dtype(add)
+    add_finishing(add)
     args = parser.parse_args(argv)
     for name in ("max_queue", "max_upload", "max_megapixels", "fsdp"):
         if not getattr(args, name) > 0:
@@ -71,6 +79,7 @@ def _run(args: argparse.Namespace) -> None:
     from lavie_jax.app.store import Store
 
     server.check_installed()
+    certificate, unsafe = given_certificate(args), given_filter(args)
     with contextlib.ExitStack() as stack:
         # What can fail at once comes before jax and the weights, which take seconds.
         listening = stack.enter_context(server.listen(args.host, args.port))
@@ -84,8 +93,9 @@ def _run(args: argparse.Namespace) -> None:
         folders = given_stage_weights(args)
         pixels = args.max_megapixels * 1e6
         engine = Engine(
-            store, weights=args.weights, folders=folders, most_pixels=pixels, fsdp=args.fsdp, dtype=args.dtype
-        )
+            store, weights=args.weights, folders=folders, most_pixels=pixels, fsdp=args.fsdp, dtype=args.dtype,
+            certificate=certificate, unsafe=unsafe,
+        )  # fmt: skip
         queue = JobQueue(
             store,
             lambda wanted, inputs: engine.plan(wanted, inputs).notes,

@@ -27,6 +27,8 @@ from lavie_jax.parallel import keep_compiled_programs, local_devices
 from lavie_jax.program_cache import free_programs
 from lavie_jax.samples.outputs import Output, make_request, up_to
 from lavie_jax.samples.pictures import by_frame, read_pictures
+from lavie_jax.samples.safety import SafetyFilter, withheld
+from lavie_jax.samples.signing import Certificate
 from lavie_jax.samples.stage_cache import StageCache
 from lavie_jax.stages.clips import ClipInfo, free_memory
 from lavie_jax.stages.settings import AUTO, STAGE_INFO, Settings
@@ -45,7 +47,7 @@ class Plan:
         request: everything that determines the video (`samples.outputs.make_request`).
         frames: those of the clip that the first stage starts from.
         known: given pictures by their frame.
-        personal: LoRA files.
+        personal: LoRA files and embeddings.
         notes: warnings.
         flops: {stage: estimated FLOPs}.
     """
@@ -93,6 +95,8 @@ class Engine:
         most_pixels: float = float("inf"),
         fsdp: int = 1,
         dtype: str = AUTO,
+        certificate: Certificate | None = None,
+        unsafe: SafetyFilter | None = None,
     ):
         """Finds devices and weights. Parameters are loaded when they are first needed.
 
@@ -103,6 +107,8 @@ class Engine:
             most_pixels: the most pixels that a video may have, in all frames of its last stage.
             fsdp: number of devices that each weight is split over.
             dtype: see `cascade.load`.
+            certificate: signs the videos; None for none.
+            unsafe: filter of the video of each stage; frames of those for which it returns True are black.
 
         Raises:
             UserError: there is no device, or a folder is missing or incomplete.
@@ -110,6 +116,7 @@ class Engine:
         keep_compiled_programs()
         self.devices = local_devices()
         self.store, self.most_pixels, self.fsdp = store, most_pixels, fsdp
+        self.certificate, self.unsafe = certificate, unsafe
         self.folders = cascade.stage_folders(weights, folders)
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
         self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
@@ -138,7 +145,7 @@ class Engine:
         pictures = read_pictures(
             {name: inputs / file for name, file in wanted.pictures.items()}, stages, own_clip=own_clip
         )
-        personal = Personal.read([(inputs / file, scale) for file, scale in wanted.loras])
+        personal = _personal(wanted, inputs)
         available = {stage: self.headers[stage] for stage in stages if stage in self.headers}
         weights, notes = personal.apply(available)
         frames, clip, clip_hash = self._clip(inputs / wanted.clip, notes) if wanted.clip is not None else (None,) * 3
@@ -225,8 +232,12 @@ class Engine:
         def on_stage(stage: str, frames: np.ndarray) -> None:
             """Writes the video of a finished stage, uint8 (T, H, W, 3), and adds it to the job."""
             if job.result(stage) is None:
-                output = _output(folder / stage, up_to(plan.request, stage), frames)
-                (video,) = output.write(frames, output.formats, pipe.made_with())
+                made_with = pipe.made_with()
+                if self.unsafe is not None and self.unsafe(frames):
+                    job.notes = [*job.notes, f"The safety filter withholds the video of {stage}: its frames are black."]
+                    frames, made_with = withheld(frames), {**made_with, "withheld": True}
+                output = _output(folder / stage, up_to(plan.request, stage), frames, self.certificate)
+                (video,) = output.write(frames, output.formats, made_with)
                 paths = (str(path.relative_to(folder)) for path in (video, output.path("json")))
                 job.results = [*job.results, Result(stage, *paths)]
                 self.store.save(job)
@@ -265,11 +276,21 @@ class Engine:
         return pipe
 
 
-def _output(folder: Path, request: Mapping[str, Any], frames: np.ndarray) -> Output:
+def _output(folder: Path, request: Mapping[str, Any], frames: np.ndarray, certificate: Certificate | None) -> Output:
     """The files of one stage's video, in a format that browsers show."""
     odd = frames.shape[1] % 2 or frames.shape[2] % 2
     format = "png" if len(frames) == 1 else "gif" if odd else "mp4"
-    return Output(folder=folder, index=0, formats=(format,), request=request)
+    return Output(folder=folder, index=0, formats=(format,), request=request, certificate=certificate)
+
+
+def _personal(wanted: Generation, inputs: Path) -> Personal:
+    """Reads LoRA files and embeddings. Raises UserError, without where the files are."""
+    loras = [(inputs / file, scale) for file, scale in wanted.loras]
+    embeddings = [(inputs / file, word) for file, word in wanted.embeddings]
+    try:
+        return Personal.read(loras, embeddings)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{inputs}/", "")) from None
 
 
 def _without_path(message: str, path: Path) -> str:

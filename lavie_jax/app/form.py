@@ -7,14 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.app import uploads
-from lavie_jax.app.generation import FRAMES, INPUT, READING, Generation, check, check_scale, own_stages
+from lavie_jax.app.generation import (
+    FRAMES,
+    INPUT,
+    MAX_EMBEDDINGS,
+    MAX_WORD,
+    READING,
+    Generation,
+    check,
+    check_scale,
+    check_word,
+    own_stages,
+)
 from lavie_jax.errors import UserError
 from lavie_jax.fields import parse_text, rule_of, types_of, without_none
 from lavie_jax.samples.pictures import PICTURES
 from lavie_jax.samples.prompts import check_seed, one_line, parse_prompts_at
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, STAGE_INFO
+from lavie_jax.weights.embeddings import read_embedding
 
-PLAIN = ("prompt", "stages", "seed", "preset", "prompts_at", *READING, *FRAMES.values(), INPUT, "loras", "lora_scales")
+PLAIN = (
+    "prompt", "stages", "seed", "preset", "prompts_at", *READING, *FRAMES.values(), INPUT, "loras", "lora_scales",
+    "embeddings", "embedding_words",
+)  # fmt: skip
 SHOWN = ("steps", "guidance", "negative_prompt")  # settings of the main stage that are not folded away
 
 
@@ -93,8 +108,10 @@ def read(values: Mapping[str, Any], folder: Path, inputs: Path, most: int) -> Ge
     loras = [path for file in values["loras"] or () if (path := uploaded(file, folder)) is not None]
     scales = parse_scales(values["lora_scales"] or "", len(loras))
     kept = [uploads.keep(path, inputs, f"lora-{i}", uploads.LORA, most).name for i, path in enumerate(loras)]
+    embeddings = _embeddings(values, folder, inputs, most)
     return dataclasses.replace(
         wanted,
+        embeddings=embeddings,
         pictures={
             name: uploads.keep(path, inputs, FRAMES[name], uploads.PICTURE, most).name
             for name, path in files.items()
@@ -103,6 +120,30 @@ def read(values: Mapping[str, Any], folder: Path, inputs: Path, most: int) -> Ge
         clip=None if clip is None else uploads.keep(clip, inputs, INPUT, uploads.CLIP, most).name,
         loras=tuple(zip(kept, scales)),
     )
+
+
+def _embeddings(values: Mapping[str, Any], folder: Path, inputs: Path, most: int) -> tuple[tuple[str, str | None], ...]:
+    """Copies the embeddings, and returns (file, word) of each."""
+    given = [path for file in values["embeddings"] or () if (path := uploaded(file, folder)) is not None]
+    words = [check_word(word) for word in re.split(r"[\s,;]+", (values["embedding_words"] or "").strip()) if word]
+    if len(words) not in (0, len(given)):
+        raise UserError(f"{len(words)} words are given for {len(given)} embeddings: give one for each, or none.")
+    if len(given) > MAX_EMBEDDINGS:
+        raise UserError(f"{len(given)} embeddings are given, where at most {MAX_EMBEDDINGS} are allowed.")
+    kept = []
+    for number, path in enumerate(given):
+        copy = uploads.keep(path, inputs, f"embedding-{number}", uploads.EMBEDDING, most)
+        kept.append((copy.name, words[number] if words else _word_of(copy, path.stem)))
+    return tuple(kept)
+
+
+def _word_of(copy: Path, name: str) -> str:
+    """The word of an embedding; `name` is that of the uploaded file, which stands for a word where it has none."""
+    try:
+        word = read_embedding(copy).word
+    except UserError as error:
+        raise UserError(str(error).replace(f"{copy.parent}/", "")) from None
+    return re.sub(r"\s+", "-", name)[:MAX_WORD] if word == copy.stem else word
 
 
 def _typed(stage: str, name: str, value: Any) -> Any:
@@ -155,6 +196,8 @@ def values_of(wanted: Generation, files: Mapping[str, Any], settings: Sequence[S
         INPUT: files.get(INPUT),
         "loras": files.get("loras"),
         "lora_scales": ", ".join(f"{scale:g}" for _, scale in wanted.loras),
+        "embeddings": files.get("embeddings"),
+        "embedding_words": ", ".join(word for _, word in wanted.embeddings if word),
     }
 
 

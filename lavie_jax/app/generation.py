@@ -24,9 +24,10 @@ INPUT = "input"
 FRAMES = {name: f"{name}_frame" for name in PICTURES}  # {picture: its field}
 READING = ("prompt_syntax", "long_prompts")  # fields of `Reading`
 FIELDS = (
-    "prompt", "prompts_at", "stages", "seed", "preset", *READING, "model", *FRAMES.values(), INPUT, "loras", WEIGHTS
+    "prompt", "prompts_at", "stages", "seed", "preset", *READING, "model", *FRAMES.values(), INPUT, "loras",
+    "embeddings", WEIGHTS,
 )  # fmt: skip
-MAX_PROMPT, MAX_LORAS = 4000, 8
+MAX_PROMPT, MAX_LORAS, MAX_EMBEDDINGS, MAX_WORD = 4000, 8, 8, 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Generation:
         pictures: {one of `PICTURES`: file}.
         clip: file of the clip that the first stage starts from.
         loras: (file, scale).
+        embeddings: (file, word for it in prompts); None for the file's own word.
     """
 
     prompt: str
@@ -60,6 +62,7 @@ class Generation:
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clip: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    embeddings: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def reading(self) -> Reading:
@@ -82,6 +85,7 @@ class Generation:
             | {
                 "stages": tuple(content["stages"]),
                 "loras": tuple((file, scale) for file, scale in content["loras"]),
+                "embeddings": tuple((file, word) for file, word in content.get("embeddings", ())),
                 "prompts_at": None if at is None else {int(frame): text for frame, text in at.items()},
             }
         )
@@ -105,6 +109,8 @@ def check(wanted: Generation) -> Generation:
     Reading(wanted.prompt_syntax, wanted.long_prompts)  # raises for unknown values
     if len(wanted.loras) > MAX_LORAS:
         raise UserError(f"{len(wanted.loras)} LoRA files are given, where at most {MAX_LORAS} are allowed.")
+    if len(wanted.embeddings) > MAX_EMBEDDINGS:
+        raise UserError(f"{len(wanted.embeddings)} embeddings are given, where at most {MAX_EMBEDDINGS} are allowed.")
     for stage, values in wanted.settings.items():
         if values and stage not in stages:
             name = next(iter(values))
@@ -198,7 +204,29 @@ def _with_files(wanted: Generation, body: Mapping[str, Any], inputs: Path, most:
         raise UserError(f"{len(given)} LoRA files are given, where at most {MAX_LORAS} are allowed.")
     for number, one in enumerate(given):
         loras.append((write(f"lora-{number}", one.get("file"), uploads.LORA), check_scale(one.get("scale", 1.0))))
-    return dataclasses.replace(wanted, pictures=pictures, clip=clip, loras=tuple(loras))
+    embeddings, given = [], body.get("embeddings") or []
+    if not isinstance(given, list) or not all(
+        isinstance(one, Mapping) and set(one) <= {"file", "word"} for one in given
+    ):
+        raise UserError('embeddings must be a list of objects like {"file": "data:;base64,...", "word": "<cat>"}')
+    if len(given) > MAX_EMBEDDINGS:
+        raise UserError(f"{len(given)} embeddings are given, where at most {MAX_EMBEDDINGS} are allowed.")
+    for number, one in enumerate(given):
+        word = check_word(one.get("word"))
+        embeddings.append((write(f"embedding-{number}", one.get("file"), uploads.EMBEDDING), word))
+    return dataclasses.replace(wanted, pictures=pictures, clip=clip, loras=tuple(loras), embeddings=tuple(embeddings))
+
+
+def check_word(word: Any) -> str | None:
+    """Returns the word of an embedding, None for its own. Raises UserError unless it is one word."""
+    if word is None or word == "":
+        return None
+    if not isinstance(word, str) or word.split() != [word] or len(word) > MAX_WORD:
+        raise UserError(
+            f"the word of an embedding must be text without spaces, like <cat>, not {str(word)[:MAX_WORD]!r}"
+        )
+    check_unicode(word, "the word of an embedding")
+    return word
 
 
 def check_scale(scale: Any) -> float:
@@ -234,7 +262,7 @@ def from_request(request: Mapping[str, Any]) -> tuple[Generation, list[str]]:
     if request.get("loras"):
         needed.append("its LoRA files")
     if request.get("embeddings"):
-        needed.append("its embeddings, which this page does not take")
+        needed.append("its embeddings")
     groups = {stage: request if STAGE_INFO[stage].main else request[stage] for stage in settings}
     wanted = Generation(
         prompt=request["prompt"],

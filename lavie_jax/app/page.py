@@ -167,7 +167,7 @@ class Page:
                         sources=["upload", "clipboard"], elem_id=field.replace("_", "-"), min_width=130,
                     )  # fmt: skip
             fields[INPUT] = gr.File(label="Clip to continue, smooth or enlarge", elem_id="clip", height=110)
-        with gr.Accordion("LoRA files", open=False):
+        with gr.Accordion("LoRA files and new words", open=False):
             fields["loras"] = gr.File(
                 label="LoRA files of Stable Diffusion 1.x", file_count="multiple", elem_id="loras", height=110,
                 file_types=[".safetensors", ".pt", ".bin"],
@@ -175,6 +175,14 @@ class Page:
             fields["lora_scales"] = gr.Textbox(
                 "", label="Scales", placeholder="1", info="One for all, or one for each: 0.8, 1"
             )
+            fields["embeddings"] = gr.File(
+                label="Textual inversions of Stable Diffusion 1.x", file_count="multiple", elem_id="embeddings",
+                height=110, file_types=[".safetensors", ".pt", ".bin"],
+            )  # fmt: skip
+            fields["embedding_words"] = gr.Textbox(
+                "", label="Words for them in prompts", placeholder="those of the files", max_length=1000,
+                elem_id="embedding-words", info="One for each: <cat>, <dog>",
+            )  # fmt: skip
         with gr.Accordion("All settings", open=False, elem_id="all-settings"):
             fields["prompts_at"] = gr.Textbox(
                 "", label="Prompts over time, instead of the prompt", placeholder="0: a red circle | 8: a blue circle"
@@ -381,6 +389,8 @@ class Page:
             files[INPUT] = self._copied(folder / wanted.clip)
         if wanted.loras:
             files["loras"] = [self._copied(folder / file) for file, _ in wanted.loras]
+        if wanted.embeddings:
+            files["embeddings"] = [self._copied(folder / file) for file, _ in wanted.embeddings]
         return files
 
     def _copied(self, path: Path) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lavie_jax.errors import UserError
 
-PICTURE, CLIP, LORA, MADE = "picture", "clip", "LoRA file", "file"
+PICTURE, CLIP, LORA, EMBEDDING, MADE = "picture", "clip", "LoRA file", "embedding", "file"
 MAX_PICTURE_PIXELS = 64e6
 # The first bytes of the kinds that are read, and the ending under which each is stored.
 _PICTURES = ((rb"\x89PNG\r\n", ".png"), (rb"\xff\xd8\xff", ".jpg"), (rb"RIFF....WEBP", ".webp"), (rb"GIF8", ".gif"),
@@ -23,13 +23,14 @@ _VIDEOS = ((rb"....(ftyp|moov|mdat|free|skip|wide|pnot)", ".mp4"), (rb"\x1a\x45\
            (rb"RIFF....AVI ", ".avi"), (rb"GIF8", ".gif"), (rb"FLV\x01", ".flv"), (rb"\x00\x00\x01\xba", ".mpg"),
            (rb"\x47.{187}\x47", ".ts"), (rb"OggS", ".ogv"))  # fmt: skip
 _ARRAYS = ((rb"PK\x03\x04", ".npz"),)
-_LORAS = ((rb".{7}\0\s*\{", ".safetensors"), (rb"PK\x03\x04|\x80[\x02-\x05]", ".pt"))
+_TENSORS = ((rb".{7}\0\s*\{", ".safetensors"), (rb"PK\x03\x04|\x80[\x02-\x05]", ".pt"))
 _MADE = ((rb"....ftyp", ".mp4"), (rb"GIF8", ".gif"), (rb"\x89PNG\r\n", ".png"), (rb"\s*\{", ".json"))
-_KINDS = {PICTURE: _PICTURES, CLIP: (*_VIDEOS, *_ARRAYS), LORA: _LORAS, MADE: _MADE}
+_KINDS = {PICTURE: _PICTURES, CLIP: (*_VIDEOS, *_ARRAYS), LORA: _TENSORS, EMBEDDING: _TENSORS, MADE: _MADE}
 _ALLOWED = {
     PICTURE: "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF",
     CLIP: "MP4, MOV, WebM, MKV, AVI, GIF, FLV, MPEG or an .npz with the array `video`",
     LORA: ".safetensors, .pt or .bin",
+    EMBEDDING: ".safetensors, .pt or .bin",
     MADE: "the MP4, GIF, PNG or JSON file of a video that was made here or by sample.py",
 }
 
@@ -44,7 +45,7 @@ def ending_of(path: Path, kind: str, most: int) -> str:
 
     Args:
         path: the file.
-        kind: what it is to be: PICTURE, CLIP, LORA or MADE.
+        kind: what it is to be: PICTURE, CLIP, LORA, EMBEDDING or MADE.
         most: the largest size, in bytes.
 
     Raises:
