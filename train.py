@@ -38,8 +38,9 @@ from absl import logging
 from tqdm import tqdm
 
 from lavie_jax import cascade, disk, flops, parallel
-from lavie_jax.data import pipeline, video_files
+from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.estimate import training_warning
@@ -333,7 +334,7 @@ def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: P
         with disk.tolerate_full_disk("samples/") as written:
             model = cascade.load(base, stages=(stage,), loras=[weights]) if base else cascade.load(weights)
             videos = model(list(prompts), stages=(stage,), seed=0)
-            video_files.contact_sheet(list(videos), list(prompts), path, columns=8)
+            contact_sheet(list(videos), list(prompts), path, columns=8)
         return bool(written)
     except Exception as error:
         reason = " ".join(str(error).split())[:500]

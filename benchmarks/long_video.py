@@ -22,7 +22,7 @@ import numpy as np
 
 from lavie_jax import cascade, parallel, results
 from lavie_jax.cascade.denoising import adapted, predict_rows, sequential_guidance
-from lavie_jax.data.video_files import contact_sheet
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.evaluation.moving_shapes import ROWS, score, true_samples

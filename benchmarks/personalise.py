@@ -29,7 +29,8 @@ import numpy as np
 from PIL import Image
 
 import lavie_jax
-from lavie_jax.data import moving_shapes, video_files
+from lavie_jax.data import moving_shapes
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_shapes import Attributes
 from lavie_jax.errors import Parser, user_location
 from lavie_jax.evaluation import detectors
@@ -128,7 +129,7 @@ def measure(subject: Subject, lora: str | None, out: Path, seed: int) -> None:
         right = {row: getattr(found, row) == getattr(asked, row) for row in ("shape", "colour", "size", "motion")}
         group = "subject" if asked.shape == subject.shape else "other prompts"
         rows.append({"prompt": text, "group": group, "found": vars(found), "right": right})
-    video_files.contact_sheet(list(videos), list(texts), out / "sheet.png", columns=8)
+    contact_sheet(list(videos), list(texts), out / "sheet.png", columns=8)
     (out / "measured.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(summary(rows), indent=2))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from test_sources import add
 
 from lavie_jax.curation.inputs import find_videos
-from lavie_jax.data import pipeline, records, shards, sources, tar_index, tar_members, tars, video_files
+from lavie_jax.data import npz_files, pipeline, records, shards, sources, tar_index, tar_members, tars, video_files
 from lavie_jax.data.buckets import Buckets
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.video_files import ClipWindow
@@ -444,7 +444,7 @@ def test_an_npz_that_is_not_a_clip_is_refused_with_what_it_needs(tmp_path, array
 def test_an_npz_may_omit_the_rate_and_must_fit_into_memory(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", video=gray())
     frames, fps = video_files.read_clip(tmp_path / "a.npz")
-    assert fps == video_files.NPZ_FPS == 8 and (frames == gray()).all()
+    assert fps == npz_files.FPS == 8 and (frames == gray()).all()
     with pytest.raises(UserError, match="does not fit into memory"):
         video_files.read_clip(tmp_path / "a.npz", max_bytes=1000)
     np.save(tmp_path / "b.npz", gray())

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lavie_jax.data import moving_shapes, video_files
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.errors import UserError
 from tests import videos
 
@@ -202,7 +203,7 @@ def test_a_contact_sheet_has_one_row_per_video(tmp_path):
     ]
     heights = []
     for n in (1, 2, 3):
-        with Image.open(video_files.contact_sheet(videos[:n], captions[:n], tmp_path / f"{n}.png")) as sheet:
+        with Image.open(contact_sheet(videos[:n], captions[:n], tmp_path / f"{n}.png")) as sheet:
             heights.append(sheet.height)
     assert heights[1] - heights[0] > heights[2] - heights[1] >= heights[0] - 10
     with Image.open(tmp_path / "1.png") as image:
@@ -211,7 +212,7 @@ def test_a_contact_sheet_has_one_row_per_video(tmp_path):
     np.testing.assert_array_equal(sheet[-136:-8, 4:132], first)
     np.testing.assert_array_equal(sheet[-136:-8, -132:-4], last)
     with pytest.raises(UserError, match="one caption per video; given 3 videos and 2 captions"):
-        video_files.contact_sheet(videos, captions[:2], tmp_path / "sheet.png")
+        contact_sheet(videos, captions[:2], tmp_path / "sheet.png")
 
 
 def test_encoding_the_same_frames_always_gives_the_same_bytes(tmp_path):

@@ -18,6 +18,7 @@ from lavie_jax.curation.output import CLIPS, DROPPED
 from lavie_jax.curation.statistics import Statistics
 from lavie_jax.curation.video import Segment
 from lavie_jax.data import latents, shards, video_files
+from lavie_jax.data.contact_sheet import contact_sheet
 
 PAGE, FIGURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
@@ -54,7 +55,7 @@ def write(
     medium = "latents" if encoder else "video"
     records = (shards.ShardRecords(out / name, medium=medium, val_fraction=0.0).fields(i) for name, i in samples)
     videos, captions = zip(*(_latent_sample(*each, encoder) if encoder else _sample(*each) for each in records))
-    video_files.contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
+    contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
     pictures = {r: _picture_dropped(folder, r, statistics.pictures.get(r, ()), work) for r in statistics.reasons()}
     page = _page(manifest, statistics, figures, pictures)
     with video_files.finished(out / PAGE) as temporary:

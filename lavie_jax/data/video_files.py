@@ -1,4 +1,4 @@
-"""Reads and writes video files: mp4 by PyAV, gif, png and npz, and contact sheets.
+"""Reads and writes video files: mp4 by PyAV, gif, png and npz.
 
 Files are written under a temporary name and renamed at the end, so that a crash leaves no partial file.
 """
@@ -6,17 +6,14 @@ Files are written under a temporary name and renamed at the end, so that a crash
 import contextlib
 import math
 import os
-import textwrap
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lavie_jax.data.decoding import (
     MAX_FPS as MAX_FPS,
@@ -36,10 +33,10 @@ from lavie_jax.data.decoding import (
 from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, check_header, declares_field_order
 from lavie_jax.data.embedded import Metadata, add_xmp_to_gif, add_xmp_to_mp4
 from lavie_jax.data.frame_times import constant_rate
+from lavie_jax.data.npz_files import read_npz
 from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
-NPZ_FPS = 8.0  # of an .npz without a rate
 
 
 @contextlib.contextmanager
@@ -144,7 +141,8 @@ def _save_gif(frames: np.ndarray, path: Path, fps: float, metadata: Metadata | N
             add_xmp_to_gif(temporary, metadata.xmp)
 
 
-def _save_png(image: np.ndarray | Image.Image, path: Path, metadata: Metadata | None) -> None:
+def save_png(image: np.ndarray | Image.Image, path: Path, metadata: Metadata | None = None) -> None:
+    """Writes a picture, uint8 (H, W, 3) or Pillow's, as a png."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with finished(path) as temporary:
         image.save(temporary, format="png", pnginfo=metadata and metadata.png_chunks())
@@ -172,11 +170,11 @@ def save_as(
         with finished(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, video=frames, fps=np.float64(fps))
     elif format == "png" and len(frames) == 1:
-        _save_png(frames[0], path, metadata)
+        save_png(frames[0], path, metadata)
     elif format == "png":
         path = Path(stem)
         for i, frame in enumerate(frames):
-            _save_png(frame, path / f"{i:04d}.png", metadata)
+            save_png(frame, path / f"{i:04d}.png", metadata)
         for stale in path.glob("[0-9][0-9][0-9][0-9].png"):  # of an earlier, longer video
             if int(stale.stem) >= len(frames):
                 stale.unlink()
@@ -287,7 +285,7 @@ def read_clip(
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
     """Returns (all frames, frames per second) of a video file, or of an .npz with the arrays that `save_as` writes.
 
-    They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is NPZ_FPS.
+    They are `video`, uint8 (T, H, W, 3), and `fps`, a number; without `fps`, the rate is `npz_files.FPS`.
 
     A variable frame rate is resampled to a constant one, so that each frame is the one on screen at its time.
 
@@ -304,7 +302,7 @@ def read_clip(
     if not path.is_file():
         raise UserError(f"the video {name!r} does not exist")
     if path.suffix.lower() == ".npz":
-        return _read_npz(path, max_bytes)
+        return read_npz(path, max_bytes)
     frames, times, ends = [], [], []
     with opened(path) as (container, stream):
         info = info_of(container, stream, repr(name))
@@ -336,83 +334,3 @@ def read_clip(
         note = f"; {lost} of its {len(frames)} frames are shown too briefly and are left out" if lost else ""
         warn(f"the frame times of {name!r} vary: it is shown as {len(shown)} frames at {rate:g} fps{note}")
     return np.stack([frames[i] for i in shown]), rate
-
-
-def _read_npz(path: str | Path, max_bytes: float) -> tuple[np.ndarray, float]:
-    name, needs = os.fspath(path), "it needs `video`, uint8 (T, H, W, 3), and may have `fps`, one number above 0"
-    try:
-        with Path(path).open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise UserError(f"{name!r} is one array, not an .npz of several: {needs}")
-            if "video" not in arrays.files:
-                raise UserError(f"{name!r} has the arrays {', '.join(arrays.files) or 'none'}; {needs}")
-            shape = _npy_shape(arrays, "video")
-            if shape is not None and math.prod(shape) > max_bytes:
-                raise UserError(f"the video {name!r} of shape {shape} does not fit into memory: store fewer frames")
-            frames = arrays["video"]
-            rate = np.asarray(arrays["fps"] if "fps" in arrays.files else NPZ_FPS)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read the video {name!r}: {error}") from error
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise UserError(f"`video` in {name!r} is {frames.dtype} {frames.shape}; {needs}")
-    if rate.size != 1 or rate.dtype.kind not in "iuf" or not 0 < float(rate.item()) < math.inf:
-        raise UserError(f"`fps` in {name!r} is {rate.tolist()}; {needs}")
-    return frames, float(rate.item())
-
-
-def _npy_shape(arrays: np.lib.npyio.NpzFile, name: str) -> tuple[int, ...] | None:
-    """The shape of an array in an .npz, from its header."""
-    with arrays.zip.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        return None if read is None else read(file)[0]
-
-
-# ---- the contact sheet ----
-
-
-def contact_sheet(
-    videos: Sequence[UInt8[np.ndarray, "_t _h _w 3"]],
-    captions: Sequence[str],
-    path: str | Path,
-    *,
-    columns: int = 6,
-    metadata: Metadata | None = None,
-) -> Path:
-    """Writes a PNG with a row for each video: its caption above up to `columns` of its frames, first to last.
-
-    Line breaks in captions are kept, and long lines are wrapped.
-    """
-    if not videos or len(videos) != len(captions):
-        given = f"{len(videos)} videos and {len(captions)} captions"
-        raise UserError(f"a contact sheet needs one caption per video; given {given}")
-    strips = []
-    for video in videos:
-        picks = np.unique(np.round(np.linspace(0, len(video) - 1, columns)).astype(int))
-        frames = [Image.fromarray(video[i]) for i in picks]
-        zoom = max(1, -(-96 // min(frames[0].size)))  # small frames are enlarged, with visible pixels
-        strips.append([f.resize((f.width * zoom, f.height * zoom), Image.Resampling.NEAREST) for f in frames])
-    gap, font = 4, ImageFont.load_default(size=14)
-    width = max(sum(f.width + gap for f in strip) for strip in strips) + gap
-    wrap_at = max(16, width // 8)
-    texts = [
-        [line for line_of_caption in caption.splitlines() for line in textwrap.wrap(line_of_caption, wrap_at)] or [""]
-        for caption in captions
-    ]
-    heights = [20 * len(text) + strip[0].height + 2 * gap for text, strip in zip(texts, strips)]
-    sheet = Image.new("RGB", (width, sum(heights) + gap), (250, 250, 250))
-    draw, y = ImageDraw.Draw(sheet), gap
-    for text, strip, height in zip(texts, strips, heights):
-        for i, line in enumerate(text):
-            draw.text((gap, y + 20 * i), line, fill=(20, 20, 20), font=font)
-        x = gap
-        for frame in strip:
-            sheet.paste(frame, (x, y + 20 * len(text)))
-            x += frame.width + gap
-        y += height
-    path = Path(path)
-    _save_png(sheet, path, metadata)
-    return path

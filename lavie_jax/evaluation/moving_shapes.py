@@ -25,7 +25,8 @@ from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
 from lavie_jax import cascade, results
-from lavie_jax.data import moving_shapes, transforms, video_files
+from lavie_jax.data import moving_shapes, transforms
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_shapes import Attributes, Sample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, suggest
 from lavie_jax.evaluation.cascade import downscaled
@@ -235,7 +236,7 @@ def _measure(args: argparse.Namespace) -> dict:
         tables[split], wrong[split] = score(detected, attributes), mistakes(detected, attributes)
         if args.sheets:
             captions = [sample.caption for sample in samples[:SHEET_ROWS]]
-            video_files.contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{split}.png")
+            contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{split}.png")
     source = "truth" if args.truth else "vae" if args.vae else "samples"
     seconds = round(time.perf_counter() - start, 1)
     result = {"kind": KIND, "what": source, "splits": tables, "mistakes": wrong, "seconds": seconds}

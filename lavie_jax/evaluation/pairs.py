@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lavie_jax import cascade, results
-from lavie_jax.data import moving_pairs, video_files
+from lavie_jax.data import moving_pairs
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_pairs import PairSample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
 from lavie_jax.evaluation.moving_shapes import (
@@ -112,7 +113,7 @@ def _measure(args: argparse.Namespace) -> dict:
     found = [detect_pair(clip, fps=sampling["fps"]) for clip in clips]
     outcomes = [outcome(one, sample.objects) for one, sample in zip(found, samples)]
     if args.sheet is not None:
-        video_files.contact_sheet(clips[:SHEET_ROWS], captions[:SHEET_ROWS], args.sheet)
+        contact_sheet(clips[:SHEET_ROWS], captions[:SHEET_ROWS], args.sheet)
     source = "truth" if args.truth else "vae" if args.vae else "samples"
     result = {"kind": KIND, "what": source, "images": args.images, "seed": args.seed, "table": score(outcomes)}
     if not args.truth:

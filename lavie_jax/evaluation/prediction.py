@@ -24,7 +24,8 @@ from jaxtyping import UInt8
 
 from lavie_jax import cascade, results
 from lavie_jax.cascade.running import Request
-from lavie_jax.data import moving_shapes, video_files
+from lavie_jax.data import moving_shapes
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_shapes import MOTIONS, Attributes, Sample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, suggest
 from lavie_jax.evaluation.cascade import moving_samples, through_vae
@@ -210,7 +211,7 @@ def _measure(args: argparse.Namespace) -> dict:
         tables[name], clips = run[name]()
         if args.sheets:
             captions = [sample.caption for sample in (moving if name == "transition" else samples)[:SHEET_ROWS]]
-            video_files.contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{name}.png")
+            contact_sheet(clips[:SHEET_ROWS], captions, args.sheets / f"{name}.png")
     return {
         "kind": KIND, "split": args.split, "seed": args.seed, "seconds": round(time.perf_counter() - start, 1),
         "weights": os.fspath(folder), "weights_hash": folder_hash(folder), "sampling": sampling, "tables": tables,

@@ -8,7 +8,7 @@ import numpy as np
 from einops import repeat
 from jaxtyping import UInt8
 
-from lavie_jax.data.video_files import contact_sheet
+from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.samples.provenance import GENERATED
 
 COLUMNS = 7
