@@ -3,6 +3,8 @@
 # make check          lint, type check and the fast tests; run it before every commit
 # make test           the test suite
 # make heavy-test     tests that are too slow for `make test`: more meshes, stages, sizes and whole runs
+# make beam-test      tests of the curation on Apache Beam, in an environment of their own (.venv-beam): Beam needs other
+#                     versions of libraries
 # make crash-test     kill a small training run at 50 random moments, also inside saves and on two hosts; the result must not change
 # make wheel-test     build a wheel, install it into an empty environment, and sample there; WHEEL=--offline: with
 #                     the packages of .venv
@@ -16,6 +18,7 @@
 # The targets create .venv themselves. To choose the Python version: make PYTHON=/path/to/python3.12 demo
 
 VENV := .venv
+BEAM := .venv-beam
 RUNS := runs/train-demo
 CASCADE := runs/train-cascade
 PY := $(VENV)/bin/python
@@ -27,7 +30,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 FAST := docs errors imports layers lock loss originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
-.PHONY: demo app check test heavy-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
+.PHONY: demo app check test heavy-test beam-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -53,6 +56,9 @@ test: $(VENV)/test.stamp
 
 heavy-test: $(VENV)/test.stamp
 	$(PY) -m pytest -m heavy --numprocesses=auto --maxprocesses=4 --dist=load
+
+beam-test: $(BEAM)/test.stamp
+	$(BEAM)/bin/python -m pytest tests/test_curation_beam.py
 
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py
@@ -104,6 +110,12 @@ $(VENV)/pip.stamp:
 $(VENV)/requirements.stamp: requirements.txt $(VENV)/pip.stamp
 	@echo "Installing requirements.txt into $(VENV) (one or two minutes, the first time only)."
 	@$(PIP) install -r requirements.txt
+	@touch $@
+
+$(BEAM)/test.stamp: requirements.txt pyproject.toml $(VENV)/pip.stamp
+	@echo "Installing Apache Beam and the test tools into $(BEAM) (one or two minutes, the first time only)."
+	@$(BEAM)/bin/python --version >/dev/null 2>&1 || $(PYTHON) -m venv $(BEAM)
+	@$(BEAM)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --editable ".[test,curation-beam]"
 	@touch $@
 
 $(VENV)/app.stamp: pyproject.toml $(VENV)/requirements.stamp

@@ -218,6 +218,7 @@ def opening(args: argparse.Namespace) -> None:
         config = DataConfig(source="mixture", videos=parts, images=0, frames=1, fps=8.0, height=64, width=64)
         began, cpu = time.monotonic(), time.process_time()
         source = make_source(config, batch_size=1024)
+        assert isinstance(source, mixture.Mixture)
         source.video_order(0)
         for i, each in enumerate(source.videos):
             permutation(len(each), "video", config.seed, i)

@@ -146,7 +146,7 @@ def build(root: Any, run: beam_steps.Run, videos: list, until: str) -> None:
         marked
         | "count clips" >> beam.MapTuple(of(beam_steps.clips_per_folder))
         | "counts" >> beam.combiners.ToList()
-        | "plan" >> beam.Map(beam_steps.Plan.of, len(run.folders))
+        | "plan" >> beam.Map(beam_steps.make_plan, len(run.folders))
     )
     plan = beam.pvalue.AsSingleton(plan)
     files = (

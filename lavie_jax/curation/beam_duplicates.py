@@ -245,17 +245,16 @@ def _divide(prints: Any, matches: Any, name: str) -> tuple[Any, Any]:
     import apache_beam as beam
 
     joined = (prints, matches) | f"join {name}" >> beam.CoGroupByKey()
+    without, matched = (functools.partial(_matched, each) for each in (False, True))
+    return joined | f"no {name}" >> beam.FlatMapTuple(without), joined | name >> beam.FlatMapTuple(matched)
 
-    def side(matched: bool) -> Any:
-        def chosen(group: int, values: tuple) -> Iterator[tuple[int, Fingerprints]]:
-            own = Fingerprints.concatenated(values[0])
-            rows = own[np.isin(own.ids, least(values[1])[0]) == matched]
-            if len(rows):
-                yield group, rows
 
-        return joined | f"{name} {matched}" >> beam.FlatMapTuple(chosen)
-
-    return side(False), side(True)
+def _matched(matched: bool, group: int, values: tuple) -> Iterator[tuple[int, Fingerprints]]:
+    """Yields the rows of a group that have a match, or those that have none."""
+    own = Fingerprints.concatenated(values[0])
+    rows = own[np.isin(own.ids, least(values[1])[0]) == matched]
+    if len(rows):
+        yield group, rows
 
 
 def _scatter_equals(pair: tuple[int, Fingerprints], rows: int) -> Iterator[tuple[int, Fingerprints]]:

@@ -277,15 +277,6 @@ class Plan:
     starts: dict[int, list[int]]
     totals: list[int]
 
-    @classmethod
-    def of(cls, counts: Iterable[tuple[int, list[int]]], folders: int) -> "Plan":
-        """Returns the plan for the numbers of clips that each group has in each folder."""
-        starts, totals = {}, [0] * folders
-        for group, each in sorted(counts):
-            starts[group] = totals
-            totals = [total + own for total, own in zip(totals, each)]
-        return cls(starts, totals)
-
     def positions(self, ranks: Sequence[int], shard_clips: int) -> list[tuple[int, int, int]]:
         """Returns (folder, shard, index) of clips by their ranks in the list of clips."""
         positions = []
@@ -295,6 +286,15 @@ class Plan:
                 rank, folder = rank - self.totals[folder], folder + 1
             positions.append((folder, *divmod(rank, shard_clips)))
         return positions
+
+
+def make_plan(counts: Iterable[tuple[int, list[int]]], folders: int) -> Plan:
+    """Returns the plan for the numbers of clips that each group has in each folder."""
+    starts, totals = {}, [0] * folders
+    for group, each in sorted(counts):
+        starts[group] = totals
+        totals = [total + own for total, own in zip(totals, each)]
+    return Plan(starts, totals)
 
 
 def clips_per_folder(run: Run, group: int, clips: Clips) -> tuple[int, list[int]]:
@@ -399,6 +399,7 @@ def finish(
         positions = plan.positions(report.sample_ranks(statistics.clips), run.shard_clips)
         samples = [(shard_name(run, folder, number), index) for folder, number, index in positions]
         report.write(run.out, manifest, statistics, samples, run.work, encoder)
+        output.index_shards(run.out, manifest)
         outcome = {"clips": statistics.clips, "dropped": manifest["dropped"], "cost": cost}
         _write(run.work / OUTCOME, json.dumps(outcome))
         output.write_manifest(run.out, manifest)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -90,6 +91,12 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with finished(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def index_shards(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Stores the index of a set of many shards, with which training opens them at once."""
+    if len(manifest["files"]) >= shards.MANY:
+        shards.store_index(out, "latents" if "latents" in manifest else "video")
 
 
 def write_manifest(out: Path, manifest: Mapping[str, object]) -> None:

@@ -26,7 +26,7 @@ from lavie_jax.curation.isolation import Interrupted, OutOfTime, Worker
 from lavie_jax.curation.job import CurationJob, LatentJob, Outcome
 from lavie_jax.curation.models import Captioner, Scorer
 from lavie_jax.curation.video import LATER, Part, Summary, curate_part, drop_part, parts_of, read_part
-from lavie_jax.errors import UserError
+from lavie_jax.errors import UserError, check_folder
 
 TIME_LIMIT = 3600.0  # of a part of about a minute
 
@@ -68,6 +68,7 @@ def curate(
         )  # fmt: skip
         samples = [clips[rank] for rank in report.sample_ranks(len(clips))]
         report.write(out, manifest, statistics, samples, work, encoder)
+        output.index_shards(out, manifest)
         output.write_manifest(out, manifest)
     shutil.rmtree(work)
     return Outcome(
@@ -92,6 +93,7 @@ def prepare(
     if not time_limit >= 0:
         raise UserError(f"--time-limit must be at least 0 seconds; given {time_limit:g}")
     _check_libraries()
+    check_folder(out, f"--out {os.fspath(out)!r}")
     videos = find_videos(folder, table)
     if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {os.fspath(out)!r} lies in the input folder: name one outside")
