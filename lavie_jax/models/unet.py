@@ -115,7 +115,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer, residual block, at the deepest level."""
+    """Residual block, transformer, residual block, at the deepest level; no transformer with `plain_mid`."""
 
     s: Setting
 
@@ -123,8 +123,9 @@ class MidBlock(nn.Module):
     def __call__(self, x: Float[Array, "b frames h w c"], cond: Conditioning):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
         x = resnet(self.s, x, cond, width, "resnets_0")
-        # the mid block keeps its self-attention whatever `only_cross_attention` is at the deepest level
-        x = transformer(self.s, x, cond, deepest, only_text=False, name="attentions_0")
+        if not self.s.config.plain_mid:
+            # the mid block keeps its self-attention whatever `only_cross_attention` is at the deepest level
+            x = transformer(self.s, x, cond, deepest, only_text=False, name="attentions_0")
         return resnet(self.s, x, cond, width, "resnets_1")
 
 

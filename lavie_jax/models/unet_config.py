@@ -28,9 +28,11 @@ class UNetConfig:
     )  # whether attn1 of each level attends to the text
     use_linear_projection: bool = False  # around a transformer: dense layers instead of 1x1 convolutions
     num_class_embeds: int | None = None  # number of noise levels (super-resolution)
-    norm_num_groups: int = 32
+    norm_num_groups: int = 32  # 0: no norms
     norm_eps: float = 1e-5
 
+    enlarge_low_res: bool = False  # the prediction, of pixels, starts from the enlarged low-resolution frame; ours
+    plain_mid: bool = False  # no transformer in the mid block; ours
     temporal_attention: str = "none"  # position in the block: "none", "before_ff", "after_ff"
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
     motion_embedding: bool = False  # caption x time x position, before temporal attention; ours
@@ -64,8 +66,10 @@ class UNetConfig:
                 )
         if self.encoder_hid_dim is not None and self.encoder_hid_dim < 1:
             raise UserError(f"UNet config: encoder_hid_dim must be at least 1, or None, not {self.encoder_hid_dim}.")
+        if not self.norm_num_groups and (any(self.attention_levels) or not self.plain_mid):
+            raise UserError("UNet config: norm_num_groups = 0 is for a UNet without transformers, with plain_mid.")
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
-            if width % self.norm_num_groups or width % heads:
+            if width % max(self.norm_num_groups, 1) or width % heads:
                 divisors = f"norm_num_groups = {self.norm_num_groups} and of the level's {heads} heads"
                 raise UserError(f"UNet config: block_out_channels has {width}, not a multiple of {divisors}.")
 

@@ -328,6 +328,16 @@ class KnownFrames:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LowResNoise:
+    """Noise on the low-resolution frames of super-resolution training."""
+
+    highest: int = field("highest level of the noise; 0 for none", default=MAX_NOISE_LEVEL, low=0, high=MAX_NOISE_LEVEL)
+
+    def __post_init__(self):
+        check_rules(type(self), dataclasses.asdict(self), label="config field 'low_res_noise.{}'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
     """Description of a stage that does not need its networks. The order of a cascade follows from it.
 
@@ -402,6 +412,7 @@ STAGE_INFO = {
         ),
         StageInfo(
             name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP,
+            training={"low_res_noise": LowResNoise},
             summary="frames of four times the size",
         ),
     )

@@ -24,7 +24,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.program_cache import cached
 from lavie_jax.stages.clips import ClipInfo, check_memory, padded, to_float
 from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
-from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derived
+from lavie_jax.stages.settings import LowResNoise, VSRSettings, check_derived
 from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, cut, grid, overlapping
 
@@ -68,13 +68,14 @@ class VSR(Stage):
         """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
         Each low-resolution pixel is the mean of the target pixels that it covers. The paper does not give the
-        distribution of the levels. Here it is MAX_NOISE_LEVEL times the cube of a uniform number. Half of these levels
-        are below 44, because sampling uses low levels: the released model's default is 50. The images of a row
+        distribution of the levels. Here it is the highest one, by default MAX_NOISE_LEVEL, times the cube of a uniform
+        number. Half of these levels are below 44, because sampling uses low levels: the released model's default is 50. The images of a row
         have the level of its clip, because the UNet takes one for each row.
         """
         low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=setup.vae.factor, j=setup.vae.factor)
         lead = low_res.shape[:-4]
-        level = (random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
+        highest = setup.options.get("low_res_noise", LowResNoise()).highest
+        level = (random.uniform(level_rng, lead[:1]) ** 3 * (highest + 1)).astype(jnp.int32)
         level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)
         return {"low_res": low_res, "low_res_noise": random.normal(rng, low_res.shape), "noise_level": level}
 
