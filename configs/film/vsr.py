@@ -24,8 +24,8 @@ def get_config(mode: str = "") -> ConfigDict:
     config = film("vsr", mode)
     common.set_fields(config.unet, in_channels=48 + 3, num_class_embeds=1, enlarge_low_res=True)
     config.low_res_noise.highest = 0
-    common.set_fields(config.data, frames=4, fps=24.0, height=96, width=96)
-    config.batch, config.steps = 4, 6000
+    common.set_fields(config.data, frames=3, fps=24.0, height=96, width=96)
+    config.batch, config.steps = 5, 3000
     common.set_fields(config.sampling, noise_level=0)
     if mode == "tiny":
         config.data.height = config.data.width = 32

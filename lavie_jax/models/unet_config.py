@@ -32,6 +32,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
 
     enlarge_low_res: bool = False  # the prediction, of pixels, starts from the enlarged low-resolution frame; ours
+    move_key_frames: bool = False  # the prediction, of pixels, starts from the key frames, moved in time; ours
     plain_mid: bool = False  # no transformer in the mid block; ours
     temporal_attention: str = "none"  # position in the block: "none", "before_ff", "after_ff"
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
@@ -105,6 +106,7 @@ TEMPORAL_FIELDS = (
     "motion_embedding",
     "key_frames_around",
     "known_frames_around",
+    "move_key_frames",
     "spatial_attention",
     "temporal_resblocks",
     "down_temporal_idx",

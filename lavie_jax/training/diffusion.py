@@ -186,9 +186,7 @@ class StageLoss:
                 average=frozen.get(AVERAGE, params)["unet"], teacher=frozen[TEACHER],
             )  # fmt: skip
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
-        value, parts = joint_loss(
-            prediction, target, weight, self.frames, self.loss.alpha, absolute=self.loss.absolute
-        )
+        value, parts = joint_loss(prediction, target, weight, self.frames, self.loss.alpha, absolute=self.loss.absolute)
         present = {"video": self.frames, "image": self.images}
         return value, {f"{k}_loss": v for k, v in parts.items() if present[k]}
 
