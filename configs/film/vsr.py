@@ -69,14 +69,14 @@ def film(stage: str, mode: str) -> ConfigDict:
         negative_prompt="",
     )  # fmt: skip
     common.set_fields(
-        config.data, source="array_record", path="data/film/shards", images=0, full_height=256, full_width=0,
+        config.data, source="array_record", path="data/film/shards", images=0, full_height=256, full_width=256,
         caption_drop=0.0,
     )  # fmt: skip
     config.held_out_batches, config.held_out_every, config.checkpoint_every = 8, 500, 500
     config.prompts = ()
     if mode == "tiny":
         config.unet.block_out_channels, config.unet.layers_per_block = (8,), 1
-        common.set_fields(config.data, source="moving_shapes", path=None, full_height=0)
+        common.set_fields(config.data, source="moving_shapes", path=None, full_height=0, full_width=0)
         config.held_out_batches, config.optimizer.warmup = 1, 5
         config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
     return config

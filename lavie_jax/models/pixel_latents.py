@@ -62,7 +62,10 @@ def sources(x: Float[Array, "b t h w c_in"], channels: int) -> Float[Array, "b t
 
 
 class SourceEmbedding(nn.Module):
-    """Embeds the sources of each frame, and how much they differ: (B, T, sources, H, W, C) -> (B, T, H, W, features)."""
+    """Embeds the sources of each frame: (B, T, sources, H, W, C) -> (B, T, H, W, features).
+
+    It sees the mean of the moved key frames, and how much each source differs from it.
+    """
 
     features: int
     dtype: jnp.dtype

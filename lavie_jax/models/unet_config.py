@@ -89,6 +89,12 @@ class UNetConfig:
         return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the output depends on the text."""
+        additions = self.motion_embedding or self.caption_modulation or self.known_frames_around
+        return any(self.attention_levels) or not self.plain_mid or additions
+
+    @property
     def skip_connections(self) -> int:
         """Number of skip connections, which is that of the residual blocks on the way up."""
         return len(self.block_out_channels) * (self.layers_per_block + 1)

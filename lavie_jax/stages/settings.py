@@ -331,7 +331,9 @@ class KnownFrames:
 class LowResNoise:
     """Noise on the low-resolution frames of super-resolution training."""
 
-    highest: int = field("highest level of the noise; 0 for none", default=MAX_NOISE_LEVEL, low=0, high=MAX_NOISE_LEVEL)
+    highest: int = field(
+        "highest level of the noise; 0 for no noise at all", default=MAX_NOISE_LEVEL, low=0, high=MAX_NOISE_LEVEL
+    )
 
     def __post_init__(self):
         check_rules(type(self), dataclasses.asdict(self), label="config field 'low_res_noise.{}'")
