@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lavie_jax.models import motion
@@ -68,7 +69,7 @@ class SourceEmbedding(nn.Module):
     """
 
     features: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, given: Float[Array, "b t sources h w c"]) -> Float[Array, "b t h w features"]:
