@@ -12,7 +12,8 @@ A run is 33 consecutive frames of a held-out shot of Big Buck Bunny, the central
 * times: seconds per output frame for sizes from 360p to 1440p.
 
 Means are over shots, with the interval of the paired difference to the best method without learning (2000 resamples of
-the shots). Writes results.json, sheets (PNG) and side-by-side.mp4. LPIPS needs `python tools/metric_weights.py`.
+the shots). Writes results.json, and sheets and videos side by side. The values of methods without learning are read
+from results.json if they are there. LPIPS needs `python tools/metric_weights.py`.
 """
 
 import argparse
@@ -122,6 +123,7 @@ def table(
     made: Callable[[Clip], Iterator[tuple[str, Clip]]],
     measured: np.ndarray,
     lpips: Lpips | None,
+    known: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the means and medians of each method, and the paired differences between the model and the others.
 
@@ -130,10 +132,15 @@ def table(
         made: yields (method, clip) for a true clip; the last one is the model's.
         measured: which frames count for all measures but flicker.
         lpips: LPIPS; None leaves it out.
+        known: "each" of an earlier result.
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for name, true in tqdm(clips.items(), unit="clip"):
         for method, clip in made(true):
+            one = known.get(method, {}).get(name, {}) if method != "model" else {}
+            if one and ("lpips" in one or lpips is None):
+                values.setdefault(method, {})[name] = one
+                continue
             one = {"psnr": psnr(clip[measured], true[measured]), "ssim": ssim(clip[measured], true[measured])}
             one["flicker"] = flicker(clip, true)
             if lpips:
@@ -229,6 +236,9 @@ def main() -> None:
         yield from inbetweens(keys)
         yield "model", cascade("clip", stages="interpolation", clip=keys, interpolation={"steps": args.steps})[0]
 
+    def before(name: str) -> dict[str, Any]:
+        return results.get(name, {}).get("each", {})
+
     def store(name: str, result: Any) -> None:
         results[name] = result
         file.write_text(json.dumps(results, indent=1) + "\n")
@@ -236,7 +246,7 @@ def main() -> None:
     clips = runs(args.data, args.runs) if {"vsr", "interpolation"} & set(tasks) else {}
     if "vsr" in tasks:
         true = {name: clip[:-1:2] for name, clip in clips.items()}
-        store("vsr", table(true, larger, np.ones(16, bool), lpips))
+        store("vsr", table(true, larger, np.ones(16, bool), lpips, before("vsr")))
         for name in list(true)[:: max(1, len(true) // 4)]:
             shown = [one for one in larger(true[name]) if one[0] in ("nearest", "lanczos", "model")]
             sheet(args.out / f"vsr-{name}.png", [*shown, ("true", true[name])], [0, 8])
@@ -246,7 +256,8 @@ def main() -> None:
         for every in (2, 4):
             true = {name: clip[::every] for name, clip in clips.items()}
             between = np.arange(len(next(iter(true.values())))) % SPACING != 0
-            store(f"interpolation, every {every}", table(true, smoother, between, lpips))
+            task = f"interpolation, every {every}"
+            store(task, table(true, smoother, between, lpips, before(task)))
             for name in list(true)[:: max(1, len(true) // 4)]:
                 columns = [*smoother(true[name]), ("true", true[name])]
                 sheet(args.out / f"interpolation-{every}-{name}.png", columns, [1, 2, 3])
@@ -255,7 +266,8 @@ def main() -> None:
             frames, _ = read_clip(args.data / "live" / name)
             height, width = (side // FACTOR * FACTOR for side in frames.shape[1:3])
             print(name)
-            store(name, table({name: frames[first:last, :height, :width]}, larger, np.ones(last - first, bool), lpips))
+            true = {name: frames[first:last, :height, :width]}
+            store(name, table(true, larger, np.ones(last - first, bool), lpips, before(name)))
     if "times" in tasks:
         store("seconds per frame", times(cascade))
 

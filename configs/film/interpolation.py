@@ -28,7 +28,7 @@ def get_config(mode: str = "") -> ConfigDict:
     common.set_fields(config.data, frames=5, fps=8.0, height=128, width=128)
     config.batch, config.steps = 4, 900
     config.optimizer.warmup = 40
-    common.set_fields(config.sampling, key_latents="mode")
+    common.set_fields(config.sampling, key_latents="mode", window_keys=3)  # less memory
     if mode == "tiny":
         config.data.height = config.data.width = 32
         config.unet.block_out_channels = (8,)

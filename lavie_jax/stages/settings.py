@@ -263,6 +263,9 @@ class InterpolationSettings(Settings):
         default="sample",
         choices=("sample", "mode"),
     )
+    window_keys: int = field(
+        "key frames per window; the released model was trained on 16", metavar="K", default=16, low=2
+    )
     keep_key_frames: bool = field("copy the key frames' pixels into the result", default=False, flag="keep-key-frames")
 
 
