@@ -14,6 +14,8 @@
 # make train-demo     train on Moving Shapes on a CPU: VAE, image model, video model, then evaluate (2 cores: about 2 hours);
 #                     after an interruption, the same command resumes
 # make train-cascade  likewise interpolation and super-resolution, from the included base model (2 cores: 1 to 2 hours)
+# make film           fetch a real film, cut it into clips, train super-resolution and interpolation on it, and measure them
+#                     (2 cores: about 3 hours); after an interruption, the same command resumes
 #
 # The targets create .venv themselves. To choose the Python version: make PYTHON=/path/to/python3.12 demo
 
@@ -21,6 +23,7 @@ VENV := .venv
 BEAM := .venv-beam
 RUNS := runs/train-demo
 CASCADE := runs/train-cascade
+FILM := runs/film
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -30,7 +33,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 FAST := docs errors imports layers lock loss originals schedule sheets stages torch_for_tests typecheck \
 	windows
 
-.PHONY: demo app check test heavy-test beam-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade
+.PHONY: demo app check test heavy-test beam-test crash-test wheel-test lint typecheck parity-full train-demo train-cascade film
 
 demo: $(VENV)/requirements.stamp
 	$(PY) sample.py --out demo --overwrite \
@@ -100,6 +103,15 @@ train-cascade: $(VENV)/requirements.stamp
 		--config.init_from=$(CASCADE)/upscaler/weights
 	$(PY) -m lavie_jax.evaluation.cascade --interpolation-weights $(CASCADE)/interpolation/weights \
 		--vsr-weights $(CASCADE)/vsr/weights --json $(CASCADE)/evaluation.json
+
+film: $(VENV)/test.stamp
+	@$(PY) tools/metric_weights.py
+	$(PY) tools/real_film.py --out data/film
+	$(PY) train.py --config configs/film/vsr.py --workdir $(FILM)/vsr
+	$(PY) train.py --config configs/film/interpolation.py --workdir $(FILM)/interpolation
+	$(PY) -m tools.ship_weights $(FILM)/vsr/weights $(FILM)/weights/vsr
+	$(PY) -m tools.ship_weights $(FILM)/interpolation/weights $(FILM)/weights/interpolation
+	$(PY) benchmarks/film.py --data data/film --weights $(FILM)/weights --out $(FILM)/measures
 
 $(VENV)/pip.stamp:
 	@test -n "$(PYTHON)" || \

@@ -228,6 +228,9 @@ def read_requests(args: argparse.Namespace) -> list[Prompt]:
     prompts = [Prompt(text=text.strip()) for text in args.prompt]
     prompts += [Prompt(text=one_line(at), at=at) for at in map(parse_prompts_at, args.prompts_at)]
     prompts += read_prompts(args.prompt_file) if args.prompt_file else []
+    args.unprompted = not prompts and args.input is not None and MAIN_STAGE not in args.stages
+    if args.unprompted:  # refused later, if the models read it
+        prompts = [Prompt(text=" ".join(args.input.stem.split()) or "clip")]
     if not prompts:
         raise UserError('give a --prompt, e.g. --prompt "a red circle moving left", or a --prompt-file')
     for prompt in prompts:
@@ -364,6 +367,8 @@ def run(args: argparse.Namespace) -> None:
     folders = cascade.stage_folders(args.weights, given_stage_weights(args), args.stages)
     available = [stage for stage in args.stages if stage in folders]
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
+    if args.unprompted and (readers := [name for name, one in weights.items() if one.unet.config.reads_text]):
+        raise UserError(f"give a --prompt: {', '.join(readers)} of these weights reads it")
     personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))
     weights, notes = personal.apply(weights)
     frames, clip, clip_hash = read_input(args.input) if args.input else (None, None, None)

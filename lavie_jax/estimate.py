@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavie_jax.models.unet_config import UNetConfig
+from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import Settings
 from lavie_jax.stages.stage import StageWeights
@@ -54,7 +55,7 @@ def training_warning(config: Any, platform: str) -> str | None:
     """A line about a run whose steps would take a CPU too long, if `platform` is "cpu"; None for a VAE's run."""
     if platform != "cpu" or config.stage not in STAGES:
         return None
-    data, factor = config.data, 2 ** (len(config.vae.block_out_channels) - 1)
+    data, factor = config.data, VAEConfig.from_dict(config.vae.to_dict()).factor
     each = unet_flops(
         UNetConfig.from_dict(config.unet.to_dict()),
         frames=data.frames + data.images, height=data.height // factor, width=data.width // factor,

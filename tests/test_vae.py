@@ -210,3 +210,15 @@ def test_config_roundtrip_and_errors():
     ]:
         with pytest.raises(UserError, match=message):
             vae_config({"block_out_channels": [64]} | change)
+
+
+def test_without_levels_latents_are_folded_pixels_and_nothing_is_lost():
+    config = VAEConfig(block_out_channels=(), patch_size=4, latent_channels=48)
+    vae, images = VAE(config), random_images(2, 8, 12)
+    assert config.factor == 4 and registry.init_params(config, jax.random.key(0)) == {}
+    mean, logvar = vae.apply({}, images, method="encode")
+    assert mean.shape == (2, 2, 3, 48) and bool((mean[:, 1, 2, :3] == images[:, 4, 8]).all())
+    assert bool((sample_posterior(mean, logvar, jax.random.key(0)) == mean).all())
+    assert bool((vae.apply({}, mean, method="decode") == images).all())
+    with pytest.raises(UserError, match="at least one width.*latent_channels must be 48"):
+        VAEConfig(block_out_channels=(), patch_size=4)

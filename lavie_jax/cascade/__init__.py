@@ -54,6 +54,7 @@ from lavie_jax.weights.locations import local_folder, record
 
 REPR_FIELDS = ("frames", "height", "width", "fps", "sampler", "steps")
 SHIPPED = Path(__file__).parents[1] / "assets"
+BY_NAME = ("film",)  # shipped models that are not the default, in folders of SHIPPED (docs/film.md)
 
 
 # ---- weights ----
@@ -119,6 +120,8 @@ def stage_folders(
     If `stages` contains one stage, the folder of a single stage is assumed to be of that stage; loading checks it.
     """
     path = SHIPPED if path is None and not folders else path
+    if path is not None and os.fspath(path) in BY_NAME and not os.path.lexists(path):
+        path = SHIPPED / path
     available = {}
     if path is not None:
         path = local_folder(path, stages)

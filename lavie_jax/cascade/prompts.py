@@ -89,5 +89,6 @@ def check_texts(
         ]
         other = own.negative_prompt
         texts += [reading.parse(other if one is None or not STAGE_INFO[stage].main else one) for one in negatives]
-        lines += tokens.text_warnings(tokenizer, map(words_of, texts), cut=not reading.chunked)
+        if loaded.unet.config.reads_text:
+            lines += tokens.text_warnings(tokenizer, map(words_of, texts), cut=not reading.chunked)
     return lines

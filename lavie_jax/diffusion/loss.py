@@ -41,10 +41,12 @@ def joint_loss(
     weight: Float[Array, " b *frames"] | None,
     T: int,
     alpha: float,
+    *,
+    absolute: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the joint image-video loss L = L_video + alpha * L_image (eq. 3, arXiv 2309.15103).
 
-    Each part is the mean weighted squared error over its own frames, so alpha does not depend on the numbers of
+    Each part is the mean weighted error over its own frames, so alpha does not depend on the numbers of
     frames and images. A part without frames is 0: with T = 0 the loss is alpha * L_image.
 
     Args:
@@ -54,6 +56,7 @@ def joint_loss(
             error; the mean is not divided by the sum of weights.
         T: number of video frames, 0 to T + M.
         alpha: weight of the images.
+        absolute: whether errors are absolute instead of squared.
 
     Returns:
         The loss, and its parts {"video": ..., "image": ...} before alpha; float32 scalars.
@@ -63,7 +66,8 @@ def joint_loss(
         raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have the same shape")
     if not 0 <= T <= frames:
         raise ValueError(f"T = {T} video frames do not fit the {frames} frames of the prediction")
-    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    error = jnp.abs(error) if absolute else jnp.square(error)
     if weight is not None:
         error *= weight.reshape(weight.shape + (1,) * (error.ndim - weight.ndim))
     video = error[:, :T].mean() if T > 0 else jnp.zeros(())

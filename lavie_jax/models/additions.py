@@ -14,6 +14,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from lavie_jax.models import pixel_latents
 from lavie_jax.models.layers import Frames, conv, dense, items_to_frames, on_video, per_frame, timestep_features
 from lavie_jax.models.precision import dot_general
 from lavie_jax.models.unet_config import UNetConfig
@@ -92,7 +93,10 @@ def add_condition(
     temb: Float[Array, "b items e"],
     frames: Frames,
 ) -> Float[Array, "b frames h w c_out"]:
-    """`low_res_skip`, `..._frames_around`: adds a linear map of the condition to the prediction."""
+    """`low_res_skip`, `..._frames_around`: adds a linear map of the condition to the prediction; `enlarge_low_res`:
+    adds the low-resolution frame."""
+    if config.enlarge_low_res:
+        prediction = prediction + pixel_latents.enlarged(x, config.out_channels)
     if not (config.low_res_skip or config.key_frames_around or config.known_frames_around):
         return prediction
     frame_temb, video = items_to_frames(temb, frames), slice(frames.video)

@@ -57,7 +57,7 @@ def on_video(
 
 
 class GroupNorm(nn.Module):
-    """Group normalization of (..., H, W, C), in float32.
+    """Group normalization of (..., H, W, C), in float32; nothing for 0 groups.
 
     With `frames`, the input is (B, T+M, H, W, C). The statistics are computed over all frames of the video together, as
     in the original, and over each image separately; in the original, images are part of the video's statistics. Without
@@ -71,6 +71,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... h w c"]) -> Float[Array, "... h w c"]:
+        if not self.groups:
+            return x
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))

@@ -113,7 +113,7 @@ def example_inputs(config: Config) -> dict[str, jax.Array]:
 
 def init_params(config: Config, rng: jax.Array) -> dict[str, Any]:
     """Returns randomly initialised float32 parameters, a nested dict. Slow: `abstract_params` is enough for shapes."""
-    return module(config).init(rng, **example_inputs(config))["params"]
+    return module(config).init(rng, **example_inputs(config)).get("params", {})  # a VAE without levels has none
 
 
 def abstract_params(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from lavie_jax.models import additions, layers
+from lavie_jax.models import additions, layers, pixel_latents
 from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.layers import Downsample, Frames, GroupNorm, ResnetBlock, TimestepEmbedding, Upsample, on_video
 from lavie_jax.models.placement import split_by_frames
@@ -115,7 +115,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, transformer, residual block, at the deepest level."""
+    """Residual block, transformer, residual block, at the deepest level; no transformer with `plain_mid`."""
 
     s: Setting
 
@@ -123,8 +123,9 @@ class MidBlock(nn.Module):
     def __call__(self, x: Float[Array, "b frames h w c"], cond: Conditioning):
         width, deepest = x.shape[-1], len(self.s.config.block_out_channels) - 1
         x = resnet(self.s, x, cond, width, "resnets_0")
-        # the mid block keeps its self-attention whatever `only_cross_attention` is at the deepest level
-        x = transformer(self.s, x, cond, deepest, only_text=False, name="attentions_0")
+        if not self.s.config.plain_mid:
+            # the mid block keeps its self-attention whatever `only_cross_attention` is at the deepest level
+            x = transformer(self.s, x, cond, deepest, only_text=False, name="attentions_0")
         return resnet(self.s, x, cond, width, "resnets_1")
 
 
@@ -232,6 +233,11 @@ class UNet(nn.Module):
         h = layers.conv(config.block_out_channels[0], (3, 3), name="conv_in", dtype=dtype)(x.astype(dtype))
         h = additions.add_frames_around(config, h, x, velocity, frames, dtype)
         levels, count = range(len(config.block_out_channels)), config.layers_per_block + 1
+        sources = None
+        if config.move_key_frames:
+            sources = pixel_latents.sources(x[:, : frames.video], config.out_channels)
+            embedding = pixel_latents.SourceEmbedding(h.shape[-1], dtype, name="source_embedding_temporal")(sources)
+            h = on_video(lambda y: y + embedding, h, frames)
         skips, wanted = [h], config.skip_connections if deep is None else depth
         for level in levels:
             if len(skips) == wanted:
@@ -257,8 +263,12 @@ class UNet(nn.Module):
             h = temporal_module(i in config.up_temporal_idx, f"up_temporal_blocks_{i}", h)
 
         h = GroupNorm(config.norm_num_groups, config.norm_eps, frames, dtype, name="conv_norm_out")(h)
-        h = layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h))
-        return additions.add_condition(config, h.astype(jnp.float32), x, velocity, temb, frames)
+        prediction = layers.conv(config.out_channels, (3, 3), name="conv_out", dtype=dtype, zero=True)(nn.silu(h))
+        prediction = prediction.astype(jnp.float32)
+        if sources is not None:
+            mixture = pixel_latents.SourceMixture(name="source_mixture_temporal")
+            prediction = on_video(lambda y: mixture(sources, h[:, : frames.video], y), prediction, frames)
+        return additions.add_condition(config, prediction, x, velocity, temb, frames)
 
     def _add_noise_level(self, temb: Array, noise_level: Array | None) -> Array:
         classes = self.config.num_class_embeds

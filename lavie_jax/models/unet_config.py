@@ -28,9 +28,12 @@ class UNetConfig:
     )  # whether attn1 of each level attends to the text
     use_linear_projection: bool = False  # around a transformer: dense layers instead of 1x1 convolutions
     num_class_embeds: int | None = None  # number of noise levels (super-resolution)
-    norm_num_groups: int = 32
+    norm_num_groups: int = 32  # 0: no norms
     norm_eps: float = 1e-5
 
+    enlarge_low_res: bool = False  # the prediction, of pixels, starts from the enlarged low-resolution frame; ours
+    move_key_frames: bool = False  # the prediction, of pixels, starts from the key frames, moved in time; ours
+    plain_mid: bool = False  # no transformer in the mid block; ours
     temporal_attention: str = "none"  # position in the block: "none", "before_ff", "after_ff"
     temporal_position: bool = False  # rotary embedding and relative position bias in the temporal attention
     motion_embedding: bool = False  # caption x time x position, before temporal attention; ours
@@ -64,8 +67,10 @@ class UNetConfig:
                 )
         if self.encoder_hid_dim is not None and self.encoder_hid_dim < 1:
             raise UserError(f"UNet config: encoder_hid_dim must be at least 1, or None, not {self.encoder_hid_dim}.")
+        if not self.norm_num_groups and (any(self.attention_levels) or not self.plain_mid):
+            raise UserError("UNet config: norm_num_groups = 0 is for a UNet without transformers, with plain_mid.")
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
-            if width % self.norm_num_groups or width % heads:
+            if width % max(self.norm_num_groups, 1) or width % heads:
                 divisors = f"norm_num_groups = {self.norm_num_groups} and of the level's {heads} heads"
                 raise UserError(f"UNet config: block_out_channels has {width}, not a multiple of {divisors}.")
 
@@ -82,6 +87,12 @@ class UNetConfig:
     def text_width(self) -> int:
         """Width of the texts that the UNet is called with."""
         return self.cross_attention_dim if self.encoder_hid_dim is None else self.encoder_hid_dim
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the output depends on the text."""
+        additions = self.motion_embedding or self.caption_modulation or self.known_frames_around
+        return any(self.attention_levels) or not self.plain_mid or additions
 
     @property
     def skip_connections(self) -> int:
@@ -101,6 +112,7 @@ TEMPORAL_FIELDS = (
     "motion_embedding",
     "key_frames_around",
     "known_frames_around",
+    "move_key_frames",
     "spatial_attention",
     "temporal_resblocks",
     "down_temporal_idx",

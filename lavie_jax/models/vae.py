@@ -2,7 +2,8 @@
 
 Those of Stable Diffusion (f = 8) and of the x4-upscaler (f = 4), with diffusers' parameter layout, and small ones for
 small datasets: `patch_size` > 1 folds squares of pixels into channels before the first convolution, which makes all
-layers cheaper by that factor. Latents here are raw; callers multiply them by `scaling_factor`.
+layers cheaper by that factor. Without levels (`block_out_channels=()`) the folded pixels are the latents: there is
+nothing to train, and nothing is lost. Latents here are raw; callers multiply them by `scaling_factor`.
 """
 
 import dataclasses
@@ -43,8 +44,12 @@ class VAEConfig:
     def __post_init__(self):
         sizes = {n: v for n, v in dataclasses.asdict(self).items() if type(v) is int}
         check_positive("VAEConfig", **sizes)
-        if not self.block_out_channels:
-            raise UserError("VAEConfig.block_out_channels must have at least one width")
+        folded = self.in_channels * self.patch_size**2
+        if not self.block_out_channels and (self.latent_channels, self.out_channels) != (folded, self.in_channels):
+            raise UserError(
+                "VAEConfig.block_out_channels must have at least one width. Without any, latents are folded pixels: "
+                f"latent_channels must be {folded}, and out_channels {self.in_channels}"
+            )
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise UserError(
@@ -55,7 +60,7 @@ class VAEConfig:
     @property
     def factor(self) -> int:
         """Downsampling factor: the side, in pixels, of the square that one latent pixel represents."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** max(len(self.block_out_channels) - 1, 0)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VAEConfig":
@@ -80,6 +85,8 @@ class VAE(nn.Module):
     def setup(self):
         """Creates the layers: encoding and decoding are separate methods, so `nn.compact` does not fit."""
         latent = self.config.latent_channels
+        if not self.config.block_out_channels:
+            return
         self.encoder = Encoder(self.config, self.dtype, self.attention_kernel)
         self.decoder = Decoder(self.config, self.dtype, self.attention_kernel)
         pixelwise = {"padding": 0, "dtype": self.dtype, "conv_general_dilated": conv_general_dilated}
@@ -91,7 +98,7 @@ class VAE(nn.Module):
         return self.decode(self.encode(images)[0])
 
     def encode(self, images: Float[Array, "*b H W c"]) -> tuple[Float[Array, "*b h w C"], Float[Array, "*b h w C"]]:
-        """Returns the posterior's mean and its log-variance, clamped to [-30, 20].
+        """Returns the posterior's mean and its log-variance, clamped to [-30, 20]; -inf without levels.
 
         Raises:
             UserError: the patch size does not divide the sides.
@@ -104,6 +111,9 @@ class VAE(nn.Module):
             )
         x, lead = einops.pack([images], "* h w c")
         x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
+        if not self.config.block_out_channels:
+            mean = einops.unpack(x.astype(jnp.float32), lead, "* h w c")[0]
+            return mean, jnp.full_like(mean, -jnp.inf)  # no variance: every sample is the mean
         moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
         mean, logvar = jnp.split(einops.unpack(moments, lead, "* h w c")[0], 2, axis=-1)
         return mean, jnp.clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
@@ -112,7 +122,7 @@ class VAE(nn.Module):
         """Decodes raw (unscaled) latents to images, without clipping them."""
         p = self.config.patch_size
         z, lead = einops.pack([latents], "* h w c")
-        x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+        x = (self.decoder(self.post_quant_conv(z)) if self.config.block_out_channels else z).astype(jnp.float32)
         x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
         return einops.unpack(x, lead, "* h w c")[0]
 

@@ -25,7 +25,7 @@ from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, 
 from lavie_jax.stages.windows import Window, grid, overlapping, whole
 
 KEY_FRAME_SPACING = 4  # frames from one key frame to the next
-WINDOW_KEYS, SHARED_KEYS = 16, 4  # key frames per window, and key frames shared with the next window
+SHARED_KEYS = 4  # most key frames that a window shares with the next one
 
 
 def interpolated_length(key_frames: int) -> int:
@@ -54,7 +54,7 @@ class Interpolation(Stage):
     inflates = "base"
     encodes_clip = True
     original = "lavie_interpolation.pt"
-    memory_advice = "a clip of a smaller height and width"
+    memory_advice = "a clip of a smaller height and width, or fewer window keys"
 
     def sampling_from(self, source: Mapping[str, Any]) -> dict[str, Any]:
         """Adapts the released settings to the size, length and rate of the base model's clips, given in `source`."""
@@ -125,7 +125,8 @@ class Interpolation(Stage):
 
     def windows(self, shape: Sequence[int], settings: InterpolationSettings) -> list[Window]:
         """Returns windows that start at key frames, as training clips do."""
-        size, overlap = map(interpolated_length, (WINDOW_KEYS, SHARED_KEYS))
+        keys = settings.window_keys
+        size, overlap = map(interpolated_length, (keys, min(SHARED_KEYS, keys // 2)))
         return grid(overlapping(shape[0], size, overlap, stride=KEY_FRAME_SPACING), whole(shape[1]), whole(shape[2]))
 
     def prepare(

@@ -263,6 +263,9 @@ class InterpolationSettings(Settings):
         default="sample",
         choices=("sample", "mode"),
     )
+    window_keys: int = field(
+        "key frames per window; the released model was trained on 16", metavar="K", default=16, low=2
+    )
     keep_key_frames: bool = field("copy the key frames' pixels into the result", default=False, flag="keep-key-frames")
 
 
@@ -325,6 +328,18 @@ class KnownFrames:
     def weights(self) -> tuple[float, ...]:
         """The weights in the order of the fields."""
         return dataclasses.astuple(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowResNoise:
+    """Noise on the low-resolution frames of super-resolution training."""
+
+    highest: int = field(
+        "highest level of the noise; 0 for no noise at all", default=MAX_NOISE_LEVEL, low=0, high=MAX_NOISE_LEVEL
+    )
+
+    def __post_init__(self):
+        check_rules(type(self), dataclasses.asdict(self), label="config field 'low_res_noise.{}'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -402,6 +417,7 @@ STAGE_INFO = {
         ),
         StageInfo(
             name="vsr", settings=VSRSettings, consumes=(KEY_FRAMES, SMOOTH_CLIP), produces=LARGE_CLIP,
+            training={"low_res_noise": LowResNoise},
             summary="frames of four times the size",
         ),
     )

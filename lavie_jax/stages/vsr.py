@@ -24,7 +24,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.program_cache import cached
 from lavie_jax.stages.clips import ClipInfo, check_memory, padded, to_float
 from lavie_jax.stages.conditioning import Condition, ConditionSetup, EncodedClips
-from lavie_jax.stages.settings import MAX_NOISE_LEVEL, VSRSettings, check_derived
+from lavie_jax.stages.settings import LowResNoise, VSRSettings, check_derived
 from lavie_jax.stages.stage import CONDITION_STREAM, LINEAR_BETAS, LoadedStage, Stage, StageWeights
 from lavie_jax.stages.windows import Window, cut, grid, overlapping
 
@@ -68,15 +68,18 @@ class VSR(Stage):
         """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
         Each low-resolution pixel is the mean of the target pixels that it covers. The paper does not give the
-        distribution of the levels. Here it is MAX_NOISE_LEVEL times the cube of a uniform number. Half of these levels
-        are below 44, because sampling uses low levels: the released model's default is 50. The images of a row
-        have the level of its clip, because the UNet takes one for each row.
+        distribution of the levels. Here it is the highest one, by default MAX_NOISE_LEVEL, times the cube of a uniform
+        number. Half of these levels are below 44, because sampling uses low levels: the released model's default is
+        50. The images of a row have the level of its clip, because the UNet takes one for each row. Level 0 has a
+        little noise too, but not if it is the only one.
         """
         low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=setup.vae.factor, j=setup.vae.factor)
         lead = low_res.shape[:-4]
-        level = (random.uniform(level_rng, lead[:1]) ** 3 * (MAX_NOISE_LEVEL + 1)).astype(jnp.int32)
+        highest = setup.options.get("low_res_noise", LowResNoise()).highest
+        level = (random.uniform(level_rng, lead[:1]) ** 3 * (highest + 1)).astype(jnp.int32)
         level = jnp.broadcast_to(level.reshape(-1, *(1,) * (len(lead) - 1)), lead)
-        return {"low_res": low_res, "low_res_noise": random.normal(rng, low_res.shape), "noise_level": level}
+        noise = random.normal(rng, low_res.shape) if highest else jnp.zeros_like(low_res)
+        return {"low_res": low_res, "low_res_noise": noise, "noise_level": level}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
         """From `low_res` (B, T, H, W, 3) in [-1, 1], `low_res_noise` of the same shape, standard normal, and
@@ -151,10 +154,14 @@ class VSR(Stage):
         frames = padded(frames, self.padding(model.weights))
         size = settings.window_frames
         schedule, level = self._low_res_schedule(model.weights), np.int32(settings.noise_level)
+        noiseless = model.weights.unet.config.num_class_embeds == 1  # trained with `LowResNoise.highest` = 0
 
         def noised(start: int):
             indices = range(start, min(start + size, len(frames)))
-            noise = model.frame_noise(seed, CONDITION_STREAM, indices, frames.shape[1:])
+            if noiseless:
+                noise = jnp.zeros((len(indices), *frames.shape[1:]))
+            else:
+                noise = model.frame_noise(seed, CONDITION_STREAM, indices, frames.shape[1:])
             return np.asarray(_noised(frames[start : indices.stop], noise, level, schedule=schedule))
 
         return np.concatenate([noised(start) for start in range(0, len(frames), size)]), settings.noise_level

@@ -369,6 +369,8 @@ def _load_vae(config: Any, models: Models, start: weights.Weights | _Start | Non
     if config.vae_from == RANDOM:
         logging.warning("vae_from = 'random': the VAE is untrained, which is only useful for testing the code")
         return weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), _random(models.vae.config))
+    if not config.vae_from and not models.vae.config.block_out_channels:
+        return weights.Part(dataclasses.replace(models.vae.config, scaling_factor=1.0), {})
     if not config.vae_from and start is None:
         raise UserError("a VAE is needed: set vae_from to a weights folder (configs/moving_shapes/vae.py trains one).")
     part = weights.load_part(config.vae_from, "vae") if config.vae_from else start.vae

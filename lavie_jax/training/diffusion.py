@@ -46,6 +46,7 @@ class DiffusionLoss:
     high_noise: float = 0.0  # weight (1 + h) (t / steps)^h: the content of a clip is decided at high noise; 0 = none
     # (m, s): t / steps = sigmoid(normal(m, s)), "logit-normal" (arXiv 2403.03206, sec. 3.1); () = uniform
     logit_normal: tuple[float, ...] = ()
+    absolute: bool = False  # absolute instead of squared errors: sharper where the target is determined
     posterior_mean: bool = False  # train on the mode of the VAE's posterior instead of samples of it
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
@@ -185,7 +186,7 @@ class StageLoss:
                 average=frozen.get(AVERAGE, params)["unet"], teacher=frozen[TEACHER],
             )  # fmt: skip
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
-        value, parts = joint_loss(prediction, target, weight, self.frames, self.loss.alpha)
+        value, parts = joint_loss(prediction, target, weight, self.frames, self.loss.alpha, absolute=self.loss.absolute)
         present = {"video": self.frames, "image": self.images}
         return value, {f"{k}_loss": v for k, v in parts.items() if present[k]}
 

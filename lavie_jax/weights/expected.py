@@ -24,7 +24,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 # Fields that were added within a version and change nothing while they are False or None. They are left out of
 # fingerprints then, so that folders that were written before keep theirs.
-LATER_FIELDS = ("known_frames_around", "encoder_hid_dim")
+LATER_FIELDS = ("known_frames_around", "encoder_hid_dim", "plain_mid", "enlarge_low_res", "move_key_frames")
 
 
 def fingerprint(config: Config, given: Mapping[str, tuple[int, ...]]) -> str:
