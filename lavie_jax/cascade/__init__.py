@@ -36,9 +36,9 @@ from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.cascade.prompts import check_texts as check_texts
 from lavie_jax.cascade.prompts import stage_prompts
-from lavie_jax.cascade.running import Progress, Request, Sample, guidance_of, run_stage
-from lavie_jax.diffusion import chain_warning, make_sampler
-from lavie_jax.errors import UserError, suggest
+from lavie_jax.cascade.resolving import no_weights, padding_notes, resolve_settings
+from lavie_jax.cascade.running import Progress, Request, Sample, run_stage
+from lavie_jax.errors import UserError
 from lavie_jax.estimate import sampling_warnings
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
 from lavie_jax.samples.prompts import check_seed
@@ -46,8 +46,8 @@ from lavie_jax.samples.safety import SafetyFilter, withheld
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.samples.videos import Videos
 from lavie_jax.stages import STAGES
-from lavie_jax.stages.clips import ClipInfo, padding_note
-from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
+from lavie_jax.stages.clips import ClipInfo
+from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, STAGE_INFO, Settings, parse_stages
 from lavie_jax.stages.stage import Known
 from lavie_jax.weights import Weights, load_folder
 from lavie_jax.weights.locations import local_folder, record
@@ -98,7 +98,7 @@ def load(
     available = stage_folders(path, folders, stages)
     for stage in stages or ():
         if stage not in available:
-            raise _no_weights(stage, available)
+            raise no_weights(stage, available)
     weights = {stage: load_folder(available[stage], stage=stage) for stage in stages or available}
     weights, notes = personal.apply(weights)
     for line in notes:
@@ -141,87 +141,8 @@ def stage_folder(path: str | os.PathLike | None, stage: str) -> Path:
     """Returns a stage's folder, inside `path` or among the shipped models. Raises UserError if there is none."""
     available = stage_folders(path, stages=(stage,))
     if stage not in available:
-        raise _no_weights(stage, available)
+        raise no_weights(stage, available)
     return available[stage]
-
-
-def _no_weights(stage: str, available: Iterable[str]) -> UserError:
-    names = ", ".join(available) or "none"
-    return UserError(f"stage {stage} has no weights; available stages: {names}. Give --{stage}-weights")
-
-
-# ---- settings ----
-
-
-def resolve_settings(
-    weights: Mapping[str, Weights],
-    stages: Sequence[str],
-    given: Mapping[str, Mapping[str, Any]],
-    clip: ClipInfo | None = None,
-    preset: str = OFFICIAL,
-) -> dict[str, Settings]:
-    """Returns {stage: settings}; each stage starts from the output of the previous one.
-
-    Args:
-        weights: {stage: weights folder}; parameters are not needed.
-        stages: the stages to run, in order.
-        given: {stage: settings that override the defaults of its weights}.
-        clip: the user's clip that the first stage starts from.
-        preset: one of `PRESETS`; settings in `given` come before those of a preset.
-
-    Raises:
-        UserError: a stage has no weights, the preset does not exist, a setting belongs to a stage that is not run, is
-            out of range or impossible for its model, or a clip does not fit into memory.
-    """
-    for stage, values in given.items():
-        if stage not in stages and (name := next((n for n, v in values.items() if v is not None), None)):
-            raise UserError(f"{name} is given for {stage}, which is not among the stages to run: {','.join(stages)}")
-    if preset not in PRESETS:
-        raise UserError(f"preset: unknown {preset!r}{suggest(preset, PRESETS)}")
-    settings = {}
-    for stage in stages:
-        if stage not in weights:
-            raise _no_weights(stage, weights)
-        bundle = (weights[stage].presets or STAGES[stage].presets).get(preset, {})
-        chosen = {name: value for name, value in given.get(stage, {}).items() if value is not None}
-        try:
-            own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
-            sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
-            guidance_of(own).plan(sampler.tail(own.first_step).timesteps)
-            _check_cache_depth(own, weights[stage])
-        except UserError as error:
-            raise STAGE_INFO[stage].located(error) from None
-        if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
-            logging.warning("stage %s: %s", stage, warning)
-        settings[stage] = own
-        clip = _output_of(own)
-    return settings
-
-
-def _check_cache_depth(settings: Settings, weights: Weights) -> None:
-    """Raises UserError for a feature cache that would leave nothing of this UNet to be used again."""
-    deepest = weights.unet.config.skip_connections - 1
-    if settings.cache_every > 1 and settings.cache_depth > deepest:
-        raise UserError(f"cache_depth must be from 1 to {deepest} for this model, not {settings.cache_depth}")
-
-
-def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:
-    """Whether the user chose other timesteps than the weights folder."""
-    return any(getattr(settings, name) != defaults.get(name) for name in ("sampler", "steps", "spacing"))
-
-
-def padding_notes(weights: Mapping[str, Weights], settings: Mapping[str, Settings], clip: ClipInfo | None) -> list[str]:
-    """Returns warnings about clips that a stage has to pad."""
-    lines = []
-    for stage, own in settings.items():
-        if clip is not None:
-            lines.append(padding_note(stage, clip, STAGES[stage].padding(weights[stage])))
-        clip = _output_of(own)
-    return [line for line in lines if line]
-
-
-def _output_of(settings: Settings) -> ClipInfo:
-    return ClipInfo(frames=settings.output_frames, height=settings.height, width=settings.width, fps=settings.fps)
 
 
 class Cascade:
@@ -325,11 +246,7 @@ class Cascade:
         stages = parse_stages(stages, own_clip=clip is not None)
         others = {name: values for name, values in settings.items() if name in STAGE_INFO}
         given = others | {MAIN_STAGE: {name: v for name, v in settings.items() if name not in STAGE_INFO}}
-        clip_info = None
-        if clip is not None:
-            _check_clip(clip)
-            fps = getattr(clip, "fps", None) or 24  # only the result's own frame rate follows from it
-            clip_info = ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=fps, own=True)
+        clip_info = None if clip is None else _info_of(clip)
         resolved = resolve_settings(self.weights, stages, given, clip_info, preset)
         if negative_prompt is not None and MAIN_STAGE not in stages:
             raise UserError(
@@ -340,31 +257,35 @@ class Cascade:
             raise UserError("give either a prompt or prompts_at")
         known, reading = known or {}, Reading(prompt_syntax, long_prompts)
         check_known(resolved, clip_info, known)
+        aligned = _aligned(prompt=prompt, prompts_at=prompts_at, seed=seed, negative_prompt=negative_prompt)
         requests = [
             Request.make(
-                text,
-                at,
-                resolved[stages[0]].output_frames,
-                seed=check_seed(number),
-                negative_prompt=other,
-                known=known,
-                reading=reading,
+                text, at, resolved[stages[0]].output_frames, seed=check_seed(number), negative_prompt=other,
+                known=known, reading=reading,
             )
-            for text, at, number, other in _aligned(
-                prompt=prompt, prompts_at=prompts_at, seed=seed, negative_prompt=negative_prompt
-            )
-        ]
-        prompts = [stage_prompts(resolved, request.prompt, request.prompts_at) for request in requests]
-        lines = padding_notes(self.weights, resolved, clip_info) + fitting_notes(resolved, clip_info, known)
-        lines += sampling_warnings(self.weights, resolved, self.devices[0].platform)
-        negatives = [request.negative_prompt for request in requests]
-        lines += check_texts(self.weights, resolved, prompts, negatives, reading)
-        for line in lines:
+            for text, at, number, other in aligned
+        ]  # fmt: skip
+        for line in self._notes(requests, resolved, clip_info, known, reading):
             logging.warning("%s", line)
         videos = self.videos(requests, resolved, clip=clip, batch_size=batch_size, progress=progress)
         frames = np.stack([withheld(own) if safety_filter and safety_filter(own) else own for own in videos])
         known_rate = clip is None or getattr(clip, "fps", None) is not None
         return Videos.of(frames, resolved[stages[-1]].fps if known_rate else None)
+
+    def _notes(
+        self,
+        requests: Sequence[Request],
+        settings: Mapping[str, Settings],
+        clip: ClipInfo | None,
+        known: Known,
+        reading: Reading,
+    ) -> list[str]:
+        """Warnings about what will not be as people may expect. Raises UserError for texts that cannot be read."""
+        prompts = [stage_prompts(settings, request.prompt, request.prompts_at) for request in requests]
+        negatives = [request.negative_prompt for request in requests]
+        lines = padding_notes(self.weights, settings, clip) + fitting_notes(settings, clip, known)
+        lines += sampling_warnings(self.weights, settings, self.devices[0].platform)
+        return lines + check_texts(self.weights, settings, prompts, negatives, reading)
 
     def videos(
         self,
@@ -452,6 +373,13 @@ class Cascade:
 def _check_clip(clip: np.ndarray) -> None:
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.size:
         raise UserError(f"clip must be uint8 of shape (frames, H, W, 3), not {clip.dtype} of {clip.shape}")
+
+
+def _info_of(clip: np.ndarray) -> ClipInfo:
+    """Describes the user's clip. Raises UserError if it is not one."""
+    _check_clip(clip)
+    fps = getattr(clip, "fps", None) or 24  # only the result's own frame rate follows from it
+    return ClipInfo(frames=len(clip), height=clip.shape[1], width=clip.shape[2], fps=fps, own=True)
 
 
 def _aligned(**values: object) -> Iterable[tuple]:
