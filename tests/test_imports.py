@@ -76,7 +76,7 @@ def modules() -> list[str]:
     return [
         module_name(path)
         for path, tree in SOURCES.items()
-        if not is_command(tree) and path.name not in ("__main__.py", "torch_files.py", "page.py")
+        if not is_command(tree) and path.name not in ("__main__.py", "torch_files.py", "page.py", "components.py")
     ]
 
 

@@ -87,8 +87,9 @@ def _run(args: argparse.Namespace) -> None:
         stack.callback(store.close)
         uploads = stack.enter_context(server.uploads_folder(store.folder))
 
+        from lavie_jax.app.components import Site
         from lavie_jax.app.engine import Engine
-        from lavie_jax.app.page import OWNER, Site, build
+        from lavie_jax.app.page import OWNER, build
 
         folders = given_stage_weights(args)
         pixels = args.max_megapixels * 1e6

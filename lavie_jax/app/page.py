@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,15 @@ import gradio as gr
 from absl import logging
 
 from lavie_jax.app import form, uploads, views
-from lavie_jax.app.form import SHOWN, Setting
+from lavie_jax.app.components import Form, Site
 from lavie_jax.app.generation import FRAMES, INPUT, Generation, from_request
-from lavie_jax.app.jobs import JobQueue
 from lavie_jax.app.store import Job
 from lavie_jax.errors import UserError
 from lavie_jax.fields import MAX_SEED
-from lavie_jax.samples.prompt_syntax import LONG_PROMPTS, SYNTAXES
 from lavie_jax.samples.provenance import read_request
-from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO
 
 OWNER = "lavie_owner"  # the cookie that says which videos are one's own
 CARDS = 12  # jobs in the gallery, until more are asked for
-READINGS = (
-    ("prompt_syntax", SYNTAXES, "weighted gives brackets their meaning: (word:1.3), [word]"),
-    ("long_prompts", LONG_PROMPTS, "what becomes of words beyond the text encoder's window"),
-)
 BROKEN = "Something went wrong on the server. Its log has the details."
 CSS = (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -43,29 +36,6 @@ ON_GALLERY = """element.addEventListener('click', (event) => {
 });"""
 TO_STATUS = "() => document.getElementById('status').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
 TO_FORM = "() => document.getElementById('prompt').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """What the page needs to know of the server.
-
-    Attributes:
-        queue: the jobs.
-        stages: {stage that has weights: default settings of its weights folder}.
-        hashes: returns {stage: SHA-256 of its weights}.
-        examples: example prompts.
-        about: a sentence on the models.
-        uploads: the folder in which Gradio keeps uploaded files.
-        most_upload: the largest file, in bytes.
-    """
-
-    queue: JobQueue
-    stages: Mapping[str, Mapping[str, Any]]
-    hashes: Callable[[], Mapping[str, str]]
-    examples: Sequence[str]
-    about: str
-    uploads: Path
-    most_upload: int
 
 
 @dataclasses.dataclass
@@ -99,13 +69,11 @@ class Page:
 
     Attributes:
         blocks: the page.
-        fields: {field of the form: its component}, as in `form.read`.
+        form: the components of the form.
     """
 
     def __init__(self, site: Site):
         self.site, self.queue = site, site.queue
-        self.settings = [s for stage, defaults in site.stages.items() for s in form.settings_of(stage, defaults)]
-        self.fields: dict[Any, gr.components.Component] = {}
         with gr.Blocks(
             title="LaVie: text to video", analytics_enabled=False, delete_cache=(3600, 86400)
         ) as self.blocks:
@@ -113,113 +81,16 @@ class Page:
             gr.HTML(f"<header><h1>LaVie: text to video</h1><p>{views.escape(site.about)}</p></header>")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=5, min_width=300):
-                    self._form()
+                    self.form = Form(site)
                 with gr.Column(scale=6, min_width=300):
-                    self._job()
+                    self._show_job()
             gr.HTML('<h2 id="own">Your videos</h2>')
             self.gallery = gr.HTML(views.gallery([]), js_on_load=ON_GALLERY, elem_id="gallery")
             self.more = gr.Button("Show more", visible=False, elem_id="more")
             self.timer = gr.Timer(1.0)
             self._events()
 
-    # ---- components ----
-
-    def _form(self) -> None:
-        fields = self.fields
-        fields["prompt"] = gr.Textbox(
-            label="Prompt", lines=2, max_lines=8, max_length=4000, elem_id="prompt",
-            placeholder="What the video shows, in a sentence",
-        )  # fmt: skip
-        gr.Examples([[text] for text in self.site.examples], [fields["prompt"]], label="Examples", elem_id="examples")
-        choices = [(f"{stage}: {STAGE_INFO[stage].summary}", stage) for stage in self.site.stages]
-        fields["stages"] = gr.CheckboxGroup(
-            choices, value=[c[1] for c in choices if c[1] == MAIN_STAGE], label="Stages", elem_id="stages",
-            info="They run in this order, each on the video of the one before.",
-        )  # fmt: skip
-        with gr.Row():
-            self.make = gr.Button("Make the video", variant="primary", elem_id="make", scale=3, min_width=160)
-            self.cancel = gr.Button(
-                "Cancel", variant="stop", interactive=False, elem_id="cancel", scale=1, min_width=100
-            )
-        self.note = gr.HTML("", elem_id="note")
-        with gr.Row(elem_classes="seed"):
-            fields["seed"] = gr.Number(
-                0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=2, min_width=150
-            )
-            self.dice = gr.Button("Random", elem_id="dice", scale=0, min_width=120)
-            self.new_seed = gr.Checkbox(
-                True, label="New for each video", elem_id="new-seed", scale=1, min_width=120, container=False
-            )
-        main = {s.name: s for s in self.settings if s.stage == MAIN_STAGE}
-        fields["preset"] = gr.Radio(
-            list(PRESETS), value=OFFICIAL, label="Preset", elem_id="preset",
-            info="balanced and fast take fewer and cheaper steps.",
-        )  # fmt: skip
-        if main:
-            with gr.Row():
-                for name in SHOWN:
-                    self._setting(main[name])
-        with gr.Accordion("Pictures and clip to start from", open=False, elem_id="pictures"):
-            with gr.Row():
-                for name, field in FRAMES.items():
-                    fields[field] = gr.Image(
-                        label=f"{name.capitalize()} frame", type="filepath", image_mode=None, height=180,
-                        sources=["upload", "clipboard"], elem_id=field.replace("_", "-"), min_width=130,
-                    )  # fmt: skip
-            fields[INPUT] = gr.File(label="Clip to continue, smooth or enlarge", elem_id="clip", height=110)
-        with gr.Accordion("LoRA files and new words", open=False):
-            fields["loras"] = gr.File(
-                label="LoRA files of Stable Diffusion 1.x", file_count="multiple", elem_id="loras", height=110,
-                file_types=[".safetensors", ".pt", ".bin"],
-            )  # fmt: skip
-            fields["lora_scales"] = gr.Textbox(
-                "", label="Scales", placeholder="1", info="One for all, or one for each: 0.8, 1"
-            )
-            fields["embeddings"] = gr.File(
-                label="Textual inversions of Stable Diffusion 1.x", file_count="multiple", elem_id="embeddings",
-                height=110, file_types=[".safetensors", ".pt", ".bin"],
-            )  # fmt: skip
-            fields["embedding_words"] = gr.Textbox(
-                "", label="Words for them in prompts", placeholder="those of the files", max_length=1000,
-                elem_id="embedding-words", info="One for each: <cat>, <dog>",
-            )  # fmt: skip
-        with gr.Accordion("All settings", open=False, elem_id="all-settings"):
-            fields["prompts_at"] = gr.Textbox(
-                "", label="Prompts over time, instead of the prompt", placeholder="0: a red circle | 8: a blue circle"
-            )
-            with gr.Row():
-                for name, allowed, info in READINGS:
-                    fields[name] = gr.Radio(
-                        list(allowed), value=allowed[0], label=name.replace("_", " ").capitalize(), info=info,
-                        elem_id=name.replace("_", "-"), min_width=130,
-                    )  # fmt: skip
-            with gr.Tabs():
-                for stage in self.site.stages:
-                    with gr.Tab(stage):
-                        for setting in self.settings:
-                            if setting.stage == stage and (stage, setting.name) not in fields:
-                                self._setting(setting)
-        with gr.Accordion("Make a video again from its file", open=False, elem_id="again"):
-            self.made = gr.File(
-                label="MP4, GIF, PNG or JSON file of a video that was made here or by sample.py", elem_id="made",
-                file_types=[".mp4", ".gif", ".png", ".json"], height=110,
-            )  # fmt: skip
-
-    def _setting(self, setting: Setting) -> None:
-        id = f"{setting.stage}-{setting.name}".replace("_", "-")
-        default = "" if setting.default is None or setting.default is False else f"{setting.default}"
-        common: dict[str, Any] = {"label": setting.label, "elem_id": id, "min_width": 120}
-        if (setting.stage, setting.name) not in [(MAIN_STAGE, name) for name in SHOWN]:
-            common["info"] = setting.help
-        if setting.kind is bool:
-            field = gr.Checkbox(False, **common)
-        elif setting.choices:
-            field = gr.Dropdown([("default", ""), *((c, c) for c in setting.choices)], value="", **common)
-        else:
-            field = gr.Textbox("", placeholder=default, max_length=4000, **common)
-        self.fields[setting.stage, setting.name] = field
-
-    def _job(self) -> None:
+    def _show_job(self) -> None:
         self.status = gr.HTML(views.status(None, 0), elem_id="status")
         self.progress = gr.HTML("", elem_id="progress")
         self.notes = gr.HTML("", elem_id="notes")
@@ -227,24 +98,25 @@ class Page:
 
     def _events(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        inputs = list(self.fields.values())
-        shown = [self.view, self.status, self.progress, self.notes, self.results, self.gallery, self.more, self.cancel]
+        fields, note, cancel = self.form.fields, self.form.note, self.form.cancel
+        inputs = list(fields.values())
+        shown = [self.view, self.status, self.progress, self.notes, self.results, self.gallery, self.more, cancel]
         refresh: dict[str, Any] = {"inputs": [self.view], "outputs": shown, **private}
-        filled = [self.note, self.new_seed, *inputs]
+        filled = [note, self.form.new_seed, *inputs]
 
         # The fields go to `form.read` as the browser sends them, files included.
-        made = self.make.click(
-            self.on_make, [self.new_seed, *inputs], [self.note, self.fields["seed"]],
+        made = self.form.make.click(
+            self.on_make, [self.form.new_seed, *inputs], [note, fields["seed"]],
             preprocess=False, concurrency_limit=8, trigger_mode="once", **private,
         )  # fmt: skip
         made.then(self.on_refresh_newest, **refresh, queue=False).then(None, js=TO_STATUS, **private)
-        self.cancel.click(self.on_cancel, [self.view], None, queue=False, **private).then(
+        cancel.click(self.on_cancel, [self.view], None, queue=False, **private).then(
             self.on_refresh, **refresh, queue=False
         )
-        self.dice.click(
+        self.form.dice.click(
             lambda: (secrets.randbelow(MAX_SEED + 1), False),
             None,
-            [self.fields["seed"], self.new_seed],
+            [fields["seed"], self.form.new_seed],
             queue=False,
             **private,
         )
@@ -253,11 +125,11 @@ class Page:
         self.more.click(self.on_more, [self.view], [self.view], queue=False, **private).then(
             self.on_refresh, **refresh, queue=False
         )
-        self.made.upload(self.on_made, [self.made], filled, preprocess=False, queue=False, **private)
-        chosen = [self.fields[name] for name in ("stages", *FRAMES.values(), INPUT)]
+        self.form.made.upload(self.on_made, [self.form.made], filled, preprocess=False, queue=False, **private)
+        chosen = [fields[name] for name in ("stages", *FRAMES.values(), INPUT)]
         for name in (*FRAMES.values(), INPUT):
-            self.fields[name].upload(
-                self.on_upload, chosen, [self.fields["stages"], self.note], preprocess=False, queue=False, **private
+            fields[name].upload(
+                self.on_upload, chosen, [fields["stages"], note], preprocess=False, queue=False, **private
             )
         self.timer.tick(self.on_refresh, **refresh, queue=False)
         self.blocks.load(self.on_load, **refresh, queue=False)
@@ -266,7 +138,7 @@ class Page:
 
     def on_make(self, request: gr.Request, new_seed: Any, *values: Any) -> tuple[Any, Any]:
         """Adds a job."""
-        fields = dict(zip(self.fields, values))
+        fields = dict(zip(self.form.fields, values))
         seed = secrets.randbelow(MAX_SEED + 1) if new_seed else fields["seed"]
         fields["seed"] = seed
         most, folder = self.site.most_upload, self.site.uploads
@@ -329,7 +201,7 @@ class Page:
         data = event._data if isinstance(event._data, Mapping) else {}
         job = self._own(str(data.get("id")), owner_of(request))
         view = view or View()
-        nothing = [view, *[gr.skip()] * (len(self.fields) + 2)]
+        nothing = [view, *[gr.skip()] * (len(self.form.fields) + 2)]
         if job is None:
             return nothing
         match data.get("action"):
@@ -341,7 +213,7 @@ class Page:
                 values = {INPUT: file, "stages": stages, "prompt": job.generation["prompt"]}
                 values |= dict.fromkeys(FRAMES.values())  # which the stages may not take
                 note = f"The form has the video as its clip, and the stages {', '.join(stages)}: press Make the video."
-                return [view, _status(note), gr.skip(), *(values.get(name, gr.skip()) for name in self.fields)]
+                return [view, _status(note), gr.skip(), *(values.get(name, gr.skip()) for name in self.form.fields)]
             case "cancel":
                 self.queue.cancel(job.id)
             case "delete" if job.is_finished:
@@ -352,7 +224,7 @@ class Page:
 
     def on_made(self, file: Any) -> list[Any]:
         """Fills the form from the file of a video."""
-        nothing = [gr.skip()] * (len(self.fields) + 1)
+        nothing = [gr.skip()] * (len(self.form.fields) + 1)
         try:
             path = form.uploaded(file, self.site.uploads)
             if path is None:
@@ -400,7 +272,7 @@ class Page:
 
     def _filled(self, wanted: Generation, files: Mapping[str, Any], needed: list[str]) -> list[Any]:
         """Returns the note, the box for new seeds, and the fields of the form for what was asked for."""
-        values = form.values_of(wanted, files, self.settings)
+        values = form.values_of(wanted, files, self.form.settings)
         missing = [stage for stage in wanted.stages if stage not in self.site.stages]
         values["stages"] = [stage for stage in wanted.stages if stage in self.site.stages]
         hashes = self.site.hashes()
@@ -412,7 +284,7 @@ class Page:
             note += f" There are no weights here for {', '.join(missing)}."
         if other:
             note += f" It was made with other weights of {', '.join(other)}, so that the new video will differ."
-        return [_status(note), False, *(values.get(name) for name in self.fields)]
+        return [_status(note), False, *(values.get(name) for name in self.form.fields)]
 
 
 def _status(text: str) -> str:
