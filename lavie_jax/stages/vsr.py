@@ -43,8 +43,8 @@ class VSR(Stage):
         "prompt_suffix": "", "negative_prompt": "blur, worst quality", "noise_level": 50,
     }  # fmt: skip
     presets = {
-        "balanced": {"sampler": "dpm++2m", "steps": 20, "guidance_every": 2},
-        "fast": {"sampler": "dpm++2m", "steps": 10, "guidance_low": 200, "guidance_high": 900, "guidance_every": 3},
+        "balanced": {"sampler": "dpm++2m", "steps": 20, "guidance_low": 200, "guidance_high": 900},
+        "fast": {"sampler": "dpm++2m", "steps": 8, "guidance_low": 200, "guidance_high": 900},
     }
     schedule = Schedule(**LINEAR_BETAS, prediction="v_prediction")
     low_res_schedule = Schedule(kind="scaled_linear", beta_start=1e-4, beta_end=0.02)
