@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_chains_of_near_duplicates_are_settled_as_by_the_local_job(max_bits, row
         order = np.random.default_rng(0).permutation(len(prints))
         batches = root | apache_beam.Create([(7, prints[own]) for own in np.array_split(order, 9)])
         found = beam_duplicates.find_duplicates(batches, max_bits)
-        _ = found | apache_beam.Map(lambda pair: np.save(tmp_path / f"{pair[0]}-{id(pair)}.npy", np.array(pair[1])))
+        _ = found | apache_beam.Map(lambda pair: np.save(tmp_path / f"{uuid.uuid4()}.npy", np.array(pair[1])))
     found = beam_duplicates.least([tuple(np.load(path)) for path in tmp_path.glob("*.npy")])
     assert found[0].tolist() == expected[0].tolist() and found[1].tolist() == expected[1].tolist()
 

@@ -10,6 +10,8 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig, mixture_weights
 from lavie_jax.data.mixture import Mixture, Order
+from lavie_jax.data.records import Record
+from lavie_jax.data.sources import Item, first_readable
 from lavie_jax.errors import UserError
 from lavie_jax.training import build
 from tests.batches import take
@@ -44,6 +46,45 @@ def test_each_part_is_counted_without_gaps(weights):
 def test_each_of_two_processes_gets_both_parts():
     order = Order(((0, (1, 1)),), batch=8, seed=0)
     assert all(len({order(i)[0] for i in range(p, 80, 2)}) == 2 for p in range(2))
+
+
+class Listed:
+    """Records that remember how often they were read."""
+
+    def __init__(self, count):
+        self.times = np.zeros(count, int)
+
+    def __len__(self):
+        return len(self.times)
+
+    def __getitem__(self, index):
+        self.times[index] += 1
+        return Record(str(index), "a caption", b"")
+
+    def video(self, index, rng):
+        def read(record):
+            return Item(np.zeros((1, 2, 2, 3), np.uint8), record.caption)
+
+        return first_readable(self, index, read, kind="video", seed=3)
+
+    def image(self, index, rng, *, margin=0):
+        raise AssertionError("batches without images need none")
+
+
+def test_many_hosts_read_every_record_once_an_epoch_and_equal_shares():
+    parts, hosts, batch = tuple(map(Listed, (256, 512, 768))), 16, 64
+    order = Order(((0, (1, 2, 3)),), batch, seed=0)
+    config = DataConfig(frames=1, images=0, height=2, width=2, fps=8.0)
+    examples = pipeline.Examples(config, Mixture(parts, parts, order, order), batch)
+    shares = []
+    for rows in np.array_split(np.arange(batch), hosts):
+        before = sum(part.times.sum() for part in parts)
+        local = pipeline._LocalExamples(examples, rows.tolist())
+        for i in range(1536 // batch * len(rows)):
+            local[i]
+        shares.append(sum(part.times.sum() for part in parts) - before)
+    assert all((part.times == 1).all() for part in parts)
+    assert max(shares) <= 1.02 * 1536 / hosts
 
 
 def config_of(**change):

@@ -98,18 +98,19 @@ def _pipeline_maker(runner: str, options: list[str], workers: int) -> Any:
 
 def _run(make_pipeline: Any, run: beam_steps.Run, videos: list, until: str) -> None:
     """Runs the pipeline to its end."""
+    failure = None
     try:
         with make_pipeline() as root:
             build(root, run, videos, until)
     except Exception as error:
-        marker = run.work / beam_steps.ERROR
-        if marker.exists():
-            raise UserError(f"{marker.read_text(encoding='utf-8')}; run the same command to resume") from error
-        text = str(error).strip().splitlines()
-        raise UserError(
-            f"the job of Apache Beam failed ({type(error).__name__}: {text[-1] if text else ''}): run the same command "
-            "to resume"
-        ) from error
+        failure = error
+    if failure is None:
+        return
+    marker = run.work / beam_steps.ERROR
+    if marker.exists():  # raised on its own: the engine's error would be taken for one of the command's disk
+        raise UserError(f"{marker.read_text(encoding='utf-8')}; run the same command to resume")
+    last = ([type(failure).__name__] + str(failure).strip().splitlines())[-1]
+    raise UserError(f"the job of Apache Beam failed ({last}): run the same command to resume") from failure
 
 
 def build(root: Any, run: beam_steps.Run, videos: list, until: str) -> None:
