@@ -98,7 +98,8 @@ def inbetweens(keys: Clip) -> Iterator[tuple[str, Clip]]:
         import cv2
     except ImportError:
         return
-    yield "flow", np.stack([flowed(cv2, keys[b], keys[a], i % SPACING / SPACING) for i, b, a in zip(at, before, after)])
+    shares = (at % SPACING / SPACING).tolist()
+    yield "flow", np.stack([flowed(cv2, keys[b], keys[a], share) for share, b, a in zip(shares, before, after)])
 
 
 def flowed(cv2: Any, before: np.ndarray, after: np.ndarray, tau: float) -> np.ndarray:
