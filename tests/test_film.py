@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from einops import rearrange
 from PIL import Image
 
@@ -23,7 +24,7 @@ from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips
-from lavie_jax.stages.settings import LowResNoise
+from lavie_jax.stages.settings import InterpolationSettings, LowResNoise
 from lavie_jax.training import options
 from tools import real_film
 
@@ -117,6 +118,18 @@ def test_both_configs_share_the_latents_and_take_one_step():
 
 
 # ---- sampling ----
+
+
+def test_windows_of_few_key_frames_start_and_end_with_one():
+    sampling = {**tiny.SAMPLING, "height": 8, "width": 8, "frames": 33}
+    settings = {keys: InterpolationSettings(**sampling, window_keys=keys) for keys in (2, 3, 16)}
+    for keys, length in ((2, 5), (3, 9), (16, 33)):
+        spans = [window.spans[0] for window in STAGES["interpolation"].windows((33, 2, 2, 48), settings[keys])]
+        assert all(span.start % 4 == 0 and span.stop - span.start == length for span in spans)
+        total = np.zeros(33)
+        for span in spans:
+            total[span.start : span.stop] += span.weight
+        np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
 def test_the_models_of_film_are_found_by_name_and_read_no_text(tmp_path, monkeypatch):
