@@ -37,8 +37,8 @@ class Base(Stage):
         "prompt_suffix": "", "negative_prompt": "",
     }  # fmt: skip
     presets = {
-        "balanced": {"sampler": "dpm++2m", "steps": 25, "guidance_low": 200},
-        "fast": {"sampler": "dpm++2m", "steps": 15, "guidance_low": 200},
+        "balanced": {"sampler": "dpm++2m", "steps": 25},
+        "fast": {"sampler": "dpm++2m", "steps": 15},
     }
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True}

@@ -43,8 +43,8 @@ class Interpolation(Stage):
         "prompt_suffix": ", 4k.", "negative_prompt": "None",
     }  # fmt: skip
     presets = {
-        "balanced": {"steps": 20, "guidance_low": 200},
-        "fast": {"sampler": "dpm++2m", "steps": 10, "guidance_low": 200},
+        "balanced": {"steps": 20},
+        "fast": {"sampler": "dpm++2m", "steps": 10},
     }
     schedule = Schedule(**LINEAR_BETAS)
     null_caption = "None"

@@ -88,8 +88,8 @@ class Prediction(Stage):
         "prompt_suffix": "", "negative_prompt": "",
     }  # fmt: skip
     presets = {
-        "balanced": {"sampler": "respaced_ddim", "steps": 50, "guidance_low": 200},
-        "fast": {"sampler": "dpm++2m", "steps": 20, "guidance_low": 200},
+        "balanced": {"sampler": "respaced_ddim", "steps": 50},
+        "fast": {"sampler": "dpm++2m", "steps": 20},
     }
     schedule = Schedule(**LINEAR_BETAS)
     unet_fields = BASE.unet_fields
