@@ -9,11 +9,10 @@ A run is the first 33 frames of a held-out shot of Big Buck Bunny, the central s
 * interpolation: every second frame (17) and every fourth (9) of a run, of which every fourth is given. Only the frames
   between are measured;
 * live: super-resolution of live-action clips, the 8 middle frames of each;
-* times: seconds per output frame for sizes from 360p to 1440p.
+* times: wall and CPU seconds per output frame, for sizes from 360p to 1440p.
 
 Means are over shots, with the interval of the paired difference to the best method without learning (2000 resamples of
-the shots). Writes results.json, and sheets and videos side by side. The values of methods without learning are read
-from results.json if they are there. LPIPS needs `python tools/metric_weights.py`.
+the shots). Writes results.json, and sheets and videos side by side. LPIPS needs `python tools/metric_weights.py`.
 """
 
 import argparse
@@ -124,7 +123,6 @@ def table(
     made: Callable[[Clip], Iterator[tuple[str, Clip]]],
     measured: np.ndarray,
     lpips: Lpips | None,
-    known: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the means and medians of each method, and the paired differences between the model and the others.
 
@@ -133,15 +131,10 @@ def table(
         made: yields (method, clip) for a true clip; the last one is the model's.
         measured: which frames count for all measures but flicker.
         lpips: LPIPS; None leaves it out.
-        known: "each" of an earlier result.
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for name, true in tqdm(clips.items(), unit="clip"):
         for method, clip in made(true):
-            one = known.get(method, {}).get(name, {}) if method != "model" else {}
-            if one and ("lpips" in one or lpips is None):
-                values.setdefault(method, {})[name] = one
-                continue
             one = {"psnr": psnr(clip[measured], true[measured]), "ssim": ssim(clip[measured], true[measured])}
             one["flicker"] = flicker(clip, true)
             if lpips:
@@ -174,21 +167,18 @@ def show(result: dict[str, Any]) -> None:
 
 
 def times(cascade: Any) -> dict[str, Any]:
-    """Returns seconds per output frame, without compilation, by stage and size of the output."""
+    """Returns wall and CPU seconds per output frame, without compilation, by stage and size of the output."""
     result: dict[str, Any] = {}
     for name, (height, width) in SIZES.items():
-        for stage, count, factor in (("vsr", 4, FACTOR), ("interpolation", 2, 1)):
-            if stage not in cascade.weights:
-                continue
+        for stage, count, factor in (("vsr", 2, FACTOR), ("interpolation", 2, 1)):
             rows, columns = (side // factor // 2 * 2 for side in (height, width))
             clip = np.random.default_rng(0).integers(0, 256, (count, rows, columns, 3), dtype=np.uint8)
-            seconds = []
-            for _ in range(2):  # the first one compiles
-                began = time.perf_counter()
-                frames = len(cascade("clip", stages=stage, clip=clip)[0])
-                seconds.append((time.perf_counter() - began) / frames)
-            result.setdefault(stage, {})[name] = seconds[-1]
-            print(f"{stage} {name}: {seconds[-1]:.2f} s a frame", flush=True)
+            cascade("clip", stages=stage, clip=clip)  # compiles
+            wall, cpu = time.perf_counter(), time.process_time()
+            frames = len(cascade("clip", stages=stage, clip=clip)[0])
+            seconds = [(time.perf_counter() - wall) / frames, (time.process_time() - cpu) / frames]
+            result.setdefault(stage, {})[name] = seconds
+            print(f"{stage} {name}: {seconds[0]:.2f} s a frame, {seconds[1]:.2f} s of CPU", flush=True)
     return result
 
 
@@ -230,9 +220,6 @@ def main() -> None:
         yield from inbetweens(keys)
         yield "model", cascade("clip", stages="interpolation", clip=keys, interpolation={"steps": args.steps})[0]
 
-    def before(name: str) -> dict[str, Any]:
-        return results.get(name, {}).get("each", {})
-
     def store(name: str, result: Any) -> None:
         results[name] = result
         file.write_text(json.dumps(results, indent=1) + "\n")
@@ -240,7 +227,7 @@ def main() -> None:
     clips = runs(args.data, args.runs) if {"vsr", "interpolation"} & set(tasks) else {}
     if "vsr" in tasks:
         true = {name: clip[:-1:2] for name, clip in clips.items()}
-        store("vsr", table(true, larger, np.ones(16, bool), lpips, before("vsr")))
+        store("vsr", table(true, larger, np.ones(16, bool), lpips))
         for name in list(true)[:: max(1, len(true) // 4)]:
             shown = [one for one in larger(true[name]) if one[0] in ("nearest", "lanczos", "model")]
             sheet(args.out / f"vsr-{name}.png", [*shown, ("true", true[name])], [0, 8])
@@ -251,7 +238,7 @@ def main() -> None:
             true = {name: clip[::every] for name, clip in clips.items()}
             between = np.arange(len(next(iter(true.values())))) % SPACING != 0
             task = f"interpolation, every {every}"
-            store(task, table(true, smoother, between, lpips, before(task)))
+            store(task, table(true, smoother, between, lpips))
             for name in list(true)[:: max(1, len(true) // 4)]:
                 columns = [*smoother(true[name]), ("true", true[name])]
                 sheet(args.out / f"interpolation-{every}-{name}.png", columns, [1, 2, 3])
@@ -262,7 +249,7 @@ def main() -> None:
             height, width = (side // FACTOR * FACTOR for side in frames.shape[1:3])
             true = {name: frames[middle - 4 : middle + 4, :height, :width]}
             print(name)
-            store(name, table(true, larger, np.ones(8, bool), lpips, before(name)))
+            store(name, table(true, larger, np.ones(8, bool), lpips))
     if "times" in tasks:
         store("seconds per frame", times(cascade))
 
