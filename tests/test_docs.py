@@ -40,8 +40,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
-    """(script or module, the long options with their values) of a command line, without prose behind it."""
-    command = re.split(r"[`#>;]", command)[0]
+    """(script or module, its long options with their values) of a command line, without what follows -- or prose."""
+    command = re.split(r"[`#>;]| -- ", command)[0]
     module = re.match(r"-m ([\w.]+)", command)
     script = module[1] if module else re.match(r"[\w/]+\.py", command)[0]
     return script, re.findall(r"(--[a-z][\w.-]*(?:=\S+)?)", command)

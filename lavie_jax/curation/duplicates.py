@@ -5,6 +5,7 @@ near is not transitive: of A, B and C, where B is near both others and they are 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -86,14 +87,27 @@ def part_keys(bits: UInt64[np.ndarray, "n 4"], max_bits: int) -> UInt64[np.ndarr
     bits from all over the hash, as the bits of a flat region are alike in many clips. Equal parts have equal keys;
     unequal ones may have, if they are longer than a key.
     """
-    single = np.unpackbits(bits.view(np.uint8), axis=1)
+    columns = _part_columns(max_bits + 1)
     keys = np.zeros((len(bits), max_bits + 1), np.uint64)
-    for part in range(max_bits + 1):
-        packed = np.packbits(single[:, part :: max_bits + 1], axis=1)
-        packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
-        for word in np.ascontiguousarray(packed).view(np.uint64).T:
-            keys[:, part] = keys[:, part] * np.uint64(0x9E3779B97F4A7C15) + word
+    for start in range(0, len(bits), 4096):  # memory
+        rows = slice(start, start + 4096)
+        single = np.unpackbits(np.ascontiguousarray(bits[rows]).view(np.uint8), axis=1)
+        single = np.concatenate([single, np.zeros((len(single), 1), np.uint8)], axis=1)
+        words = np.ascontiguousarray(np.packbits(single[:, columns], axis=2)).view(np.uint64)
+        for word in range(words.shape[2]):
+            keys[rows] = keys[rows] * np.uint64(0x9E3779B97F4A7C15) + words[:, :, word]
     return keys
+
+
+@functools.lru_cache(maxsize=4)
+def _part_columns(parts: int) -> Int64[np.ndarray, "parts w"]:
+    """Returns the bits of each part, filled up to whole words with HASH_BITS, for a bit that is always 0."""
+    width = -(-HASH_BITS // parts)
+    columns = np.full((parts, width + -width % 64), HASH_BITS)
+    for part in range(parts):
+        own = np.arange(part, HASH_BITS, parts)
+        columns[part, : len(own)] = own
+    return columns
 
 
 def are_near(
@@ -127,7 +141,7 @@ class HashIndex:
         return self.find_or_add_row(Fingerprints.of((0,), (new,)))
 
     def find_or_add_row(self, one: Fingerprints) -> int | None:
-        """Does the same for a single row."""
+        """Does the same for fingerprints of one clip."""
         keys = list(enumerate(part_keys(one.bits, self.max_bits)[0].tolist()))
         found = np.unique([position for key in keys for position in self._positions.get(key, ())]).astype(int)
         near = are_near(self._bits[found], one.bits, self._colours[found], one.colours, self.max_bits)
