@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lavie_jax.curation import beam_duplicates, report
+from lavie_jax.curation import beam_duplicates, beam_steps, report
 from lavie_jax.curation.duplicates import MAX_COLOUR_DIFFERENCE, Fingerprints
 from lavie_jax.curation.statistics import Statistics
 from lavie_jax.data import mixture, shard_index, shards
@@ -152,14 +152,6 @@ def statistics_of(group: int, rows: int) -> Statistics:
     return result
 
 
-def merged(many: Iterator[Statistics]) -> Statistics:
-    """Returns the sum of statistics."""
-    total = Statistics()
-    for each in many:
-        total.merge(each)
-    return total
-
-
 def statistics(args: argparse.Namespace) -> None:
     """Counts rows in groups of 1000 by a combiner, and plots figures 8 and 9."""
     import apache_beam as beam
@@ -174,7 +166,7 @@ def statistics(args: argparse.Namespace) -> None:
     began = time.process_time()
     with beam.Pipeline() as root:
         groups = root | beam.Create(range(args.clips[0] // 1000))
-        counted = groups | beam.Map(statistics_of, 1000) | beam.CombineGlobally(merged)
+        counted = groups | beam.Map(statistics_of, 1000) | beam.CombineGlobally(beam_steps.merged)
         _ = counted | beam.Map(plot)
     print(f"in all {time.process_time() - began:.1f} s of CPU, with making the rows")
 
