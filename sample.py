@@ -51,7 +51,7 @@ from lavie_jax.samples.prompts import (
 )
 from lavie_jax.samples.safety import SafetyFilter, withheld
 from lavie_jax.samples.sheets import ContactSheets
-from lavie_jax.samples.stage_cache import STATE
+from lavie_jax.samples.stage_cache import STATE, MemoryCache, StageCache
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, Settings, parse_stages
 
 
@@ -339,6 +339,32 @@ def warn(lines: list[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def given_files(
+    args: argparse.Namespace, folders: Mapping[str, Path], pictures: Mapping[str, Picture]
+) -> dict[str, str]:
+    """Returns the weights, the preset and the files that samples are made with, for their JSON."""
+    from lavie_jax.weights.locations import record
+
+    made_with = {}
+    for stage, folder in folders.items():
+        made_with |= record(STAGE_INFO[stage].option("weights").replace("-", "_"), folder)
+    made_with |= {} if args.preset == OFFICIAL else {"preset": args.preset}
+    made_with |= {"input": str(args.input)} if args.input else {}
+    return made_with | {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
+
+
+def shared_caches(caches: Sequence[StageCache], first: bool) -> Sequence[MemoryCache]:
+    """Returns the caches of one of several hosts, of which the first one writes. Checks that all hosts see the same."""
+    from jax.experimental import multihost_utils
+
+    from lavie_jax.parallel import check_hosts_are_consistent
+
+    multihost_utils.sync_global_devices("what is overwritten is discarded")
+    stored = [cache.in_memory() for cache in caches]
+    check_hosts_are_consistent({"unfinished work in OUT": [cache.contents() for cache in stored]})
+    return caches if first else stored
+
+
 def run(args: argparse.Namespace) -> None:
     """Samples every request. Raises UserError before any weights are loaded if a request is wrong."""
     prompts = read_requests(args)
@@ -349,13 +375,11 @@ def run(args: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     import jax
-    from jax.experimental import multihost_utils
 
     from lavie_jax import cascade
     from lavie_jax.cascade.personal import Personal, parse_embedding
     from lavie_jax.estimate import sampling_warnings
     from lavie_jax.weights import folder_hash, load_folder
-    from lavie_jax.weights.locations import record
     from lavie_jax.weights.lora import parse_lora
 
     devices = local_devices()  # fails in one line, before weights are read
@@ -411,18 +435,9 @@ def run(args: argparse.Namespace) -> None:
     for cache in caches if args.overwrite and first else ():
         cache.prepare_overwrite()
     if args.distributed:
-        multihost_utils.sync_global_devices("what is overwritten is discarded")
-        stored = [cache.in_memory() for cache in caches]
-        check_hosts_are_consistent({"unfinished work in OUT": [cache.contents() for cache in stored]})
-        caches = caches if first else stored
+        caches = shared_caches(caches, first)
     requests = [cascade.Request.stored(output.request, known=known) for output in todo]
-    made_with = {}
-    for stage in settings:
-        made_with |= record(STAGE_INFO[stage].option("weights").replace("-", "_"), folders[stage])
-    made_with |= {} if args.preset == OFFICIAL else {"preset": args.preset}
-    made_with |= {"input": str(args.input)} if args.input else {}
-    made_with |= {f"{name}_frame": str(picture.path) for name, picture in pictures.items()}
-    made_with |= personal.files()
+    made_with = {**given_files(args, {stage: folders[stage] for stage in settings}, pictures), **personal.files()}
     videos = iter(())
     if pipe is not None:
         made_with |= pipe.made_with()

@@ -169,12 +169,15 @@ class LatentSource:
         return 0 if records is None else len(records)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
+        """Returns the latents of a window of clip `index`, with its encoded caption; `rng` chooses the start."""
+
         def read(record: LatentRecord) -> Item:
             return self._item(record, self.window, rng.random() if self.random_crop else 0.5, rng)
 
         return first_readable(self.clips, index, read, kind="video", seed=self.seed)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
+        """Returns the latents of image `index`, or, without images, of a frame of a clip; there is no `margin`."""
         of_images, one = self.images is not None, dataclasses.replace(self.window, frames=1)
 
         def read(record: LatentRecord) -> Item:

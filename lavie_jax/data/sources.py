@@ -112,6 +112,7 @@ class MovingShapes:
         return _ENDLESS
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
+        """Renders clip `index`; `rng` chooses the frame rate and the patch."""
         one_rate = self.slowest_fps == self.fps
         fps = self.fps if one_rate else self.slowest_fps * (self.fps / self.slowest_fps) ** rng.random()
         sample = self._world.clip(
@@ -125,6 +126,7 @@ class MovingShapes:
         return Item(self._patch(sample.pixels, 0, rng), sample.caption)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
+        """Renders image `index`, or, for a fraction that `rng` chooses, a frame of a clip."""
         number, how = index + self.seed * _ENDLESS, {"drop": self.drop, **self._whole(margin)}
         if self.images_from_clips and rng.random() < self.images_from_clips:
             sample = self._world.clip(self.split, number, frames=1, **how)
@@ -199,6 +201,8 @@ class RecordSource:
         return 0 if records is None else len(records)
 
     def video(self, index: int, rng: np.random.Generator) -> Item:
+        """Returns a window of a clip, scaled and cropped; see the class."""
+
         def read(record: Record) -> Item:
             place = rng.random() if self.random_crop else 0.5
             frames = video_files.read_window(record.content, self.window, place=place, name=record.name)
@@ -207,6 +211,8 @@ class RecordSource:
         return first_readable(self.clips, index, read, kind="video", seed=self.seed)
 
     def image(self, index: int, rng: np.random.Generator, *, margin: int = 0) -> Item:
+        """Returns an image, or, without images, a random frame of a clip, scaled and cropped."""
+
         def frame(record: Record) -> np.ndarray:
             one = dataclasses.replace(self.window, frames=1)
             return video_files.read_window(record.content, one, place=rng.random(), name=record.name)

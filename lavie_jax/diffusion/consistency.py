@@ -34,6 +34,7 @@ class LCM(Sampler):
     needs_noise = True
 
     def update(self, state, i, prediction, noise=None):
+        """Takes the estimate of x0, and noises it again to the next level."""
         if noise is None:
             raise ValueError("lcm needs fresh noise at every step: call update(state, i, prediction, noise)")
         x0, _ = self._x0_and_eps(state, i, prediction)

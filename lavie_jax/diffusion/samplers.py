@@ -197,6 +197,7 @@ class DDPM(Sampler):
     coefficient_dtype: ClassVar[DTypeLike] = np.float32
 
     def update(self, state, i, prediction, noise=None):
+        """Samples from the posterior of the next level, given x_t and the estimate of x0."""
         if noise is None:
             raise ValueError("ddpm needs fresh noise at every step: call update(state, i, prediction, noise)")
         x0, _ = self._x0_and_eps(state, i, prediction)
@@ -229,7 +230,10 @@ class RespacedDDPM(DDPM):
 
     @property
     def residual_noise(self) -> float:
-        # The variance that x_t has at the last evaluation in addition to the schedule's, which the network removes.
+        """Standard deviation of what x_t has at the last evaluation in addition to the schedule's noise.
+
+        The network removes the latter only.
+        """
         if self.evaluations == 1:
             return 0.0
         abar_t, abar_s = self.levels[-3:-2], self.levels[-2:-1]
@@ -252,9 +256,11 @@ class DDIM(Sampler):
 
     @property
     def final_level(self) -> float:
+        """abar of the schedule's own first level."""
         return self.schedule.alphas_cumprod[0]
 
     def update(self, state, i, prediction, noise=None):
+        """Mixes x0 and eps for the next level."""
         x0, eps = self._x0_and_eps(state, i, prediction)
         alpha, sigma = entries(i, np.sqrt(self.levels[1:]), np.sqrt(1 - self.levels[1:]))
         return {"x": alpha * x0 + sigma * eps}
@@ -270,6 +276,7 @@ class RespacedDDIM(DDIM):
 
     @property
     def final_level(self) -> float:
+        """1: the chain ends without noise."""
         return 1.0
 
 
@@ -292,13 +299,16 @@ class Euler(Sampler):
 
     @functools.cached_property
     def levels(self) -> np.ndarray:
+        """abar before each step and after the last (1), float64."""
         return 1 / (self.sigmas**2 + 1)
 
     @property
     def init_noise_sigma(self) -> float:
+        """The largest sigma: noise relative to the signal."""
         return float(self.sigmas.max())
 
     def add_noise(self, x0, noise):
+        """Noises x0 to the first level, in this class's scale."""
         return super().add_noise(x0, noise) / np.float32(np.sqrt(self.levels[0]))
 
     def _x_t(self, state, i):
@@ -306,6 +316,7 @@ class Euler(Sampler):
         return scale * state["x"]
 
     def update(self, state, i, prediction, noise=None):
+        """Steps along the slope eps to the next sigma."""
         _, eps = self._x0_and_eps(state, i, prediction)
         (dsigma,) = entries(i, np.diff(self.sigmas))
         return {"x": state["x"] + dsigma * eps}

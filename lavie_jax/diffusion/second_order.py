@@ -32,20 +32,24 @@ class Heun(Euler):
 
     @property
     def evaluations(self) -> int:
+        """Two for each step but the last, which is one of Euler."""
         return 2 * (self.steps - self.first) - 1
 
     @property
     def timesteps(self) -> np.ndarray:
+        """Timestep of each evaluation."""
         return self.step_timesteps[self._level_index(np.arange(self.evaluations))]
 
     def _level_index(self, i):
         return (i + 1) // 2
 
     def init(self, noise):
+        """Adds the start of a step and the slope there."""
         state = super().init(noise)
         return {**state, "start": jnp.zeros_like(state["x"]), "slope": jnp.zeros_like(state["x"])}
 
     def update(self, state, i, prediction, noise=None):
+        """Takes a trial step, or repeats it with the mean of both slopes."""
         _, slope = self._x0_and_eps(state, i, prediction)
         (dsigma,) = entries(i // 2, np.diff(self.sigmas))
         at_trial_point = i % 2 == 1
@@ -71,10 +75,12 @@ class DPMSolver2M(Sampler):
     state_arrays = 2
 
     def init(self, noise):
+        """Adds the previous estimate of x0."""
         state = super().init(noise)
         return {**state, "x0": jnp.zeros_like(state["x"])}
 
     def update(self, state, i, prediction, noise=None):
+        """Steps with x0 extrapolated from the last two estimates."""
         x0, _ = self._x0_and_eps(state, i, prediction)
         return {"x": self._predict(state["x"], i, x0, state["x0"]), "x0": x0}
 
@@ -113,10 +119,12 @@ class UniPC(DPMSolver2M):
     state_arrays = 4
 
     def init(self, noise):
+        """Adds the start of the step, and the estimate of x0 before the previous one."""
         state = super().init(noise)
         return {**state, "start": jnp.zeros_like(state["x"]), "previous_x0": jnp.zeros_like(state["x"])}
 
     def update(self, state, i, prediction, noise=None):
+        """Corrects the result of the step before, and steps from there."""
         x0, _ = self._x0_and_eps(state, i, prediction)
         x_t = jnp.where(i == 0, state["x"], self._correct(state, i, x0))
         return {"x": self._predict(x_t, i, x0, state["x0"]), "start": x_t, "x0": x0, "previous_x0": state["x0"]}

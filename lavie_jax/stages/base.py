@@ -104,13 +104,16 @@ class Base(Stage):
         return dataclasses.replace(settings, long_window=window, sampler=sampler)
 
     def is_image(self, settings: BaseSettings) -> bool:
+        """Whether one frame is made, by the image path of the joint model."""
         return settings.frames == 1
 
     def latent_shape(self, weights: StageWeights, settings: BaseSettings) -> tuple[int, int, int, int]:
+        """Returns the shape (T, h, w, C) of the latents."""
         factor = weights.vae.config.factor
         return settings.frames, settings.height // factor, settings.width // factor, weights.unet.config.out_channels
 
     def windows(self, shape: Sequence[int], settings: BaseSettings) -> list[Window]:
+        """Returns one window of the whole clip."""
         return grid(*map(whole, shape[:3]))
 
     def start(
@@ -123,12 +126,14 @@ class Base(Stage):
         return model.encode(np.stack([fitted(np.asarray(frame), *size) for frame in frames[: settings.frames]]))
 
     def free_u(self, settings: BaseSettings) -> FreeU | None:
+        """Returns the factors of FreeU; None without."""
         if settings.free_u is None:
             return None
         b1, b2, s1, s2 = settings.free_u_factors
         return FreeU(backbone=(b1, b2), skip=(s1, s2))
 
     def passes(self, settings: BaseSettings) -> int:
+        """Returns how many times the chain is run: once more for each iteration of FreeInit."""
         return 1 + settings.free_init
 
     def attention_windows(self, settings: BaseSettings) -> AttentionWindows | None:

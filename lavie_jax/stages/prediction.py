@@ -171,6 +171,7 @@ class Prediction(Stage):
         return settings
 
     def check_known(self, settings: PredictionSettings, clip: ClipInfo | None, known: Known) -> None:
+        """Raises UserError for pictures of frames that do not exist or are known already."""
         generated = settings.clip_frames or (0 if clip is None else settings.known_frames)
         for index in known:
             if not 0 <= index < settings.output_frames:
@@ -184,6 +185,7 @@ class Prediction(Stage):
                 )
 
     def segments(self, settings: PredictionSettings) -> list[Segment]:
+        """Returns the segments that are generated: all but the first if the clip of the user or of base is that."""
         segments, start = [], 0
         for index, length in enumerate(settings.segment_lengths()):
             repeated = settings.known_frames if index else 0
@@ -192,10 +194,12 @@ class Prediction(Stage):
         return segments[1:] if settings.clip_frames else segments
 
     def latent_shape(self, weights: StageWeights, settings: PredictionSettings) -> tuple[int, int, int, int]:
+        """Returns the shape (T, h, w, C) of the latents of a segment."""
         factor = weights.vae.config.factor
         return settings.frames, settings.height // factor, settings.width // factor, weights.unet.config.out_channels
 
     def windows(self, shape: Sequence[int], settings: PredictionSettings) -> list[Window]:
+        """Returns one window of the whole segment."""
         return grid(*map(whole, shape[:3]))
 
     def segment_input(
