@@ -31,6 +31,7 @@ from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.records import name_hash
 from lavie_jax.data.sources import permutation
+from lavie_jax.errors import Parser, one_line_errors
 
 BITS = 16
 PLANTED = 0.1  # fraction of clips that are near-duplicates of others
@@ -255,7 +256,7 @@ def hosts(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["duplicates", "one", "statistics", "opening", "hosts"])
     parser.add_argument("--clips", type=int, nargs="+", default=[100_000])
     parser.add_argument("--plot", type=Path)
@@ -276,4 +277,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

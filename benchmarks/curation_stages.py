@@ -19,11 +19,12 @@ from lavie_jax.curation import duplicates, scenes, video
 from lavie_jax.curation.filters import Thresholds
 from lavie_jax.curation.inputs import Caption, Video
 from lavie_jax.data import video_files
+from lavie_jax.errors import Parser, one_line_errors
 
 
 def main() -> None:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("film", type=Path)
     parser.add_argument("--max-height", type=int, default=0)
     parser.add_argument("--every", type=int, default=3, help="work on every N-th part")
@@ -63,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
