@@ -193,7 +193,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of tools/real_film.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json and the pictures")
-    parser.add_argument("--weights", type=user_location, default="film", help="weights folder (default: the shipped ones)")
+    parser.add_argument("--weights", type=user_location, default="film", help="weights folder (default: %(default)s)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=1000, help="most runs that are measured (default: all)")
     parser.add_argument("--steps", type=int, default=1, help="steps of sampling (default: 1)")
