@@ -42,10 +42,14 @@ def browsers(address, *, window, phone_screen):
             browser.quit()
 
 
-def wait_for(condition, seconds=60):
-    """Returns the first true value of a condition."""
+def wait_for(condition, seconds=180):
+    """Returns the first true value of a condition, which may ask for elements that the page is just replacing."""
+    from selenium.common.exceptions import StaleElementReferenceException
+
     end = time.monotonic() + seconds
-    while not (value := condition()):
+    while True:
+        with contextlib.suppress(StaleElementReferenceException):
+            if value := condition():
+                return value
         assert time.monotonic() < end, "the page does not get there"
         time.sleep(0.1)
-    return value
