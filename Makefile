@@ -66,7 +66,7 @@ beam-test: $(BEAM)/test.stamp
 crash-test: $(VENV)/requirements.stamp
 	JAX_PLATFORMS=cpu $(PY) tools/crash_test.py
 
-wheel-test: $(VENV)/pip.stamp
+wheel-test: $(VENV)/test.stamp
 	$(PY) tools/wheel_test.py $(WHEEL)
 
 lint: $(VENV)/test.stamp
