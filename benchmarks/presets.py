@@ -57,6 +57,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "cache every 2, depth 3": {"cache_every": 2, "cache_depth": 3},
         "ddim, 10 steps": {"steps": 10},
         "dpm++2m, 10 steps": {"sampler": "dpm++2m", "steps": 10},
+        "dpm++2m, 12 steps": {"sampler": "dpm++2m", "steps": 12},
         "dpm++2m, 10 steps, guidance from 200": {"sampler": "dpm++2m", "steps": 10, "guidance_low": 200},
         "dpm++2m, 10 steps, guidance every 2": {"sampler": "dpm++2m", "steps": 10, "guidance_every": 2},
         "dpm++2m, 10 steps, karras": {"sampler": "dpm++2m", "steps": 10, "spacing": "karras"},
