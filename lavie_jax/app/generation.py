@@ -195,26 +195,28 @@ def _with_files(wanted: Generation, body: Mapping[str, Any], inputs: Path, most:
         if body.get(field) is not None
     }
     clip = None if body.get(INPUT) is None else write(INPUT, body[INPUT], uploads.CLIP)
-    loras, given = [], body.get("loras") or []
-    if not isinstance(given, list) or not all(
-        isinstance(one, Mapping) and set(one) <= {"file", "scale"} for one in given
-    ):
-        raise UserError('loras must be a list of objects like {"file": "data:;base64,...", "scale": 1}')
-    if len(given) > MAX_LORAS:
-        raise UserError(f"{len(given)} LoRA files are given, where at most {MAX_LORAS} are allowed.")
-    for number, one in enumerate(given):
-        loras.append((write(f"lora-{number}", one.get("file"), uploads.LORA), check_scale(one.get("scale", 1.0))))
-    embeddings, given = [], body.get("embeddings") or []
-    if not isinstance(given, list) or not all(
-        isinstance(one, Mapping) and set(one) <= {"file", "word"} for one in given
-    ):
-        raise UserError('embeddings must be a list of objects like {"file": "data:;base64,...", "word": "<cat>"}')
-    if len(given) > MAX_EMBEDDINGS:
-        raise UserError(f"{len(given)} embeddings are given, where at most {MAX_EMBEDDINGS} are allowed.")
-    for number, one in enumerate(given):
+    loras = tuple(
+        (write(f"lora-{number}", one.get("file"), uploads.LORA), check_scale(one.get("scale", 1.0)))
+        for number, one in enumerate(_objects(body, "loras", {"scale": "1"}, "LoRA files", MAX_LORAS))
+    )
+    embeddings = []
+    for number, one in enumerate(_objects(body, "embeddings", {"word": '"<cat>"'}, "embeddings", MAX_EMBEDDINGS)):
         word = check_word(one.get("word"))
         embeddings.append((write(f"embedding-{number}", one.get("file"), uploads.EMBEDDING), word))
-    return dataclasses.replace(wanted, pictures=pictures, clip=clip, loras=tuple(loras), embeddings=tuple(embeddings))
+    return dataclasses.replace(wanted, pictures=pictures, clip=clip, loras=loras, embeddings=tuple(embeddings))
+
+
+def _objects(
+    body: Mapping[str, Any], field: str, example: Mapping[str, str], what: str, most: int
+) -> list[Mapping[str, Any]]:
+    """Returns the objects of a list of files, each with "file" and the key of `example`, whose value is JSON."""
+    given = body.get(field) or []
+    ((key, value),) = example.items()
+    if not isinstance(given, list) or not all(isinstance(one, Mapping) and set(one) <= {"file", key} for one in given):
+        raise UserError(f'{field} must be a list of objects like {{"file": "data:;base64,...", "{key}": {value}}}')
+    if len(given) > most:
+        raise UserError(f"{len(given)} {what} are given, where at most {most} are allowed.")
+    return given
 
 
 def check_word(word: Any) -> str | None:

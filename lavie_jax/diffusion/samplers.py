@@ -161,7 +161,7 @@ class Sampler:
 
     def prediction_of(self, state: State, i: int | Array, x0: Float[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
         """Returns the prediction for `model_input(state, i)` that stands for `x0`, for data that is known."""
-        alpha, sigma = entries(self._level_index(i), np.sqrt(self.levels), np.sqrt(1 - self.levels))
+        alpha, sigma = self._alpha_sigma(i)
         x0 = jnp.asarray(x0, jnp.float32)
         eps = (self._x_t(state, i) - alpha * x0) / sigma
         return join_prediction(self.schedule.prediction, x0, eps, alpha, sigma)
@@ -173,8 +173,12 @@ class Sampler:
         """The index in `levels` of evaluation i."""
         return i
 
+    def _alpha_sigma(self, i: int | Array) -> tuple[ArrayLike, ArrayLike]:
+        """Returns alpha and sigma of evaluation i, float32."""
+        return entries(self._level_index(i), np.sqrt(self.levels), np.sqrt(1 - self.levels))
+
     def _x0_and_eps(self, state: State, i: int | Array, prediction: ArrayLike) -> tuple[Array, Array]:
-        alpha, sigma = entries(self._level_index(i), np.sqrt(self.levels), np.sqrt(1 - self.levels))
+        alpha, sigma = self._alpha_sigma(i)
         kind, prediction = self.schedule.prediction, jnp.asarray(prediction, jnp.float32)
         return split_prediction(kind, prediction, jnp.asarray(self._x_t(state, i)), alpha, sigma)
 

@@ -151,6 +151,7 @@ class Base(Stage):
         frames: range,
         shape: tuple[int, int, int, int],
     ) -> Float[Array, "t h w c"]:
+        """Returns the noise of some frames; with FreeNoise, frames beyond its window repeat shuffled noise."""
         part = slice(frames.start, frames.stop)
         windows = self.attention_windows(settings)
         if windows is None:

@@ -70,6 +70,7 @@ class Interpolation(Stage):
     # ---- training ----
 
     def check_training_frames(self, frames: int) -> None:
+        """Raises UserError unless clips of `frames` frames begin and end with a key frame."""
         if frames and (frames - 1) % KEY_FRAME_SPACING:
             low = frames - (frames - 1) % KEY_FRAME_SPACING
             raise UserError(
@@ -148,6 +149,7 @@ class Interpolation(Stage):
         settings: InterpolationSettings,
         frames: UInt8[np.ndarray, "k h w 3"],
     ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Crops decoded frames, and puts the given key frames back if `keep_key_frames` asks for it."""
         decoded = super().finish(decoded, start, settings, frames)
         if settings.keep_key_frames:
             decoded = decoded.copy()

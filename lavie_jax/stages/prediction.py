@@ -242,6 +242,7 @@ class Prediction(Stage):
     def finish(
         self, decoded: UInt8[np.ndarray, "n H W 3"], start: int, settings: PredictionSettings, frames: SegmentInput
     ) -> UInt8[np.ndarray, "n H W 3"]:
+        """Puts the given frames back if `keep_known_frames` asks for it."""
         if settings.keep_known_frames:
             decoded = decoded.copy()
             for index in range(start, start + len(decoded)):

@@ -140,6 +140,7 @@ class VSR(Stage):
         return settings.frames, *sides, weights.unet.config.out_channels
 
     def windows(self, shape: Sequence[int], settings: VSRSettings) -> list[Window]:
+        """Returns windows over time, blended or the original's chunks, and over space for large frames."""
         if settings.windows == "official":
             frames = cut(shape[0], settings.window_frames)
         else:
