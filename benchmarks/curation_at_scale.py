@@ -1,7 +1,7 @@
 """Measures the curation and reading of large sets: duplicates, statistics, opening of shards, many hosts.
 
     python benchmarks/curation_at_scale.py duplicates --clips 10000 30000 100000 --plot duplicates.png
-    python benchmarks/curation_at_scale.py statistics --clips 1000000 --out /tmp/statistics
+    python benchmarks/curation_at_scale.py statistics --clips 1000000 --out statistics
     python benchmarks/curation_at_scale.py opening --shards 10000 --sets 5
     python benchmarks/curation_at_scale.py hosts --hosts 256 --clips 200000 --sets 5
 
