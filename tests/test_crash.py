@@ -14,7 +14,7 @@ import pytest
 from lavie_jax import weights
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "crash_test.py"
-STEPS = 60
+STEPS = 32  # a checkpoint every 4 of them: room for a stop, two kills and repeated ones
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def crash_test():
 def whole(crash_test, tmp_path_factory):
     """Returns the workdir of an uninterrupted run and the hash of its parameters."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, crash_test.finish(crash_test.start(workdir, STEPS), workdir)
+    return workdir, crash_test.finish(crash_test.start(workdir, STEPS, checkpoint_every=STEPS), workdir)
 
 
 def test_a_stop_and_two_kills_do_not_change_the_result(crash_test, whole, tmp_path):
