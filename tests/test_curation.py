@@ -241,6 +241,17 @@ def test_static_text_is_distinguished_from_stripes_that_slide_along_themselves()
     assert filters.overlay(np.repeat(videos.lettered(land[:1]), 12, axis=0)) is None  # everything is static
 
 
+def test_frames_of_any_size_can_be_judged():
+    """Squares of 8x8 pixels and windows of text need not divide the sides, nor their sides less one."""
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 8, 15, 16, 17, 23, 24, 31, 33):
+        for frames in (rng.integers(256, size=(12, *shape, 3), dtype=np.uint8) for shape in ((size, 64), (64, size))):
+            assert filters.bars(frames) == (0, 0, 0, 0)
+            assert 0.8 < filters.motion(frames) <= 1 and filters.brightness(frames) > 100
+            assert (filters.overlay(frames) == 0) == (size >= 16)
+            assert text_lines.text_share(filters.gray(frames)) in (0, None)
+
+
 def test_the_scene_before_a_camera_that_stands_is_no_mark():
     """However much moves in it, as a large animal before grass."""
     grass = np.repeat(videos.lettered(videos.pan(53, 1, height=120, width=240)), 12, axis=0)

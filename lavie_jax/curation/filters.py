@@ -125,7 +125,8 @@ def overlay(frames: UInt8[np.ndarray, "t h w 3"]) -> float | None:
     luma = gray(frames)
     if len(luma) < 4 or min(luma.shape[1:]) < 2 * BLOCK:
         return None
-    edges = [np.pad(_static_edges(np.diff(luma, axis=axis)), ((0, 1), (0, 1))) for axis in (1, 2)]
+    padding = ((0, 1), (0, 0)), ((0, 0), (0, 1))  # differences are a row or a column fewer than pixels
+    edges = [np.pad(_static_edges(np.diff(luma, axis=1 + i)), padding[i]) for i in range(2)]
     marked = np.logical_and.reduce([_squares(each).sum(-1) >= 3 for each in edges])
     changing = _squares(np.ptp(luma, axis=0) > 16).mean(-1)
     if marked.all() or changing[~marked].mean() < CHANGES_AROUND:
