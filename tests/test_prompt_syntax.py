@@ -57,6 +57,8 @@ def runs(text: str, reading: Reading = WEIGHTED) -> list[tuple[str, float]]:
         (r"(\(a\):1.5)", [("(a)", 1.5)]),
         ("a \\", [("a ", 1)]),
         (r"\x", [("x", 1)]),
+        (r"(a\:1.3)", [("a", 1.3)]),  # a colon cannot be escaped
+        (r"[a\|b]", [("a|b", 1 / 1.1)]),
         ("(a b", [("a b", 1.1)]),
         ("[a (b", [("a ", 1 / 1.1), ("b", 1)]),
         ("a) b] c", [("a) b] c", 1)]),
@@ -177,6 +179,8 @@ def test_long_prompts_fill_windows_of_their_own(clip):
     one, two, three = tokenize_chunks(tokenizer, BOTH.parse(f"a BREAK {LONG}"), several=True)
     np.testing.assert_array_equal(one.ids, tokens.tokenize(tokenizer, ["a"])[0])
     np.testing.assert_array_equal([two.ids, three.ids], [first.ids, second.ids])
+    for text, count in (("a BREAK", 1), ("BREAK a", 2)):
+        assert len(tokenize_chunks(tokenizer, BOTH.parse(text), several=True)) == count
 
 
 def test_the_vectors_of_an_embedding_stay_in_one_window(clip):
@@ -272,6 +276,8 @@ def test_texts_are_checked_before_sampling(pipe, t5):
     unknown_and_cut = check_texts(pipe.weights, settings, prompts, [None], WEIGHTED)
     assert len(unknown_and_cut) == 2 and "dragon" in unknown_and_cut[1] and "(" not in unknown_and_cut[0]
     assert len(check_texts(pipe.weights, settings, prompts, [None], BOTH)) == 1
+    (pieces,) = check_texts(pipe.weights, settings, [{"base": [("a (re)d", 1)]}], [None], WEIGHTED)
+    assert "ignored: re, d" in pieces  # brackets divide a word
     with pytest.raises(UserError, match="no words, only brackets"):
         check_texts(pipe.weights, settings, prompts, ["()"], WEIGHTED)
     with pytest.raises(UserError, match="close the bracket"):
