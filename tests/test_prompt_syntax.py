@@ -207,6 +207,11 @@ def test_hidden_states_are_multiplied_and_their_mean_restored():
     np.testing.assert_allclose(weigh(hidden, weights, mask)[:3].mean(), hidden[:3].mean(), rtol=1e-5)
     centred = hidden - hidden.mean()  # dividing by this mean would be chance
     np.testing.assert_array_equal(weigh(centred, weights), centred * weights[:, None])
+    many = np.random.default_rng(0).normal(0.015, 1, (77, 768))
+    for dtype in (np.float32, jnp.bfloat16):  # the decision and the dtype are the same in less precision
+        low, doubled = many.astype(dtype), np.full(77, 2, np.float32)
+        np.testing.assert_array_equal(weigh(low, doubled), 2 * low)
+        assert weigh(low, doubled).dtype == weigh(low + np.ones(1, dtype), doubled).dtype == dtype
 
 
 def test_padding_with_masked_tokens_changes_nothing():
