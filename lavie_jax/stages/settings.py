@@ -158,7 +158,7 @@ class BaseSettings(Settings):
     )  # fmt: skip
     free_init: int = field(
         "FreeInit: how often the clip is denoised again, from the low frequencies of the result", metavar="N",
-        default=0, low=0,
+        default=0, low=0, high=100,
     )  # fmt: skip
     free_u: str | None = field(
         "FreeU: factors b1,b2 of the features and s1,s2 of the skip connections of the two deepest up blocks, such as "
