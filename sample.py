@@ -416,6 +416,8 @@ def run(args: argparse.Namespace) -> None:
     if len(todo) < len(outputs) and first:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.mirror.url or args.out}")
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
+        if first:
+            args.mirror.push(leave_out=STATE)  # what an interrupted command did not upload
         return
     dtype = cascade.compute_dtype(args.dtype, devices, [weights[stage] for stage in settings])
     caches = [output.cache(dtype.name) for output in todo]
