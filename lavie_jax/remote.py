@@ -182,6 +182,7 @@ class Mirror:
         for name, path in files_in(self.folder).items():
             if name.startswith(stems) and name not in found and name in stored:  # deleted in the store
                 path.unlink()
+                self._uploaded.pop(name, None)
             elif name in found:
                 self._uploaded[name] = stamp(path)
         if self.folder.is_dir():
