@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -112,6 +113,25 @@ def test_a_running_job_is_cancelled_between_two_steps(desk):
     assert not desk.made
     desk.go.set()
     until(lambda: second.status == COMPLETED)
+
+
+def test_a_job_that_is_deleted_while_it_finishes_stays_deleted(desk, monkeypatch):
+    save, deleting = desk.store.save, []
+
+    def slow(job):
+        if job.is_finished:
+            deleting.append(threading.Thread(target=desk.queue.delete, args=(job,)))
+            deleting[0].start()
+            deleting[0].join(0.1)
+        save(job)
+
+    job = ask(desk.queue)
+    monkeypatch.setattr(desk.store, "save", slow)
+    desk.go.set()
+    desk.queue.start()
+    until(lambda: deleting and desk.queue.waiting() == 0)
+    deleting[0].join()
+    assert desk.queue.find(job.id) is None and not desk.store.folder_of(job.id).exists()
 
 
 def test_a_job_that_fails_is_a_sentence_and_the_next_one_runs(desk):
@@ -599,11 +619,23 @@ def test_a_video_is_made_stopped_between_steps_resumed_and_made_again(weights, s
     assert engine._cascade[1].model("base") is model  # the weights stayed on the device
 
 
-def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeypatch):
+def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeypatch, tmp_path):
     signed = []
     monkeypatch.setattr(Certificate, "sign", lambda self, path: signed.append(path.suffix))
     certificate = Certificate("chain", "key")
     engine = Engine(store, weights=weights, certificate=certificate, unsafe=lambda video: bool(video.any()))
+    plan, busy = engine._plan, []
+
+    def alone(wanted, inputs):
+        busy.append(1)
+        time.sleep(0.02)
+        assert len(busy) == 1  # plans that hold a clip do not add up
+        busy.pop()
+        return plan(wanted, inputs)
+
+    monkeypatch.setattr(engine, "_plan", alone)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: engine.plan(Generation(prompt="a"), tmp_path), range(3)))
     queue = JobQueue(
         store, lambda wanted, inputs: engine.plan(wanted, inputs).notes, lambda job: engine.run(job, queue.check),
         most_waiting=5,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -121,6 +122,7 @@ class Engine:
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
         self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
         self.rates: dict[str, float] = {}
+        self._planning = threading.Lock()  # one clip at a time is in memory, and weights are hashed once
         self._loaded: dict[str, Weights] = {}
         self._cascade: tuple[Any, cascade.Cascade] | None = None  # what is merged into the weights, and the models
         self._programs: set = set()
@@ -145,7 +147,8 @@ class Engine:
             UserError: something is impossible. Neither it nor notes say where files are on this machine.
         """
         try:
-            plan = self._plan(wanted, inputs)
+            with self._planning:
+                plan = self._plan(wanted, inputs)
         except UserError as error:
             raise UserError(self._without_paths(str(error), inputs)) from None
         return dataclasses.replace(plan, notes=[self._without_paths(note, inputs) for note in plan.notes])
