@@ -623,7 +623,13 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
     signed = []
     monkeypatch.setattr(Certificate, "sign", lambda self, path: signed.append(path.suffix))
     certificate = Certificate("chain", "key")
-    engine = Engine(store, weights=weights, certificate=certificate, unsafe=lambda video: bool(video.any()))
+    seen = []
+
+    def unsafe(video):
+        seen.append(video)
+        return bool(video.any())
+
+    engine = Engine(store, weights=weights, certificate=certificate, unsafe=unsafe)
     plan, busy = engine._plan, []
 
     def alone(wanted, inputs):
@@ -650,10 +656,14 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
         )
 
     job = queue.submit("anna", wanted)
+    earlier = store.folder_of(job.id) / "stages/0000-a-red-cat-0"  # by a server with other weights
+    earlier.mkdir(parents=True)
+    (earlier / "base.json").write_text('{"prompt": "a red <cat>", "stages": ["base"]}')
+    np.save(earlier / "base.npy", np.full((4, 16, 24, 3), 255, np.uint8))
     queue.start()
     until(lambda: queue.waiting() == 0, 120)
     queue.close()
-    assert job.status == COMPLETED and signed == [".mp4"]
+    assert job.status == COMPLETED and signed == [".mp4"] and seen[0].min() < 255
     assert job.notes == ["The safety filter withholds the video of base: its frames are black."]
     assert not read_video(store.path_of(job, job.results[0].video)).any()
     sidecar = json.loads(store.path_of(job, job.results[0].json).read_text())

@@ -11,7 +11,7 @@ import tiny
 
 import lavie_jax
 import sample
-from lavie_jax.cascade import check_texts
+from lavie_jax.cascade import Request, check_texts
 from lavie_jax.cascade.denoising import Clip, _texts
 from lavie_jax.cascade.model import weigh
 from lavie_jax.data import tokens
@@ -304,6 +304,13 @@ def test_the_reading_is_recorded_and_read_back():
     args = sample.parse_args(options_of(request))
     sample.read_requests(args)
     assert args.reading == BOTH
+
+
+@pytest.mark.parametrize("text, reason", [("a\ud800", "not valid Unicode"), ("a\0", "NUL")])
+def test_requests_are_text(text, reason):
+    for prompt, negative, name in ((text, None, "^prompt"), ("a", text, "^negative_prompt")):
+        with pytest.raises(UserError, match=f"{name}.*{reason}"):
+            Request.make(prompt, None, 4, seed=0, negative_prompt=negative)
 
 
 def test_mistakes_end_the_command_in_one_line(tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from lavie_jax import cascade
@@ -264,6 +265,12 @@ class Engine:
 
         whole = Output(folder=folder, index=0, formats=(), request=plan.request)
         cache = WatchedCache(whole.cache(pipe.dtype.name), on_stage)
+        try:
+            cache.check()
+        except UserError as error:  # the server was ended, and started with other weights
+            logging.warning("job %s is begun anew: %s", job.id, error)
+            cache.remove()
+            job.results = []
         request = Request.stored(plan.request, known=plan.known)
         try:
             for _ in pipe.videos([request], plan.settings, clip=plan.frames, caches=[cache], on_progress=on_progress):

@@ -55,8 +55,10 @@ def check_seed(seed: Any, where: str = "seed") -> int:
     return value
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raises UserError for text that UTF-8 cannot encode, such as undecodable bytes of a command line, and for NUL."""
+def check_unicode(text: Any, where: str) -> None:
+    """Raises UserError for anything but text without NUL that UTF-8 can encode; a command line may have other bytes."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} must be text, not {text!r}")
     if "\0" in text:
         raise UserError(f"{where}: {text!r} contains the character NUL, which ends texts in files: leave it out")
     try:
