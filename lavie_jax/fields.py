@@ -99,6 +99,11 @@ def _range(rule: Rule) -> str:
     return f"at least {rule.low}{upper}{', or 0' if rule.or_zero else ''}"
 
 
+def short(number: float) -> str:
+    """Returns the shortest text that reads back as the same number: "1" for 1.0."""
+    return repr(float(number)).removesuffix(".0")
+
+
 def describe(kind: Any) -> str:
     """Describes a type in words: "a whole number or None", "a list of text"."""
     inner, optional = without_none(kind)

@@ -383,6 +383,8 @@ def test_the_form_asks_for_what_it_shows(tmp_path):
     settings = [s for stage in STAGE_INFO for s in form.settings_of(stage, {"steps": 20})]
     shown = form.values_of(wanted, {"first_frame": str(folder / "a.bmp")}, settings)
     assert form.read(form_values() | shown, folder, inputs, MOST) == wanted
+    precise = dataclasses.replace(wanted, loras=(("a.pt", 1.0), ("b.pt", 0.12345678)))
+    assert form.values_of(precise, {}, settings)["lora_scales"] == "1, 0.12345678"
     assert next(s for s in settings if s.name == "steps").default == 20
 
 
