@@ -339,6 +339,13 @@ def warn(lines: list[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
+def warn_of_existing(args: argparse.Namespace) -> None:
+    """Warns that files of existing samples stay as they are, whatever was asked for new ones."""
+    options = {"no-metadata": args.no_metadata, "c2pa-certificate": args.certificate, "safety-filter": args.unsafe}
+    if names := [name for name, given in options.items() if given]:
+        warn([f"{', '.join(names)}: files of existing samples stay as they are; --overwrite makes them again"])
+
+
 def given_files(
     args: argparse.Namespace, folders: Mapping[str, Path], pictures: Mapping[str, Picture]
 ) -> dict[str, str]:
@@ -415,7 +422,10 @@ def run(args: argparse.Namespace) -> None:
     check_hosts_are_consistent({"samples": [output.request for output in outputs], "existing samples": formats})
     if len(todo) < len(outputs) and first:
         print(f"{len(outputs) - len(todo)} of {len(outputs)} samples exist in {args.mirror.url or args.out}")
+        warn_of_existing(args)
     if not todo and (args.no_contact_sheet or not outputs or sheets.first.exists()):
+        if first:
+            args.mirror.push(leave_out=STATE)  # what an interrupted command did not upload
         return
     dtype = cascade.compute_dtype(args.dtype, devices, [weights[stage] for stage in settings])
     caches = [output.cache(dtype.name) for output in todo]

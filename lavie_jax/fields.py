@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest, user_location
 
+LARGEST = sys.float_info.max  # a larger whole number has no float
 MAX_SEED = 2**32 - 1  # a seed is a 32-bit word that keys the noise of a sample or of a run
 NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -97,6 +99,11 @@ def _range(rule: Rule) -> str:
     return f"at least {rule.low}{upper}{', or 0' if rule.or_zero else ''}"
 
 
+def short(number: float) -> str:
+    """Returns the shortest text that reads back as the same number: "1" for 1.0."""
+    return repr(float(number)).removesuffix(".0")
+
+
 def describe(kind: Any) -> str:
     """Describes a type in words: "a whole number or None", "a list of text"."""
     inner, optional = without_none(kind)
@@ -137,6 +144,8 @@ def convert(where: str, value: Any, kind: Any) -> Any:
     if inner is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, (int, float) if inner is float else inner) or isinstance(value, bool) != (inner is bool):
+        raise wrong
+    if inner is float and isinstance(value, int) and abs(value) > LARGEST:
         raise wrong
     return inner(value)
 

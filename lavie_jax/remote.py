@@ -24,6 +24,7 @@ PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # {protocol: (package
 URL = re.compile(r"(gs|s3):/+(.+)")  # a Path has lost one slash
 CHANGES = ("etag", "ETag", "generation", "md5Hash", "created")  # what tells apart versions of an object
 ORIGIN = ".location"  # in a download's folder: its URL
+STORED = ".stored"  # in a mirror's folder: the names of files that were in the store
 
 
 def url(text: str | os.PathLike) -> str | None:
@@ -161,7 +162,7 @@ class Mirror:
         return cls(cache_folder("out") / hashlib.sha256(target.encode()).hexdigest()[:32], target)
 
     def pull(self, stems: Iterable[str]) -> None:
-        """Makes files whose names begin with one of `stems` those of the store."""
+        """Makes files whose names begin with one of `stems` those of the store, but for those never uploaded to it."""
         if self.url is None:
             return
         stems = tuple(stems)
@@ -172,14 +173,20 @@ class Mirror:
             found = {name.removeprefix(root): info["size"] for name, info in system.find(self.url, detail=True).items()}
             for name in [name for name in found if name.startswith(stems)]:
                 target = self.folder / name
-                if not target.is_file() or target.stat().st_size != found[name]:
+                # JSON files are compared by what they say, as another machine may have replaced one of equal size.
+                if name.endswith(".json") or not target.is_file() or target.stat().st_size != found[name]:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     system.get_file(f"{self.url}/{name}", str(target))
+        record = self.folder / STORED
+        stored = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
         for name, path in files_in(self.folder).items():
-            if name.startswith(stems) and name not in found:  # deleted in the store
+            if name.startswith(stems) and name not in found and name in stored:  # deleted in the store
                 path.unlink()
+                self._uploaded.pop(name, None)
             elif name in found:
                 self._uploaded[name] = stamp(path)
+        if self.folder.is_dir():
+            record.write_text("".join(f"{name}\n" for name in self._uploaded), encoding="utf-8")
 
     def push(self, *, leave_out: str = "") -> None:
         """Uploads files that changed since the last time, but for those with the ending `leave_out`."""
@@ -192,6 +199,8 @@ class Mirror:
                 if self._uploaded.get(name) != now and not (leave_out and name.endswith(leave_out)):
                     system.put_file(str(path), f"{self.url}/{name}")
                     self._uploaded[name] = now
+                    with (self.folder / STORED).open("a", encoding="utf-8") as record:
+                        record.write(f"{name}\n")
 
 
 def files_in(folder: Path) -> dict[str, Path]:

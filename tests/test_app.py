@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -114,6 +115,25 @@ def test_a_running_job_is_cancelled_between_two_steps(desk):
     until(lambda: second.status == COMPLETED)
 
 
+def test_a_job_that_is_deleted_while_it_finishes_stays_deleted(desk, monkeypatch):
+    save, deleting = desk.store.save, []
+
+    def slow(job):
+        if job.is_finished:
+            deleting.append(threading.Thread(target=desk.queue.delete, args=(job,)))
+            deleting[0].start()
+            deleting[0].join(0.1)
+        save(job)
+
+    job = ask(desk.queue)
+    monkeypatch.setattr(desk.store, "save", slow)
+    desk.go.set()
+    desk.queue.start()
+    until(lambda: deleting and desk.queue.waiting() == 0)
+    deleting[0].join()
+    assert desk.queue.find(job.id) is None and not desk.store.folder_of(job.id).exists()
+
+
 def test_a_job_that_fails_is_a_sentence_and_the_next_one_runs(desk):
     jobs = [ask(desk.queue, prompt) for prompt in ("impossible", "broken", "possible")]
     desk.go.set()
@@ -200,6 +220,7 @@ BAD_BODIES = [
     ({"prompt": 3}, "prompt must be text"),
     ({"prompt": "a" * 5000}, "at most 4000"),
     ({"prompt": "a\ud800"}, "not valid Unicode"),
+    ({"prompt": "a", "negative_prompt": "b\0"}, "contains the character NUL"),
     ({"prompt": "a", "sed": 1}, "unknown field 'sed'; did you mean 'seed'"),
     ({"prompt": "a", "base": {"steps": 3}}, "unknown field 'base'"),
     ({"prompt": "a", "seed": -1}, "seed must be a whole number"),
@@ -216,6 +237,13 @@ BAD_BODIES = [
     ({"prompt": "a", "preset": "best"}, "preset: unknown 'best'"),
     ({"prompt": "a", "prompt_syntax": "weigthed"}, "did you mean 'weighted'"),
     ({"prompt": "a", "prompts_at": {"x": "b"}}, "prompts_at must be like"),
+    ({"prompts_at": {"9" * 5000: "b"}}, "prompts_at must be like"),
+    ({"prompt": "a", "prompts_at": {"0": "b", "8": "c"}}, "give either prompt or prompts_at"),
+    ({"prompts_at": {"0": "a | 8: b"}}, "contains |, which divides prompts"),
+    ({"prompt": "a", "guidance": 10**400}, "guidance takes a number"),
+    ({"prompt": "a", "free_init": 10**6}, "free_init must be from 0 to 100"),
+    ({"prompt": "a", "weights_sha256": 5}, "weights_sha256 must be text"),
+    ({"prompt": "a", "vsr": {"weights_sha256": "x"}}, "weights_sha256 must be text, of a stage among base"),
     ({"prompt": "a", "input": "/etc/passwd"}, "addresses of files are not read"),
     ({"prompt": "a", "first_frame": "file:///etc/passwd", "stages": ["prediction"]}, "is not base64"),
     ({"prompt": "a", "first_frame": {"path": "/etc/passwd"}, "stages": ["prediction"]}, "must be a file in base64"),
@@ -273,6 +301,15 @@ def test_the_request_in_a_samples_json_is_a_request(tmp_path):
     again, needed = generation.from_request(request | {"known_sha256": {"0": "1"}, "input_sha256": "2"})
     assert again.settings == wanted.settings and again.weights == wanted.weights
     assert needed == ["the clip that it started from", "its first frame"]
+    at = {"prompts_at": {"0": "a", "16": "c", "8": "b"}}  # programs write objects in any order
+    wanted = generation.from_body(
+        request | at | {"prompt": "0: a | 8: b | 16: c", "weights_sha256": None}, tmp_path, MOST
+    )
+    assert list(wanted.prompts_at.items()) == [(0, "a"), (8, "b"), (16, "c")] and not wanted.weights
+    assert generation.from_request(request | at)[0].prompts_at == wanted.prompts_at
+    for damaged in ({"stages": ["base", "vsr"]}, {"stages": [{}]}, {"stages": ["base", "vsr"], "vsr": 5}):
+        with pytest.raises(UserError):
+            generation.from_request(request | damaged)
 
 
 # ---- uploads ----
@@ -346,6 +383,8 @@ def test_the_form_asks_for_what_it_shows(tmp_path):
     settings = [s for stage in STAGE_INFO for s in form.settings_of(stage, {"steps": 20})]
     shown = form.values_of(wanted, {"first_frame": str(folder / "a.bmp")}, settings)
     assert form.read(form_values() | shown, folder, inputs, MOST) == wanted
+    precise = dataclasses.replace(wanted, loras=(("a.pt", 1.0), ("b.pt", 0.12345678)))
+    assert form.values_of(precise, {}, settings)["lora_scales"] == "1, 0.12345678"
     assert next(s for s in settings if s.name == "steps").default == 20
 
 
@@ -442,13 +481,16 @@ def test_prompts_show_as_text():
 
 
 def test_the_state_of_a_job_is_a_sentence():
+    stopping = job_of(status=RUNNING, stage="vsr")
+    stopping.stop.set()
     said = [
+        views.sentence(stopping, 0),
         views.sentence(None, 0), views.sentence(job_of(), 0), views.sentence(job_of(), 1), views.sentence(job_of(), 5),
         views.sentence(job_of(status=RUNNING), 0), views.sentence(job_of(status=RUNNING, stage="vsr"), 0),
         views.sentence(job_of(status=CANCELLED), 0), views.sentence(job_of(status=COMPLETED), 0),
     ]  # fmt: skip
     assert len(set(said)) == len(said) and all(text.endswith(".") for text in said)
-    assert "1 video is before yours" in said[2] and "stage 2 of 2" in said[5]
+    assert "being cancelled" in said[0] and "1 video is before yours" in said[3] and "stage 2 of 2" in said[6]
     assert 'role="alert"' in views.status(job_of(status=FAILED, error="No."), 0)
 
 
@@ -579,11 +621,29 @@ def test_a_video_is_made_stopped_between_steps_resumed_and_made_again(weights, s
     assert engine._cascade[1].model("base") is model  # the weights stayed on the device
 
 
-def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeypatch):
+def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeypatch, tmp_path):
     signed = []
     monkeypatch.setattr(Certificate, "sign", lambda self, path: signed.append(path.suffix))
     certificate = Certificate("chain", "key")
-    engine = Engine(store, weights=weights, certificate=certificate, unsafe=lambda video: bool(video.any()))
+    seen = []
+
+    def unsafe(video):
+        seen.append(video)
+        return bool(video.any())
+
+    engine = Engine(store, weights=weights, certificate=certificate, unsafe=unsafe)
+    plan, busy = engine._plan, []
+
+    def alone(wanted, inputs):
+        busy.append(1)
+        time.sleep(0.02)
+        assert len(busy) == 1  # plans that hold a clip do not add up
+        busy.pop()
+        return plan(wanted, inputs)
+
+    monkeypatch.setattr(engine, "_plan", alone)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: engine.plan(Generation(prompt="a"), tmp_path), range(3)))
     queue = JobQueue(
         store, lambda wanted, inputs: engine.plan(wanted, inputs).notes, lambda job: engine.run(job, queue.check),
         most_waiting=5,
@@ -598,10 +658,14 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
         )
 
     job = queue.submit("anna", wanted)
+    earlier = store.folder_of(job.id) / "stages/0000-a-red-cat-0"  # by a server with other weights
+    earlier.mkdir(parents=True)
+    (earlier / "base.json").write_text('{"prompt": "a red <cat>", "stages": ["base"]}')
+    np.save(earlier / "base.npy", np.full((4, 16, 24, 3), 255, np.uint8))
     queue.start()
     until(lambda: queue.waiting() == 0, 120)
     queue.close()
-    assert job.status == COMPLETED and signed == [".mp4"]
+    assert job.status == COMPLETED and signed == [".mp4"] and seen[0].min() < 255
     assert job.notes == ["The safety filter withholds the video of base: its frames are black."]
     assert not read_video(store.path_of(job, job.results[0].video)).any()
     sidecar = json.loads(store.path_of(job, job.results[0].json).read_text())
@@ -617,12 +681,18 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
     ({"prompts_at": {0: "a", 9: "b"}}, None, "frame 9 is beyond the clip"),
     ({"stages": ("vsr",), "settings": {"vsr": {"window_frames": 1, "overlap_frames": 3}}}, 1, "overlap_frames must be"),
     ({"stages": ("vsr",)}, 40, "million pixels|memory"),
+    ({"stages": ("prediction",), "pictures": {"first": "first_frame.png"}}, None, "image 'first_frame.png'"),
+    ({"embeddings": (("cat.safetensors", None),)}, None, "^cat.safetensors .* encoder of the weights of base"),
 ])  # fmt: skip
 def test_what_the_weights_cannot_make_is_refused_before_it_waits(fields, clip, message, weights, store, tmp_path):
     engine = Engine(store, weights=weights, most_pixels=1e5)
     if clip:
         save_as(np.zeros((clip, 16, 24, 3), np.uint8), tmp_path / "input", "npz", fps=8)
         fields = fields | {"clip": "input.npz"}
+    picture = io.BytesIO()
+    Image.fromarray(FRAMES[0]).save(picture, "png")
+    (tmp_path / "first_frame.png").write_bytes(picture.getvalue()[:200])
+    write_safetensors(tmp_path / "cat.safetensors", {"<cat>": np.ones((1, 5), np.float32)}, {})
     with pytest.raises(UserError, match=message) as caught:
         engine.plan(Generation(**{"prompt": "a red circle", **fields}), tmp_path)
-    assert str(tmp_path / "input") not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value) and str(weights) not in str(caught.value)

@@ -11,7 +11,7 @@ import tiny
 
 import lavie_jax
 import sample
-from lavie_jax.cascade import check_texts
+from lavie_jax.cascade import Request, check_texts
 from lavie_jax.cascade.denoising import Clip, _texts
 from lavie_jax.cascade.model import weigh
 from lavie_jax.data import tokens
@@ -57,6 +57,8 @@ def runs(text: str, reading: Reading = WEIGHTED) -> list[tuple[str, float]]:
         (r"(\(a\):1.5)", [("(a)", 1.5)]),
         ("a \\", [("a ", 1)]),
         (r"\x", [("x", 1)]),
+        (r"(a\:1.3)", [("a", 1.3)]),  # a colon cannot be escaped
+        (r"[a\|b]", [("a|b", 1 / 1.1)]),
         ("(a b", [("a b", 1.1)]),
         ("[a (b", [("a ", 1 / 1.1), ("b", 1)]),
         ("a) b] c", [("a) b] c", 1)]),
@@ -177,6 +179,8 @@ def test_long_prompts_fill_windows_of_their_own(clip):
     one, two, three = tokenize_chunks(tokenizer, BOTH.parse(f"a BREAK {LONG}"), several=True)
     np.testing.assert_array_equal(one.ids, tokens.tokenize(tokenizer, ["a"])[0])
     np.testing.assert_array_equal([two.ids, three.ids], [first.ids, second.ids])
+    for text, count in (("a BREAK", 1), ("BREAK a", 2)):
+        assert len(tokenize_chunks(tokenizer, BOTH.parse(text), several=True)) == count
 
 
 def test_the_vectors_of_an_embedding_stay_in_one_window(clip):
@@ -203,6 +207,11 @@ def test_hidden_states_are_multiplied_and_their_mean_restored():
     np.testing.assert_allclose(weigh(hidden, weights, mask)[:3].mean(), hidden[:3].mean(), rtol=1e-5)
     centred = hidden - hidden.mean()  # dividing by this mean would be chance
     np.testing.assert_array_equal(weigh(centred, weights), centred * weights[:, None])
+    many = np.random.default_rng(0).normal(0.015, 1, (77, 768))
+    for dtype in (np.float32, jnp.bfloat16):  # the decision and the dtype are the same in less precision
+        low, doubled = many.astype(dtype), np.full(77, 2, np.float32)
+        np.testing.assert_array_equal(weigh(low, doubled), 2 * low)
+        assert weigh(low, doubled).dtype == weigh(low + np.ones(1, dtype), doubled).dtype == dtype
 
 
 def test_padding_with_masked_tokens_changes_nothing():
@@ -272,6 +281,8 @@ def test_texts_are_checked_before_sampling(pipe, t5):
     unknown_and_cut = check_texts(pipe.weights, settings, prompts, [None], WEIGHTED)
     assert len(unknown_and_cut) == 2 and "dragon" in unknown_and_cut[1] and "(" not in unknown_and_cut[0]
     assert len(check_texts(pipe.weights, settings, prompts, [None], BOTH)) == 1
+    (pieces,) = check_texts(pipe.weights, settings, [{"base": [("a (re)d", 1)]}], [None], WEIGHTED)
+    assert "ignored: re, d" in pieces  # brackets divide a word
     with pytest.raises(UserError, match="no words, only brackets"):
         check_texts(pipe.weights, settings, prompts, ["()"], WEIGHTED)
     with pytest.raises(UserError, match="close the bracket"):
@@ -293,6 +304,13 @@ def test_the_reading_is_recorded_and_read_back():
     args = sample.parse_args(options_of(request))
     sample.read_requests(args)
     assert args.reading == BOTH
+
+
+@pytest.mark.parametrize("text, reason", [("a\ud800", "not valid Unicode"), ("a\0", "NUL")])
+def test_requests_are_text(text, reason):
+    for prompt, negative, name in ((text, None, "^prompt"), ("a", text, "^negative_prompt")):
+        with pytest.raises(UserError, match=f"{name}.*{reason}"):
+            Request.make(prompt, None, 4, seed=0, negative_prompt=negative)
 
 
 def test_mistakes_end_the_command_in_one_line(tmp_path, capsys):

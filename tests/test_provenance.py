@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import lavie_jax
 import sample
-from lavie_jax.data.embedded import read_metadata
+from lavie_jax.data.embedded import Metadata, read_metadata
 from lavie_jax.data.video_files import read_video, save_as
 from lavie_jax.errors import UserError
 from lavie_jax.samples import again
@@ -50,10 +51,11 @@ def test_files_contain_the_request_and_the_same_pixels(format, tmp_path):
 def test_the_packet_is_xml_with_the_field_of_iptc():
     from xml.etree import ElementTree
 
-    root = ElementTree.fromstring(describe(REQUEST | {"prompt": "a\x00b <c>"}).xmp)
+    described = describe(REQUEST | {"prompt": "a\x00b\n<c>\uffff"})
+    root = ElementTree.fromstring(described.xmp)
     names = {element.tag: element.text for element in root.iter()}
     assert names["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"] == GENERATED_SOURCE
-    assert names["{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"] == "ab <c>"
+    assert names["{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"] == described.title == "ab\n<c>"
 
 
 def test_videos_of_the_python_interface_are_marked(tmp_path):
@@ -137,11 +139,27 @@ def test_what_cannot_be_made_again_is_refused(tmp_path, monkeypatch, capsys):
     request = {**REQUEST, "input_sha256": "0" * 64}
     (tmp_path / "b.json").write_text(json.dumps({"request": request}))
     (tmp_path / "c.json").write_text(json.dumps({"request": REQUEST | {"stages": ["later"]}}))
+    (tmp_path / "d.JSON").write_text(json.dumps({"request": REQUEST | {"stages": ["base", "vsr"]}}))
+    for name, damage in (("i", {"seed": "../x"}), ("j", {"prompt": "a\0"}), ("k", {"sampler": "\ud800"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"request": REQUEST | damage}))
+    Image.new("L", (8, 8)).save(tmp_path / "e.png", pnginfo=describe(REQUEST).png_chunks())
+    picture = (tmp_path / "e.png").read_bytes()
+    header = b"IHDR" + (40_000).to_bytes(4) * 2 + picture[24:29]
+    (tmp_path / "f.png").write_bytes(picture[:12] + header + zlib.crc32(header).to_bytes(4) + picture[33:])
+    (tmp_path / "g.mp4").write_bytes((1).to_bytes(4) + b"free")
+    nested = Metadata(xmp="x", comment="[" * 100_000)
+    Image.new("L", (8, 8)).save(tmp_path / "h.png", pnginfo=nested.png_chunks())
     assert "does not exist" in refused("none.mp4")
     assert "cannot be read" in refused("text.mp4")
     assert "does not contain how it was made" in refused("a.json")
     assert "give them with --input" in refused("b.json")
     assert "known are base" in refused("c.json")
+    assert "lacks the settings of vsr" in refused("d.JSON")
+    assert "too many pixels" in refused("f.png") and "cannot be read" in refused("g.mp4")
+    assert "cannot be read" in refused("h.png") and "seed must be" in refused("i.json")
+    assert "NUL" in refused("j.json") and "not valid Unicode" in refused("k.json")
+    for option in ("--seed=4", "--steps", "--prompt=b", "--overwrite"):
+        assert f"{option.split('=')[0]}: the sample is made again as" in refused("e.png", option)
     commands = []
     monkeypatch.setattr(
         subprocess, "run", lambda command: commands.append(command) or subprocess.CompletedProcess(command, 2)

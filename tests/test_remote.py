@@ -86,11 +86,13 @@ def test_a_changed_object_is_downloaded_again(bucket, folder):
         ("gs://lavie/nothing", "gs://lavie/nothing does not exist, or contains no files"),
         ("gs://lavie/text", "gs://lavie/text is not a weights folder: it has no config.json"),
         ("gs://lavie/cut", "gs://lavie/cut is incomplete: unet is missing"),
+        ("gs://lavie/whole", "gs://lavie/whole is incomplete: base/unet is missing"),
     ],
 )
 def test_places_without_weights_are_refused(place, message, bucket, folder):
     bucket.pipe_file("gs://lavie/text/a.txt", b"")
-    bucket.pipe_file("gs://lavie/cut/config.json", (folder / "base/config.json").read_bytes())
+    for name in ("cut", "whole/base"):
+        bucket.pipe_file(f"gs://lavie/{name}/config.json", (folder / "base/config.json").read_bytes())
     with pytest.raises(UserError, match=message):
         local_folder(place)
 
@@ -135,6 +137,13 @@ def test_outputs_are_uploaded_and_only_what_is_missing_is_made_again(bucket, tmp
     assert not (mirror.folder / "0000-a-0.mp4").exists() and (mirror.folder / "stages/0000-a-0/base.state.npz").exists()
     mirror.push(leave_out=".state.npz")
     assert not bucket.exists("gs://lavie/out/0000-a-0.mp4")
+    (mirror.folder / "0000-a-0.mp4").write_text("finished, but the network failed")
+    bucket.pipe_file("gs://lavie/out/0000-a-0.json", b"0000-B-0.json")  # of equal size, by another machine
+    again = remote.Mirror.of(Path("gs:/lavie/out"))
+    again.pull(["0000-a-0"])
+    assert (mirror.folder / "0000-a-0.json").read_text() == "0000-B-0.json"
+    again.push()
+    assert bucket.exists("gs://lavie/out/0000-a-0.mp4")
 
 
 def test_a_folder_is_its_own_mirror(tmp_path):

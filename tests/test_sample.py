@@ -66,9 +66,10 @@ def test_a_run_writes_video_json_and_contact_sheet_and_the_next_skips_it(run, tm
     monkeypatch.setattr(
         Cascade, "__init__", lambda *a, **k: pytest.fail("nothing is to be made, but a model was loaded")
     )
-    assert run("--prompt", PROMPT, "--fps", "5") == 0
-    assert state(out) == before
-    assert "1 of 1 samples exist in" in capsys.readouterr().out
+    assert run("--prompt", PROMPT, "--fps", "5", "--no-metadata") == 0
+    shown = capsys.readouterr()
+    assert state(out) == before and "1 of 1 samples exist in" in shown.out
+    assert "no-metadata: files of existing samples stay as they are" in shown.err
 
 
 def test_the_json_is_enough_to_make_the_sample_again(run, folder, tmp_path):

@@ -90,7 +90,7 @@ def test_a_clip_determines_rate_and_length_and_strength_the_steps():
         ({"clip": dataclasses.replace(CLIP, frames=40), "strength": 0.6}, "40 frames, but this model makes 16: give"),
         ({"clip": CLIP, "strength": 0.6, "free_init": 1}, "free_init .* cannot be used with strength"),
         ({"free_init": 1, "long": "free_noise"}, "free_init .* cannot be used with long"),
-        ({"free_init": -1}, "free_init must be at least 0"),
+        ({"free_init": -1}, "free_init must be from 0 to 100"),
         ({"free_u": "1.3,1.4,0.9"}, "'1.3,1.4,0.9' is not four numbers"),
         ({"free_u": "1.3,1.4,0.9,nan"}, "is not four numbers"),
         ({"free_u": "1.3,1.4,0.9,much"}, "is not four numbers"),
@@ -100,6 +100,10 @@ def test_what_base_cannot_do_is_refused_in_one_line(given, reason):
     with pytest.raises(UserError, match=reason) as error:
         resolve(**given)
     assert "\n" not in str(error.value)
+
+
+def test_factors_are_recorded_exactly():
+    assert resolve(free_u="1.0, 1.23456789,.5,0").free_u == "1,1.23456789,0.5,0"
 
 
 # ---- samples ----

@@ -34,4 +34,7 @@ def test_what_cannot_be_saved_is_refused(videos, tmp_path):
         videos.save(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="frame rate is unknown"):
         Videos.of(videos[0], None).save(tmp_path / "a.mp4")
+    for format in ("mp4", "gif", "npz"):
+        with pytest.raises(UserError, match="fps must be above 0; given 0"):
+            videos[0].save(tmp_path / f"a.{format}", fps=0)
     assert not list(tmp_path.iterdir())

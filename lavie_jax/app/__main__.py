@@ -138,17 +138,17 @@ def _announce(args: argparse.Namespace, port: int, waiting: int) -> None:
     if args.host not in LOCAL:
         print("Everybody who reaches this address can make videos.", flush=True)
     if args.share:
-        _share(port)
+        _share(host, port)
     if args.open and not _opened(address):
         print(f"No browser was found on this machine: open {address} in one.", flush=True)
 
 
-def _share(port: int) -> None:
+def _share(host: str, port: int) -> None:
     """Makes a public address, which Gradio's servers forward to this one."""
     from lavie_jax.app.server import share
 
     try:
-        print(f"Everybody with this address can make videos: {share(port)}", flush=True)
+        print(f"Everybody with this address can make videos: {share(host, port)}", flush=True)
     except UserError as error:
         print(f"--share: {error}", flush=True)
 

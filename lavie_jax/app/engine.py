@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from lavie_jax import cascade
@@ -121,6 +123,7 @@ class Engine:
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
         self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
         self.rates: dict[str, float] = {}
+        self._planning = threading.Lock()  # one clip at a time is in memory, and weights are hashed once
         self._loaded: dict[str, Weights] = {}
         self._cascade: tuple[Any, cascade.Cascade] | None = None  # what is merged into the weights, and the models
         self._programs: set = set()
@@ -139,13 +142,35 @@ class Engine:
     # ---- before a job is accepted ----
 
     def plan(self, wanted: Generation, inputs: Path) -> Plan:
-        """Checks everything that does not need parameters. Raises UserError; `inputs` has the uploaded files."""
+        """Checks everything that does not need parameters.
+
+        Raises:
+            UserError: something is impossible. Neither it nor notes say where files are on this machine.
+        """
+        try:
+            with self._planning:
+                plan = self._plan(wanted, inputs)
+        except UserError as error:
+            raise UserError(self._without_paths(str(error), inputs)) from None
+        return dataclasses.replace(plan, notes=[self._without_paths(note, inputs) for note in plan.notes])
+
+    def _without_paths(self, message: str, inputs: Path) -> str:
+        message = message.replace(f"{inputs}/", "")
+        for stage, folder in self.folders.items():
+            message = message.replace(str(folder), f"the weights of {stage}")
+        return message
+
+    def _plan(self, wanted: Generation, inputs: Path) -> Plan:
+        """See `plan`; `inputs` has the uploaded files."""
         wanted = generation.check(wanted)
         stages, own_clip = wanted.stages, wanted.clip is not None
         pictures = read_pictures(
             {name: inputs / file for name, file in wanted.pictures.items()}, stages, own_clip=own_clip
         )
-        personal = _personal(wanted, inputs)
+        personal = Personal.read(
+            [(inputs / file, scale) for file, scale in wanted.loras],
+            [(inputs / file, word) for file, word in wanted.embeddings],
+        )
         available = {stage: self.headers[stage] for stage in stages if stage in self.headers}
         weights, notes = personal.apply(available)
         frames, clip, clip_hash = self._clip(inputs / wanted.clip, notes) if wanted.clip is not None else (None,) * 3
@@ -183,11 +208,7 @@ class Engine:
 
     def _clip(self, path: Path, notes: list[str]) -> tuple[np.ndarray, ClipInfo, str]:
         most = min(free_memory() / 4, 3 * self.most_pixels)
-        try:
-            frames, fps = read_clip(path, max_bytes=most, warn=notes.append)
-        except UserError as error:
-            raise UserError(_without_path(str(error), path)) from None
-        notes[:] = [_without_path(note, path) for note in notes]
+        frames, fps = read_clip(path, max_bytes=most, warn=notes.append)
         clip = ClipInfo(frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=fps, own=True)
         return frames, clip, file_hash(path)
 
@@ -215,7 +236,7 @@ class Engine:
         folder = self.store.folder_of(job.id)
         job.stage, job.phase = None, "loading"
         plan = self.plan(Generation.from_json(job.generation), folder / "inputs")
-        job.notes = plan.notes
+        job.notes = list(dict.fromkeys([*plan.notes, *job.notes]))  # a withheld stage was noted before a restart
         check(job)
         pipe = self._models(plan)
         left = TimeLeft(plan.flops, self.rates)
@@ -244,6 +265,12 @@ class Engine:
 
         whole = Output(folder=folder, index=0, formats=(), request=plan.request)
         cache = WatchedCache(whole.cache(pipe.dtype.name), on_stage)
+        try:
+            cache.check()
+        except UserError as error:  # the server was ended, and started with other weights
+            logging.warning("job %s is begun anew: %s", job.id, error)
+            cache.remove()
+            job.results = []
         request = Request.stored(plan.request, known=plan.known)
         try:
             for _ in pipe.videos([request], plan.settings, clip=plan.frames, caches=[cache], on_progress=on_progress):
@@ -281,18 +308,3 @@ def _output(folder: Path, request: Mapping[str, Any], frames: np.ndarray, certif
     odd = frames.shape[1] % 2 or frames.shape[2] % 2
     format = "png" if len(frames) == 1 else "gif" if odd else "mp4"
     return Output(folder=folder, index=0, formats=(format,), request=request, certificate=certificate)
-
-
-def _personal(wanted: Generation, inputs: Path) -> Personal:
-    """Reads LoRA files and embeddings. Raises UserError, without where the files are."""
-    loras = [(inputs / file, scale) for file, scale in wanted.loras]
-    embeddings = [(inputs / file, word) for file, word in wanted.embeddings]
-    try:
-        return Personal.read(loras, embeddings)
-    except UserError as error:
-        raise UserError(str(error).replace(f"{inputs}/", "")) from None
-
-
-def _without_path(message: str, path: Path) -> str:
-    """A message about an uploaded file, without where it is stored."""
-    return message.replace(str(path), path.name)

@@ -20,7 +20,7 @@ from lavie_jax.app.generation import (
     own_stages,
 )
 from lavie_jax.errors import UserError
-from lavie_jax.fields import parse_text, rule_of, types_of, without_none
+from lavie_jax.fields import parse_text, rule_of, short, types_of, without_none
 from lavie_jax.samples.pictures import PICTURES
 from lavie_jax.samples.prompts import check_seed, one_line, parse_prompts_at
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, STAGE_INFO
@@ -195,7 +195,7 @@ def values_of(wanted: Generation, files: Mapping[str, Any], settings: Sequence[S
         **{FRAMES[name]: files.get(FRAMES[name]) for name in PICTURES},
         INPUT: files.get(INPUT),
         "loras": files.get("loras"),
-        "lora_scales": ", ".join(f"{scale:g}" for _, scale in wanted.loras),
+        "lora_scales": ", ".join(short(scale) for _, scale in wanted.loras),
         "embeddings": files.get("embeddings"),
         "embedding_words": ", ".join(word for _, word in wanted.embeddings if word),
     }

@@ -12,10 +12,11 @@ from typing import Any
 
 from lavie_jax.app import uploads
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import LARGEST
 from lavie_jax.samples.again import settings_of
 from lavie_jax.samples.pictures import PICTURES
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
-from lavie_jax.samples.prompts import check_prompts_at, check_seed, check_unicode, one_line
+from lavie_jax.samples.prompts import check_prompts_at, check_seed, check_unicode, one_line, prompts_at_of_json
 from lavie_jax.stages.settings import MAIN_STAGE, OFFICIAL, PRESETS, STAGE_INFO, parse_stages
 
 MODEL = "lavie_jax"  # the only value of the field `model`, which other servers have
@@ -165,18 +166,25 @@ def from_body(body: Mapping[str, Any], inputs: Path, most: int) -> Generation:
         stage: {name: value for name, value in values.items() if name != WEIGHTS and value is not None}
         for stage, values in groups.items()
     }
+    weights = {stage: values[WEIGHTS] for stage, values in groups.items() if values.get(WEIGHTS) is not None}
+    for stage, hash in weights.items():
+        if stage not in stages or not isinstance(hash, str):
+            raise UserError(f"{WEIGHTS} must be text, of a stage among {','.join(stages)}; given {hash!r} of {stage}")
     wanted = Generation(
         prompt=body.get("prompt", ""),
-        prompts_at=_prompts_at(body.get("prompts_at")),
+        prompts_at=None if body.get("prompts_at") is None else prompts_at_of_json(body["prompts_at"]),
         stages=stages,
         seed=check_seed(body.get("seed", 0)),
         preset=body.get("preset", OFFICIAL),
         **{name: body[name] for name in READING if name in body},
         settings={stage: values for stage, values in settings.items() if values},
-        weights={stage: str(values[WEIGHTS]) for stage, values in groups.items() if WEIGHTS in values},
+        weights=weights,
         clip=None if body.get(INPUT) is None else INPUT,
     )
-    return _with_files(check(wanted), body, inputs, most)
+    given, wanted = " ".join(wanted.prompt.split()), check(wanted)
+    if given not in ("", wanted.prompt):  # the request of a sample has both
+        raise UserError(f"give either prompt or prompts_at; the prompt {given!r} is not that of prompts_at")
+    return _with_files(wanted, body, inputs, most)
 
 
 def _with_files(wanted: Generation, body: Mapping[str, Any], inputs: Path, most: int) -> Generation:
@@ -233,18 +241,9 @@ def check_word(word: Any) -> str | None:
 
 def check_scale(scale: Any) -> float:
     """Returns the scale of a LoRA. Raises UserError unless it is a number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise UserError(f"the scale of a LoRA must be a number, not {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+        raise UserError(f"the scale of a LoRA must be a finite number, not {scale!r}")
     return float(scale)
-
-
-def _prompts_at(given: Any) -> Mapping[int, str] | None:
-    """Parses prompts over time in JSON, whose keys are text."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping) or not all(str(frame).isdecimal() for frame in given):
-        raise UserError(f'prompts_at must be like {{"0": "a red circle", "32": "a blue circle"}}, not {given!r}')
-    return {int(frame): text for frame, text in given.items()}
 
 
 def from_request(request: Mapping[str, Any]) -> tuple[Generation, list[str]]:
@@ -265,10 +264,11 @@ def from_request(request: Mapping[str, Any]) -> tuple[Generation, list[str]]:
         needed.append("its LoRA files")
     if request.get("embeddings"):
         needed.append("its embeddings")
+    at = request.get("prompts_at")
     groups = {stage: request if STAGE_INFO[stage].main else request[stage] for stage in settings}
     wanted = Generation(
         prompt=request["prompt"],
-        prompts_at=_prompts_at(request.get("prompts_at")),
+        prompts_at=None if at is None else prompts_at_of_json(at),
         stages=tuple(settings),
         seed=check_seed(request.get("seed")),
         **dataclasses.asdict(Reading.stored(request)),

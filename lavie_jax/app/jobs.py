@@ -127,8 +127,9 @@ class JobQueue:
 
     def delete(self, job: Job) -> None:
         """Deletes a finished job and its files."""
-        self._unsaved.pop(job.id, None)
-        self.store.discard(job.id, job.owner)
+        with self._changed:  # not while its end is being stored, which would make its folder again
+            self._unsaved.pop(job.id, None)
+            self.store.discard(job.id, job.owner)
 
     def check(self, job: Job) -> None:
         """Raises Stopped if the work on the job is to end; called between steps."""

@@ -167,7 +167,7 @@ class Page:
         job = self._own(view.job, owner)
         jobs = [(one, self.queue.ahead(one.id)) for id in ids[: view.cards] if (one := self.queue.find(id)) is not None]
         ahead = self.queue.ahead(job.id) if job else 0
-        state = job and (job.id, job.status, job.stage, ahead)
+        state = job and (job.id, job.status, job.stage, job.stop.is_set(), ahead)
         parts = {
             "status": (state, lambda: views.status(job, ahead)),
             "progress": (views.progress(job), lambda: views.progress(job)),

@@ -235,7 +235,7 @@ def serve(app: App, listening: socket.socket, queue: JobQueue, *, on_start: Call
         queue.close()
 
 
-def share(port: int) -> str:
+def share(host: str, port: int) -> str:
     """Returns a public address for a server on this machine, which Gradio's makers forward for 72 hours.
 
     Raises:
@@ -244,6 +244,6 @@ def share(port: int) -> str:
     from gradio import networking
 
     try:
-        return networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        return networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as problem:  # of the network, of the downloaded program, of the operating system
         raise UserError(f"no public address could be made: {' '.join(str(problem).split())}") from problem

@@ -28,6 +28,8 @@ def sentence(job: Job | None, ahead: int) -> str:
             return "Your video is next."
         return "1 video is before yours." if ahead == 1 else f"{ahead} videos are before yours."
     if job.status == RUNNING:
+        if job.stop.is_set():
+            return "The video is being cancelled: what has begun, such as a step, is finished first."
         if job.stage is None:
             return "The models are being loaded."
         stages = list(job.generation["stages"])

@@ -166,12 +166,13 @@ def weigh(
     """
     if (weights == 1).all():
         return hidden
-    weighted = hidden * weights[:, None].astype(hidden.dtype)
+    exact = hidden.astype(np.float32)  # numpy's sums of bfloat16 lose most of their terms
+    weighted = exact * weights[:, None]
     real = slice(None) if mask is None else mask
-    before, after = (float(x[real].mean(dtype=np.float64)) for x in (hidden, weighted))
-    if abs(before) < LEAST_MEAN * hidden[real].std() or before * after <= 0:
-        return weighted
-    return weighted * np.float32(before / after)
+    before, after = (float(x[real].mean(dtype=np.float64)) for x in (exact, weighted))
+    if abs(before) >= LEAST_MEAN * exact[real].std() and before * after > 0:
+        weighted *= np.float32(before / after)
+    return weighted.astype(hidden.dtype)
 
 
 def networks(weights: Weights, dtype: DTypeLike) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -24,7 +24,7 @@ from lavie_jax.diffusion.feature_cache import FeatureCache
 from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompt_syntax import AS_IS, Reading
-from lavie_jax.samples.prompts import check_prompts_at, check_within, one_line
+from lavie_jax.samples.prompts import check_prompts_at, check_unicode, check_within, one_line
 from lavie_jax.samples.stage_cache import MemoryCache, segment_name
 from lavie_jax.stages.conditioning import Prompts, travel_weights
 from lavie_jax.stages.settings import Settings
@@ -72,8 +72,15 @@ class Request:
 
     @classmethod
     def make(cls, prompt: str | None, prompts_at: Any, frames: int, **fields: Any) -> "Request":
-        """Returns a request with a prompt or prompts over time. Raises UserError if a clip of `frames` is too short."""
+        """Returns a request with a prompt or prompts over time.
+
+        Raises:
+            UserError: a clip of `frames` is too short, or a prompt is not text.
+        """
+        if (negative := fields.get("negative_prompt")) is not None:
+            check_unicode(negative, "negative_prompt")
         if prompt is not None:
+            check_unicode(prompt, "prompt")
             return cls(prompt=prompt, **fields)
         prompts_at = check_prompts_at(prompts_at)
         check_within(prompts_at, frames)

@@ -65,11 +65,14 @@ def read_metadata(path: Path) -> Metadata | None:
     """
     if path.is_dir():
         path = min(path.glob("*.png"), default=path)
-    if path.suffix == ".mp4":
+    if path.suffix.lower() == ".mp4":
         xmp, tags = _mp4_xmp(path), _mp4_tags(path)
     else:
-        with Image.open(path) as image:
-            info = image.info
+        try:
+            with Image.open(path) as image:
+                info = image.info
+        except Image.DecompressionBombError as error:
+            raise OSError(f"{path} has too many pixels: {error}") from error
         gif = image.format == "GIF"
         xmp = _gif_xmp(path) if gif else info.get(XMP_CHUNK, "")
         comment = info.get("comment", b"") if gif else info.get("Comment", "")
@@ -97,15 +100,16 @@ def _gif_xmp(path: Path) -> bytes:
 
 def _mp4_xmp(path: Path) -> str:
     """The packet in a box of the file's top level."""
+    end = path.stat().st_size
     with path.open("rb") as file:
         while len(head := file.read(8)) == 8:
             size, kind = struct.unpack(">I4s", head)
             start = file.tell() - 8
             if size == 1:
-                size = struct.unpack(">Q", file.read(8))[0]
-            if kind == b"uuid" and file.read(16) == XMP_BOX:
-                return file.read(size - 24).decode()
-            if size < 8:  # the last box, or a damaged file
+                size = int.from_bytes(file.read(8))
+            if size < 8 or start + size > end:  # the last box, or a damaged file
                 break
+            if kind == b"uuid" and file.read(16) == XMP_BOX:
+                return file.read(start + size - file.tell()).decode()
             file.seek(start + size)
     return ""

@@ -39,6 +39,8 @@ def tokenize_chunks(tokenizer, parts: Sequence[Sequence[tuple[str, float]]], *, 
             if several and packed[-1] and len(packed[-1]) + len(ids) > room:
                 packed.append([])
             packed[-1] += [(token, weight) for token in ids]
+    if len(packed) > 1 and not packed[-1]:  # BREAK at the end, as in A1111
+        packed.pop()
     chunks = [chunk[i : i + room] for chunk in packed for i in range(0, max(len(chunk), 1), room)]
     return [_framed(tokenizer, chunk) for chunk in (chunks if several else chunks[:1])]
 

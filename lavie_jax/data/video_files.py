@@ -110,8 +110,7 @@ def save_video(
         UserError: a side is odd, which 4:2:0 does not support, or the rate is not above 0.
     """
     frame_count, height, width = frames.shape[:3]
-    if not (0 < fps < 65535):
-        raise UserError(f"fps must be above 0; given {fps}")
+    _check_rate(fps)
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 needs frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = user_path(path)
@@ -121,6 +120,11 @@ def save_video(
         if metadata:
             add_xmp_to_mp4(temporary, metadata.xmp)
     return path
+
+
+def _check_rate(fps: float) -> None:
+    if not (0 < fps < 65535):
+        raise UserError(f"fps must be above 0; given {fps}")
 
 
 def _save_gif(frames: np.ndarray, path: Path, fps: float, metadata: Metadata | None) -> None:
@@ -159,8 +163,9 @@ def save_as(
     """Writes `frames` as `stem` plus the suffix of `format`, one of FORMATS, and returns the path.
 
     mp4 and gif are lossy; png (a folder of frames, or one file for one frame) and npz (arrays `video` and `fps`) are
-    exact. npz has no `metadata`.
+    exact. npz has no `metadata`. Raises UserError for odd sides of an mp4, and for a rate that is not above 0.
     """
+    _check_rate(fps)
     path = Path(f"{os.fspath(stem)}.{format}")
     if format == "mp4":
         save_video(frames, path, fps=fps, metadata=metadata)

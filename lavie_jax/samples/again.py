@@ -19,8 +19,9 @@ from typing import Any
 from lavie_jax.commands import scripts
 from lavie_jax.data.video_files import FORMATS
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
-from lavie_jax.samples.outputs import SIDECAR_VERSION, Output, of_stage
+from lavie_jax.samples.outputs import SIDECAR_VERSION, Output
 from lavie_jax.samples.prompt_syntax import Reading
+from lavie_jax.samples.prompts import check_seed, check_unicode, one_line, prompts_at_of_json
 from lavie_jax.samples.provenance import read_sample
 from lavie_jax.stages.settings import STAGE_INFO
 
@@ -32,25 +33,32 @@ FILES = {
     "loras": ("--lora",),
     "embeddings": ("--embedding",),
 }
+# Options that would make another sample, or replace one without comparing it with the file.
+REFUSED = {
+    *("--prompt", "--prompts-at", "--prompt-file", "--prompt-syntax", "--long-prompts", "--seed", "--num-videos"),
+    *("--stages", "--preset", "--part", "--overwrite"),
+    *(flag for info in STAGE_INFO.values() for _, flag, *_ in info.flags()),
+}
 
 
 def options_of(request: Mapping[str, Any]) -> list[str]:
     """Returns the options of sample.py that lead to this request, without those of FILES and the weights.
 
     Raises:
-        UserError: a stage is unknown, as in files of another version.
+        UserError: a stage is unknown, as in files of another version, or a text cannot be on a command line.
     """
     settings = settings_of(request)
-    prompts_at = request.get("prompts_at")
     prompt = f"--prompt={request['prompt']}"
-    if prompts_at:
-        prompt = "--prompts-at=" + " | ".join(f"{frame}: {text}" for frame, text in prompts_at.items())
-    options = [prompt, f"--seed={request.get('seed')}", f"--stages={','.join(settings)}"]
+    if prompts_at := request.get("prompts_at"):
+        prompt = f"--prompts-at={one_line(prompts_at_of_json(prompts_at))}"
+    options = [prompt, f"--seed={check_seed(request.get('seed'))}", f"--stages={','.join(settings)}"]
     options += [f"--{name.replace('_', '-')}={value}" for name, value in Reading.stored(request).to_dict().items()]
     for stage, given in settings.items():
         for name, flag, kind, *_ in STAGE_INFO[stage].flags():
             if name in given:
                 options.append(flag if kind is bool else f"{flag}={given[name]}")
+    for option in options:
+        check_unicode(option, "the sample's request")
     return options
 
 
@@ -61,11 +69,13 @@ def settings_of(request: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         UserError: a stage is unknown, as in files of another version.
     """
     stages = request.get("stages")
-    if not isinstance(stages, list) or not stages or not set(stages) <= set(STAGE_INFO):
+    if not isinstance(stages, list) or not stages or not all(stage in list(STAGE_INFO) for stage in stages):
         raise UserError(f"the sample was made by the stages {stages}; known are {', '.join(STAGE_INFO)}")
     settings: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
     for stage in stages:
-        own = of_stage(request, stage)
+        own = request if STAGE_INFO[stage].main else request.get(stage)
+        if not isinstance(own, Mapping):
+            raise UserError(f"the file lacks the settings of {stage}, a stage that the sample was made by")
         for name, _, kind, *_ in STAGE_INFO[stage].flags():
             # A weights folder's window is recorded also where it is not used.
             unused = name == "long_window" and own.get("long") is None
@@ -79,18 +89,22 @@ def prepare(file: Path, out: Path, more: Sequence[str]) -> tuple[list[str], Path
     """Returns the options of sample.py, and the JSON file that holds it to the request, if it is new.
 
     Raises:
-        UserError: the file does not contain how it was made, or a file that it was made from is not given.
+        UserError: the file does not contain how it was made, a file that it was made from is not given, or an option
+            in `more` would make something else.
     """
     if not file.exists():
         raise UserError(f"{file} does not exist")
     request, dtype = read_sample(file)
+    given = [text.split("=")[0] for text in more]
+    if other := next((option for option in given if option in REFUSED), None):
+        raise UserError(f"{other}: the sample is made again as {file} describes it: use sample.py to make another one")
     for field, options in FILES.items():
-        if request.get(field) and not any(text.split("=")[0] in options for text in more):
+        if request.get(field) and not set(given) & set(options):
             raise UserError(f"{file} was made with files of the user ({field}): give them with {' or '.join(options)}")
     check_folder(out, f"--out {out}")
     options = [*options_of(request), "--no-contact-sheet", f"--out={out}"]
     options += [f"--dtype={dtype}"] if dtype else []
-    format = "png" if file.is_dir() else file.suffix[1:]
+    format = "png" if file.is_dir() else file.suffix[1:].lower()
     if format in FORMATS:
         options.append(f"--format={format}")
     sidecar = Output(folder=out, index=0, formats=(), request=request).path("json")

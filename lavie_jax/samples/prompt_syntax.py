@@ -24,7 +24,7 @@ STEP = 1.1  # the weight of a pair of brackets without a number
 MAX_WEIGHT = 10.0
 
 _PIECE = re.compile(
-    r"""\\.?                                              # an escaped character
+    r"""\\[\\()\[\]|]?                                     # an escaped character, or a backslash that is dropped
     |:(?P<space>\s*)(?P<weight>[^:\s\\()\[\]]+)\s*\)     # the end of (word:1.3)
     |:\s*[+-]?[.\d]+\s*(?P<editing>\])
     |[()\[\]]|[^\\()\[\]:]+|:""",
@@ -113,8 +113,8 @@ AS_IS = Reading()
 
 
 def words_of(parts: Parts) -> str:
-    """Returns the text of a parsed prompt, without its weights."""
-    return " ".join("".join(run.text for run in part) for part in parts)
+    """Returns the text of a parsed prompt, without its weights, with spaces where its pieces are tokenized apart."""
+    return " ".join(run.text.strip() for part in parts for run in part)
 
 
 def _parsed(text: str, closed: bool) -> list[list[Run]]:
@@ -143,7 +143,7 @@ def _parsed(text: str, closed: bool) -> list[list[Run]]:
         elif match["weight"] and round_starts and (weight := _weight(text, match)) is not None:
             close(round_starts, weight)
         elif piece.startswith("\\"):
-            runs.append(Run(piece[1:]))  # a backslash before another character is dropped
+            runs.append(Run(piece[1:]))
         elif square_starts and (match["editing"] or "|" in piece):
             raise UserError(
                 f"prompt {text!r}: [a:b:0.5] and [a|b], which change the prompt during sampling, are not supported: "

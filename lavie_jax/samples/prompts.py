@@ -17,6 +17,7 @@ FIELDS = ("prompt", "prompts_at", "seed", "negative_prompt")
 _QUOTE = 'put a prompt with commas in "quotes"'
 _WHOLE = re.compile(r"\d+\.0*")
 _AT = re.compile(r"\s*([0-9]{1,9})\s*:(.*)", re.DOTALL)
+_FRAME = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -54,8 +55,12 @@ def check_seed(seed: Any, where: str = "seed") -> int:
     return value
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raises UserError for text that UTF-8 cannot encode, such as undecodable bytes of a command line."""
+def check_unicode(text: Any, where: str) -> None:
+    """Raises UserError for anything but text without NUL that UTF-8 can encode; a command line may have other bytes."""
+    if not isinstance(text, str):
+        raise UserError(f"{where} must be text, not {text!r}")
+    if "\0" in text:
+        raise UserError(f"{where}: {text!r} contains the character NUL, which ends texts in files: leave it out")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -80,6 +85,20 @@ def check_prompts_at(prompts: Any, where: str = "prompts_at") -> dict[int, str]:
     if not isinstance(prompts, Mapping) or not prompts:
         raise UserError(f'{where} must be like {{0: "a red circle", 32: "a blue circle"}}, not {prompts!r}')
     return _in_order(list(prompts.items()), where)
+
+
+def prompts_at_of_json(prompts: Any, where: str = "prompts_at") -> dict[int, str]:
+    """Returns prompts over time in JSON, {"0": prompt}, whose entries may be in any order.
+
+    Raises:
+        UserError: they are anything else, or a prompt contains "|", which divides them in one line.
+    """
+    if not isinstance(prompts, Mapping) or not all(isinstance(f, str) and _FRAME.fullmatch(f) for f in prompts):
+        raise UserError(f'{where} must be like {{"0": "a red circle", "32": "a blue circle"}}, not {prompts!r}')
+    checked = check_prompts_at({int(frame): prompts[frame] for frame in sorted(prompts, key=int)}, where)
+    if divided := next((text for text in checked.values() if "|" in text), None):
+        raise UserError(f"{where}: {divided!r} contains |, which divides prompts: leave it out")
+    return checked
 
 
 def _in_order(pairs: Sequence[tuple[Any, Any]], where: str) -> dict[int, str]:

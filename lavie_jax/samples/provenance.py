@@ -5,6 +5,7 @@ request, as JSON, which ordinary tools show (`exiftool FILE`, `ffprobe FILE`). P
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ _DESCRIPTION = '\n<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{}</rdf:
 REQUEST = "request"
 
 
-def _packet(description: str) -> str:
-    # XML has no characters below space but tabs and line breaks, which prompts do not contain.
-    text = "".join(character for character in description if character >= " ")
-    return _PACKET.format(source=GENERATED_SOURCE, description=_DESCRIPTION.format(escape(text)) if description else "")
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+
+
+def _packet(text: str) -> str:
+    return _PACKET.format(source=GENERATED_SOURCE, description=_DESCRIPTION.format(escape(text)) if text else "")
 
 
 GENERATED = Metadata(xmp=_packet(""))
@@ -41,7 +43,8 @@ GENERATED = Metadata(xmp=_packet(""))
 def describe(request: Mapping[str, Any], dtype: str | None = None) -> Metadata:
     """Returns the metadata of a sample with this request, computed in `dtype` if that is known."""
     comment = json.dumps({REQUEST: request} | ({"dtype": dtype} if dtype else {}), ensure_ascii=False)
-    return Metadata(xmp=_packet(request["prompt"]), title=request["prompt"], comment=comment)
+    title = _NOT_XML.sub("", request["prompt"])  # a zero would end it in an mp4
+    return Metadata(xmp=_packet(title), title=title, comment=comment)
 
 
 def read_request(path: Path) -> dict[str, Any]:
@@ -55,13 +58,13 @@ def read_request(path: Path) -> dict[str, Any]:
 
 def read_sample(path: Path) -> tuple[dict[str, Any], str | None]:
     """Returns the request of `read_request`, and the dtype that the sample was computed in, None where not recorded."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         content: Any = read_json(path)
     else:
         try:
             metadata = read_metadata(path)
             content = json.loads(metadata.comment) if metadata and metadata.comment else None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
     request = content.get(REQUEST) if isinstance(content, dict) else None
     if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):

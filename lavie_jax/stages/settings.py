@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.fields import check_rules, convert, field, rule_of, types_of, without_none
+from lavie_jax.fields import check_rules, convert, field, rule_of, short, types_of, without_none
 
 MAX_NOISE_LEVEL = 350  # of the low-resolution frames in training
 OFFICIAL = "official"  # the preset without changes: the weights folder's own settings
@@ -158,7 +158,7 @@ class BaseSettings(Settings):
     )  # fmt: skip
     free_init: int = field(
         "FreeInit: how often the clip is denoised again, from the low frequencies of the result", metavar="N",
-        default=0, low=0,
+        default=0, low=0, high=100,
     )  # fmt: skip
     free_u: str | None = field(
         "FreeU: factors b1,b2 of the features and s1,s2 of the skip connections of the two deepest up blocks, such as "
@@ -175,7 +175,7 @@ class BaseSettings(Settings):
                 f"{1 / self.steps:.2g}, or more steps"
             )
         if self.free_u is not None:
-            object.__setattr__(self, "free_u", ",".join(f"{factor:g}" for factor in self.free_u_factors))
+            object.__setattr__(self, "free_u", ",".join(map(short, self.free_u_factors)))
 
     @property
     def first_step(self) -> int:

@@ -95,7 +95,7 @@ def _files(repository: Repository | remote.Store, path: str, folders: Iterable[s
         for part in CONTENTS[config["stage"]]:
             where = posixpath.normpath(posixpath.join(folder, config.get("parts", {}).get(part, part)))
             if not (inside := contents(repository.files, where)):
-                raise UserError(f"{repository.location} is incomplete: {posixpath.join(folder, where)} is missing")
+                raise UserError(f"{repository.location} is incomplete: {where} is missing")
             files += inside
     return files
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
+from lavie_jax.fields import LARGEST
 from lavie_jax.weights.file_kinds import file_format
 from lavie_jax.weights.folder import read_json
 from lavie_jax.weights.lora_deltas import ModuleDelta
@@ -120,7 +121,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def check_scale(file: object, scale: Any) -> float:
     """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
         raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
     return float(scale)
 
