@@ -18,7 +18,7 @@ from lavie_jax.evaluation.clipsim import Scorer, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
-from lavie_jax.evaluation.videos import find_videos, paired
+from lavie_jax.evaluation.videos import check_clips, check_rates, choose, find_videos, paired
 from lavie_jax.fields import rule_of, settable, types_of, without_none
 from lavie_jax.samples.prompts import parse_part
 from lavie_jax.text_files import read_json
@@ -26,6 +26,7 @@ from lavie_jax.weights.i3d import read_i3d
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "flicker")
 DISTANCES = ("fvd", "kvd")
+CACHE = "cache"  # folder of the features in --out
 
 
 def add_knobs(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -101,6 +102,12 @@ def _check_distance(args: argparse.Namespace) -> None:
         raise UserError("--part stores features: give the folder that all parts share with --out")
     if args.out is not None:
         check_folder(args.out, f"--out {args.out}")
+        for flag in ("samples", "reference"):
+            source = getattr(args, flag, None)
+            if source and os.path.isdir(source) and (args.out / CACHE).resolve().is_relative_to(Path(source).resolve()):
+                raise UserError(
+                    f"--out {args.out} is in --{flag} {source}, whose files are read as videos: choose a folder outside"
+                )
     results.check_path(args.json, result_files.KIND)
 
 
@@ -127,13 +134,12 @@ def distance(command: str, argv: Sequence[str]) -> Report:
         knobs,
         extract,
         weights=weights,
-        cache=args.out and args.out / "cache",
+        cache=args.out and args.out / CACHE,
         batch_size=args.batch_size or extract.devices,
         own_part=None if args.part is None else parse_part(args.part),
     )
     if measured is None:
-        line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"
-        return Report([line])
+        return _stored_part(args)
     sizes = {"n": measured.pop("n"), "n_reference": measured.pop("n_reference")}
     cells = {name: measured.pop(name) for name in DISTANCES}
     moving = measured.pop("motion")
@@ -147,22 +153,35 @@ def distance(command: str, argv: Sequence[str]) -> Report:
     return _report(args, result)
 
 
+def _stored_part(args: argparse.Namespace) -> Report:
+    line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"
+    return Report([line])
+
+
 def features(command: str, argv: Sequence[str]) -> Report:
     """Runs `features`: stores the features of a reference set in one file."""
     args = distance_parser(command).parse_args(argv)
     _check_distance(args)
     if args.to.suffix != ".npz" or args.to.exists():
         raise UserError(f"--to {args.to} must be a new file that ends in .npz")
+    check_folder(args.to.parent, f"--to {args.to}")
+    part = None if args.part is None else parse_part(args.part)
     knobs = given_knobs(args, FVDKnobs)
     videos = find_videos(args.samples, "--samples")
     params, weights = _i3d(args.i3d)
     extract = Extractor(params, knobs)
-    chosen = fvd.choose(videos, knobs, "--samples")
-    rates = fvd.check_rates({"--samples": videos}, knobs)
-    store = fvd.FeatureCache(args.out and args.out / "cache", knobs, weights)
+    chosen = choose(videos, knobs, "--samples")
+    rates = check_rates({"--samples": videos}, knobs)
+    check_clips(chosen, knobs)
+    store = fvd.FeatureCache(args.out and args.out / CACHE, knobs, weights)
     size = args.batch_size or extract.devices
+    if part is not None:
+        if own := chosen[part[0] :: part[1]]:
+            fvd.compute_features(own, knobs, extract, store, batch_size=size, what="clips")
+        return _stored_part(args)
     computed = fvd.compute_features(chosen, knobs, extract, store, batch_size=size, what="clips")
-    facts = {"weights": weights, "videos_sha256": fvd.set_hash(videos), "rates": rates["--samples"]}
+    measured = fvd.set_hash([video for video, _ in chosen])
+    facts = {"weights": weights, "videos_sha256": measured, "rates": rates["--samples"]}
     fvd.write_features(args.to, computed, knobs, facts)
     return Report([f"wrote the features of {len(chosen)} clips to {args.to}"])
 

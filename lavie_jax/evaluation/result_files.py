@@ -76,6 +76,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             text += f"; real against real {_shown(floor['mean'])} ± {_shown(floor['sd'])}"
             if floor["n"] != cell["n"]:
                 text += f" AT n {floor['n']}: the reference has too few clips for n {cell['n']}"
+        elif "n_reference" in cell:
+            text += "; real against real needs at least 4 clips of the reference"
         if "reference" in cell:
             text += f"; reference {_shown(cell['reference'])}"
         out.append(text)
