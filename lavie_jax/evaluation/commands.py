@@ -111,7 +111,7 @@ def _check_distance(args: argparse.Namespace) -> None:
     results.check_path(args.json, result_files.KIND)
 
 
-def _i3d(path: Path | None) -> tuple[dict[str, Any], str]:
+def load_i3d(path: Path | None) -> tuple[dict[str, Any], str]:
     """Returns the parameters of FVD's network, and the hash of their file."""
     if path is not None and path.suffix == ".safetensors" and path.is_file():
         return read_i3d(path), file_hash(path)
@@ -126,7 +126,7 @@ def distance(command: str, argv: Sequence[str]) -> Report:
     samples = find_videos(args.samples, "--samples")
     stored = fvd.stored_kind(args.reference)
     reference = Path(args.reference) if stored else find_videos(args.reference, "--reference")
-    params, weights = _i3d(args.i3d)
+    params, weights = load_i3d(args.i3d)
     extract = Extractor(params, knobs)
     measured = fvd.measure(
         samples,
@@ -168,7 +168,7 @@ def features(command: str, argv: Sequence[str]) -> Report:
     part = None if args.part is None else parse_part(args.part)
     knobs = given_knobs(args, FVDKnobs)
     videos = find_videos(args.samples, "--samples")
-    params, weights = _i3d(args.i3d)
+    params, weights = load_i3d(args.i3d)
     extract = Extractor(params, knobs)
     chosen = choose(videos, knobs, "--samples")
     rates = check_rates({"--samples": videos}, knobs)

@@ -23,6 +23,7 @@ DECISIVE = {
     "weights_sha256": "the networks differ",
     "reference_sha256": "the reference videos differ",
     "captions_sha256": "the captions differ",
+    "prompts_sha256": "the prompts, or how many of them, differ",
 }
 SIZES = ("n", "n_reference")
 # Knobs of how an interval is computed.
