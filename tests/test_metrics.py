@@ -339,8 +339,9 @@ def test_compare_exits_with_1_and_says_why(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", str(paths[0]), str(paths[2])])
     assert stopped.value.code == 1 and "not comparable:\n  reference_sha256" in capsys.readouterr().out
-    paths[1].write_text("{}")
-    assert "is not a result" in refusal(main, ["compare", str(paths[0]), str(paths[1])], capsys)
+    for damage in ({"knobs": []}, {"numbers": {"fvd": 600.0}}, {"numbers": {"fvd": {"value": "600"}}}, {"kind": "x"}):
+        paths[1].write_text(json.dumps(result_of(**damage)))
+        assert "is not a result" in refusal(main, ["compare", str(paths[0]), str(paths[1])], capsys)
 
 
 # ---- frames with a truth ----
@@ -392,8 +393,12 @@ def test_known_frames_are_left_out_and_summaries_have_intervals(monkeypatch):
     monkeypatch.setattr(videos.Video, "read", lambda self, frames: clip)
     seen = []
     measure = {"m": lambda a, b: seen.append(a) or 1.0}
+    measure["flicker"] = measure["m"]
     frame_measures.compare_pairs([(video, video)], measure, PairKnobs(leave_out_every=4))
     np.testing.assert_array_equal(seen[0], clip[[1, 2, 3, 5, 6, 7]])
+    np.testing.assert_array_equal(seen[1], clip)  # flicker is of consecutive frames
+    with pytest.raises(UserError, match="a is too short: 17 frames are needed, and it has 16"):
+        frame_measures.compare_pairs([(video, video)], measure, PairKnobs(frames=17))
     values = {str(i): float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=50))}
     cell = frame_measures.summary(values, resamples=400, seed=0)
     assert cell["interval"][0] < cell["value"] < cell["interval"][1]
@@ -423,6 +428,8 @@ def test_clips_preprocessing_rounds_as_its_two_implementations():
 class Scorer(clipsim.Scorer):
     """Frames and texts with known cosines: a frame's red level against the number in the text."""
 
+    hash = "h"
+
     def __init__(self):
         pass
 
@@ -448,9 +455,39 @@ def test_clipsim_is_the_mean_over_frames_then_videos(tmp_path):
     assert values["a"] == pytest.approx(np.cos(1)) and values["b"] == pytest.approx(1)
     with pytest.raises(UserError, match="no caption for the video 'b'"):
         clipsim.clipsim(found, {"a": "2"}, ClipsimKnobs(), Scorer())
+    for content, message in (("\ufeff2".encode(), None), ("né".encode("latin1"), "cannot be read as text"),
+                             (b" \n", "has no caption")):  # fmt: skip
+        (tmp_path / "b.txt").write_bytes(content)
+        if message is None:
+            assert clipsim.caption_of(found[1], None) == "2"  # without the byte order mark
+        else:
+            with pytest.raises(UserError, match=message):
+                clipsim.caption_of(found[1], None)
+    for request in (None, [], {"prompt": " "}):
+        (tmp_path / "b.json").write_text(json.dumps({"request": request}))
+        with pytest.raises(UserError, match="has no caption"):
+            clipsim.caption_of(found[1], None)
+    (tmp_path / "v1. a cat").mkdir()
+    (tmp_path / "v1. a cat.txt").write_text("a cat")
+    assert clipsim.caption_of(videos.Video("v1. a cat", tmp_path / "v1. a cat"), None) == "a cat"
+    (tmp_path / "b.json").unlink()
     (tmp_path / "b.txt").unlink()
     with pytest.raises(UserError, match="b.npz has no caption: give --captions"):
         clipsim.clipsim(found, None, ClipsimKnobs(), Scorer())
+
+
+def test_clipsims_of_other_captions_are_not_comparable(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "Scorer", lambda folder: Scorer())
+    write_set(tmp_path / "samples", 2, frames=2)
+    for run in "ab":
+        for i in range(2):
+            (tmp_path / "samples" / f"clip{i}.txt").write_text(f"{i}" if run == "a" else "7")
+        main(["clipsim", "--samples", str(tmp_path / "samples"), "--clip", "clip", "--json", str(tmp_path / run)])
+    assert json.loads((tmp_path / "a").read_text())["drawn_captions"] == {"clip0": "0", "clip1": "1"}
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "the captions differ" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 
 def test_one_caption_a_video_is_drawn_by_the_seed():

@@ -14,7 +14,7 @@ from lavie_jax import results
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.evaluation import frame_measures, fvd, result_files
-from lavie_jax.evaluation.clipsim import Scorer, clipsim, draw_captions
+from lavie_jax.evaluation.clipsim import Scorer, caption_of, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
@@ -252,15 +252,16 @@ def clip_similarity(command: str, argv: Sequence[str]) -> Report:
     knobs, start = given_knobs(args, ClipsimKnobs), time.perf_counter()
     captions = None if args.captions is None else read_captions(args.captions, knobs.seed)
     videos = find_videos(args.samples, "--samples")
+    texts = {video.name: caption_of(video, captions) for video in videos}
     scorer = Scorer(args.clip)
-    values = clipsim(videos, captions, knobs, scorer)
-    drawn = json.dumps(captions, sort_keys=True).encode()
+    values = clipsim(videos, texts, knobs, scorer)
+    drawn = json.dumps(sorted(texts.values())).encode()  # whatever the names of the videos
     result = {
         "metric": command, "knobs": dataclasses.asdict(knobs),
         "numbers": {command: frame_measures.summary(values, resamples=knobs.resamples, seed=knobs.seed)},
         "samples": args.samples, "samples_sha256": fvd.set_hash(videos), "weights_sha256": scorer.hash,
-        "captions": args.captions and os.fspath(args.captions),
-        "captions_sha256": None if captions is None else hashlib.sha256(drawn).hexdigest(),
+        "captions": args.captions and os.fspath(args.captions), "captions_sha256": hashlib.sha256(drawn).hexdigest(),
+        "drawn_captions": texts,
         "seconds": round(time.perf_counter() - start, 1), "videos": values,
     }  # fmt: skip
     return _report(args, result)

@@ -92,8 +92,16 @@ def _shown(value: float | None) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Reads a result. Raises UserError for any other file."""
     result = read_json(path)
-    if result.get("kind") != KIND or not isinstance(result.get("numbers"), dict) or "knobs" not in result:
-        raise UserError(f"{path} is not a result of python -m lavie_jax.evaluation")
+    numbers = result.get("numbers")
+    if (
+        result.get("kind") != KIND
+        or not isinstance(result.get("knobs"), dict)
+        or not isinstance(numbers, dict)
+        or not all(
+            isinstance(cell, dict) and isinstance(cell.get("value"), float | int | None) for cell in numbers.values()
+        )
+    ):
+        raise UserError(f"{path} is not a result of python -m lavie_jax.evaluation, or is damaged")
     return result
 
 

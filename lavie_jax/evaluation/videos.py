@@ -78,6 +78,11 @@ class Video:
                 f"--clips-per-video asks for {knobs.clips_per_video}: repeated clips would be counted as others"
             )
 
+    def check_length(self, frames: int | None) -> None:
+        """Raises UserError unless the video has `frames` frames."""
+        if frames is not None and (count := self.length()[0]) < frames:
+            raise self._too_short(frames, count)
+
     def read(self, frames: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
         """Returns the first `frames` frames, or all."""
         partly = frames is not None and self._seekable()
