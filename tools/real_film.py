@@ -183,7 +183,7 @@ def curation_command(out: Path, workers: int | None) -> list[str]:
     ]
     command = [sys.executable, "-m", "lavie_jax.curation", "--input", str(out / "videos"), "--out", str(out / "shards")]
     command += ["--max-height", "256", "--max-seconds", "20", "--hold-out", *ranges]
-    return command + (["--workers", str(workers)] if workers else [])
+    return command + ([] if workers is None else ["--workers", str(workers)])
 
 
 def main(argv: list[str] | None = None) -> None:
