@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,15 @@ def read(archive: Path, inside: str) -> bytes:
                 member = next(name for name in tar.getnames() if name.endswith(path))
                 content = tar.extractfile(member).read()
         return read_zip(zipfile.ZipFile(io.BytesIO(content)), deeper) if deeper else content
-    except (StopIteration, tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+    except (
+        StopIteration,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{archive} is damaged, or has no {inside}: remove it, and run this again") from error
 
 
