@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import lavie_jax
-from lavie_jax.data.video_files import each_frame, read_clip
+from lavie_jax.data.video_files import each_frame, finished, read_clip
 from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 from lavie_jax.evaluation.fidelity import flicker, psnr, ssim
 from lavie_jax.evaluation.frame_measures import Lpips
@@ -67,7 +67,8 @@ def runs(data: Path, most: int) -> dict[str, Clip]:
             for name, start in starts.items():
                 if start <= index < start + LENGTH:
                     found.setdefault(name, []).append(square(frame))
-        np.savez(cache, **{name: np.stack(frames) for name, frames in found.items()})
+        with finished(cache) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{name: np.stack(frames) for name, frames in found.items()})
     stored = np.load(cache)
     return {name: stored[name] for name in list(stored)[:: -(-len(stored) // most)]}  # evenly over the film
 
@@ -202,6 +203,8 @@ def main() -> None:
     tasks = args.tasks.split(",")
     if unknown := set(tasks) - set(TASKS):
         raise UserError(f"--tasks: unknown {', '.join(sorted(unknown))}. Allowed: {', '.join(TASKS)}")
+    if args.runs < 1 or args.steps < 1:
+        raise UserError(f"--runs and --steps must be at least 1; given {args.runs} and {args.steps}")
     if not (args.data / "held_out.json").is_file():
         raise UserError(f"{args.data} is not a folder of tools/real_film.py: it has no held_out.json")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from lavie_jax.data.video_files import each_frame
-from lavie_jax.errors import Parser, one_line_errors
+from lavie_jax.data.video_files import each_frame, finished
+from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation.distances import frechet_distance, kernel_distance, real_against_real
 from lavie_jax.evaluation.i3d_features import Extractor
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, load_weights
@@ -87,6 +87,12 @@ def distorted(clips: np.ndarray, series: str, strength: int) -> np.ndarray:
     return np.stack([clip[order] for clip, order in zip(clips, orders)])
 
 
+def store(path: Path, array: np.ndarray) -> None:
+    """Writes an array in one piece, so that an interrupted run can resume."""
+    with finished(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
 def main() -> None:
     """Extracts features, and prints and stores the tables."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,10 +104,12 @@ def main() -> None:
     parser.add_argument("--i3d", type=Path, help="the archive or file of the weights")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    source = args.out / "windows.npy"
-    if not source.exists():
-        np.save(source, windows(args.film, max(args.clips, 2 * args.unpaired)))
+    source, needed = args.out / "windows.npy", max(args.clips, 2 * args.unpaired)
+    if not source.exists() or len(np.load(source, mmap_mode="r")) < needed:  # of an earlier run with fewer clips
+        store(source, windows(args.film, needed))
     large = np.load(source, mmap_mode="r")
+    if len(large) < needed:
+        raise UserError(f"the film has {len(large)} windows, and --clips and --unpaired need {needed}")
     extract = Extractor(load_weights(I3D_WEIGHTS, args.i3d), FVDKnobs())
     cost = []
 
@@ -113,7 +121,7 @@ def main() -> None:
             began = time.process_time()
             done = np.concatenate([done, extract(clips[i : i + 1]).logits])
             cost.append(time.process_time() - began)
-            np.save(path, done)
+            store(path, done)
         return done[: len(clips)]
 
     result: dict = {"paired": {}, "n": args.clips}

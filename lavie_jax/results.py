@@ -19,16 +19,21 @@ def check_path(path: Path | None, kind: str) -> None:
 
 def _kind(path: Path) -> str | None:
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return content.get("kind") if isinstance(content, dict) else None
 
 
 def write(path: Path, result: dict) -> None:
-    """Writes a result, which has a "kind", as JSON."""
+    """Writes a result, which has a "kind", as JSON. A crash leaves the former file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

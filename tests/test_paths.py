@@ -21,6 +21,7 @@ from lavie_jax.data.latents import open_set
 from lavie_jax.data.pipeline import open_examples
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import Parser, UserError, user_location, user_path
+from lavie_jax.evaluation.__main__ import COMMANDS as EVALUATION
 from lavie_jax.fields import rule_of, settable
 from lavie_jax.stages.settings import STAGE_INFO
 from lavie_jax.training import options
@@ -113,6 +114,12 @@ def check_flags(found, home):
 def test_every_flag_of_a_command_that_takes_a_path_expands_the_home_folder(module, home, monkeypatch):
     command = importlib.import_module(module)
     check_flags(actions(monkeypatch, lambda: command.main(["--weights"])), home)
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_every_flag_of_a_metric_that_takes_a_path_expands_the_home_folder(name, home):
+    parser = EVALUATION[name][0](name)
+    check_flags([(parser, action) for action in parser._actions if action.dest != "help"], home)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -347,6 +347,8 @@ def test_requests_that_make_no_sense_are_refused(study, tmp_path):
         good = {"token": token, "question": question["question"], "answer": any_answer(question), "seconds": 1}
         for status, path, body in (
             (400, "/api/start", {"name": "  "}), (400, "/api/start", {"name": "x" * 61}), (400, "/api/start", {}),
+            (400, "/api/start", {"name": "a\x1b[2J"}), (400, "/api/start", {"name": "\ud800"}),
+            (403, "/api/question", {"token": "\ud800"}),
             (403, "/api/question", {"token": "x"}), (403, "/api/question", {"token": None}),
             (400, "/api/question", {"token": token, "index": 99}),
             (400, "/api/question", {"token": token, "index": "1"}),
@@ -427,6 +429,8 @@ def test_a_port_in_use_and_wrong_answer_files_are_refused(study, tmp_path, capsy
     (tmp_path / "text.sqlite").write_text("no database" * 100)
     assert "cannot be read" in refusal(["report", study.folder, "--answers", tmp_path / "text.sqlite"], capsys)
     assert "nobody has answered" in refusal(["report", study.folder, "--answers", tmp_path / "none.sqlite"], capsys)
+    twice = ["--answers", tmp_path / "other.sqlite", "--answers", tmp_path / "." / "other.sqlite"]
+    assert "the same file twice" in refusal(["report", study.folder, *twice], capsys)
     Answers(tmp_path / "empty.sqlite", study.id).close()
     assert "nobody has answered" in refusal(["report", study.folder, "--answers", tmp_path / "empty.sqlite"], capsys)
 

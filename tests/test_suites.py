@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,6 +66,8 @@ def test_vbench_names_videos_by_dimension_prompt_and_index(tmp_path):
     found = names("vbench", tmp_path)
     assert found[:5] == [f"color/a red bird-{i}" for i in range(5)]
     assert found[10:] == [f"temporal_flickering/a laptop, frozen in time-{i}" for i in range(25)]
+    (tmp_path / "all_dimension.txt").write_text("a red bird\na laptop, frozen in time\n")
+    assert names("vbench", tmp_path) == found  # in some versions, all prompts once more
     (tmp_path / "color.txt").write_text("a red/blue bird\n")
     with pytest.raises(UserError, match="has a slash"):
         names("vbench", tmp_path)
@@ -86,6 +89,42 @@ def test_the_other_suites_number_their_videos_as_their_tools_do(tmp_path):
         names("videophy", tmp_path / "phy.csv")
     with pytest.raises(UserError, match="is not T2V-CompBench's folder"):
         names("t2v-compbench", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["../video1", "/etc/video1", "a//b", ".hidden", "a\0b", "a /b", "x" * 300])
+def test_names_that_leave_the_folder_or_hide_are_refused(name, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({name: "a cat"}))
+    with pytest.raises(UserError, match="cannot name a file"):
+        names("msrvtt", tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"video1": 3}, {"video1": {"caption": "a cat"}}, {"video1": []}, {"sentences": ["a cat"]},
+     {"sentences": [{"caption": "a cat"}]}, {"sentences": [{"video_id": "v", "caption": " "}]},
+     {"videos": [{"video_id": "v", "split": "train"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}],
+)  # fmt: skip
+def test_other_files_than_msrvtts_are_refused(content, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="must be MSR-VTT's file|no video of the split test"):
+        names("msrvtt", tmp_path / "captions.json")
+
+
+def test_vbenchs_commands_measure_all_16_dimensions(tmp_path):
+    (tmp_path / "run 1").mkdir()
+    folders = sorted(set(suites.VBENCH_FOLDERS.values()))
+    assert len(folders) == 11 and len(suites.VBENCH_FOLDERS) == 16
+    tool = "#!/bin/sh\necho $2 $3 $5 $7 >> log\n"  # stands for vbench evaluate
+    (tmp_path / "vbench").write_text(tool)
+    (tmp_path / "vbench").chmod(0o755)
+    command = suites.vbench_commands(folders, tmp_path / "run 1" / "videos", tmp_path / "run 1")[-1]
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, check=True)
+    at = f"{tmp_path}/run 1"
+    log = (tmp_path / "log").read_text().splitlines()
+    assert len(log) == 15  # temporal flickering is apart
+    assert f"--dimension motion_smoothness {at}/videos/subject_consistency {at}/results" in log
+    assert suites.vbench_commands(["color"], tmp_path, tmp_path, ["color"]) == []
+    assert "--mode=custom_input" in suites.vbench_commands(["mine"], tmp_path, tmp_path)[0]
 
 
 # ---- sampling to the table ----
@@ -120,14 +159,44 @@ def test_ucf101_goes_from_class_names_to_the_table_and_resumes(sampler, tmp_path
     printed = capsys.readouterr().out
     assert "| fvd |" in printed and "526.3" in printed
     table = json.loads((out / "table.json").read_text())
-    assert table["published"] == {"fvd": 526.3} and not table["complete"] and table["knobs"]["steps"] == 2
+    assert table["published"] == {"fvd": 526.3} and not table["complete"] and table["sampling"]["steps"] == 2
+    assert table["numbers"]["fvd"]["n"] == 3 and table["knobs"]["crop_pixels"] == 270 and table["reference_sha256"]
     assert len(list((out / "cache").rglob("*.npz"))) == 6
     before = (out / "videos" / "RedCircle" / "000.mp4").stat().st_mtime_ns
     main(flags)
     assert (out / "videos" / "RedCircle" / "000.mp4").stat().st_mtime_ns == before
-    with pytest.raises(SystemExit) as stopped:
-        main([*flags, "--seed", "7"])
-    assert stopped.value.code == 2 and "has videos of other settings (seed)" in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("1 BlueCircle\n")
+    for more, message in (
+        (["--seed", "7"], "has videos of other settings (seed)"),
+        (["--classes", str(other)], "has videos of other prompts"),
+        (["--limit", "2"], "has 1 videos besides the 2 to be measured, such as RedCircle/002"),
+        (["--no-sampling", "--part", "0/2"], "give one of them"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--clips", "0"], "--clips must be at least 2"),
+    ):
+        assert message in refused([*flags, *more], capsys)
+    # What would fail after sampling is refused before, and leaves nothing.
+    fresh = [*flags, "--out", str(tmp_path / "fresh")]
+    for more, message in (
+        (["--frames", "0"], "frames"),
+        (["--steps", "0"], "steps"),
+        (["--reference", str(tmp_path / "none")], "does not exist"),
+        (["--clips", "4"], "has 3 clips, and --clips asks for 4"),
+    ):
+        assert message in refused([*fresh, *more], capsys)
+    assert not (tmp_path / "fresh").exists()
+    ready(tmp_path / "fresh", ["RedCircle/000"])
+    assert "1 videos that were not sampled here" in refused(fresh, capsys)
+    # Tables of the same prompts and reference are comparable, whatever the model; of other prompts, not.
+    limited, model = tmp_path / "limited.json", tmp_path / "model.json"
+    limited.write_text(json.dumps({**table, "prompts_sha256": "x"}))
+    model.write_text(json.dumps({**table, "sampling": {**table["sampling"], "weights_sha256": "x"}}))
+    main(["compare", str(out / "table.json"), str(model)])
+    assert "comparable\n  fvd" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(out / "table.json"), str(limited)])
+    assert "the prompts, or how many of them, differ" in capsys.readouterr().out
 
 
 def test_msrvtt_measures_clipsim_with_the_drawn_captions(tmp_path, monkeypatch, capsys):
@@ -152,6 +221,16 @@ def test_msrvtt_measures_clipsim_with_the_drawn_captions(tmp_path, monkeypatch, 
     assert "| clipsim | 0.375 | 0.2949 |" in capsys.readouterr().out
     result = json.loads((out / "clipsim.json").read_text())
     assert result["videos"] == {"video7": 0.5, "video9": 0.25} and result["weights_sha256"] == "h"
+    given = out / "captions.json"
+    assert f"{given} would be overwritten" in refused(["msrvtt", *flags, "--captions", str(given)], capsys)
+
+
+def refused(arguments, capsys):
+    """Checks that a command ends with exit code 2, and returns the line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def ready(folder, found):
@@ -172,7 +251,7 @@ def test_vbench_prints_its_command_measures_flickering_and_reads_results_back(tm
     ready(out, names("vbench", source))
     main(flags)
     printed = capsys.readouterr().out
-    assert f"vbench evaluate --dimension $d --videos_path {out}/videos/$d" in printed
+    assert "for x in color:color; do vbench evaluate" in printed and f"--videos_path {out}/videos/" in printed
     assert "| temporal_flickering |" in printed and "78.78" in printed
     results = out / "results"
     results.mkdir()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,15 @@ def read(archive: Path, inside: str) -> bytes:
                 member = next(name for name in tar.getnames() if name.endswith(path))
                 content = tar.extractfile(member).read()
         return read_zip(zipfile.ZipFile(io.BytesIO(content)), deeper) if deeper else content
-    except (StopIteration, tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+    except (
+        StopIteration,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        AttributeError,
+    ) as error:
         raise UserError(f"{archive} is damaged, or has no {inside}: remove it, and run this again") from error
 
 
@@ -183,7 +192,7 @@ def curation_command(out: Path, workers: int | None) -> list[str]:
     ]
     command = [sys.executable, "-m", "lavie_jax.curation", "--input", str(out / "videos"), "--out", str(out / "shards")]
     command += ["--max-height", "256", "--max-seconds", "20", "--hold-out", *ranges]
-    return command + (["--workers", str(workers)] if workers else [])
+    return command + ([] if workers is None else ["--workers", str(workers)])
 
 
 def main(argv: list[str] | None = None) -> None:

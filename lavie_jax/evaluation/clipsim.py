@@ -22,7 +22,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.evaluation.protocols import ClipsimKnobs
 from lavie_jax.evaluation.videos import Video, batches
 from lavie_jax.models.clip import CLIP, CLIPConfig
-from lavie_jax.text_files import read_json
+from lavie_jax.text_files import read_json, read_text
 from lavie_jax.weights import folder_hash, load_part
 from lavie_jax.weights.folder import part_dir
 
@@ -112,14 +112,23 @@ def caption_of(video: Video, captions: Mapping[str, str] | None) -> str:
         example = next(iter(captions), "")
         raise UserError(f"there is no caption for the video {video.name!r}; captions are of names such as {example!r}")
     if video.path is not None:
-        beside = video.path.with_suffix(".json")
-        if beside.is_file():
-            content = read_json(beside)
-            text = content.get("caption") or content.get("prompt") or content.get("request", {}).get("prompt")
-            if isinstance(text, str) and text.strip():
+        # The name of a folder of frames has no ending: what follows a dot is part of the prompt.
+        stem = video.path.name if video.path.is_dir() else video.path.stem
+        sidecar, beside = (video.path.with_name(f"{stem}.{ending}") for ending in ("json", "txt"))
+        if sidecar.is_file():
+            content = read_json(sidecar)
+            request = content.get("request")
+            texts = [content.get("caption"), content.get("prompt")]
+            texts += [request.get("prompt")] if isinstance(request, dict) else []
+            if text := next((text for text in texts if isinstance(text, str) and text.strip()), None):
                 return text
-        if video.path.with_suffix(".txt").is_file():
-            return video.path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        if beside.is_file():
+            try:
+                text = read_text(beside).strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{beside} cannot be read as text: {error}") from error
+            if text:
+                return text
     raise UserError(f"{video.path or video.name} has no caption: give --captions FILE, or {video.name}.txt beside it")
 
 
@@ -128,6 +137,8 @@ def clipsim(
 ) -> dict[str, float]:
     """Returns the mean cosine of the frames and the caption of each video, by name."""
     texts = {video.name: caption_of(video, captions) for video in videos}
+    for video in videos:
+        video.check_length(knobs.frames)
     values = {}
     for video in tqdm(videos, desc="clipsim", unit="video"):
         frames = scorer.embed_frames(video.read(knobs.frames), knobs.rounding)

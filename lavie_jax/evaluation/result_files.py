@@ -23,6 +23,7 @@ DECISIVE = {
     "weights_sha256": "the networks differ",
     "reference_sha256": "the reference videos differ",
     "captions_sha256": "the captions differ",
+    "prompts_sha256": "the prompts, or how many of them, differ",
 }
 SIZES = ("n", "n_reference")
 # Knobs of how an interval is computed.
@@ -76,6 +77,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             text += f"; real against real {_shown(floor['mean'])} ± {_shown(floor['sd'])}"
             if floor["n"] != cell["n"]:
                 text += f" AT n {floor['n']}: the reference has too few clips for n {cell['n']}"
+        elif "n_reference" in cell:
+            text += "; real against real needs at least 4 clips of the reference"
         if "reference" in cell:
             text += f"; reference {_shown(cell['reference'])}"
         out.append(text)
@@ -89,8 +92,16 @@ def _shown(value: float | None) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Reads a result. Raises UserError for any other file."""
     result = read_json(path)
-    if result.get("kind") != KIND or not isinstance(result.get("numbers"), dict) or "knobs" not in result:
-        raise UserError(f"{path} is not a result of python -m lavie_jax.evaluation")
+    numbers = result.get("numbers")
+    if (
+        result.get("kind") != KIND
+        or not isinstance(result.get("knobs"), dict)
+        or not isinstance(numbers, dict)
+        or not all(
+            isinstance(cell, dict) and isinstance(cell.get("value"), float | int | None) for cell in numbers.values()
+        )
+    ):
+        raise UserError(f"{path} is not a result of python -m lavie_jax.evaluation, or is damaged")
     return result
 
 

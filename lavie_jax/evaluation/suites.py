@@ -4,12 +4,16 @@ Prompt files, data and tools are the benchmarks' own, given by path. Nothing is 
 """
 
 import csv
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from lavie_jax.errors import UserError
@@ -36,7 +40,8 @@ class Suite(NamedTuple):
         source: the prompt file or folder that it needs.
         items: (source, seed) -> the videos to sample, in order.
         settings: sampling settings of the published values.
-        tool: commands that measure the videos, with {videos} for their folder; empty where this library measures.
+        tool: commands that measure the videos, with {videos} for their folder and {out} for that of the run; empty
+            where this library measures, and for VBench (`vbench_commands`).
         published: {measure: value} of LaVie.
         origin: where the published values are from.
     """
@@ -55,13 +60,20 @@ def checked(items: Iterator[Item]) -> list[Item]:
     every = list(items)
     seen = set()
     for item in every:
-        name = item.name.rpartition("/")[2]
-        if len(name.encode()) > MAX_NAME or name != name.strip() or item.name in seen:
-            raise UserError(f"the prompt {item.prompt[:60]!r} cannot name a file, or is there twice")
+        parts = item.name.split("/")
+        if any(len(p.encode()) > MAX_NAME or p != p.strip() or p[:1] in ("", ".") or "\0" in p for p in parts):
+            raise UserError(f"{item.name[:60]!r} of the prompt {item.prompt[:60]!r} cannot name a file of the run")
+        if item.name in seen:
+            raise UserError(f"the prompt {item.prompt[:60]!r} is there twice, as {item.name[:60]!r}")
         seen.add(item.name)
     if not every:
         raise UserError("the prompt file has no prompts")
     return every
+
+
+def prompts_hash(items: Sequence[Item]) -> str:
+    """Returns a hash of the prompts and the names of their videos."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:
@@ -100,16 +112,28 @@ def msrvtt(source: Path, seed: int) -> Iterator[Item]:
     `source` is MSR-VTT's JSON with "videos" and "sentences", or {video: caption or list of captions}.
     """
     content = read_json(source)
-    if isinstance(content.get("sentences"), list):
-        splits = {row.get("video_id"): row.get("split", "test") for row in content.get("videos", ())}
-        captions: dict[str, list[str]] = {}
-        for row in content["sentences"]:
-            if splits.get(row.get("video_id"), "test") == "test":
-                captions.setdefault(row["video_id"], []).append(row["caption"])
-    else:
-        captions = {name: [own] if isinstance(own, str) else list(own) for name, own in content.items()}
-    if not all(own and all(isinstance(text, str) for text in own) for own in captions.values()):
-        raise UserError(f"{source} must have a caption, or a list of captions, for each video")
+    captions: dict[str, list[str]] = {}
+    try:
+        if isinstance(content.get("sentences"), list):
+            splits = {row["video_id"]: row.get("split", "test") for row in content.get("videos", ())}
+            for row in content["sentences"]:
+                if splits.get(row["video_id"], "test") == "test":
+                    captions.setdefault(row["video_id"], []).append(row["caption"])
+        else:
+            captions = {name: [own] if isinstance(own, str) else own for name, own in content.items()}
+        right = all(
+            isinstance(name, str)
+            and isinstance(own, list)
+            and own
+            and all(isinstance(x, str) and x.strip() for x in own)
+            for name, own in captions.items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise UserError(f"{source} must be MSR-VTT's file, or have a caption, or a list of captions, for each video")
+    if not captions:
+        raise UserError(f"{source} has no video of the split test")
     drawn = draw_captions(captions, seed)
     yield from (Item(text, name) for name, text in drawn.items())
 
@@ -123,7 +147,15 @@ def vbench(source: Path, seed: int) -> Iterator[Item]:
 
     `source` is VBench's prompts_per_dimension, or one prompt file, whose videos share a folder.
     """
-    for file in _numbered_files(source, "VBench's folder prompts_per_dimension or a prompt file"):
+    files = _numbered_files(source, "VBench's folder prompts_per_dimension or a prompt file")
+    if source.is_dir():
+        others = [file.name for file in files if file.stem not in VBENCH_FOLDERS.values()]
+        if len(others) == len(files):
+            raise UserError(f"{source} has no prompt file of a dimension, such as color.txt")
+        if others:  # some versions have all prompts once more in all_dimension.txt
+            logging.warning("left out, not of a dimension: %s", ", ".join(others))
+        files = [file for file in files if file.name not in others]
+    for file in files:
         count = MORE_VIDEOS.get(file.stem, VIDEOS_A_PROMPT)
         for prompt in dict.fromkeys(_lines(file)):
             if "/" in prompt:
@@ -171,9 +203,7 @@ SUITES = {
     ),
     "vbench": Suite(
         "VBench (arXiv 2311.17982): 16 dimensions, measured by its own tool",
-        "--prompts", vbench, {**PAPER_SIZE, "height": 512}, 
-        ("for d in $(ls {videos}); do vbench evaluate --dimension $d --videos_path {videos}/$d "
-         "--output_path {out}/results; done",),
+        "--prompts", vbench, {**PAPER_SIZE, "height": 512}, (),
         {"quality": 78.78, "semantic": 70.31, "total": 77.08}, "LaVie, at 512x512",
     ),
     "evalcrafter": Suite(
@@ -183,13 +213,14 @@ SUITES = {
     "t2v-compbench": Suite(
         "T2V-CompBench (arXiv 2407.14505): seven categories, measured by its own tools",
         "--prompts", t2v_compbench, PAPER_SIZE,
-        ("in its LLaVA folder, for consistent_attr, dynamic_attr, action_binding, interaction: "
-         "python llava/eval/eval_consistent_attr.py --video_grid_folder_prefix {videos}/consistent_attr ...",), {}, "",
+        ("follow its README, which has a command for each category, such as: "
+         "python llava/eval/eval_consistent_attr.py --video-path {videos}/consistent_attr ...",), {}, "",
     ),
     "videophy": Suite(
         "VideoPhy (arXiv 2406.03520): physical commonsense, measured by its own tool",
         "--prompts", videophy, PAPER_SIZE,
-        ("python utils/prepare_data.py --input_csv {out}/videos.csv --output_folder {out}/results",),
+        ("mkdir -p {out}/results; python utils/prepare_data.py --input_csv {out}/videos.csv "
+         "--output_folder {out}/results",),
         {"SA=1, PC=1 (people)": 15.7, "SA=1 (people)": 48.7, "PC=1 (people)": 28.0}, "VideoPhy's README",
     ),
 }  # fmt: skip
@@ -209,6 +240,48 @@ SEMANTIC = {
     "overall_consistency": (0.0, 0.364, 1.0),
 }  # fmt: skip
 QUALITY_WEIGHT = 4  # of the total; semantic has weight 1
+# {dimension: prompt file, and so folder, of its videos}: five dimensions have no prompts of their own.
+VBENCH_FOLDERS = {name: name for name in QUALITY | SEMANTIC} | {
+    "background_consistency": "scene", "aesthetic_quality": "overall_consistency",
+    "imaging_quality": "overall_consistency", "motion_smoothness": "subject_consistency",
+    "dynamic_degree": "subject_consistency",
+}  # fmt: skip
+VBENCH_ANY_PROMPT = (
+    *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree"),
+    *("aesthetic_quality", "imaging_quality"),
+)
+
+
+def vbench_commands(folders: Iterable[str], videos: Path, out: Path, measured: Iterable[str] = ()) -> list[str]:
+    """Returns the commands of VBench's tool for the dimensions that can be measured.
+
+    Args:
+        folders: names of the folders of videos.
+        videos: the folder that they are in.
+        out: folder of the run.
+        measured: dimensions whose results are there.
+    """
+    at, results = shlex.quote(str(videos.resolve())), shlex.quote(str(out.resolve() / "results"))
+    folders, custom, lines = list(folders), "", []
+    todo = {name: folder for name, folder in VBENCH_FOLDERS.items() if folder in folders}
+    if folders == ["all_dimension"]:
+        todo = dict.fromkeys(VBENCH_FOLDERS, "all_dimension")
+    elif not todo:  # prompts that are not VBench's
+        todo, custom = dict.fromkeys(VBENCH_ANY_PROMPT, folders[0]), " --mode=custom_input"
+    todo = {name: folder for name, folder in todo.items() if name not in measured}
+    if (flickering := todo.pop("temporal_flickering", None)) is not None:
+        static = shlex.quote(str(out.resolve() / "static"))
+        lines.append(
+            f"python static_filter.py --videos_path {at}/{flickering} --result_path {static} && vbench evaluate "
+            f"--dimension temporal_flickering --videos_path {static}/filtered_videos --output_path {results}"
+        )
+    if todo:
+        pairs = " ".join(f"{name}:{shlex.quote(folder)}" for name, folder in todo.items())
+        lines.append(
+            f'for x in {pairs}; do vbench evaluate --dimension "${{x%%:*}}" --videos_path {at}/"${{x#*:}}" '
+            f"--output_path {results}{custom}; done"
+        )
+    return lines
 
 
 def temporal_flickering(clip: UInt8[np.ndarray, "t h w 3"]) -> float:

@@ -26,7 +26,7 @@ WORLD_SIZE = {"height": 64, "width": 64, "frames": 16, "fps": 8.0}
 
 def natural(text: str) -> list:
     """Returns a sort key by which "clip10" follows "clip9"."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text.lower())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +53,35 @@ class Video:
         parts = "".join(f"{file.name} {file_hash(file)}\n" for file in _frames_of(self.path))
         return hashlib.sha256(parts.encode()).hexdigest()
 
+    def length(self) -> tuple[int, float | None]:
+        """Returns (frames, frames per second); the rate of a folder of frames is None."""
+        if self.path is None:
+            return WORLD_SIZE["frames"], WORLD_SIZE["fps"]
+        if self.path.is_dir():
+            return len(_frames_of(self.path)), None
+        if not self._seekable():
+            frames, rate = video_files.read_clip(self.path)
+            return len(frames), rate
+        info = video_files.video_info(self.path)
+        return info.frames, info.fps
+
     def rate(self) -> float | None:
         """Returns the frames per second; None for a folder of frames, which has no rate."""
-        if self.path is None:
-            return WORLD_SIZE["fps"]
-        if self.path.is_dir():
-            return None
-        if self.path.suffix.lower() == ".npz":
-            return video_files.read_clip(self.path)[1]
-        return video_files.video_info(self.path).fps
+        return self.length()[1]
+
+    def check(self, knobs: ClipKnobs) -> None:
+        """Raises UserError unless the video has `knobs.clips_per_video` different clips; decodes nothing."""
+        room = self._room(knobs, *self.length())
+        if (different := int(room + 1e-6) + 1) < knobs.clips_per_video:
+            raise UserError(
+                f"{self.path or self.name} has {different} different clips of {knobs.frames} frames, and "
+                f"--clips-per-video asks for {knobs.clips_per_video}: repeated clips would be counted as others"
+            )
+
+    def check_length(self, frames: int | None) -> None:
+        """Raises UserError unless the video has `frames` frames."""
+        if frames is not None and (count := self.length()[0]) < frames:
+            raise self._too_short(frames, count)
 
     def read(self, frames: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
         """Returns the first `frames` frames, or all."""
@@ -74,31 +94,34 @@ class Video:
     def clip(self, knobs: ClipKnobs, part: int) -> UInt8[np.ndarray, "t h w 3"]:
         """Returns the frames of one clip of the video; `part` counts from 0 to `clips_per_video` - 1."""
         if self._seekable():
-            info = video_files.video_info(self.path)
-            room = (info.frames - 1) / info.fps - (knobs.frames - 1) / (knobs.fps or info.fps)
-            if room < -1e-6:
-                raise self._too_short(knobs.frames, info.frames, knobs.fps and info.fps)
-            start = self._start(knobs, part) * max(room, 0.0)
-            if knobs.fps is None:  # a whole frame, so that rounding does not repeat one
-                start = np.floor(start * info.fps + 1e-6) / info.fps
-            return video_files.read_video(self.path, frames=knobs.frames, fps=knobs.fps, start=start)
+            count, rate = self.length()
+            first = self._first(knobs, part, self._room(knobs, count, rate))
+            return video_files.read_video(self.path, frames=knobs.frames, fps=knobs.fps, start=first / rate)
         clip, rate = self._all(), self.rate()
+        first = self._first(knobs, part, self._room(knobs, len(clip), rate))
+        step = 1.0 if knobs.fps is None else rate / knobs.fps
+        return clip[np.floor(first + np.arange(knobs.frames) * step + 1e-3).astype(int)]
+
+    def _room(self, knobs: ClipKnobs, frames: int, rate: float | None) -> float:
+        """Returns by how many frames a clip's start can move. Raises UserError if there is no clip."""
         if knobs.fps is not None and rate is None:
             raise UserError(f"{self.path} is a folder of frames, which has no rate: give no --fps")
         step = 1.0 if knobs.fps is None else rate / knobs.fps
-        room = len(clip) - 1 - (knobs.frames - 1) * step
+        room = frames - 1 - (knobs.frames - 1) * step
         if room < -1e-6:
-            raise self._too_short(knobs.frames, len(clip), knobs.fps and rate)
-        first = np.floor(self._start(knobs, part) * max(room, 0.0) + 1e-6)
-        return clip[np.floor(first + np.arange(knobs.frames) * step + 1e-3).astype(int)]
+            raise self._too_short(knobs.frames, frames, knobs.fps and rate)
+        return max(room, 0.0)
 
-    def _start(self, knobs: ClipKnobs, part: int) -> float:
-        """Returns where a clip starts, from 0 for the first possible position to 1 for the last."""
+    def _first(self, knobs: ClipKnobs, part: int, room: float) -> float:
+        """Returns the position of a clip's first frame, from 0 to `room`; a whole number at the video's own rate."""
         if knobs.start == "random":
             seed = int.from_bytes(hashlib.sha256(f"{knobs.seed} {part} {self.name}".encode()).digest()[:8], "big")
-            return float(np.random.default_rng(seed).random())
-        first = 0.5 if knobs.start == "middle" else 0.0
-        return first if knobs.clips_per_video == 1 else part / (knobs.clips_per_video - 1)
+            place = float(np.random.default_rng(seed).random())
+            return place * room if knobs.fps else np.floor(place * (round(room) + 1))  # all starts are equally likely
+        place = 0.5 if knobs.start == "middle" else 0.0
+        if knobs.clips_per_video > 1:
+            place = part / (knobs.clips_per_video - 1)
+        return place * room if knobs.fps else np.floor(place * room + 1e-6)
 
     def _seekable(self) -> bool:
         return self.path is not None and self.path.is_file() and self.path.suffix.lower() != ".npz"
@@ -128,7 +151,8 @@ def find_videos(source: str, flag: str) -> list[Video]:
 
     Args:
         source: a folder, searched recursively, or `moving_shapes:SPLIT:COUNT`. A folder of image files is one video,
-            unless it also has video files; then its images are contact sheets or the like.
+            unless it also has video files; then its images are contact sheets or the like. They are left out with a
+            warning, and so are single images.
         flag: the command-line flag, for messages.
 
     Raises:
@@ -149,17 +173,20 @@ def find_videos(source: str, flag: str) -> list[Video]:
             files.append(path)
         elif path.suffix.lower() in IMAGES:
             frames.setdefault(path.parent, []).append(path)
-    dropped.warn(len(dropped) + len(files))
+    total = len(dropped) + len(files) + sum(map(len, frames.values()))
     with_videos = {path.parent for path in files}
     videos = [Video(path.relative_to(folder).with_suffix("").as_posix(), path) for path in files]
-    videos += [
-        Video(folder.name if path == folder else path.relative_to(folder).as_posix(), path)
-        for path, own in frames.items()
-        if path not in with_videos and len(own) > 1
-    ]
+    for path, own in frames.items():
+        if path in with_videos or len(own) == 1:
+            for image in own:
+                dropped.add("are images beside videos" if path in with_videos else "are single images", image)
+        else:
+            name = folder.resolve().name if path == folder else path.relative_to(folder).as_posix()
+            videos.append(Video(name, path))
+    dropped.warn(total)
     if not videos:
         raise UserError(f"{flag} {folder} has no videos: {', '.join(VIDEOS)}, or folders of {', '.join(IMAGES)}")
-    videos.sort(key=lambda video: natural(video.name))
+    videos.sort(key=lambda video: (natural(video.name), video.name))
     if twice := next((a.name for a, b in zip(videos, videos[1:]) if a.name == b.name), None):
         raise UserError(f"{flag} {folder} has {twice} in several formats: keep one of them")
     return videos
@@ -207,12 +234,23 @@ def choose(videos: Sequence[Video], knobs: ClipKnobs, flag: str) -> list[tuple[V
     if knobs.clips is None or knobs.clips == len(every):
         return every
     if knobs.clips > len(every):
-        raise UserError(
-            f"{flag} has {len(every)} clips, and --clips asks for {knobs.clips}. Fewer clips bias FVD upwards; "
-            f"--clips {len(every)} gives a value that compares only with others of {len(every)} clips"
-        )
+        raise too_few(flag, len(every), knobs.clips)
     order = np.random.default_rng(knobs.seed).permutation(len(every))[: knobs.clips]
     return [every[i] for i in sorted(order)]
+
+
+def too_few(flag: str, count: int, clips: int) -> UserError:
+    """Returns the error for a set of fewer clips than `--clips`."""
+    return UserError(
+        f"{flag} has {count} clips, and --clips asks for {clips}. Fewer clips bias FVD upwards; "
+        f"--clips {count} gives a value that compares only with others of {count} clips"
+    )
+
+
+def check_clips(clips: Sequence[tuple[Video, int]], knobs: ClipKnobs) -> None:
+    """Raises UserError for a video that lacks one of the clips, before the first is computed."""
+    for video in {video.path or video.name: video for video, _ in clips}.values():
+        video.check(knobs)
 
 
 def paired(samples: Sequence[Video], reference: Sequence[Video]) -> list[tuple[Video, Video]]:

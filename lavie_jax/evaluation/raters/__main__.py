@@ -77,6 +77,10 @@ def _prepare(args: argparse.Namespace) -> None:
     study = prepare(args.out, systems, design, prompts=args.prompts, common_prompts=args.common_prompts)
     real = [question for question in study.questions.values() if not question.control]
     pairs = sum(question.is_pair for question in real)
+    if len(real) - pairs < args.controls:
+        print(
+            f"There are {len(real) - pairs} controls of each kind, one for each video; --controls is {args.controls}."
+        )
     print(
         f"{args.out}: study {study.id} with {pairs} pairs and {len(real) - pairs} single videos of "
         f"{len(systems)} systems; {len(study.questions_for(1))} questions for each rater, controls included"
@@ -106,6 +110,8 @@ def _report(args: argparse.Namespace) -> None:
     results.check_path(args.json, KIND)
     study = Study.load(args.study)
     files = args.answers or [args.study / answers.FILE]
+    if len({file.resolve() for file in files}) < len(files):
+        raise UserError("--answers names the same file twice, whose answers would count twice")
     collected: list[answers.Answer] = []
     for number, file in enumerate(files):
         found = answers.read(file, study.id)

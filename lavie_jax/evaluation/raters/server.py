@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sqlite3
+import unicodedata
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -108,6 +109,9 @@ class StudyServer(ThreadingHTTPServer):
         name = body.get("name")
         if not isinstance(name, str) or not 0 < len(name.strip()) <= MAX_NAME:
             raise Refusal(400, f"Enter a name of 1 to {MAX_NAME} characters.")
+        # The report prints names: control characters could rewrite what a terminal shows.
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in "".join(name.split())):
+            raise Refusal(400, "Enter a name without control characters.")
         rater = self.answers.find(name)
         if rater is None:
             rater = self.answers.add_rater(name) or self.answers.find(name)
@@ -155,7 +159,7 @@ class StudyServer(ThreadingHTTPServer):
 
     def _rater(self, body: Mapping[str, Any]) -> Rater:
         token = body.get("token")
-        rater = self.answers.by_token(token) if isinstance(token, str) else None
+        rater = self.answers.by_token(token) if isinstance(token, str) and token.isascii() else None
         if rater is None:
             raise Refusal(403, "This rater is unknown.")
         return rater
