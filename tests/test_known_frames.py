@@ -156,6 +156,12 @@ def test_impossible_known_frames_are_refused(case, folder):
         cascade.check_known({"prediction": settings}, clip, known)
 
 
+def test_a_setting_of_the_program_itself_cannot_be_given(folder):
+    weights = {"prediction": load_folder(folder / "prediction", params=False)}
+    with pytest.raises(UserError, match="prediction stage: sampling settings: unknown 'clip_frames'"):
+        cascade.resolve_settings(weights, ["prediction"], {"prediction": {"clip_frames": 3, "segments": 2}})
+
+
 def test_pictures_of_other_stages_are_refused(pipe):
     with pytest.raises(UserError, match="which base cannot take: put prediction among the stages"):
         pipe(PROMPT, known={0: PICTURES[0]})
