@@ -94,8 +94,8 @@ MODULES = (LINEAR, f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.0.proj", POINT, C
 
 
 def test_kohya_files_with_mixed_ranks_and_alphas(base, original, tmp_path):
-    """alpha absent or 0 is the rank; float16 and bfloat16 alphas are numbers as any other."""
-    alphas = [2.0, 0.0, None, np.float16(1.5), ml_dtypes.bfloat16(0.5), 1.0, 6.0]
+    """alpha absent or 0 is the rank; float16, bfloat16 and int64 alphas are numbers as any other."""
+    alphas = [2.0, 0.0, None, np.float16(1.5), ml_dtypes.bfloat16(0.5), np.int64(1), 6.0]
     tensors, expected = {}, {}
     for i, (module, alpha) in enumerate(zip(MODULES, alphas)):
         rank = 1 + i
