@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import convert_torch
+from benchmarks import personalise
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
@@ -179,6 +180,28 @@ def test_pictures_without_captions_get_the_subjects(tmp_path):
         make_source(dataclasses.replace(left_out, image_path=str(tmp_path / "class")))
     with pytest.raises(UserError, match="kind video_folder"):
         make_source(dataclasses.replace(one, source="webdataset"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["pictures", "--count", "0"], "--count must be at least 1"),
+        (["pictures"], "out exists: give another --out"),
+        (["measure"], "measured.json exists"),
+        (["measured"], "invalid choice"),
+        (["measure", "--out", "new", "--lora", "nowhere"], "nowhere does not exist"),
+        (["table", "--out", "new"], "no measurement is complete"),
+    ],
+)
+def test_the_measurement_refuses_wrong_arguments_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(personalise, "add_subjects", lambda: None)  # for the whole process
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "measured.json").write_text("[]")
+    with pytest.raises(SystemExit) as stopped:
+        personalise.main([words[0], "--out", "out", *words[1:]])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "measured.json"]
 
 
 @pytest.mark.heavy
