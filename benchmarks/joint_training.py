@@ -316,14 +316,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> Any:
     """Checks everything that would otherwise fail after training, and returns the config of the runs."""
     config = options.load(args.config)
+    if Path(args.config.partition(":")[0]).is_file():  # train.py runs in another folder
+        args.config = os.fspath(Path(args.config).absolute())
     args.steps = config.steps if args.steps is None else args.steps
     for name in ("seeds", "steps", "samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1; given {getattr(args, name)}")
     if 0 in args.images:
         raise UserError("--images: joint training needs at least 1 image; given 0")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise UserError(f"--plot {args.plot} must end in .png")
+    results.check_plot(args.plot)
     results.check_path(args.json, KIND)
     check_folder(args.out, f"--out {args.out}")
     args.weights = cascade.stage_folder(args.weights, "base").absolute()
