@@ -169,6 +169,15 @@ def test_the_configuration_of_peft(place, base, original, tmp_path):
         check(base, original, [save(tmp_path / "x.safetensors", tensors, header)], expected)
 
 
+def test_adapters_that_are_not_relative_to_the_base_are_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"})
+    )
+    save(tmp_path / "adapter_model.safetensors", {f"base_model.model.{key}": x for key, x in GOOD_PEFT.items()})
+    with pytest.raises(UserError, match="init_lora_weights=pissa_niter_4"):
+        read_lora(tmp_path)
+
+
 def test_locon_equals_its_layers_in_torch(base, original, tmp_path):
     """With and without `lora_mid`: the merged convolution gives what the original's layers give one after the other."""
     torch = pytest.importorskip("torch")
@@ -275,6 +284,7 @@ def pair(module, inputs=16, outputs=16):
 
 
 GOOD = pair(kohya(LINEAR))
+GOOD_PEFT = {f"{LINEAR}.lora_A.weight": np.ones((2, 16)), f"{LINEAR}.lora_B.weight": np.ones((16, 2))}
 ONE = np.ones((2, 2), np.float32)
 REFUSED = {
     "XL text": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "Stable Diffusion XL"),
