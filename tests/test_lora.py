@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from lavie_jax.cascade.personal import Personal, parse_embedding
 from lavie_jax.errors import UserError
 from lavie_jax.weights import load_folder
-from lavie_jax.weights.lora import merge_array, parse_lora, read_lora
+from lavie_jax.weights.lora import check_scale, merge_array, parse_lora, read_lora
 from lavie_jax.weights.lora_deltas import ModuleDelta
 from lavie_jax.weights.lora_keys import module_table
 from lavie_jax.weights.names import from_torch, to_torch
@@ -349,6 +349,7 @@ def test_arguments(tmp_path, monkeypatch):
     assert parse_embedding("cat.pt:<cat>") == ("cat.pt", "<cat>")
     assert parse_embedding(r"C:\cat.pt") == (r"C:\cat.pt", None)
     assert parse_embedding(r"C:\cat.pt:<cat>") == (r"C:\cat.pt", "<cat>")
+    assert check_scale("a.safetensors", np.float32(0.5)) == 0.5
     with pytest.raises(UserError, match="finite"):
         Personal.read([("a.safetensors", float("nan"))])
     with pytest.raises(UserError, match="lists of files"):

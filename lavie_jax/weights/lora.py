@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def check_scale(file: object, scale: Any) -> float:
     """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
     return float(scale)
 
