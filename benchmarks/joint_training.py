@@ -12,8 +12,9 @@ configs/moving_shapes/fine_tuning.py` with workdir OUT/RUN. It is measured at th
     image     images of `val` by the image path, with all shapes and colours: are all attributes right?
 
 Weights and measurements are kept in OUT/RUN/weights-STEP and OUT/RUN/measured-STEP.json. The same command resumes, and
-repeats nothing that is complete; `--so-far` shows what is. With too little time, leave out seeds (`--seeds 1`) or
-variants (`--images= --alphas=`). Needs matplotlib (extra `plots`) for --plot.
+repeats nothing that is complete; `--so-far` shows what is. Other weights or another config need another OUT. With too
+little time, leave out seeds (`--seeds 1`) or variants (`--images= --alphas=`). Needs matplotlib (extra `plots`) for
+--plot.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from lavie_jax.data.moving_shapes import Attributes, Sample
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, user_location, user_path
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.evaluation.moving_shapes import score, true_samples
+from lavie_jax.text_files import read_json
 from lavie_jax.training import build, checkpoint, options
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import Weights, folder_hash, load_folder
@@ -78,10 +80,11 @@ class Run:
 
 
 def planned(seeds: int, images: int, other_images: Sequence[int], other_alphas: Sequence[float]) -> list[Run]:
-    """Returns the regimes with each seed, then the variants of "joint" with the first seed."""
+    """Returns the regimes with each seed, then the variants of "joint" with the first seed, each run once."""
     runs = [Run(regime, seed, images * (regime == "joint")) for seed in range(seeds) for regime in REGIMES]
     runs += [Run("joint", 0, other) for other in other_images]
-    return runs + [Run("joint", 0, images, alpha) for alpha in other_alphas]
+    runs += [Run("joint", 0, images, alpha) for alpha in other_alphas]
+    return list(dict.fromkeys(runs))  # a variant may be what the regimes have
 
 
 # ---- training ----
@@ -286,7 +289,7 @@ def numbers(kind: type) -> Callable[[str], tuple]:
 
     def parse(text: str) -> tuple:
         values = tuple(kind(word) for word in text.split(",") if word)
-        if any(value < 0 for value in values):
+        if not all(0 <= value < math.inf for value in values):
             raise ValueError
         return values
 
@@ -313,19 +316,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> Any:
     """Checks everything that would otherwise fail after training, and returns the config of the runs."""
     config = options.load(args.config)
+    if Path(args.config.partition(":")[0]).is_file():  # train.py runs in another folder
+        args.config = os.fspath(Path(args.config).absolute())
     args.steps = config.steps if args.steps is None else args.steps
     for name in ("seeds", "steps", "samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1; given {getattr(args, name)}")
     if 0 in args.images:
         raise UserError("--images: joint training needs at least 1 image; given 0")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise UserError(f"--plot {args.plot} must end in .png")
+    results.check_plot(args.plot)
     results.check_path(args.json, KIND)
     check_folder(args.out, f"--out {args.out}")
     args.weights = cascade.stage_folder(args.weights, "base").absolute()
     args.out = user_path(args.out).absolute()
+    _check_experiment(args)
     return config
+
+
+def _check_experiment(args: argparse.Namespace) -> None:
+    """Raises UserError if OUT has runs of other weights or of another config, which would be taken for these."""
+    path, record = args.out / "experiment.json", {"config": Path(args.config).name}
+    record |= {"kind": KIND, "weights_hash": folder_hash(args.weights)}
+    stored = read_json(path) if path.exists() else record
+    if other := [name for name in record if stored.get(name) != record[name]]:
+        raise UserError(f"{args.out} has runs with another {' and '.join(other)}: give another --out")
+    if not args.so_far:
+        results.write(path, record)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first captions to this file")
     args = parser.parse_args()
     results.check_path(args.json, KIND)
-    lengths = [int(word) for word in args.frames.split(",")]
+    lengths = [int(word) if word.strip().isdecimal() else 0 for word in args.frames.split(",")]
+    if min(lengths) < 1:
+        raise UserError(f"--frames must be numbers of frames, as in 32,64, not {args.frames!r}")
     if args.samples < 0:
         raise UserError(f"--samples must be at least 0, not {args.samples}")
     parallel.keep_compiled_programs()

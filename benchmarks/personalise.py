@@ -22,7 +22,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,9 @@ import lavie_jax
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_shapes import Attributes
-from lavie_jax.errors import Parser, user_location
+from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, user_location
 from lavie_jax.evaluation import detectors
+from lavie_jax.weights.saving import new_folder
 
 ROOT = Path(__file__).parent.parent
 BACKGROUNDS = ("white", "black", "gray", "green", "yellow")
@@ -90,14 +91,14 @@ def add_subjects() -> None:
 
 
 def write_pictures(subject: Subject, count: int, out: Path, seed: int) -> None:
-    """Writes pictures of the subject with captions."""
-    out.mkdir(parents=True)
+    """Writes pictures of the subject with captions, all or none: `all` takes an existing folder for complete."""
     rng = np.random.default_rng(seed)
-    for i, (background, size) in enumerate(itertools.islice(itertools.cycle(_kinds()), count)):
-        attributes = Attributes(subject.shape, subject.colour, size, background, None)
-        picture = moving_shapes.render(attributes, *rng.random(2), frames=1, fps=1.0, height=64, width=64)[0]
-        Image.fromarray(picture).save(out / f"{i:02d}.png")
-        (out / f"{i:02d}.txt").write_text(f"a {size} {subject.words} over a {background} background\n")
+    with new_folder(out) as folder:
+        for i, (background, size) in enumerate(itertools.islice(itertools.cycle(_kinds()), count)):
+            attributes = Attributes(subject.shape, subject.colour, size, background, None)
+            picture = moving_shapes.render(attributes, *rng.random(2), frames=1, fps=1.0, height=64, width=64)[0]
+            Image.fromarray(picture).save(folder / f"{i:02d}.png")
+            (folder / f"{i:02d}.txt").write_text(f"a {size} {subject.words} over a {background} background\n")
 
 
 def _kinds() -> list[tuple[str, str]]:
@@ -119,7 +120,6 @@ def prompts(subject: Subject) -> list[tuple[str, Attributes]]:
 
 def measure(subject: Subject, lora: str | None, out: Path, seed: int) -> None:
     """Samples every prompt, and writes detected attributes and a contact sheet."""
-    out.mkdir(parents=True, exist_ok=True)
     cascade = lavie_jax.load(stages=("base",), loras=[lora] if lora else [])
     texts, wanted = zip(*prompts(subject))
     videos = cascade(list(texts), seed=[seed + i for i in range(len(texts))], batch_size=4, progress=True)
@@ -129,6 +129,7 @@ def measure(subject: Subject, lora: str | None, out: Path, seed: int) -> None:
         right = {row: getattr(found, row) == getattr(asked, row) for row in ("shape", "colour", "size", "motion")}
         group = "subject" if asked.shape == subject.shape else "other prompts"
         rows.append({"prompt": text, "group": group, "found": vars(found), "right": right})
+    out.mkdir(parents=True, exist_ok=True)
     contact_sheet(list(videos), list(texts), out / "sheet.png", columns=8)
     (out / "measured.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(summary(rows), indent=2))
@@ -152,7 +153,8 @@ def run_all(out: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": paths}
 
     def call(*words: str | Path) -> None:
-        subprocess.run([str(word) for word in words], check=True, env=environment, cwd=ROOT)
+        if subprocess.run([str(word) for word in words], env=environment, cwd=ROOT).returncode:
+            raise UserError(f"{' '.join(map(str, words[1:]))} failed; its message is above")
 
     out = out.absolute()
     if not (out / "without/measured.json").exists():
@@ -172,6 +174,8 @@ def run_all(out: Path) -> None:
 
 def print_table(out: Path) -> None:
     """Prints a table in Markdown of all measurements in a folder of `all`."""
+    if next(out.glob("**/measured.json"), None) is None:
+        raise UserError(f"no measurement is complete in {out}: run all --out {out}")
     columns = [
         (group, name) for group in ("subject", "other prompts") for name in ("shape", "colour", "size", "motion")
     ]
@@ -189,7 +193,17 @@ def print_table(out: Path) -> None:
             print(f"| {name} | {len(files)} |", " | ".join(f"{100 * p:.0f} ± {100 * e:.0f}" for p, e, _ in cells), "|")
 
 
-def main() -> None:
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for arguments that would fail later, or replace what is there."""
+    if args.count < 1 or args.seed < 0:
+        raise UserError(f"--count must be at least 1 and --seed at least 0; given {args.count} and {args.seed}")
+    check_folder(args.out, f"--out {args.out}")
+    made = {"pictures": args.out, "measure": args.out / "measured.json"}.get(args.command)
+    if made is not None and made.exists():
+        raise UserError(f"{made} exists: give another --out")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("pictures", "measure", "all", "table"))
@@ -198,16 +212,18 @@ def main() -> None:
     parser.add_argument("--lora", type=user_location, help="the LoRA to measure (default: the base without one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    add_subjects()
-    if args.command == "pictures":
-        write_pictures(SUBJECTS[args.subject], args.count, args.out, args.seed)
-    elif args.command == "measure":
-        measure(SUBJECTS[args.subject], args.lora, args.out, args.seed)
-    elif args.command == "all":
-        run_all(args.out)
-    else:
-        print_table(args.out)
+    with one_line_errors():
+        args = parser.parse_args(argv)
+        check(args)
+        add_subjects()
+        if args.command == "pictures":
+            write_pictures(SUBJECTS[args.subject], args.count, args.out, args.seed)
+        elif args.command == "measure":
+            measure(SUBJECTS[args.subject], args.lora, args.out, args.seed)
+        elif args.command == "all":
+            run_all(args.out)
+        else:
+            print_table(args.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Result files of commands: JSON with a "kind", which only a command of that kind may replace, and Markdown tables."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,17 @@ def check_path(path: Path | None, kind: str) -> None:
     if path.exists() and not (path.is_file() and _kind(path) == kind):
         raise UserError(f"{os.fspath(path)!r} exists and is not a result of this command: name another file")
     check_folder(path.parent, f"{path}")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises UserError if a plot cannot be written to `path`."""
+    if path is None:
+        return
+    if path.suffix != ".png":
+        raise UserError(f"--plot {path} must end in .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('--plot needs matplotlib: pip install "lavie_jax[plots]", or -e ".[plots]" in a clone')
+    check_folder(path.parent, f"--plot {path}")
 
 
 def _kind(path: Path) -> str | None:

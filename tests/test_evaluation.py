@@ -363,6 +363,8 @@ def test_true_clips_are_right_in_every_measure_of_prediction():
         (["--split", "train"], "unknown split 'train'"),
         (["--segments", "0"], "--segments must be at least 1"),
         (["--plot", "plot.txt"], "must end in .png"),
+        (["--plot", "plot.png", "--measure", "transition"], "add --measure segments"),
+        (["--plot", "/dev/null/plot.png"], "/dev/null is a file, not a folder"),
     ],
 )
 def test_wrong_arguments_of_the_prediction_measurement_are_refused(words, message, capsys):

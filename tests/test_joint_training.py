@@ -27,6 +27,7 @@ def test_each_regime_has_every_seed_and_a_variant_changes_one_number():
     assert all(run.images == 4 * (run.regime == "joint") for run in runs[:6])
     assert [(r.images, r.alpha) for r in runs[6:]] == [(1, 1.0), (8, 1.0), (4, 3.0)]
     assert len({run.name for run in runs}) == len(runs)
+    assert joint_training.planned(2, 4, (1, 4, 8, 8), (1.0, 3.0)) == runs  # runs of the regimes count once
 
 
 def test_only_the_attribute_that_images_alone_have_counts_as_the_concept():
@@ -92,6 +93,12 @@ def test_what_is_complete_is_shown_and_a_run_beyond_the_wanted_step_is_refused(t
         joint_training.main([*words, "--so-far"])
     assert "no measurement is complete" in capsys.readouterr().err
     results.write(run / "measured-10.json", {"kind": joint_training.KIND, "measures": cells(0.25, 0.75, 0.0)})
+    other = {"kind": joint_training.KIND, "config": "base.py", "weights_hash": "0"}
+    results.write(out / "experiment.json", other)
+    with pytest.raises(SystemExit):
+        joint_training.main(words)
+    assert "has runs with another config and weights_hash: give another --out" in capsys.readouterr().err
+    (out / "experiment.json").unlink()
     joint_training.main([*words, "--so-far"])
     shown = capsys.readouterr().out.splitlines()
     assert shown[2:] == ["| video only | 1 | 10 | 25.0 ± 50.0 | 75.0 ± 50.0 | 0.0 ± 50.0 |"]
@@ -107,6 +114,7 @@ def test_what_is_complete_is_shown_and_a_run_beyond_the_wanted_step_is_refused(t
         (["--images", "0"], "at least 1 image"),
         (["--plot", "plot.txt"], "must end in .png"),
         (["--alphas", "-1"], "invalid list of numbers value"),
+        (["--alphas", "3,nan"], "invalid list of numbers value"),
         (["--weights", "nowhere"], "nowhere"),
         (["--config", "nothing.py"], "nothing.py does not exist"),
     ],

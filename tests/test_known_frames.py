@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import warnings
 import weakref
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_impossible_known_frames_are_refused(case, folder):
         cascade.check_known({"prediction": settings}, clip, known)
 
 
+def test_a_setting_of_the_program_itself_cannot_be_given(folder):
+    weights = {"prediction": load_folder(folder / "prediction", params=False)}
+    with pytest.raises(UserError, match="prediction stage: sampling settings: unknown 'clip_frames'"):
+        cascade.resolve_settings(weights, ["prediction"], {"prediction": {"clip_frames": 3, "segments": 2}})
+
+
 def test_pictures_of_other_stages_are_refused(pipe):
     with pytest.raises(UserError, match="which base cannot take: put prediction among the stages"):
         pipe(PROMPT, known={0: PICTURES[0]})
@@ -168,6 +175,7 @@ def test_pictures_of_other_stages_are_refused(pipe):
     [
         ("a.gif", "animation of 2 frames"),
         ("a.mp4", "is a video"),
+        ("a.npz", "is a video"),
         ("no.png", "does not exist"),
         ("a.png", "cannot read"),
     ],
@@ -175,17 +183,23 @@ def test_pictures_of_other_stages_are_refused(pipe):
 def test_a_file_that_is_not_a_picture_is_refused(name, message, tmp_path):
     lavie_jax.save_video(PICTURES[:2], tmp_path / "a.gif", fps=8)
     (tmp_path / "a.mp4").write_bytes(b"some video")
+    lavie_jax.save_video(PICTURES[:2], tmp_path / "a.npz", fps=8)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=message):
         read_picture(tmp_path / name)
 
 
-def test_a_picture_is_read_as_it_is_shown(tmp_path):
+def test_a_picture_is_read_as_it_is_shown(tmp_path, monkeypatch):
     picture = Image.fromarray(PICTURES[0])
     exif = picture.getexif()
     exif[0x0112] = 6  # turned clockwise
     picture.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), np.rot90(PICTURES[0], -1))
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", PICTURES[0, ..., 0].size * 2 // 3
+    )  # a large one, by Pillow's measure
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), np.rot90(PICTURES[0], -1))
 
 
 # ---- sampling ----

@@ -292,6 +292,9 @@ def test_prompt_files_may_have_prompts_over_time(tmp_path):
     path.write_text("prompt,prompts_at\na circle,0: a\n")
     with pytest.raises(UserError, match="line 2: give a text as either prompt or prompts_at"):
         read_prompts(path)
+    (lines := tmp_path / "prompts.jsonl").write_text('{"prompts_at": {"0": "a"}}')
+    with pytest.raises(UserError, match='line 1: prompts_at is a text, "0: a red circle'):
+        read_prompts(lines)
     path.write_text("prompts_at\n3: a | 1: b\n")
     with pytest.raises(UserError, match="line 2, prompts_at: frames must ascend"):
         read_prompts(path)

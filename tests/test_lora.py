@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from lavie_jax.cascade.personal import Personal, parse_embedding
 from lavie_jax.errors import UserError
 from lavie_jax.weights import load_folder
-from lavie_jax.weights.lora import merge_array, parse_lora, read_lora
+from lavie_jax.weights.lora import check_scale, merge_array, parse_lora, read_lora
 from lavie_jax.weights.lora_deltas import ModuleDelta
 from lavie_jax.weights.lora_keys import module_table
 from lavie_jax.weights.names import from_torch, to_torch
@@ -94,8 +94,8 @@ MODULES = (LINEAR, f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.0.proj", POINT, C
 
 
 def test_kohya_files_with_mixed_ranks_and_alphas(base, original, tmp_path):
-    """alpha absent or 0 is the rank; float16 and bfloat16 alphas are numbers as any other."""
-    alphas = [2.0, 0.0, None, np.float16(1.5), ml_dtypes.bfloat16(0.5), 1.0, 6.0]
+    """alpha absent or 0 is the rank; float16, bfloat16 and int64 alphas are numbers as any other."""
+    alphas = [2.0, 0.0, None, np.float16(1.5), ml_dtypes.bfloat16(0.5), np.int64(1), 6.0]
     tensors, expected = {}, {}
     for i, (module, alpha) in enumerate(zip(MODULES, alphas)):
         rank = 1 + i
@@ -167,6 +167,15 @@ def test_the_configuration_of_peft(place, base, original, tmp_path):
     else:
         header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
         check(base, original, [save(tmp_path / "x.safetensors", tensors, header)], expected)
+
+
+def test_adapters_that_are_not_relative_to_the_base_are_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"})
+    )
+    save(tmp_path / "adapter_model.safetensors", {f"base_model.model.{key}": x for key, x in GOOD_PEFT.items()})
+    with pytest.raises(UserError, match="init_lora_weights=pissa_niter_4"):
+        read_lora(tmp_path)
 
 
 def test_locon_equals_its_layers_in_torch(base, original, tmp_path):
@@ -275,6 +284,7 @@ def pair(module, inputs=16, outputs=16):
 
 
 GOOD = pair(kohya(LINEAR))
+GOOD_PEFT = {f"{LINEAR}.lora_A.weight": np.ones((2, 16)), f"{LINEAR}.lora_B.weight": np.ones((16, 2))}
 ONE = np.ones((2, 2), np.float32)
 REFUSED = {
     "XL text": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "Stable Diffusion XL"),
@@ -339,6 +349,7 @@ def test_arguments(tmp_path, monkeypatch):
     assert parse_embedding("cat.pt:<cat>") == ("cat.pt", "<cat>")
     assert parse_embedding(r"C:\cat.pt") == (r"C:\cat.pt", None)
     assert parse_embedding(r"C:\cat.pt:<cat>") == (r"C:\cat.pt", "<cat>")
+    assert check_scale("a.safetensors", np.float32(0.5)) == 0.5
     with pytest.raises(UserError, match="finite"):
         Personal.read([("a.safetensors", float("nan"))])
     with pytest.raises(UserError, match="lists of files"):

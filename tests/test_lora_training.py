@@ -14,13 +14,16 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import convert_torch
+from benchmarks import personalise
 from lavie_jax.cascade.personal import Personal
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
 from lavie_jax.training import build, lora, optimizer, options
 from lavie_jax.weights import load_folder
-from lavie_jax.weights.safetensors_io import read_safetensors
+from lavie_jax.weights.lora import read_lora
+from lavie_jax.weights.lora_files import export_lora
+from lavie_jax.weights.safetensors_io import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 EVERY = lora.LoraConfig(rank=3, alpha=1.5, targets=tuple(lora.TARGETS))
@@ -95,9 +98,26 @@ def test_exports_under_other_names(names, base, folder, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("names, prefix", [("kohya", "lora_te_text_model_"), ("diffusers", "text_encoder.text_model.")])
+def test_the_text_encoders_layers_of_peft_are_exported_as_such(names, prefix, tmp_path):
+    """Keys of PEFT name no part; a module without dots is not yet one of kohya's."""
+    ones = {"lora_A": np.ones((2, 16), np.float32), "lora_B": np.ones((16, 2), np.float32)}
+    modules = ("encoder.layers.0.mlp.fc1", "conv_in")
+    file, out = tmp_path / "adapter_model.safetensors", tmp_path / "x.safetensors"
+    tensors = {f"base_model.model.{module}.{role}.weight": x for module in modules for role, x in ones.items()}
+    write_safetensors(file, tensors, {})
+    assert export_lora(read_lora(file), out, names=names) == 2
+    keys = {key.partition(".lora")[0] for key in read_safetensors(out)[0] if not key.endswith("alpha")}
+    text, unet = sorted(keys, key=lambda key: "conv_in" in key)
+    assert text.replace("_", ".") == f"{prefix}encoder.layers.0.mlp.fc1".replace("_", ".") and text.startswith(prefix)
+    assert unet == {"kohya": "lora_unet_conv_in", "diffusers": "unet.conv_in"}[names]
+
+
 def test_merging_into_a_weights_folder(base, folder, tmp_path, capsys):
-    """Equals sampling with the LoRA, bit for bit; other tensors keep their bytes, and the metadata stays."""
+    """Equals sampling with the LoRA, bit for bit; other tensors keep their bytes, metadata and presets stay."""
     out = tmp_path / "merged"
+    config = json.loads((base.path / "config.json").read_text())
+    (base.path / "config.json").write_text(json.dumps(config | {"presets": {"fast": {"steps": 2}}}))
     arguments = ["merge-lora", "--weights", str(base.path), "--lora", f"{folder}:0.5", "--out", str(out)]
     assert convert_torch.main(arguments) == 0
     wanted = Personal.read([(folder, 0.5)]).apply({"base": base})[0]["base"]
@@ -108,6 +128,7 @@ def test_merging_into_a_weights_folder(base, folder, tmp_path, capsys):
             assert (out / part / file.name).read_bytes() == file.read_bytes()
     (old, facts), (new, kept) = (read_safetensors(p / "unet" / "model.safetensors") for p in (base.path, out))
     assert facts == kept and list(old) == list(new) and merged.sampling == base.sampling
+    assert merged.presets == {"fast": {"steps": 2}}
     changed = {name for name in old if old[name].read().tobytes() != new[name].read().tobytes()}
     assert len(changed) == len(lora.layers(base.unet.params, EVERY))
     assert convert_torch.main(arguments) == 2 and "already exists" in capsys.readouterr().err
@@ -159,6 +180,28 @@ def test_pictures_without_captions_get_the_subjects(tmp_path):
         make_source(dataclasses.replace(left_out, image_path=str(tmp_path / "class")))
     with pytest.raises(UserError, match="kind video_folder"):
         make_source(dataclasses.replace(one, source="webdataset"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["pictures", "--count", "0"], "--count must be at least 1"),
+        (["pictures"], "out exists: give another --out"),
+        (["measure"], "measured.json exists"),
+        (["measured"], "invalid choice"),
+        (["measure", "--out", "new", "--lora", "nowhere"], "nowhere does not exist"),
+        (["table", "--out", "new"], "no measurement is complete"),
+    ],
+)
+def test_the_measurement_refuses_wrong_arguments_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(personalise, "add_subjects", lambda: None)  # for the whole process
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "measured.json").write_text("[]")
+    with pytest.raises(SystemExit) as stopped:
+        personalise.main([words[0], "--out", "out", *words[1:]])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "measured.json"]
 
 
 @pytest.mark.heavy

@@ -255,7 +255,7 @@ class Cascade:
             )
         if (prompt is None) == (prompts_at is None):
             raise UserError("give either a prompt or prompts_at")
-        known, reading = known or {}, Reading(prompt_syntax, long_prompts)
+        known, reading = {} if known is None else known, Reading(prompt_syntax, long_prompts)
         check_known(resolved, clip_info, known)
         aligned = _aligned(prompt=prompt, prompts_at=prompts_at, seed=seed, negative_prompt=negative_prompt)
         requests = [
@@ -371,6 +371,8 @@ class Cascade:
 
 
 def _check_clip(clip: np.ndarray) -> None:
+    if not hasattr(clip, "dtype"):
+        raise UserError(f"clip must be uint8 of shape (frames, H, W, 3), not a {type(clip).__name__}")
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not clip.size:
         raise UserError(f"clip must be uint8 of shape (frames, H, W, 3), not {clip.dtype} of {clip.shape}")
 

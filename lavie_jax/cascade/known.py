@@ -18,6 +18,10 @@ def check_known(settings: Mapping[str, Settings], clip: ClipInfo | None, known: 
 
     `settings` are those of the stages to run, `clip` is the user's.
     """
+    if not isinstance(known, Mapping):
+        raise UserError(
+            f"known must be pictures by the index of their frame, {{0: picture}}, not a {type(known).__name__}"
+        )
     takers = [stage for stage in settings if STAGE_INFO[stage].takes_known]
     if known and not takers:
         able = ", ".join(stage for stage, info in STAGE_INFO.items() if info.takes_known)

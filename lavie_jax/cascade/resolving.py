@@ -8,6 +8,7 @@ from absl import logging
 from lavie_jax.cascade.running import guidance_of
 from lavie_jax.diffusion import chain_warning, make_sampler
 from lavie_jax.errors import UserError, suggest
+from lavie_jax.fields import settable
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import OFFICIAL, PRESETS, STAGE_INFO, Settings
@@ -35,8 +36,13 @@ def resolve_settings(
             out of range or impossible for its model, or a clip does not fit into memory.
     """
     for stage, values in given.items():
+        if not isinstance(values, Mapping):
+            raise UserError(f'settings of {stage} are given by name, {{"steps": 10}}, not {values!r}')
         if stage not in stages and (name := next((n for n, v in values.items() if v is not None), None)):
             raise UserError(f"{name} is given for {stage}, which is not among the stages to run: {','.join(stages)}")
+        allowed = settable(STAGE_INFO[stage].settings)
+        if name := next((name for name in values if name not in allowed), None):
+            raise STAGE_INFO[stage].located(UserError(f"sampling settings: unknown {name!r}{suggest(name, allowed)}"))
     if preset not in PRESETS:
         raise UserError(f"preset: unknown {preset!r}{suggest(preset, PRESETS)}")
     settings = {}

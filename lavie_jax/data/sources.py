@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -161,16 +162,23 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """Reads a user's picture, as it is shown. Raises UserError for a video, an animation and a file that is damaged."""
     if not path.is_file():
         raise UserError(f"the picture {os.fspath(path)!r} {'is not a file' if path.exists() else 'does not exist'}")
+    with warnings.catch_warnings():  # Pillow refuses bombs; below that limit it warns of large photographs
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        _check_one_image(path)
+        return read_image(Record(os.fspath(path), "", path))[0]
+
+
+def _check_one_image(path: Path) -> None:
+    """Raises UserError for a video and an animation."""
     try:
         with Image.open(path) as picture:
             frames = getattr(picture, "n_frames", 1) if picture.format in _ANIMATED else 1
     except Exception as error:  # as above
-        if path.suffix.lower() in SUFFIXES["video"]:
+        if path.suffix.lower() in (*SUFFIXES["video"], ".npz"):  # which samples are written as
             raise UserError(f"{os.fspath(path)!r} is a video, where a picture is needed") from error
         frames = 1  # reading it raises an error that says why
     if frames > 1:
         raise UserError(f"{os.fspath(path)!r} is an animation of {frames} frames, where a picture is needed")
-    return read_image(Record(os.fspath(path), "", path))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -183,12 +183,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.split not in SPLITS:
         raise UserError(f"--split: unknown split {args.split!r}{suggest(args.split, SPLITS)}")
     check_sampling_flags(args, "segments")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise UserError(f"--plot {args.plot} must end in .png")
+    results.check_plot(args.plot)
+    if args.plot is not None and "segments" not in (args.measure or MEASURES):
+        raise UserError(f"--plot shows the measure segments: add --measure segments, or leave out --plot {args.plot}")
     results.check_path(args.json, KIND)
-    for folder in (args.sheets, args.plot and args.plot.parent):
-        if folder is not None:
-            check_folder(folder, os.fspath(folder))
+    if args.sheets is not None:
+        check_folder(args.sheets, f"--sheets {args.sheets}")
 
 
 def _measure(args: argparse.Namespace) -> dict:
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(markdown(result["tables"]))
     if args.json:
         results.write(args.json, result)
-    if args.plot and "segments" in result["tables"]:
+    if args.plot:
         plot(result["tables"]["segments"]["accuracy"], args.plot)
 
 

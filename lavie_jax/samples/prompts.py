@@ -216,8 +216,10 @@ def _check_fields(where: str, names: Iterable[str]) -> None:
 def _prompt(where: str, values: Mapping[str, Any]) -> Prompt:
     text, negative, at = values.get("prompt", ""), values.get("negative_prompt"), values.get("prompts_at")
     if at is not None:
-        if text or not isinstance(at, str):
+        if text:
             raise UserError(f"{where}: give a text as either prompt or prompts_at")
+        if not isinstance(at, str):
+            raise UserError(f'{where}: prompts_at is a text, "0: a red circle | 32: a blue circle", not {at!r}')
         at = parse_prompts_at(at, f"{where}, prompts_at")
         text = one_line(at)
     if not isinstance(text, str) or not text.strip():

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of e
 TEXT_INPUTS = re.compile(r"attn2[._]to_[kv]$|self_attn[._][qkv]_proj$")  # layers whose inputs have this width
 XL_ONLY = re.compile(r"transformer_blocks[._][1-9]")  # Stable Diffusion 1.x has one block in each transformer
 OTHER_VERSIONS = ("sdxl", "sd3", "flux", "lumina", "hunyuan")  # in kohya's ss_base_model_version
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # of PEFT's initializations: they also change the base's weights
 CONV_IN = "conv_in/kernel"  # of the UNet; later stages have more input channels than image models
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # {part: {path: shape}}
@@ -121,7 +123,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def check_scale(file: object, scale: Any) -> float:
     """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST:
         raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
     return float(scale)
 
@@ -234,6 +236,11 @@ def _peft_settings(path: Path, config: Mapping[str, Any]) -> Callable[[str], tup
         raise UserError(f"{path} is a PEFT adapter of type {kind}, which is not supported; LORA is.")
     if config.get("fan_in_fan_out"):
         raise UserError(f"{path} has fan_in_fan_out=True, for layers that Stable Diffusion does not have.")
+    if (init := str(config.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
+        raise UserError(
+            f"{path} has init_lora_weights={init}, which also changes the base's own weights: convert it to a plain "
+            "LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
     patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     numbers = [*patterns.values(), *([] if alpha is None else [alpha])] if isinstance(patterns, Mapping) else [None]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):

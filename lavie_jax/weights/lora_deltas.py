@@ -67,7 +67,7 @@ class ModuleDelta:
         if missing := required - roles:
             raise self._wrong(f"{first} has no counterpart: the tensor {min(missing)} of its module is missing.")
         for role, tensor in self.tensors.items():
-            if tensor.dtype.kind in "iub":
+            if tensor.dtype.kind in ("iub" if role != "alpha" else "b"):  # kohya stores a whole alpha as an integer
                 raise self._wrong(f"{self.keys[role]} is {tensor.dtype.name}: quantized files are not supported.")
             if role == "alpha" and prod(tensor.shape) != 1:
                 raise self._wrong(f"{self.keys[role]} must be one number, not of shape {list(tensor.shape)}.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from lavie_jax.errors import UserError
 from lavie_jax.weights.folder import load_folder, read_part
 from lavie_jax.weights.lora import FOLDER_FILES, HEADER_CONFIG, Lora, merge_tensors, shapes_of
-from lavie_jax.weights.lora_keys import KOHYA_PREFIXES
+from lavie_jax.weights.lora_keys import KOHYA_PREFIXES, TEXT_PREFIX
 from lavie_jax.weights.names import to_torch
 from lavie_jax.weights.safetensors_io import write_safetensors
 from lavie_jax.weights.saving import check_new_file, check_new_folder, save_folder
@@ -19,6 +20,7 @@ from lavie_jax.weights.saving import check_new_file, check_new_folder, save_fold
 NAMES = ("kohya", "diffusers")
 FOLDER_FILE = FOLDER_FILES[2]  # diffusers' name of an adapter's file in its folder
 PARTS = ("unet", "text_encoder")  # that a LoRA may change
+TEXT_MODULE = re.compile(r"(text_model\.)?encoder\.layers\.")  # in a PEFT file, whose keys name no part
 
 
 class Factors(NamedTuple):
@@ -86,11 +88,13 @@ def export_lora(lora: Lora, out: Path, *, names: str, overwrite: bool = False) -
             raise UserError(
                 f"{lora.path} is more than a LoRA ({next(iter(delta.keys.values()))}): merge-lora merges it."
             )
-        if "." not in module:
+        if next(iter(delta.keys.values())).startswith(tuple(KOHYA_PREFIXES)):
             raise UserError(
                 f"{lora.path} has kohya's names already; export-lora is for files with dots in their names."
             )
         down, up = delta.read("down"), delta.read("up")
+        if part == "text_encoder" or (part is None and TEXT_MODULE.match(module)):
+            part, module = "text_encoder", TEXT_PREFIX + module.removeprefix(TEXT_PREFIX)
         modules[part or "unet", module] = down, up
         scales.add((down.shape[0], float(delta.scale(down.shape[0]) * down.shape[0])))
     if len(scales) > 1:
@@ -133,6 +137,7 @@ def merge_folder(
         out,
         stage=folder.stage,
         sampling=folder.sampling,
+        presets=folder.presets,
         **{part: (config, tensors[part]) for part, (config, _, _) in read.items()},
         tokenizer=folder.tokenizer_dir,
         schedule=folder.schedule,

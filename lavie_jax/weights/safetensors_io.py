@@ -71,7 +71,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     size = path.stat().st_size
     header = _read_header(path, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__")
     start = size - max((info["data_offsets"][1] for info in header.values()), default=0)
     mapped = np.memmap(path, np.uint8, "r") if size > start else np.zeros(size, np.uint8)
 
@@ -111,6 +111,8 @@ def _read_header(path: Path, size: int) -> dict:
             if info["data_offsets"] != [end, end + nbytes]:
                 raise UserError(f"{broken}: its tensors overlap or have gaps between them.")
             end += nbytes
+        metadata = header.setdefault("__metadata__", {})
+        header["__metadata__"] = {name: str(value) for name, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
