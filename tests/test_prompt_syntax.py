@@ -272,6 +272,10 @@ def test_texts_are_checked_before_sampling(pipe, t5):
     unknown_and_cut = check_texts(pipe.weights, settings, prompts, [None], WEIGHTED)
     assert len(unknown_and_cut) == 2 and "dragon" in unknown_and_cut[1] and "(" not in unknown_and_cut[0]
     assert len(check_texts(pipe.weights, settings, prompts, [None], BOTH)) == 1
+    alone = {"base": dataclasses.replace(settings["base"], guidance=1.0)}  # as of a distilled model
+    ignored, *_ = check_texts(pipe.weights, alone, prompts, ["a blue square"], BOTH)
+    assert ignored.startswith("stage base ignores the negative prompt, which only guidance reads")
+    assert len(check_texts(pipe.weights, alone, prompts, [None], BOTH)) == 1
     with pytest.raises(UserError, match="no words, only brackets"):
         check_texts(pipe.weights, settings, prompts, ["()"], WEIGHTED)
     with pytest.raises(UserError, match="close the bracket"):
