@@ -20,13 +20,13 @@ import jax
 
 from lavie_jax import cascade, results
 from lavie_jax.cascade.denoising import halves
-from lavie_jax.cascade.running import feature_cache_of, guidance_of
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import Parser, one_line_errors
 from lavie_jax.flops import count_flops
 from lavie_jax.planner.sampling import abstract_weights, sampling_program
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import PRESETS, Settings
+from lavie_jax.stages.stage import feature_cache_of, guidance_of
 from lavie_jax.training import options
 from lavie_jax.weights import Weights
 

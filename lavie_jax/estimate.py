@@ -1,16 +1,27 @@
 """Rough FLOPs of sampling and training, to warn of work that a CPU cannot do in reasonable time."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from lavie_jax.diffusion.guidance import COMPUTED
+from lavie_jax.diffusion.making import make_sampler
+from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import Settings
-from lavie_jax.stages.stage import StageWeights
+from lavie_jax.stages.stage import StageWeights, feature_cache_of, guidance_of
 
 CPU_FLOPS = 1e11  # of a CPU with a few cores, per second
 MAX_FLOPS = 1e14  # of a sample or a training step on a CPU, above which a warning is due
+OUTERMOST = 0.1  # of the FLOPs of a whole UNet, in evaluations that use its deep features again (docs/speed.md)
+
+
+@runtime_checkable
+class SampledWeights(StageWeights, Protocol):
+    """The part of `weights.Weights` that the estimate reads."""
+
+    schedule: Any
 
 
 def unet_flops(config: UNetConfig, *, frames: int, height: int, width: int) -> float:
@@ -30,7 +41,7 @@ def unet_flops(config: UNetConfig, *, frames: int, height: int, width: int) -> f
 
 
 def sampling_warnings(
-    weights: Mapping[str, StageWeights], settings: Mapping[str, Settings], platform: str
+    weights: Mapping[str, SampledWeights], settings: Mapping[str, Settings], platform: str
 ) -> list[str]:
     """A line for each stage whose denoising would take a CPU too long, if `platform` is "cpu"."""
     flops = sampling_flops(weights, settings) if platform == "cpu" else {}
@@ -38,17 +49,24 @@ def sampling_warnings(
     return [line for line in lines if line]
 
 
-def sampling_flops(weights: Mapping[str, StageWeights], settings: Mapping[str, Settings]) -> dict[str, float]:
+def sampling_flops(weights: Mapping[str, SampledWeights], settings: Mapping[str, Settings]) -> dict[str, float]:
     """Estimates the FLOPs of denoising a sample in each stage."""
     flops = {}
     for stage, made in settings.items():
         windows = STAGES[stage].windows(STAGES[stage].latent_shape(weights[stage], made), made)
         frames, height, width = windows[0].shape
         each = unet_flops(weights[stage].unet.config, frames=frames, height=height, width=width)
-        passes = len(windows) * len(STAGES[stage].segments(made))
-        evaluations = made.steps * (1 if made.guidance == 1 else 2) * passes
-        flops[stage] = each * evaluations
+        chains = len(windows) * len(STAGES[stage].segments(made)) * STAGES[stage].passes(made)
+        flops[stage] = each * _calls(made, weights[stage].schedule) * chains
     return flops
+
+
+def _calls(settings: Settings, schedule: Schedule) -> float:
+    """Returns the number of calls of the UNet in a chain, of which those without its deep layers count little."""
+    sampler = make_sampler(settings.sampler, settings.steps, schedule, settings.spacing).tail(settings.first_step)
+    modes = guidance_of(settings).plan(sampler.timesteps)
+    whole = feature_cache_of(settings).plan(modes)
+    return sum((2 if mode == COMPUTED else 1) * (1 if deep else OUTERMOST) for mode, deep in zip(modes, whole))
 
 
 def training_warning(config: Any, platform: str) -> str | None:

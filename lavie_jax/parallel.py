@@ -335,11 +335,21 @@ def keep_compiled_programs() -> None:
 def _keep_programs_in(cache: Path) -> None:
     folder = cache / "programs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _writable_by_others(folder):
+            folder.chmod(0o700)
+        if _writable_by_others(folder):
+            raise PermissionError(f"others can write to {folder}, and stored programs may run anything")
     except OSError as error:
         logging.warning("programs are traced by every process: %s", error)
     else:
         keep_programs(folder)
+
+
+def _writable_by_others(folder: Path) -> bool:
+    """Whether other users than the one of this process can write to a folder."""
+    stat = folder.stat()
+    return stat.st_uid != os.geteuid() or bool(stat.st_mode & 0o022)
 
 
 def _cache_dir() -> str | None:

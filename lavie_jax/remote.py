@@ -24,7 +24,7 @@ PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # {protocol: (package
 URL = re.compile(r"(gs|s3):/+(.+)")  # a Path has lost one slash
 CHANGES = ("etag", "ETag", "generation", "md5Hash", "created")  # what tells apart versions of an object
 ORIGIN = ".location"  # in a download's folder: its URL
-STORED = ".stored"  # in a mirror's folder: the names of files that were in the store
+UPLOADED = ".uploaded.json"  # in the folder of a mirror: {name: time and size of a file when it was the store's}
 
 
 def url(text: str | os.PathLike) -> str | None:
@@ -83,7 +83,10 @@ class Store:
             system.invalidate_cache()
             found: Mapping[str, Mapping] = system.find(place, detail=True)
             root = system._strip_protocol(place).rstrip("/") + "/"
-        files = {name.removeprefix(root): info for name, info in found.items() if name.startswith(root)}
+        inside = {name.removeprefix(root): info for name, info in found.items() if name.startswith(root)}
+        files = {
+            name: info for name, info in inside.items() if not name.endswith("/")
+        }  # a folder made by a web console
         if not files:
             raise UserError(f"{place} does not exist, or contains no files")
         versions = [(name, info["size"], *(str(info.get(key)) for key in CHANGES)) for name, info in files.items()]
@@ -162,31 +165,33 @@ class Mirror:
         return cls(cache_folder("out") / hashlib.sha256(target.encode()).hexdigest()[:32], target)
 
     def pull(self, stems: Iterable[str]) -> None:
-        """Makes files whose names begin with one of `stems` those of the store, but for those never uploaded to it."""
+        """Makes files whose names begin with one of `stems` those of the store.
+
+        A file that the store lacks is deleted if it was there, and else waits for `push`, which may have failed.
+        """
         if self.url is None:
             return
         stems = tuple(stems)
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads((self.folder / UPLOADED).read_text(encoding="utf-8"))
+            self._uploaded.update({name: tuple(each) for name, each in stored.items()})
         with one_line(self.url):
             system = filesystem(self.url)
             system.invalidate_cache()
             root = system._strip_protocol(self.url).rstrip("/") + "/"
             found = {name.removeprefix(root): info["size"] for name, info in system.find(self.url, detail=True).items()}
-            for name in [name for name in found if name.startswith(stems)]:
+            for name in [name for name in found if name.startswith(stems) and not name.endswith("/")]:
                 target = self.folder / name
-                # JSON files are compared by what they say, as another machine may have replaced one of equal size.
-                if name.endswith(".json") or not target.is_file() or target.stat().st_size != found[name]:
+                # That of another request may have the same size if it is text.
+                if not target.is_file() or target.stat().st_size != found[name] or target.suffix == ".json":
                     target.parent.mkdir(parents=True, exist_ok=True)
                     system.get_file(f"{self.url}/{name}", str(target))
-        record = self.folder / STORED
-        stored = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
         for name, path in files_in(self.folder).items():
-            if name.startswith(stems) and name not in found and name in stored:  # deleted in the store
-                path.unlink()
-                self._uploaded.pop(name, None)
-            elif name in found:
+            if name in found:
                 self._uploaded[name] = stamp(path)
-        if self.folder.is_dir():
-            record.write_text("".join(f"{name}\n" for name in self._uploaded), encoding="utf-8")
+            elif name.startswith(stems) and self._uploaded.get(name) == stamp(path):  # deleted in the store
+                path.unlink()
+        self._remember()
 
     def push(self, *, leave_out: str = "") -> None:
         """Uploads files that changed since the last time, but for those with the ending `leave_out`."""
@@ -199,8 +204,13 @@ class Mirror:
                 if self._uploaded.get(name) != now and not (leave_out and name.endswith(leave_out)):
                     system.put_file(str(path), f"{self.url}/{name}")
                     self._uploaded[name] = now
-                    with (self.folder / STORED).open("a", encoding="utf-8") as record:
-                        record.write(f"{name}\n")
+                    self._remember()
+
+    def _remember(self) -> None:
+        if self.folder.is_dir():
+            temporary = self.folder / f".{os.getpid()}{UPLOADED}"
+            temporary.write_text(json.dumps(self._uploaded), encoding="utf-8")
+            temporary.replace(self.folder / UPLOADED)
 
 
 def files_in(folder: Path) -> dict[str, Path]:

@@ -14,13 +14,13 @@ from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, Request, running
 from lavie_jax.cascade import model as stage_model
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
-from lavie_jax.cascade.running import guidance_of
 from lavie_jax.data import tokens
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.settings import BaseSettings
+from lavie_jax.stages.stage import guidance_of
 from lavie_jax.weights import load_folder
 
 PROMPT = "a red circle moving left"

@@ -9,6 +9,7 @@ import graphlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,9 +26,19 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from lavie_jax.curation import __main__ as command
-from lavie_jax.curation import duplicates, filters, inputs, isolation, pipeline, scenes, text_lines, video
+from lavie_jax.curation import (
+    beam_steps,
+    duplicates,
+    filters,
+    inputs,
+    isolation,
+    pipeline,
+    scenes,
+    text_lines,
+    video,
+)
 from lavie_jax.curation.inputs import Caption, HeldOut, caption_of, find_videos
-from lavie_jax.curation.job import CurationJob
+from lavie_jax.curation.job import CurationJob, package_versions
 from lavie_jax.data import pipeline as data_pipeline
 from lavie_jax.data import shard_readers, shards, sources, video_files
 from lavie_jax.data.config import DataConfig
@@ -426,6 +437,26 @@ def test_other_settings_a_second_run_and_a_finished_set_are_refused(wild, tmp_pa
     assert digests_of(tmp_path / "out") == before
 
 
+def test_the_folder_of_a_killed_job_is_reopened_with_settings_of_a_stage_that_is_repeated(tmp_path):
+    out, shard = tmp_path / "out", tmp_path / "out/16x24/clips-00000.array_record"
+    first = {"min_height": 80, "latents": {"fps": 8}}
+    with pipeline.output.open_output(out, first) as work:
+        shard.parent.mkdir()
+        shard.write_bytes(b"latents of 8 frames per second")
+        (work / ".0123456789ab-outcome.json").write_text("half")
+    for settings, change in (({"min_height": 80}, "now None"), ({**first, "latents": {"fps": 4}}, "now {'fps': 4}")):
+        with pytest.raises(UserError, match=f"latents was {{'fps': 8}}, {change}"):
+            with pipeline.output.open_output(out, settings):
+                pass
+    with pipeline.output.open_output(out, first, repeated=("latents",)) as work:
+        assert shard.exists() and not list(work.glob(".*-*"))
+    with pipeline.output.open_output(out, {**first, "latents": {"fps": 4}}, repeated=("latents",)):
+        assert not shard.exists()
+    with pytest.raises(UserError, match="latents was {'fps': 4}, now {'fps': 8}"):
+        with pipeline.output.open_output(out, first):
+            pass
+
+
 def test_a_full_disk_and_a_dead_worker_are_reported_in_one_line_and_lose_no_work(wild, tmp_path, monkeypatch):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -446,6 +477,29 @@ def test_a_full_disk_and_a_dead_worker_are_reported_in_one_line_and_lose_no_work
         pipeline.curate(folder, out, killer)
     (folder / "web.txt").write_text("the land of web")
     assert pipeline.curate(folder, out, job).clips == 2
+
+
+def test_a_full_disk_leaves_no_half_message_for_the_command_of_beam(tmp_path, monkeypatch):
+    def write(path, text, encoding):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(OSError), beam_steps.errors_in(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not (tmp_path / beam_steps.ERROR).exists()
+
+
+def test_a_worker_of_beam_that_does_not_see_the_input_ends_the_job(tmp_path):
+    """Or else its videos would be dropped as unreadable."""
+    job, gone = CurationJob(), inputs.Video(tmp_path / "gone.mp4", "gone.mp4", 0, (), "key")
+    run = beam_steps.Run(
+        job=job, work=tmp_path, out=tmp_path, settings=job.settings(), versions=package_versions(), videos=1,
+        shard_clips=1, time_limit=1.0, captions="", sizes=(),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has no file .*gone.mp4': mount the input folder on all workers"):
+        beam_steps.find_parts(run, 0, gone)
+    assert "gone.mp4" in (tmp_path / beam_steps.ERROR).read_text()
 
 
 def test_a_file_that_crashes_or_hangs_is_dropped_by_name_and_the_others_are_kept(wild, tmp_path, monkeypatch):
@@ -470,7 +524,7 @@ def test_a_worker_that_is_killed_once_loses_nothing(tmp_path):
     try:
         with pytest.raises(isolation.Interrupted, match="SIGKILL, perhaps for lack of memory"):
             worker(misbehaving.die_once, marker)
-        assert worker(misbehaving.die_once, marker) == "alive"
+        assert worker(misbehaving.die_once, marker, seconds=math.inf) == "alive"
         with pytest.raises(UserError, match="its own"):
             worker(misbehaving.raise_error, "its own")
         assert pipeline.work_on(worker, part, tmp_path, filters.Thresholds(), 0.0).dropped == 1
@@ -608,6 +662,9 @@ def test_modules_import_each_other_in_one_direction():
         (("--time-limit", "-1"), "--time-limit must be at least 0 seconds"),
         (("--letterbox", "corp"), "did you mean 'crop'"),
         (("--min-frames", "-1"), "--min-frames must be at least 0"),
+        (("--max-seconds", "inf"), "--max-seconds must be at least 0 and finite; given inf"),
+        (("--cut", "nan"), "--cut must be above 0 and finite; given nan"),
+        (("--latents", "base", "--latent-fps", "inf"), "--latent-fps must be above 0 and finite; given inf"),
         (("--captioner", "nowhere"), "--captioner must be a folder or 'module:function'"),
         (("--captioner", "json:nothing"), "cannot be imported"),
         (("--captioner", "bare"), "is not a model folder: config.json is missing"),

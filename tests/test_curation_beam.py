@@ -135,7 +135,7 @@ def short(frames):
     return "some other text"
 
 
-def test_latents_are_the_same_bytes(wild, tmp_path):
+def test_latents_are_the_same_bytes_also_after_a_job_with_others(wild, tmp_path, monkeypatch):
     from tests.tiny import make_base
 
     weights, words = make_base(tmp_path / "base"), ["--input", str(tmp_path / "in"), "--min-height", "80"]
@@ -144,7 +144,12 @@ def test_latents_are_the_same_bytes(wild, tmp_path):
         shutil.copy(wild / name, tmp_path / "in")
     words += ["--latents", str(weights), "--latent-sizes", "16x24,24x16", "--latent-fps", "8", "--shard-clips", "2"]
     command.main([*words, "--workers", "1", "--out", str(tmp_path / "local")])
-    command.main([*words, "--workers", "2", "--out", str(tmp_path / "out"), "--runner", "DirectRunner"])
+    words += ["--workers", "2", "--out", str(tmp_path / "out"), "--runner", "direct"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # latents of another rate are there already
+        patch.setattr(beam_steps, "finish", lambda *args: 1 / 0)
+        command.main([*words, "--latent-fps", "4"])
+    assert list((tmp_path / "out").glob("*/*.array_record"))
+    command.main(words)
     assert digests_of(tmp_path / "out") == digests_of(tmp_path / "local")
     assert len(list((tmp_path / "out").glob("*/*.array_record"))) == 3
 
@@ -199,6 +204,8 @@ def test_chains_of_near_duplicates_are_settled_as_by_the_local_job(max_bits, row
         (("--runner", "SomeRunner"), "--runner SomeRunner is not a runner of the installed Apache Beam"),
         (("--runner", "FlinkRunner", "--", "--flink_job_server_jar=none.jar"), "run the same command to resume"),
         (("--runner", "DirectRunner", "--images", "folder:in"), "--runner is for --input"),
+        (("--runner", "DirectRunner", "--workers", "0"), "--workers must be at least 1; given 0"),
+        (("--runner", "FlinkRunner", "--workers", "2"), "--workers is for the local job and DirectRunner"),
         (("--runner", "DirectRunner", "--min-words", "9"), "was started with other settings (min_words was 3, now 9)"),
         (("--runner", "DirectRunner", "--captioner", "os:abort"), "captioner was None, now a later stage"),
     ],
@@ -217,16 +224,8 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, wild, tmp_path, m
 
 
 def test_workers_with_other_packages_are_refused(wild, tmp_path, monkeypatch):
-    real = CurationJob.settings
-    monkeypatch.setattr(beam_steps, "CurationJob", CurationJob)
-    calls = []
-
-    def settings(job):
-        calls.append(job)
-        later = {"versions": real(job)["versions"] | {"av": "1.0"}} if len(calls) > 2 else {}
-        return real(job) | later
-
-    monkeypatch.setattr(CurationJob, "settings", settings)
+    other = beam_steps.package_versions() | {"av": "1.0"}
+    monkeypatch.setattr(beam_steps, "package_versions", lambda: other)
     with pytest.raises(UserError, match="the worker .* has av 1.0, the command .*: use the same packages on all"):
         beam.curate(wild, tmp_path / "out", JOB, **DIRECT)
     assert not list(tmp_path.glob("out/.work/*/" + video.RESULT)) and not (tmp_path / "out/manifest.json").exists()

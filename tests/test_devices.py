@@ -1,5 +1,6 @@
 """Devices that are absent or taken, and runs that are far too large for them: one line."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -82,14 +83,22 @@ def test_full_size_sampling_on_a_cpu_is_warned_of(name):
         config = options.load(file)
         models = build.make_models(config, jnp.float32, 1.0)
         weights = SimpleNamespace(
-            sampling=build.sampling_defaults(config), unet=models.unet, vae=models.vae, low_res_schedule=None
-        )
+            sampling=build.sampling_defaults(config), unet=models.unet, vae=models.vae, schedule=models.schedule,
+            low_res_schedule=None,
+        )  # fmt: skip
         clip = STAGES[name].default_clip(weights) if STAGES[name].info.consumes else None
         settings = {name: STAGES[name].resolve(weights, {}, clip)}
         lines = estimate.sampling_warnings({name: weights}, settings, "cpu")
         assert len(lines) == count
         assert all(line.startswith(f"stage {name}: a sample takes about ") for line in lines)
         assert not estimate.sampling_warnings({name: weights}, settings, "gpu")
+
+    def flops(**changes):
+        values = {"steps": 50, "sampler": "ddim", "guidance": 4.0, **changes}
+        return estimate.sampling_flops({name: weights}, {name: dataclasses.replace(settings[name], **values)})[name]
+
+    less = flops(steps=10), flops(guidance=1.0), flops(cache_every=5), flops(sampler="heun", steps=25)
+    assert [each / flops() for each in less] == pytest.approx([0.2, 0.5, 0.28, 0.98])
 
 
 def test_the_estimate_is_near_the_number_of_flops():

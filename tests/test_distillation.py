@@ -174,6 +174,7 @@ def test_a_student_starts_from_its_teacher_and_its_folder_says_how_it_is_sampled
         ({"train_text_encoder": "true"}, "set train_text_encoder=False"),
         ({"regime": "lora"}, "another regime than 'lora'"),
         ({"sampling.guidance": "4"}, "set sampling.guidance=1"),
+        ({"sampling.negative_prompt": "red"}, "leave out sampling.negative_prompt"),
         ({"distill.kind": "consistency", "sampling.sampler": "ddim"}, "set sampling.sampler='lcm'"),
         ({"distill.guidance": "1"}, "nothing to learn; set distill.guidance"),
         ({"distill.kind": "speed"}, "config field 'distill.kind': unknown value 'speed'"),

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     **dict.fromkeys(HELPERS, set()),
     **dict.fromkeys(GROUND, set()),
     "flops": {"models"},
-    "estimate": {"models", "stages"},
+    "estimate": {"models", "diffusion", "stages"},
     "stages": {"models", "diffusion"},
     "weights": {"models", "diffusion", "stages"},
     "samples": {"data", "stages"},

@@ -20,7 +20,6 @@ from lavie_jax import cascade, parallel
 from lavie_jax.cascade import Cascade, denoising, running
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import prompt_of, stage_prompts
-from lavie_jax.cascade.running import guidance_of
 from lavie_jax.data.sources import read_picture
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.errors import UserError
@@ -28,7 +27,7 @@ from lavie_jax.samples.stage_cache import MemoryCache, StageCache
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, fitted, fitting_note
 from lavie_jax.stages.settings import BaseSettings, PredictionSettings, parse_stages
-from lavie_jax.stages.stage import Segment
+from lavie_jax.stages.stage import Segment, guidance_of
 from lavie_jax.weights import Part, load_folder
 
 PROMPT = "a red circle"

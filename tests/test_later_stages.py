@@ -13,13 +13,13 @@ import lavie_jax
 from lavie_jax import cascade
 from lavie_jax.cascade import running
 from lavie_jax.cascade.denoising import DenoisingPlan, denoise
-from lavie_jax.cascade.running import guidance_of
 from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.errors import UserError
 from lavie_jax.samples.stage_cache import MemoryCache
 from lavie_jax.stages import STAGES, clips
 from lavie_jax.stages import settings as stage_settings
 from lavie_jax.stages.clips import ClipInfo
+from lavie_jax.stages.stage import guidance_of
 from lavie_jax.stages.vsr import TILE
 from lavie_jax.text_files import read_json
 from lavie_jax.weights import load_folder

@@ -170,6 +170,7 @@ def test_free_noise_has_the_models_window_and_a_sampler_without_noise():
         ({"frames": 64, "long_window": 17}, "long_window: 17 frames are more .* use at most 16"),
         ({"frames": 64, "long_window": 1}, "long_window must be at least 2"),
         ({"frames": 64, "sampler": "ddpm"}, "without fresh noise .* such as ddim, not ddpm"),
+        ({"frames": 64, "defaults": {"sampler": "lcm"}}, "without fresh noise .* such as ddim, not lcm"),
         ({"frames": 64, "long": "freenoise"}, "did you mean 'free_noise'"),
         ({"frames": 64, "trained": 1}, "this one makes images"),
         ({"frames": 64, "temporal": "none"}, "this one makes images"),

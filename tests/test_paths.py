@@ -249,3 +249,17 @@ def test_the_folder_of_compiled_programs_may_start_with_the_home_folder(home, mo
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         parallel.keep_compiled_programs()
         assert updates["jax_compilation_cache_dir"] == os.fspath(expected)
+
+
+def test_stored_programs_come_from_a_folder_of_the_user_alone(tmp_path, monkeypatch):
+    """They are pickles."""
+    folder, kept, warnings = tmp_path / "programs", [], []
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setattr(parallel, "keep_programs", kept.append)
+    monkeypatch.setattr(parallel.logging, "warning", lambda text, *args: warnings.append(text % args))
+    parallel._keep_programs_in(tmp_path)
+    assert kept == [folder] and folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    parallel._keep_programs_in(tmp_path)
+    assert kept == [folder] and "others can write to" in warnings[0]

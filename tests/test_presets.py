@@ -7,12 +7,13 @@ import pytest
 
 import sample
 from lavie_jax import cascade
-from lavie_jax.cascade.running import guidance_of
 from lavie_jax.diffusion import make_sampler
 from lavie_jax.diffusion.guidance import COMPUTED
 from lavie_jax.errors import UserError
 from lavie_jax.stages import STAGES
+from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.settings import PRESETS, STAGE_INFO
+from lavie_jax.stages.stage import guidance_of
 from lavie_jax.weights import folder_hash, load_folder
 from tests.tiny import make_base
 
@@ -46,14 +47,43 @@ def test_presets_of_the_shipped_models_never_take_more_work_than_their_own_setti
         assert work == sorted(work, reverse=True), name
 
 
-def test_settings_that_are_given_come_before_a_preset_and_a_preset_before_the_folder(weights):
+def test_settings_that_are_given_come_before_a_preset_and_a_preset_before_the_folder(weights, caplog):
     folder = dataclasses.replace(weights["base"], presets={"fast": {"steps": 3, "guidance_every": 2}})
     official = resolved({"base": folder}, "official")
     assert official == resolved(weights, "official") and official.steps != 3
     fast = resolved({"base": folder}, "fast", steps=7, sampler=None)
     assert fast == dataclasses.replace(official, steps=7, guidance_every=2)
     # the folder has presets, but not this one
-    assert resolved({"base": folder}, "balanced") == official
+    with caplog.at_level("WARNING"):
+        assert resolved({"base": folder}, "balanced") == official
+    assert "has no preset balanced, only fast" in caplog.text
+    folder = dataclasses.replace(weights["base"], presets={"fast": {"stpes": 3}})
+    with pytest.raises(UserError, match="preset fast of .*base: sampling settings: unknown 'stpes'; did you mean"):
+        resolved({"base": folder}, "fast")
+
+
+def test_the_presets_of_a_stage_are_not_used_where_they_would_take_more_work(weights, caplog):
+    """The models of film need one step, and have no presets of their own."""
+    clip = ClipInfo(frames=3, height=64, width=64, fps=24)
+    film = {name: load_folder(cascade.SHIPPED / "film" / name, params=False) for name in ("interpolation", "vsr")}
+    for name, own in film.items():
+        official, fast = (
+            cascade.resolve_settings({name: own}, [name], {}, clip, preset)[name] for preset in ("official", "fast")
+        )
+        assert fast == official and f"stage {name}: the preset fast takes more work than" in caplog.text
+    released = {"vsr": dataclasses.replace(film["vsr"], sampling=dict(STAGES["vsr"].sampling))}
+    given = {"vsr": {"noise_level": 0}}
+    fast = cascade.resolve_settings(released, ["vsr"], given, clip, "fast")["vsr"]
+    assert (fast.sampler, fast.steps, fast.guidance_low) == ("dpm++2m", 8, 200)
+    # few steps that only the sampler of the preset can do
+    base = dataclasses.replace(weights["base"], presets={})
+    assert resolved({"base": base}, "balanced", steps=1).sampler == "dpm++2m"
+
+
+def test_given_settings_that_others_make_useless_are_warned_of(weights, caplog):
+    resolved(weights, "fast", guidance=1.0, guidance_every=2, guidance_low=0, cache_depth=2)
+    assert "guidance_every: without effect, as guidance is 1" in caplog.text
+    assert "cache_depth: without effect, as cache_every is 1" in caplog.text
 
 
 def test_a_preset_that_does_not_exist_and_guidance_that_is_never_applied_are_refused(weights, capsys):

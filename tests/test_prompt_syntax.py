@@ -283,6 +283,10 @@ def test_texts_are_checked_before_sampling(pipe, t5):
     assert len(check_texts(pipe.weights, settings, prompts, [None], BOTH)) == 1
     (pieces,) = check_texts(pipe.weights, settings, [{"base": [("a (re)d", 1)]}], [None], WEIGHTED)
     assert "ignored: re, d" in pieces  # brackets divide a word
+    alone = {"base": dataclasses.replace(settings["base"], guidance=1.0)}  # as of a distilled model
+    ignored, *_ = check_texts(pipe.weights, alone, prompts, ["a blue square"], BOTH)
+    assert ignored.startswith("stage base ignores the negative prompt, which only guidance reads")
+    assert len(check_texts(pipe.weights, alone, prompts, [None], BOTH)) == 1
     with pytest.raises(UserError, match="no words, only brackets"):
         check_texts(pipe.weights, settings, prompts, ["()"], WEIGHTED)
     with pytest.raises(UserError, match="close the bracket"):

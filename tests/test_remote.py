@@ -5,7 +5,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import tiny
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 import sample
 from lavie_jax import cascade, remote
@@ -73,6 +73,7 @@ def test_the_stages_in_question_are_downloaded_once(bucket, folder):
 
 def test_a_changed_object_is_downloaded_again(bucket, folder):
     upload(bucket, folder / "base", "s3://lavie/base")
+    bucket.store["/lavie/base/unet/"] = MemoryFile(bucket, "/lavie/base/unet/")  # as a web console makes folders
     first = local_folder("s3://lavie/base")
     config = bucket.cat_file("s3://lavie/base/config.json")
     bucket.pipe_file("s3://lavie/base/config.json", config.replace(b'"guidance": 4.0', b'"guidance": 5.0'))
@@ -144,6 +145,19 @@ def test_outputs_are_uploaded_and_only_what_is_missing_is_made_again(bucket, tmp
     assert (mirror.folder / "0000-a-0.json").read_text() == "0000-B-0.json"
     again.push()
     assert bucket.exists("gs://lavie/out/0000-a-0.mp4")
+
+    # The next command uploads what this one could not, and has the other machine's JSON, of the same size.
+    (mirror.folder / "0001-b-0.mp4").write_text("made while the network was down")
+    bucket.pipe_file("gs://lavie/out/0000-a-0.json", b"0000-B-0.json")
+    later = remote.Mirror.of(Path("gs:/lavie/out"))
+    later.pull(["0000-a-0", "0001-b-0"])
+    assert (later.folder / "0000-a-0.json").read_text() == "0000-B-0.json"
+    later.push(leave_out=".state.npz")
+    assert bucket.exists("gs://lavie/out/0001-b-0.mp4") and not bucket.exists("gs://lavie/out/0000-a-0.mp4")
+    bucket.rm_file("gs://lavie/out/0001-b-0.mp4")
+    last = remote.Mirror.of(Path("gs:/lavie/out"))
+    last.pull(["0001-b-0"])
+    assert not (last.folder / "0001-b-0.mp4").exists()
 
 
 def test_a_folder_is_its_own_mirror(tmp_path):

@@ -60,7 +60,7 @@ def check_texts(
     negatives: Iterable[str | None],
     reading: Reading,
 ) -> list[str]:
-    """Returns warnings about words that a stage ignores.
+    """Returns warnings about words, or negative prompts, that a stage ignores.
 
     Args:
         weights: {stage: weights folder}; parameters are not needed.
@@ -87,8 +87,12 @@ def check_texts(
             for parts in prompts
             for text, _ in parts[stage]
         ]
-        other = own.negative_prompt
-        texts += [reading.parse(other if one is None or not STAGE_INFO[stage].main else one) for one in negatives]
+        other, main = own.negative_prompt, STAGE_INFO[stage].main
+        against = [other if one is None or not main else one for one in negatives]
+        texts += map(reading.parse, against)
+        default = loaded.sampling.get("negative_prompt", "")
+        if own.guidance == 1 and any(text not in ("", default) for text in against):
+            lines.append(f"stage {stage} ignores the negative prompt, which only guidance reads: its scale is 1")
         if loaded.unet.config.reads_text:
             lines += tokens.text_warnings(tokenizer, map(words_of, texts), cut=not reading.chunked)
     return lines

@@ -1,17 +1,19 @@
 """Settings of the stages to run, each of which starts from the output of the one before."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from lavie_jax.cascade.running import guidance_of
 from lavie_jax.diffusion import chain_warning, make_sampler
+from lavie_jax.diffusion.guidance import COMPUTED
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import settable
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import OFFICIAL, PRESETS, STAGE_INFO, Settings
+from lavie_jax.stages.stage import guidance_of
 from lavie_jax.weights import Weights
 
 
@@ -49,20 +51,84 @@ def resolve_settings(
     for stage in stages:
         if stage not in weights:
             raise no_weights(stage, weights)
-        bundle = (weights[stage].presets or STAGES[stage].presets).get(preset, {})
         chosen = {name: value for name, value in given.get(stage, {}).items() if value is not None}
         try:
+            bundle = _settings_of(preset, stage, weights[stage], chosen, clip)
             own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
-            guidance_of(own).plan(sampler.tail(own.first_step).timesteps)
+            _passes(own, weights[stage])
             _check_cache_depth(own, weights[stage])
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
             logging.warning("stage %s: %s", stage, warning)
+        for line in _without_effect(chosen, own):
+            logging.warning("stage %s: %s", stage, line)
         settings[stage] = own
         clip = _output_of(own)
     return settings
+
+
+def _settings_of(
+    preset: str, stage: str, weights: Weights, chosen: Mapping[str, Any], clip: ClipInfo | None
+) -> Mapping[str, Any]:
+    """Returns the settings of a preset: the weights folder's, or the stage's where the folder has none.
+
+    Those of the stage are for the released models. Others may need fewer steps than these presets have.
+    """
+    if preset == OFFICIAL:
+        return {}
+    if weights.presets:
+        bundle = weights.presets.get(preset, {})
+        if preset not in weights.presets:
+            names = ", ".join(weights.presets)
+            logging.warning("stage %s: %s has no preset %s, only %s", stage, weights.path, preset, names)
+        try:
+            STAGE_INFO[stage].settings.make(weights.sampling, bundle)
+        except UserError as error:
+            raise UserError(f"preset {preset} of {weights.path}: {error}") from None
+        return bundle
+
+    def work(bundle: Mapping[str, Any]) -> int:
+        """Passes through the UNet with these settings."""
+        return _passes(STAGES[stage].resolve(weights, {**bundle, **chosen}, clip), weights)
+
+    bundle = STAGES[stage].presets.get(preset, {})
+    try:
+        official = work({})
+    except UserError:  # what is given fits the preset alone, or neither
+        return bundle
+    if work(bundle) <= official:
+        return bundle
+    logging.warning(
+        "stage %s: the preset %s takes more work than the settings of %s, which are used", stage, preset, weights.path
+    )
+    return {}
+
+
+def _passes(settings: Settings, weights: Weights) -> int:
+    """Returns the number of passes through the UNet: one or two for each evaluation.
+
+    Raises:
+        UserError: the sampler cannot do the steps, or guidance is never applied.
+    """
+    sampler = make_sampler(settings.sampler, settings.steps, weights.schedule, settings.spacing)
+    modes = guidance_of(settings).plan(sampler.tail(settings.first_step).timesteps)
+    return len(modes) + modes.count(COMPUTED)
+
+
+def _without_effect(chosen: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Returns warnings about given settings that others make useless."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+
+    def changed(*names: str) -> str:
+        return ", ".join(name for name in names if name in chosen and chosen[name] != defaults[name])
+
+    of_guidance = changed("guidance_rescale", "guidance_low", "guidance_high", "guidance_every")
+    lines = [f"{of_guidance}: without effect, as guidance is 1"] if of_guidance and settings.guidance == 1 else []
+    if changed("cache_depth") and settings.cache_every == 1:
+        lines.append("cache_depth: without effect, as cache_every is 1")
+    return lines
 
 
 def _check_cache_depth(settings: Settings, weights: Weights) -> None:

@@ -20,15 +20,13 @@ from lavie_jax.cascade.denoising import Clip, DenoisingPlan, denoise
 from lavie_jax.cascade.model import StageModel
 from lavie_jax.cascade.prompts import Parts, prompt_of
 from lavie_jax.diffusion import make_sampler
-from lavie_jax.diffusion.feature_cache import FeatureCache
-from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.errors import UserError
 from lavie_jax.samples.prompt_syntax import AS_IS, Reading
 from lavie_jax.samples.prompts import check_prompts_at, check_unicode, check_within, one_line
 from lavie_jax.samples.stage_cache import MemoryCache, segment_name
 from lavie_jax.stages.conditioning import Prompts, travel_weights
 from lavie_jax.stages.settings import Settings
-from lavie_jax.stages.stage import Known, Segment, Stage
+from lavie_jax.stages.stage import Known, Segment, Stage, feature_cache_of, guidance_of
 from lavie_jax.stages.windows import Window
 
 ONLY = Segment()  # the segment of a stage that has one
@@ -195,22 +193,6 @@ def run_stage(
                             _decode(model, settings, latents.pop(sample), sample, segment, progress, on_progress)
                     if segment == segments[-1]:
                         yield _joined(stage, settings, sample)
-
-
-def guidance_of(settings: Settings) -> Guidance:
-    """Returns the guidance that the settings ask for."""
-    return Guidance(
-        scale=settings.guidance,
-        rescale=settings.guidance_rescale,
-        low=settings.guidance_low,
-        high=settings.guidance_high,
-        every=settings.guidance_every,
-    )
-
-
-def feature_cache_of(settings: Settings) -> FeatureCache:
-    """Returns the feature cache that the settings ask for."""
-    return FeatureCache(every=settings.cache_every, depth=settings.cache_depth)
 
 
 def _cache_name(stage: Stage, settings: Settings, segment: Segment) -> str:

@@ -13,6 +13,7 @@ the filters. Needs PySceneDetect and matplotlib: pip install "lavie_jax[curation
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="clips for the held-out split, by name of the video, with * and ?, and seconds (default: a twentieth of "
         "the videos, by hash)",
     )
-    add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
+    add("--workers", type=int, help="number of processes, here or of DirectRunner (default: one per core)")
     add("--shard-clips", type=int, default=1000, help="clips per shard (default: %(default)s)")
     add(
         "--time-limit",
@@ -117,8 +118,8 @@ def _latent_job(args: argparse.Namespace) -> LatentJob | None:
             raise UserError("--latent-sizes and --latent-fps need --latents WEIGHTS")
         return None
     sizes = () if args.latent_sizes is None else parse_sizes(args.latent_sizes)
-    if args.latent_fps is not None and not args.latent_fps > 0:
-        raise UserError(f"--latent-fps must be above 0; given {args.latent_fps:g}")
+    if args.latent_fps is not None and not 0 < args.latent_fps < math.inf:
+        raise UserError(f"--latent-fps must be above 0 and finite; given {args.latent_fps:g}")
     return LatentJob(weights=args.latents, sizes=sizes, fps=args.latent_fps or 0.0)
 
 
@@ -152,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (args.input is None) == (args.images is None):
             raise UserError("give either --input, a folder of videos, or --images, captioned images")
         if args.images is None:
-            job, table = _job(args), args.captions
-            options = {"table": table, "workers": args.workers, "shard_clips": args.shard_clips,
+            job, table, workers = _job(args), args.captions, args.workers
+            if workers is None and (args.runner is None or beam.is_direct(args.runner)):
+                workers = os.cpu_count() or 1
+            options = {"table": table, "workers": workers, "shard_clips": args.shard_clips,
                        "time_limit": args.time_limit}  # fmt: skip
             if args.runner is None:
                 outcome = curate(args.input, args.out, job, **options)

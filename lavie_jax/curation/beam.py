@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavie_jax.curation import beam_duplicates, beam_steps, output, pipeline
-from lavie_jax.curation.job import CurationJob, Outcome
+from lavie_jax.curation.job import CurationJob, Outcome, package_versions
 from lavie_jax.errors import UserError, suggest
 
 INSTALL = 'pip install "lavie_jax[curation-beam]", or -e ".[curation-beam]" in a clone'
@@ -28,19 +28,20 @@ def curate(
     runner: str,
     options: Sequence[str] = (),
     table: Path | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     shard_clips: int = 1000,
     time_limit: float = pipeline.TIME_LIMIT,
     until: str = STAGES[-1],
 ) -> Outcome | None:
     """Does what `pipeline.curate` does, by a runner of Apache Beam.
 
-    An interrupted job resumes when called again, with any runner or locally, and ends with the same shards.
+    An interrupted job resumes when called again, with any runner or, if it has no captioner, locally. It ends with the
+    same shards.
 
     Args:
         runner: a name of Beam's, such as DirectRunner or FlinkRunner.
         options: flags of the runner.
-        workers: threads of DirectRunner, each with a process; other runners have `options` for it.
+        workers: threads of DirectRunner, each with a process; None = one. Other runners have `options` for it.
         until: the last stage to run, one of STAGES. Later ones can run in another job, on other machines.
 
     Returns:
@@ -52,14 +53,17 @@ def curate(
     make_pipeline = _pipeline_maker(runner, [*options], workers)
     if until not in STAGES:
         raise UserError(f"unknown --until {until!r}{suggest(until, STAGES)}")
-    videos, encoder = pipeline.prepare(folder, out, job, table=table, shard_clips=shard_clips, time_limit=time_limit)
+    videos, encoder = pipeline.prepare(
+        folder.absolute(), out, job, table=table, shard_clips=shard_clips, time_limit=time_limit
+    )  # fmt: skip
     latents = {} if encoder is None else {"latents": encoder.settings()}
     settings = job.settings() | latents
     # Stages that can be repeated with other models do not determine the results of those before them.
-    of_cuts = job.settings() | {"captioner": job.captioner and "a later stage", "shard_clips": shard_clips}
-    with output.open_output(out, of_cuts) as work:
+    of_cuts = settings | {"captioner": job.captioner and "a later stage", "shard_clips": shard_clips}
+    with output.open_output(out, of_cuts, repeated=("latents",)) as work:
         run = beam_steps.Run(
-            job=job, work=work.absolute(), out=out.absolute(), settings=settings, videos=len(videos),
+            job=job, work=work.absolute(), out=out.absolute(), settings=settings,
+            versions=package_versions(), videos=len(videos),
             shard_clips=shard_clips, time_limit=time_limit,
             captions=hashlib.sha256(str(settings["captioner"]).encode()).hexdigest()[:16],
             sizes=() if encoder is None else encoder.sizes,
@@ -77,17 +81,26 @@ def curate(
     )  # fmt: skip
 
 
-def _pipeline_maker(runner: str, options: list[str], workers: int) -> Any:
+def is_direct(runner: str) -> bool:
+    """Whether Beam takes `runner`, a name in any case, for its DirectRunner."""
+    return runner.lower() in ("direct", "directrunner")
+
+
+def _pipeline_maker(runner: str, options: list[str], workers: int | None) -> Any:
     """Returns a function that makes an empty pipeline for a runner."""
+    direct = is_direct(runner)
+    if workers is not None and not direct:
+        raise UserError(f"--workers is for the local job and DirectRunner: give {runner} its own options, after --")
+    pipeline.check_workers(1 if workers is None else workers)
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
         from apache_beam.runners.runner import create_runner
     except ImportError as error:
         raise UserError(f"--runner needs Apache Beam: {INSTALL} ({error})") from error
-    if runner == "DirectRunner":
+    if direct:
         # A thread for each worker, as the work is done in processes of their own.
-        options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_threading", *options]
+        options = [f"--direct_num_workers={workers or 1}", "--direct_running_mode=multi_threading", *options]
     try:
         made = create_runner(runner)
         parsed = PipelineOptions([f"--runner={runner}", *options])

@@ -26,7 +26,7 @@ from lavie_jax.curation.beam_duplicates import SCENES, VIDEOS, Matches
 from lavie_jax.curation.duplicates import Fingerprints
 from lavie_jax.curation.inputs import Video
 from lavie_jax.curation.isolation import Worker
-from lavie_jax.curation.job import CurationJob
+from lavie_jax.curation.job import CurationJob, package_versions
 from lavie_jax.curation.statistics import Statistics
 from lavie_jax.curation.video import LATER, Part, Segment, Summary, join_parts, read_part, with_caption
 from lavie_jax.data import shards
@@ -55,6 +55,7 @@ class Run:
 
     Attributes:
         settings: of the manifest, with the versions of libraries.
+        versions: of the packages that all workers must have.
         videos: number of videos.
         captions: name of the folder of this captioner's captions in the work folder.
         sizes: of the frames of latents; () = encoded clips.
@@ -64,6 +65,7 @@ class Run:
     work: Path
     out: Path
     settings: dict[str, Any]
+    versions: dict[str, str]
     videos: int
     shard_clips: int
     time_limit: float
@@ -91,7 +93,7 @@ def errors_in(work: Path) -> Iterator[None]:
             text = f"the disk of the worker {socket.gethostname()} is full: free some space"
         if text:
             with contextlib.suppress(OSError):
-                (work / ERROR).write_text(text, encoding="utf-8")
+                _write(work / ERROR, text)  # never an empty message, should that disk be full
         raise
 
 
@@ -101,14 +103,14 @@ def errors_in(work: Path) -> Iterator[None]:
 def find_parts(run: Run, number: int, video: Video) -> list[tuple[int, Part]]:
     """Returns the parts of a video."""
     with errors_in(run.work), _worker(run.job) as worker:
-        _check_versions(run)
+        _check_worker(run, video)
         return [(number, part) for part in pipeline.read_parts(worker, video, run.time_limit)]
 
 
 def cut(run: Run, number: int, part: Part) -> tuple[int, tuple[int, Part, list[Segment], Summary]]:
     """Curates a part unless its result exists; returns the result under the group of its video."""
     with errors_in(run.work):
-        _check_versions(run)
+        _check_worker(run, part.video)
         result, summary = read_part(run.work, part.name), Summary(0.0, 0.0, 0, 0)
         if result is None:
             with _worker(run.job) as worker:
@@ -119,9 +121,15 @@ def cut(run: Run, number: int, part: Part) -> tuple[int, tuple[int, Part, list[S
         return number // VIDEOS, (number, part, result[1], summary)
 
 
-def _check_versions(run: Run) -> None:
-    here = run.job.settings()["versions"]
-    for name, version in run.settings["versions"].items():
+def _check_worker(run: Run, video: Video) -> None:
+    """Raises UserError where a video would be taken for unreadable, or be cut in another way than by other workers."""
+    if not video.path.is_file():
+        raise UserError(
+            f"the worker {socket.gethostname()} has no file {os.fspath(video.path)!r}: mount the input folder on all "
+            "workers, under the same path"
+        )
+    here = package_versions()
+    for name, version in run.versions.items():
         if here[name] != version:
             raise UserError(
                 f"the worker {socket.gethostname()} has {name} {here[name]}, the command {version}: use the same "

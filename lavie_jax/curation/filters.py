@@ -5,6 +5,7 @@ with every clip, so a data set can be filtered more strictly later without anoth
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,16 +45,18 @@ class Thresholds:
     def __post_init__(self):
         if self.letterbox not in LETTERBOX:
             raise UserError(f"unknown --letterbox {self.letterbox!r}{suggest(self.letterbox, LETTERBOX)}")
-        if self.cut <= 0:
-            raise UserError(f"--cut must be above 0; given {self.cut:g}")
+        if not 0 < self.cut < math.inf:
+            raise UserError(f"--cut must be above 0 and finite; given {self.cut:g}")
         if not -1 <= self.duplicate_bits <= 64:
             raise UserError(f"--duplicate-bits must be from -1 to 64; given {self.duplicate_bits}")
         for name in (
             "min_words", "min_frames", "min_height", "min_brightness", "min_motion", "max_overlay", "max_text",
             "max_seconds", "max_height",
         ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 0; given {getattr(self, name):g}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be at least 0 and finite; given {getattr(self, name):g}"
+                )
 
 
 class Bars(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any
 
 from lavie_jax.errors import UserError
 
+LONGEST = 2e6  # seconds, 23 days: a pipe cannot wait for longer
+
 
 class Interrupted(Exception):
     """A call did not return; the message says why: its process died, or it ran out of time."""
@@ -58,7 +60,7 @@ class Worker:
     def _exchange(self, function: Callable, arguments: tuple, *, seconds: float) -> Any:
         try:
             self._pipe.send((function, arguments))
-            if not self._pipe.poll(seconds or None):
+            if not self._pipe.poll(min(seconds, LONGEST) or None):
                 self._end()
                 raise OutOfTime(f"took longer than {seconds:g} s")
             returned, value = pickle.loads(self._pipe.recv_bytes())

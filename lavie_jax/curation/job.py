@@ -1,8 +1,12 @@
 """Settings of a curation run and its outcome. Worker processes import this module, so it must not load jax."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib
+from pathlib import Path
 
+import lavie_jax
 from lavie_jax.curation.filters import Thresholds
 from lavie_jax.curation.inputs import HeldOut
 from lavie_jax.curation.models import Captioner
@@ -53,8 +57,22 @@ class CurationJob:
             "captioner": captioner,
             "aesthetic": list(self.aesthetic) if self.aesthetic else None,
             "hold_out": [str(each) for each in self.hold_out],
-            "versions": {name: importlib.import_module(name).__version__ for name in ("av", "scenedetect", "PIL")},
+            "versions": _versions("av", "scenedetect", "PIL"),
         }
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Returns the versions of what must be the same on all machines of a job, such as the code of this package."""
+    root = Path(lavie_jax.__file__).parent
+    files = sorted(file for folder in ("curation", "data") for file in (root / folder).glob("*.py"))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    packages = _versions("av", "scenedetect", "PIL", "cv2", "numpy")
+    return {"lavie_jax": f"{lavie_jax.__version__} (code {code})", **packages}
+
+
+def _versions(*names: str) -> dict[str, str]:
+    return {name: importlib.import_module(name).__version__ for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

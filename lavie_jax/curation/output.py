@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ def refuse_finished(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_output(out: Path, settings: dict[str, object]) -> Iterator[Path]:
+def open_output(out: Path, settings: dict[str, object], *, repeated: Collection[str] = ()) -> Iterator[Path]:
     """Creates or reopens `out` for a run with `settings`, and yields its work folder, locked for this process.
+
+    Args:
+        out: the output folder.
+        settings: everything that determines the results so far.
+        repeated: names of settings that may differ from those of an earlier run, whose shards are then deleted.
 
     Raises:
         UserError: `out` belongs to another running process or to a run with other settings, is not empty, or its disk
@@ -52,9 +57,9 @@ def open_output(out: Path, settings: dict[str, object]) -> Iterator[Path]:
             raise UserError(f"another run is writing to {os.fspath(out)!r}")
         if held is None:
             logging.warning("%s is on a disk without flock: start one run in it at a time", os.fspath(out))
-        _check_settings(work / "settings.json", json.loads(json.dumps(settings)))
+        _check_settings(work / "settings.json", json.loads(json.dumps(settings)), repeated)
         for partial in work.glob(".*-*"):  # left by a killed run
-            shutil.rmtree(partial)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield work
 
 
@@ -70,20 +75,23 @@ def _full_disk_as_user_error(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_settings(path: Path, settings: dict[str, object]) -> None:
+def _check_settings(path: Path, settings: dict[str, object], repeated: Collection[str]) -> None:
     """Stores the settings of a new run; raises UserError if the run was started with others."""
-    if not path.exists():
+    before = json.loads(path.read_text()) if path.exists() else settings
+    names = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
+    if fixed := [name for name in names if name not in repeated]:
+        changed = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in fixed)
+        raise UserError(
+            f"{os.fspath(path.parents[1])!r} was started with other settings ({changed}): "
+            "use those, or name another --out"
+        )
+    if names:
+        for stale in (*path.parents[1].glob(f"*{shards.SUFFIX}"), *path.parents[1].glob(f"*/*{shards.SUFFIX}")):
+            stale.unlink()
+    if names or not path.exists():
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps(settings))
         temporary.replace(path)
-        return
-    before = json.loads(path.read_text())
-    changed = [f"{k} was {before.get(k)}, now {settings[k]}" for k in settings if before.get(k) != settings[k]]
-    if changed:
-        raise UserError(
-            f"{os.fspath(path.parents[1])!r} was started with other settings ({'; '.join(changed)}): "
-            "use those, or name another --out"
-        )
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -55,8 +55,7 @@ def curate(
         UserError: before any work, if something is missing or inconsistent, or if `out` contains a finished set or one
             started with other settings.
     """
-    if workers < 1:
-        raise UserError(f"--workers must be at least 1; given {workers}")
+    check_workers(workers)
     videos, encoder = prepare(folder, out, job, table=table, shard_clips=shard_clips, time_limit=time_limit)
     settings = job.settings() | ({} if encoder is None else {"latents": encoder.settings()})
     with output.open_output(out, settings | {"shard_clips": shard_clips}) as work:
@@ -78,6 +77,12 @@ def curate(
         video_seconds=sum(summary.video_seconds for summary in summaries),
         core_seconds=sum(summary.core_seconds for summary in summaries),
     )
+
+
+def check_workers(workers: int) -> None:
+    """Raises UserError for a number of workers below 1."""
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1; given {workers}")
 
 
 def prepare(

@@ -89,7 +89,7 @@ def open_set(path: str) -> LatentSet:
             raise UserError(f"{os.fspath(folder / name)!r} is {state}; fetch the set again")
     try:
         null_text = np.load(folder / NULL_TEXT)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {os.fspath(folder / NULL_TEXT)!r}: {error}") from error
     return LatentSet(
         path=folder,

@@ -49,7 +49,7 @@ def read_index(folder: Path, list_name: str, paths: Sequence[Path]) -> ShardInde
         if stored["versions"][chosen].tolist() != _versions(paths):
             return None
         counts, hashes, sizes = stored["counts"], stored["hashes"], stored["sizes"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     if len(chosen) < len(counts) or (np.diff(chosen) != 1).any():
         ends = np.cumsum(counts)

@@ -130,7 +130,7 @@ class StageCache(MemoryCache):
             with self._path(stage, STATE).open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
             return int(state.pop("step")), state
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:

@@ -95,7 +95,7 @@ class Base(Stage):
             )
         sampler = settings.sampler
         if adds_noise(sampler):
-            if given.get("sampler") is not None:
+            if given.get("sampler") is not None or sampler == "lcm":  # a model that was distilled for it
                 raise UserError(
                     f"long: {settings.long} needs a sampler without fresh noise at every step, such as {LONG_SAMPLER}, "
                     f"not {sampler}"

@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from lavie_jax import random
+from lavie_jax.diffusion.feature_cache import FeatureCache
+from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.registry import PARTS
@@ -343,3 +345,19 @@ class Stage:
     ) -> UInt8[np.ndarray, "n height width 3"]:
         """Crops decoded frames to the output size; `start` is the index of the first one in the segment."""
         return decoded[:, : settings.height, : settings.width]
+
+
+def guidance_of(settings: Settings) -> Guidance:
+    """Returns the guidance that the settings ask for."""
+    return Guidance(
+        scale=settings.guidance,
+        rescale=settings.guidance_rescale,
+        low=settings.guidance_low,
+        high=settings.guidance_high,
+        every=settings.guidance_every,
+    )
+
+
+def feature_cache_of(settings: Settings) -> FeatureCache:
+    """Returns the feature cache that the settings ask for."""
+    return FeatureCache(every=settings.cache_every, depth=settings.cache_depth)

@@ -71,6 +71,10 @@ class DistillConfig:
             (latents, "encodes the negative prompt, for which sets of latents have no text encoder: set data.source"),
             (config.sampling.guidance not in (None, 1), "makes a model without guidance: set sampling.guidance=1"),
             (
+                config.sampling.negative_prompt is not None,
+                "takes the negative prompt of its teacher's folder: leave out sampling.negative_prompt",
+            ),
+            (
                 self.kind == CONSISTENCY and config.sampling.sampler not in (None, "lcm"),
                 "makes a model for the sampler lcm: set sampling.sampler='lcm'",
             ),
