@@ -7,9 +7,11 @@ import dataclasses
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -529,6 +531,22 @@ def test_a_port_in_use_and_a_missing_address_are_one_line():
         server.listen("192.0.2.1", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
+
+
+def test_ctrl_c_ends_the_queue_without_a_traceback(desk, monkeypatch):
+    class Server:
+        """Ends as uvicorn does."""
+
+        def __init__(self, config):
+            pass
+
+        def run(self, sockets):
+            ask(desk.queue)
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace(Server=Server, Config=lambda *_, **__: None))
+    server.serve(None, None, desk.queue, on_start=lambda: None)
+    assert not desk.queue._thread.is_alive() and desk.queue.waiting() == 1
 
 
 @pytest.mark.parametrize(

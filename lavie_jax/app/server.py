@@ -230,9 +230,13 @@ def serve(app: App, listening: socket.socket, queue: JobQueue, *, on_start: Call
     )
     queue.start()
     try:
-        Server(config).run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+            Server(config).run(sockets=[listening])
     finally:
-        queue.close()
+        if queue.waiting():
+            logging.warning("the step that has begun is finished first; Ctrl-C ends at once")
+        with contextlib.suppress(KeyboardInterrupt):
+            queue.close()
 
 
 def share(host: str, port: int) -> str:
