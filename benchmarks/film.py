@@ -16,6 +16,7 @@ the shots). Writes results.json, and sheets and videos side by side. LPIPS needs
 """
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,12 @@ def main() -> None:
         raise UserError(f"--runs and --steps must be at least 1; given {args.runs} and {args.steps}")
     if not (args.data / "held_out.json").is_file():
         raise UserError(f"{args.data} is not a folder of tools/real_film.py: it has no held_out.json")
+    if "live" in tasks and (missing := [name for name in LIVE if not (args.data / "live" / name).is_file()]):
+        raise UserError(
+            f"{args.data / 'live'} has no {', '.join(missing)}: run tools/real_film.py, or leave out `live`"
+        )
+    if "interpolation" in tasks and importlib.util.find_spec("cv2") is None:
+        print("Flow is left out, because opencv-python is not installed.")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}

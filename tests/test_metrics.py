@@ -162,6 +162,9 @@ def test_protocols_are_the_defaults_with_named_differences():
     assert (knobs.clips, knobs.ddof, knobs.resolution, knobs.frames) == (64, 0, 256, 16)
     for protocol in PROTOCOLS:
         make_knobs(FVDKnobs, {}, protocol)
+    assert make_knobs(FVDKnobs, {"crop": "none"}, "paper").crop_pixels is None
+    with pytest.raises(UserError, match="--crop-pixels has no effect with --crop none"):
+        make_knobs(FVDKnobs, {"crop": "none", "crop_pixels": 100})
     with pytest.raises(UserError, match="did you mean 'styleganv'"):
         make_knobs(FVDKnobs, {}, "stylegan-v")
     with pytest.raises(UserError, match="--frames must be at least 10, not 8"):
@@ -329,6 +332,13 @@ def test_results_that_must_not_be_compared_are_named(change, reason):
     assert __import__("re").search(reason, reasons[0]), reasons
 
 
+def test_the_seed_of_a_bootstrap_alone_does_not_matter():
+    a, b = (result_of(knobs=dataclasses.asdict(PairKnobs(seed=seed))) for seed in (0, 1))
+    assert not result_files.differences(a, b)
+    a, b = (result_of(knobs=dataclasses.asdict(FVDKnobs(seed=seed))) for seed in (0, 1))
+    assert "seed 0 and 1" in result_files.differences(a, b)[0]
+
+
 def test_compare_exits_with_1_and_says_why(tmp_path, capsys):
     paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
     other = result_of(numbers={"fvd": {"value": 700.0, "n": 64, "n_reference": 64, "interval": [660.0, 740.0]}})
@@ -376,6 +386,11 @@ def test_pairs_are_measured_by_name_with_medians(tmp_path, capsys):
     assert "psnr" in capsys.readouterr().out
     result = json.loads((tmp_path / "psnr.json").read_text())
     assert result["numbers"]["psnr"]["median"] == pytest.approx(20 * np.log10(25.5), abs=0.3)
+    assert result["paired_by"] == "name"
+    for i in range(3):
+        (tmp_path / "darker" / f"clip{i}.npz").rename(tmp_path / "darker" / f"mine{i}.npz")
+    main(["psnr", "--samples", darker, "--reference", true, "--json", str(tmp_path / "psnr.json")])
+    assert json.loads((tmp_path / "psnr.json").read_text())["paired_by"] == "position"
     assert result["numbers"]["psnr"]["n"] == 3 and result["videos"]["psnr"].keys() == {"clip0", "clip1", "clip2"}
     main(["psnr", "--samples", true, "--reference", true, "--json", str(tmp_path / "same.json")])
     assert json.loads((tmp_path / "same.json").read_text())["numbers"]["psnr"]["value"] is None  # infinite

@@ -171,11 +171,13 @@ def test_ucf101_goes_from_class_names_to_the_table_and_resumes(sampler, tmp_path
         (["--seed", "7"], "has videos of other settings (seed)"),
         (["--classes", str(other)], "has videos of other prompts"),
         (["--limit", "2"], "has 1 videos besides the 2 to be measured, such as RedCircle/002"),
+        (["--guidance", "2"], "has videos of other settings (guidance)"),
         (["--no-sampling", "--part", "0/2"], "give one of them"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--clips", "0"], "--clips must be at least 2"),
     ):
         assert message in refused([*flags, *more], capsys)
+    assert "has videos of other settings (steps)" in refused(flags[:-2], capsys)  # which were given before
     # What would fail after sampling is refused before, and leaves nothing.
     fresh = [*flags, "--out", str(tmp_path / "fresh")]
     for more, message in (

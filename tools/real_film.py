@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors
 
 CAPTION = "an animated film about a big rabbit"
 RATE = 24  # frames per second of the film
@@ -202,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes of the curation (default: one per core)")
     parser.add_argument("--fetch-only", action="store_true", help="do not cut the film")
     args = parser.parse_args(argv)
+    check_folder(args.out, f"--out {args.out}")
     fetch(args.out)
     if args.fetch_only or (args.out / "shards" / "manifest.json").exists():
         return

@@ -51,7 +51,9 @@ def _parser(command: str, about: str) -> Parser:
     parser = Parser(prog=f"python -m lavie_jax.evaluation {command}", description=about)
     about = "the videos: files, .npz, or folders of frames"
     parser.add_argument("--samples", type=user_location, required=True, metavar="DIR", help=about)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with every setting, to this file")
+    if command != "features":
+        about = "write the result, with every setting, to this file"
+        parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     return parser
 
 
@@ -109,7 +111,7 @@ def _check_distance(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"--out {args.out} is in --{flag} {source}, whose files are read as videos: choose a folder outside"
                 )
-    results.check_path(args.json, result_files.KIND)
+    results.check_path(getattr(args, "json", None), result_files.KIND)
 
 
 def load_i3d(path: Path | None) -> tuple[dict[str, Any], str]:
@@ -213,6 +215,7 @@ def pair_metrics(command: str, argv: Sequence[str]) -> Report:
         "metric": command, "knobs": dataclasses.asdict(knobs),
         "numbers": {name: frame_measures.summary(own, **options) for name, own in values.items()},
         "samples": args.samples, "reference": args.reference,
+        "paired_by": "name" if all(a.name == b.name for a, b in videos) else "position",
         "samples_sha256": fvd.set_hash([a for a, _ in videos]),
         "reference_sha256": fvd.set_hash([b for _, b in videos]),
         "weights_sha256": LPIPS_WEIGHTS.sha256 if "lpips" in names else None,

@@ -62,6 +62,10 @@ class FVDKnobs(ClipKnobs):
                            or_zero=True)  # fmt: skip
     splits: int = field("random splits of the real-against-real value", metavar="N", default=20, low=1)
 
+    def __post_init__(self):
+        if self.crop == "none":  # a protocol's side of the square does nothing then
+            object.__setattr__(self, "crop_pixels", None)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairKnobs:
@@ -125,4 +129,6 @@ def make_knobs(cls: type, given: Mapping[str, Any], protocol: str | None = None)
     values = dict(PROTOCOLS[protocol].values) if protocol else {}
     values |= {name: value for name, value in given.items() if value is not None and name in settable(cls)}
     check_rules(cls, values, label="--{}")
+    if values.get("crop") == "none" and given.get("crop_pixels") is not None:
+        raise UserError("--crop-pixels has no effect with --crop none: give one of them")
     return cls(**values)

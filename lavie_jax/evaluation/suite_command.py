@@ -45,6 +45,7 @@ from lavie_jax.weights import folder_hash
 
 VIDEOS, SETTINGS, CAPTIONS, TABLE = "videos", "settings.json", "captions.json", "table.json"
 TOOL_TABLE = "videos.csv"
+RESULTS = FVD, CLIPSIM = "fvd.json", "clipsim.json"
 SIZES = ("frames", "height", "width", "fps")
 PROTOCOL = "paper"  # of the FVD of ucf101
 
@@ -113,11 +114,6 @@ def run(name: str, argv: Sequence[str]) -> commands.Report:
         return commands.Report([line])
     if missing := [item.name for item in items if not _path(videos, item).is_file()]:
         raise UserError(f"{videos} lacks {len(missing)} of {len(items)} videos, such as {missing[0]}.mp4")
-    if more := {video.name for video in find_videos(os.fspath(videos), "--out")} - {item.name for item in items}:
-        raise UserError(
-            f"{videos} has {len(more)} videos besides the {len(items)} to be measured, such as {min(more)}: move them, "
-            "or give the --limit that they were sampled with"
-        )
     numbers, lines, facts = MEASURES.get(name, _nothing)(args, items)
     where = {"videos": shlex.quote(str(videos.resolve())), "out": shlex.quote(str(args.out.resolve()))}
     lines = [*lines, *(f"measure with: {line.format(**where)}" for line in suite.tool)]
@@ -137,7 +133,8 @@ def _check(args: argparse.Namespace) -> tuple[int, int] | None:
     if args.part is not None and args.no_sampling:
         raise UserError("--part divides the sampling, and --no-sampling leaves it out: give one of them")
     check_folder(args.out, f"--out {args.out}")
-    results.check_path(args.out / TABLE, result_files.KIND)
+    for name in (TABLE, *RESULTS):
+        results.check_path(args.out / name, result_files.KIND)
     for name in (CAPTIONS, TOOL_TABLE, SETTINGS, TABLE):
         if (args.out / name).exists() and args.source.exists() and args.source.samefile(args.out / name):
             raise UserError(f"{args.source} would be overwritten by this run: choose another --out")
@@ -169,7 +166,7 @@ def sample(suite: Suite, items: Sequence[Item], args: argparse.Namespace, part: 
     folder = cascade.stage_folder(args.weights, MAIN_STAGE)
     settings = {**given, "seed": args.seed, "weights_sha256": folder_hash(folder), "prompts_sha256": prompts}
     known, videos = _settings(args.out), args.out / VIDEOS
-    if different := [key for key in settings if known and known.get(key) != settings[key]]:
+    if different := [key for key in {**known, **settings} if known and known.get(key) != settings.get(key)]:
         raise UserError(
             f"{args.out} has videos of other settings ({', '.join(different)}): choose another --out, or give the same"
         )
@@ -237,8 +234,19 @@ def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names if name in result}
 
 
+def _check_no_others(args: argparse.Namespace, items: Sequence[Item]) -> None:
+    """Raises UserError for videos in the folder that are not among the items: a metric measures all of a folder."""
+    videos = args.out / VIDEOS
+    if more := {video.name for video in find_videos(os.fspath(videos), "--out")} - {item.name for item in items}:
+        raise UserError(
+            f"{videos} has {len(more)} videos besides the {len(items)} to be measured, such as {min(more)}: move them, "
+            "or give the --limit that they were sampled with"
+        )
+
+
 def _fvd(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
-    path = args.out / "fvd.json"
+    _check_no_others(args, items)
+    path = args.out / FVD
     flags = ["--samples", str(args.out / VIDEOS), "--reference", args.reference, "--protocol", PROTOCOL,
              "--out", str(args.out), "--json", str(path)]  # fmt: skip
     flags += ["--i3d", str(args.i3d)] if args.i3d else []
@@ -250,7 +258,8 @@ def _fvd(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
 
 
 def _clipsim(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
-    captions, path = args.out / CAPTIONS, args.out / "clipsim.json"
+    _check_no_others(args, items)
+    captions, path = args.out / CAPTIONS, args.out / CLIPSIM
     with finished(captions) as temporary:
         temporary.write_text(json.dumps({item.name: item.prompt for item in items}, indent=2) + "\n")
     flags = ["--samples", str(args.out / VIDEOS), "--captions", str(captions), "--clip", os.fspath(args.clip)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from lavie_jax.data import moving_shapes, video_files
@@ -267,9 +268,15 @@ def paired(samples: Sequence[Video], reference: Sequence[Video]) -> list[tuple[V
                 f"no names of --samples and --reference agree, and they have {len(samples)} and {len(reference)} "
                 "videos: name each pair equally"
             )
+        logging.warning(
+            "no names of --samples and --reference agree: paired by position, %s with %s first",
+            samples[0].name, reference[0].name,
+        )  # fmt: skip
         return list(zip(samples, reference))
     if missing := [video.name for video in samples if video.name not in by_name]:
         raise UserError(f"{len(missing)} samples have no reference of the same name: {', '.join(missing[:5])}")
+    if others := len(reference) - len(samples):
+        logging.warning("%d of %d videos of --reference have no sample, and are left out", others, len(reference))
     return [(video, by_name[video.name]) for video in samples]
 
 
