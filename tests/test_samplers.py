@@ -16,7 +16,7 @@ import pytest
 from absl import logging
 
 from lavie_jax.diffusion import SAMPLERS, SPACINGS, Schedule, chain_warning, guide, make_sampler, sample
-from lavie_jax.diffusion.making import state_arrays
+from lavie_jax.diffusion.making import original_sampler, state_arrays
 from lavie_jax.diffusion.samplers import DDIM
 from lavie_jax.diffusion.schedule import PREDICTIONS
 from lavie_jax.diffusion.spacing import AYS_SIGMAS
@@ -229,7 +229,11 @@ def test_every_number_of_steps_has_falling_timesteps_and_rising_levels(name, spa
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_extreme_numbers_of_steps_sample_the_data(name, steps):
-    """Data of mean 2 and standard deviation 0.1, which noise (mean 0, standard deviation 1) is far from."""
+    """Data of mean 2 and standard deviation 0.1, which noise (mean 0, standard deviation 1) is far from.
+
+    Golden cases may have what the original programs do with fewer steps.
+    """
+    assert len(original_sampler(name, steps, Schedule()).step_timesteps) == steps
     if steps == 1 and name not in ONE_STEP:
         with pytest.raises(UserError, match="would return noise"):
             make(name, steps)

@@ -47,16 +47,21 @@ def make_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None 
         UserError: an unknown name or spacing, a spacing that the sampler cannot take, or a number of steps that the
             schedule or the sampler cannot do, such as those that start almost without noise.
     """
+    sampler = original_sampler(name, steps, schedule, spacing)
+    _check_start(name, sampler)
+    _check_residual_noise(name, sampler)
+    return sampler
+
+
+def original_sampler(name: str, steps: int, schedule: Schedule, spacing: str | None = None) -> Sampler:
+    """Returns the same as `make_sampler`, also for chains that return noise, which the original programs run."""
     kind = _kind(name)
     if not isinstance(steps, int) or not 1 <= steps <= schedule.steps:
         raise UserError(f"steps must be a whole number from 1 to {schedule.steps}, not {steps!r}")
     spacing = kind.default_spacing if spacing is None else spacing
     if spacing not in SPACINGS:
         raise UserError(f"unknown timestep spacing {spacing!r}{suggest(spacing, SPACINGS)}")
-    sampler = kind(steps, schedule, spacing)
-    _check_start(name, sampler)
-    _check_residual_noise(name, sampler)
-    return sampler
+    return kind(steps, schedule, spacing)
 
 
 def state_arrays(name: str) -> int:

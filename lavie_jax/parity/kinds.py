@@ -14,8 +14,9 @@ from einops import rearrange
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
 
-from lavie_jax.diffusion import Schedule, make_sampler, sample
+from lavie_jax.diffusion import Schedule, sample
 from lavie_jax.diffusion.free_noise import noise_sources
+from lavie_jax.diffusion.making import original_sampler
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.models.clip_text import CLIPText, CLIPTextConfig
 from lavie_jax.models.temporal_windows import AttentionWindows
@@ -150,7 +151,7 @@ def run_trajectory(
 
     latents, init = {}, take(case, "init") if init is None else init
     for name in samplers:
-        sampler = make_sampler(name, case.settings["steps"], stage.schedule)
+        sampler = original_sampler(name, case.settings["steps"], stage.schedule)
         latents[name] = channels_first(sample(sampler, denoise, init, noise_at))
     return latents
 
@@ -263,7 +264,7 @@ def run_loop(case: Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]
     def draw(what):
         return jnp.asarray(case.draw(f"loop/{name}/{steps}/{what}", case.settings["shape"]))
 
-    sampler = make_sampler(sampler_name, steps, schedule)
+    sampler = original_sampler(sampler_name, steps, schedule)
     end = sample(sampler, denoise, draw("init"), lambda i: draw(f"noise/{i}"))
     return np.asarray(end), np.asarray(timesteps)
 

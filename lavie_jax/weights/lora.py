@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,8 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def check_scale(file: object, scale: Any) -> float:
     """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST:
+    scale = scale.item() if isinstance(scale, np.generic) else scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
         raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
     return float(scale)
 
