@@ -336,7 +336,7 @@ def _keep_programs_in(cache: Path) -> None:
     folder = cache / "programs"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _writable_by_others(folder):
+        if folder.stat().st_uid == os.geteuid() and _writable_by_others(folder):
             folder.chmod(0o700)
         if _writable_by_others(folder):
             raise PermissionError(f"others can write to {folder}, and stored programs may run anything")

@@ -205,6 +205,10 @@ def test_chains_of_near_duplicates_are_settled_as_by_the_local_job(max_bits, row
         (("--runner", "FlinkRunner", "--", "--flink_job_server_jar=none.jar"), "run the same command to resume"),
         (("--runner", "DirectRunner", "--images", "folder:in"), "--runner is for --input"),
         (("--runner", "DirectRunner", "--workers", "0"), "--workers must be at least 1; given 0"),
+        (
+            ("--runner", "DirectRunner", "--", "--direct_running_mode=none"),
+            "options of --runner DirectRunner: argument --",
+        ),
         (("--runner", "FlinkRunner", "--workers", "2"), "--workers is for the local job and DirectRunner"),
         (("--runner", "DirectRunner", "--min-words", "9"), "was started with other settings (min_words was 3, now 9)"),
         (("--runner", "DirectRunner", "--captioner", "os:abort"), "captioner was None, now a later stage"),

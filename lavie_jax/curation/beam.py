@@ -4,10 +4,13 @@ It runs the same functions of parts and clips as the local job and writes the sa
 input and output folders, and have the same packages.
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,11 +104,17 @@ def _pipeline_maker(runner: str, options: list[str], workers: int | None) -> Any
     if direct:
         # A thread for each worker, as the work is done in processes of their own.
         options = [f"--direct_num_workers={workers or 1}", "--direct_running_mode=multi_threading", *options]
+    printed = io.StringIO()
     try:
-        made = create_runner(runner)
-        parsed = PipelineOptions([f"--runner={runner}", *options])
+        with contextlib.redirect_stderr(printed):  # argparse prints its usage and exits
+            made = create_runner(runner)
+            parsed = PipelineOptions([f"--runner={runner}", *options])
+            parsed.get_all_options()  # raises for values of other classes of options
+    except SystemExit as error:
+        raise UserError(f"options of --runner {runner}: {printed.getvalue().rpartition('error: ')[2]}") from error
     except (ValueError, ImportError, AttributeError) as error:
         raise UserError(f"--runner {runner} is not a runner of the installed Apache Beam: {error}") from error
+    sys.stderr.write(printed.getvalue())  # warnings of options that no class knows
     return functools.partial(apache_beam.Pipeline, runner=made, options=parsed)
 
 

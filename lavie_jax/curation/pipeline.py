@@ -56,6 +56,8 @@ def curate(
             started with other settings.
     """
     check_workers(workers)
+    if workers == 1 and time_limit not in (0, TIME_LIMIT):
+        logging.warning("--time-limit has no effect with one worker, which is this process: give two or more --workers")
     videos, encoder = prepare(folder, out, job, table=table, shard_clips=shard_clips, time_limit=time_limit)
     settings = job.settings() | ({} if encoder is None else {"latents": encoder.settings()})
     with output.open_output(out, settings | {"shard_clips": shard_clips}) as work:
