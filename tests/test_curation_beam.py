@@ -227,9 +227,10 @@ def test_bad_input_is_one_line_and_exit_code_2(words, message, wild, tmp_path, m
     assert not Path("out/manifest.json").exists()
 
 
-def test_workers_with_other_packages_are_refused(wild, tmp_path, monkeypatch):
+def test_workers_with_other_packages_are_refused(wild, tmp_path, monkeypatch, caplog):
     other = beam_steps.package_versions() | {"av": "1.0"}
     monkeypatch.setattr(beam_steps, "package_versions", lambda: other)
     with pytest.raises(UserError, match="the worker .* has av 1.0, the command .*: use the same packages on all"):
         beam.curate(wild, tmp_path / "out", JOB, **DIRECT)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]  # the engine's tracebacks
     assert not list(tmp_path.glob("out/.work/*/" + video.RESULT)) and not (tmp_path / "out/manifest.json").exists()

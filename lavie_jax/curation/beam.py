@@ -9,9 +9,10 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from lavie_jax.errors import UserError, suggest
 
 INSTALL = 'pip install "lavie_jax[curation-beam]", or -e ".[curation-beam]" in a clone'
 STAGES = ("cut", "captions", "shards")
+# Loggers to which the engine writes the traceback of a step, once for each layer; those of other processes are None.
+ENGINE_LOGGERS = ("apache_beam.runners.common", "apache_beam.runners.worker.sdk_worker", None)
 
 
 def curate(
@@ -121,18 +124,35 @@ def _pipeline_maker(runner: str, options: list[str], workers: int | None) -> Any
 def _run(make_pipeline: Any, run: beam_steps.Run, videos: list, until: str) -> None:
     """Runs the pipeline to its end."""
     failure = None
+    marker = run.work / beam_steps.ERROR
     try:
-        with make_pipeline() as root:
+        with _without_tracebacks(marker), make_pipeline() as root:
             build(root, run, videos, until)
     except Exception as error:
         failure = error
     if failure is None:
         return
-    marker = run.work / beam_steps.ERROR
     if marker.exists():  # raised on its own: the engine's error would be taken for one of the command's disk
         raise UserError(f"{marker.read_text(encoding='utf-8')}; run the same command to resume")
     last = ([type(failure).__name__] + str(failure).strip().splitlines())[-1]
     raise UserError(f"the job of Apache Beam failed ({last}): run the same command to resume") from failure
+
+
+@contextlib.contextmanager
+def _without_tracebacks(marker: Path) -> Iterator[None]:
+    """Keeps the engine from logging an error that has left `marker`, because the command says it in one line."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or not marker.exists()
+
+    loggers = [logging.getLogger(name) for name in ENGINE_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 def build(root: Any, run: beam_steps.Run, videos: list, until: str) -> None:
