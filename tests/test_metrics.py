@@ -114,6 +114,8 @@ def test_clips_start_where_the_knobs_say(tmp_path):
     for frame in clip[:2]:  # both possible starts
         assert sum(np.array_equal(frame, one) for one in two) > 4
     video.check(ClipKnobs(clips_per_video=15))
+    with pytest.raises(UserError, match="16 frames at 8 fps are needed, and it has 30 at 24 fps"):
+        video.check(ClipKnobs(fps=8))
     with pytest.raises(UserError, match="has 15 different clips of 16 frames, and --clips-per-video asks for 16"):
         video.check(ClipKnobs(clips_per_video=16))
     video_files.save_video(clip, tmp_path / "a.mp4", fps=24)
@@ -169,6 +171,8 @@ def test_protocols_are_the_defaults_with_named_differences():
         make_knobs(FVDKnobs, {}, "stylegan-v")
     with pytest.raises(UserError, match="--frames must be at least 10, not 8"):
         make_knobs(FVDKnobs, {"frames": 8})
+    with pytest.raises(UserError, match="--clips-per-video must be at least 1, not 0"):  # the flag's own name
+        make_knobs(FVDKnobs, {"clips_per_video": 0})
     with pytest.raises(UserError, match="--filter: unknown value 'box'"):
         make_knobs(FVDKnobs, {"filter": "box"})
 

@@ -128,7 +128,8 @@ def make_knobs(cls: type, given: Mapping[str, Any], protocol: str | None = None)
         raise UserError(f"--protocol: unknown protocol {protocol!r}{suggest(protocol, PROTOCOLS)}")
     values = dict(PROTOCOLS[protocol].values) if protocol else {}
     values |= {name: value for name, value in given.items() if value is not None and name in settable(cls)}
-    check_rules(cls, values, label="--{}")
+    for name, value in values.items():
+        check_rules(cls, {name: value}, label=f"--{name.replace('_', '-')}")
     if values.get("crop") == "none" and given.get("crop_pixels") is not None:
         raise UserError("--crop-pixels has no effect with --crop none: give one of them")
     return cls(**values)

@@ -110,7 +110,7 @@ class Video:
         step = 1.0 if knobs.fps is None else rate / knobs.fps
         room = frames - 1 - (knobs.frames - 1) * step
         if room < -1e-6:
-            raise self._too_short(knobs.frames, frames, knobs.fps and rate)
+            raise self._too_short(knobs.frames, frames, knobs.fps and (knobs.fps, rate))
         return max(room, 0.0)
 
     def _first(self, knobs: ClipKnobs, part: int, room: float) -> float:
@@ -137,9 +137,10 @@ class Video:
             return np.stack(frames)
         return video_files.read_clip(self.path, warn=lambda line: None)[0]
 
-    def _too_short(self, wanted: int, given: int, rate: float | None = None) -> UserError:
-        at = "" if rate is None else f" at {rate:g} fps"
-        return UserError(f"{self.path or self.name} is too short: {wanted} frames are needed, and it has {given}{at}")
+    def _too_short(self, wanted: int, given: int, rates: tuple[float, float] | None = None) -> UserError:
+        wanted_at, given_at = ("", "") if rates is None else (f" at {rate:g} fps" for rate in rates)
+        needed = f"{wanted} frames{wanted_at} are needed, and it has {given}{given_at}"
+        return UserError(f"{self.path or self.name} is too short: {needed}")
 
 
 def _frames_of(folder: Path) -> list[Path]:
