@@ -261,6 +261,10 @@ def test_vbench_prints_its_command_measures_flickering_and_reads_results_back(tm
     (results / "run_eval_results.json").write_text(json.dumps(content | {"scene": [0.8222, []]}))
     main(flags)
     assert "| total | 1" in capsys.readouterr().out
+    for value in ("NaN", "61.9", "true", '"0.5"'):
+        (results / "more_eval_results.json").write_text(f'{{"color": [{value}, []]}}')
+        with pytest.raises(UserError, match="color is not VBench's .value from 0 to 1"):
+            suites.read_vbench_results(results)
     (results / "more_eval_results.json").write_text(json.dumps({"color": [0.5, []]}))
     with pytest.raises(UserError, match="color in several files"):
         suites.read_vbench_results(results)

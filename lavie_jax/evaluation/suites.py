@@ -302,11 +302,12 @@ def read_vbench_results(folder: Path) -> dict[str, float]:
         for name, result in read_json(file).items():
             if name not in QUALITY | SEMANTIC:
                 continue
-            if not isinstance(result, list) or not result or not isinstance(result[0], int | float):
-                raise UserError(f"{file}: the result of {name} is not VBench's [value, videos]")
+            value = result[0] if isinstance(result, list) and result else None
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1:
+                raise UserError(f"{file}: the result of {name} is not VBench's [value from 0 to 1, videos]")
             if name in values:
                 raise UserError(f"{folder} has {name} in several files: keep one")
-            values[name] = float(result[0])
+            values[name] = float(value)
     return values
 
 
