@@ -205,6 +205,7 @@ def test_what_cannot_be_a_study_is_refused(systems, study, tmp_path, capsys):
     assert "cannot read the video" in prepare_line("--system", f"a={tmp_path / 'broken'}")
     assert "only 3 prompts" in prepare_line("--system", alpha, "--prompts", "4")
     assert "at least 0" in prepare_line("--system", alpha, "--controls", "-1")
+    assert "no questions" in prepare_line("--system", alpha, "--singles-per-rater", "0")
     assert not list(tmp_path.glob("*out*"))  # nothing half made is left
     assert "never overwritten" in refusal(["prepare", "--out", study.folder, "--system", beta], capsys)
     main(["prepare", "--out", str(tmp_path / "out"), "--system", alpha, "--system", f"b={other}", "--common-prompts"])
@@ -429,8 +430,13 @@ def test_a_port_in_use_and_wrong_answer_files_are_refused(study, tmp_path, capsy
     (tmp_path / "text.sqlite").write_text("no database" * 100)
     assert "cannot be read" in refusal(["report", study.folder, "--answers", tmp_path / "text.sqlite"], capsys)
     assert "nobody has answered" in refusal(["report", study.folder, "--answers", tmp_path / "none.sqlite"], capsys)
-    twice = ["--answers", tmp_path / "other.sqlite", "--answers", tmp_path / "." / "other.sqlite"]
-    assert "the same file twice" in refusal(["report", study.folder, *twice], capsys)
+    taken = Answers(tmp_path / "a.sqlite", study.id)
+    taken.add_rater("anna")
+    taken.close()
+    (tmp_path / "copy.sqlite").write_bytes((tmp_path / "a.sqlite").read_bytes())
+    twice = ["--answers", tmp_path / "a.sqlite", "--answers", tmp_path / "copy.sqlite"]
+    assert "--seed must be at least 0" in refusal(["report", study.folder, "--seed", "-1"], capsys)
+    assert "would count twice" in refusal(["report", study.folder, *twice], capsys)
     Answers(tmp_path / "empty.sqlite", study.id).close()
     assert "nobody has answered" in refusal(["report", study.folder, "--answers", tmp_path / "empty.sqlite"], capsys)
 

@@ -72,6 +72,8 @@ def _prepare(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}; given {value}")
+    if args.singles_per_rater == 0 and (args.pairs_per_rater == 0 or len(systems) == 1):
+        raise UserError("the study would have no questions: give more than 0 pairs or single videos for each rater")
     design = Design(title=args.title, seed=args.seed, pairs_per_rater=args.pairs_per_rater,
                     singles_per_rater=args.singles_per_rater, controls=args.controls)  # fmt: skip
     study = prepare(args.out, systems, design, prompts=args.prompts, common_prompts=args.common_prompts)
@@ -108,13 +110,20 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     results.check_path(args.json, KIND)
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0; given {args.seed}")
     study = Study.load(args.study)
     files = args.answers or [args.study / answers.FILE]
-    if len({file.resolve() for file in files}) < len(files):
-        raise UserError("--answers names the same file twice, whose answers would count twice")
     collected: list[answers.Answer] = []
+    known: set[str] = set()
     for number, file in enumerate(files):
-        found = answers.read(file, study.id)
+        found, tokens = answers.read(file, study.id), answers.tokens(file, study.id)
+        if known & tokens:
+            raise UserError(
+                f"{os.fspath(file)!r} shares raters with another answer file, whose answers would count twice: it is "
+                "the same file, or a copy. Give one of them"
+            )
+        known |= tokens
         if len(files) > 1:  # two raters of one name in two files are two raters
             found = [dataclasses.replace(a, rater=f"{a.rater} ({number + 1})") for a in found]
         collected += found

@@ -3,6 +3,7 @@
 Every answer is committed before the rater sees the next question. Of several answers to a question, the last counts.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import secrets
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,24 +132,36 @@ def read(path: Path, study_id: str) -> list[Answer]:
     Raises:
         UserError: there is no such file, or it belongs to another study.
     """
+    with _reading(path, study_id) as connection:
+        rows = connection.execute(
+            "SELECT raters.name, question, videos, answer, seconds FROM answers "
+            "JOIN raters ON raters.number = rater ORDER BY answers.number"
+        ).fetchall()
+    last = {}
+    for name, question, videos, answer, seconds in rows:
+        last[name, question] = Answer(name, question, json.loads(videos), json.loads(answer), seconds)
+    return list(last.values())
+
+
+def tokens(path: Path, study_id: str) -> set[str]:
+    """Returns the tokens of all raters: two files that share one have the same answers. Raises like `read`."""
+    with _reading(path, study_id) as connection:
+        return {token for (token,) in connection.execute("SELECT token FROM raters")}
+
+
+@contextlib.contextmanager
+def _reading(path: Path, study_id: str) -> Iterator[sqlite3.Connection]:
     if not path.is_file():
         raise UserError(f"{os.fspath(path)!r} does not exist: nobody has answered yet; start serve")
     try:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
         try:
             _check_study(connection, path, study_id)
-            rows = connection.execute(
-                "SELECT raters.name, question, videos, answer, seconds FROM answers "
-                "JOIN raters ON raters.number = rater ORDER BY answers.number"
-            ).fetchall()
+            yield connection
         finally:
             connection.close()
     except sqlite3.Error as error:
         raise UserError(f"the answer file {os.fspath(path)!r} cannot be read: {error}") from error
-    last = {}
-    for name, question, videos, answer, seconds in rows:
-        last[name, question] = Answer(name, question, json.loads(videos), json.loads(answer), seconds)
-    return list(last.values())
 
 
 def _check_study(connection: sqlite3.Connection, path: Path, study_id: str) -> None:
