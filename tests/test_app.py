@@ -246,6 +246,7 @@ BAD_BODIES = [
     ({"prompt": "a", "prompts_at": {"0": "b", "8": "c"}}, "give either prompt or prompts_at"),
     ({"prompts_at": {"0": "a | 8: b"}}, "contains |, which divides prompts"),
     ({"prompt": "a", "guidance": 10**400}, "guidance takes a number"),
+    ({"prompt": "a", "frames": 10**400}, "frames takes a whole number"),
     ({"prompt": "a", "free_init": 10**6}, "free_init must be from 0 to 100"),
     ({"prompt": "a", "weights_sha256": 5}, "weights_sha256 must be text"),
     ({"prompt": "a", "vsr": {"weights_sha256": "x"}}, "weights_sha256 must be text, of a stage among base"),
@@ -697,6 +698,7 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
 @pytest.mark.parametrize("fields, clip, message", [
     ({"settings": {"base": {"frames": 300}}}, None, "300 frames of 16x24 are .* million pixels"),
     ({"settings": {"base": {"height": 17}}}, None, "height: 17 is not a multiple"),
+    ({"stages": ("base", "vsr"), "settings": {"base": {"frames": 10**15}}}, None, "million pixels|memory"),
     ({"stages": ("base", "interpolation")}, None, "interpolation has no weights"),
     ({"weights": {"base": "0" * 64}}, None, "other weights of the stage base"),
     ({"prompt": "((([]", "prompt_syntax": "weighted"}, None, "brackets"),
