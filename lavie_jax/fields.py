@@ -145,7 +145,7 @@ def convert(where: str, value: Any, kind: Any) -> Any:
         return int(value)
     if not isinstance(value, (int, float) if inner is float else inner) or isinstance(value, bool) != (inner is bool):
         raise wrong
-    if inner is float and isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, int) and abs(value) > LARGEST:
         raise wrong
     return inner(value)
 

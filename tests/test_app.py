@@ -62,7 +62,9 @@ class StandIn:
         if "impossible" in job.generation["prompt"]:
             raise UserError("This is\n impossible.")
         if "broken" in job.generation["prompt"]:
-            raise ZeroDivisionError("a secret")
+            raise PermissionError(13, "a secret", str(self.store.folder))
+        if "full" in job.generation["prompt"]:
+            raise UserError("a secret") from OSError(28, "No space left on device")
         folder = self.store.folder_of(job.id) / "base"
         save_video(FRAMES, folder / "a.mp4", fps=8)
         (folder / "a.json").write_text(json.dumps({"request": {"prompt": job.generation["prompt"]}}))
@@ -137,13 +139,14 @@ def test_a_job_that_is_deleted_while_it_finishes_stays_deleted(desk, monkeypatch
 
 
 def test_a_job_that_fails_is_a_sentence_and_the_next_one_runs(desk):
-    jobs = [ask(desk.queue, prompt) for prompt in ("impossible", "broken", "possible")]
+    jobs = [ask(desk.queue, prompt) for prompt in ("impossible", "broken", "possible", "full")]
     desk.go.set()
     desk.queue.start()
     until(lambda: desk.queue.waiting() == 0)
-    assert [job.status for job in jobs] == [FAILED, FAILED, COMPLETED]
+    assert [job.status for job in jobs] == [FAILED, FAILED, COMPLETED, FAILED]
     assert jobs[0].error == "This is impossible."
-    assert "log" in jobs[1].error and "secret" not in jobs[1].error
+    assert "log" in jobs[1].error and not jobs[1].error.count("secret") + jobs[1].error.count("/")
+    assert jobs[3].error == "The server's disk is full."
 
 
 def test_the_queue_survives_a_restart(tmp_path):
@@ -243,6 +246,7 @@ BAD_BODIES = [
     ({"prompt": "a", "prompts_at": {"0": "b", "8": "c"}}, "give either prompt or prompts_at"),
     ({"prompts_at": {"0": "a | 8: b"}}, "contains |, which divides prompts"),
     ({"prompt": "a", "guidance": 10**400}, "guidance takes a number"),
+    ({"prompt": "a", "frames": 10**400}, "frames takes a whole number"),
     ({"prompt": "a", "free_init": 10**6}, "free_init must be from 0 to 100"),
     ({"prompt": "a", "weights_sha256": 5}, "weights_sha256 must be text"),
     ({"prompt": "a", "vsr": {"weights_sha256": "x"}}, "weights_sha256 must be text, of a stage among base"),
@@ -545,7 +549,8 @@ def test_ctrl_c_ends_the_queue_without_a_traceback(desk, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace(Server=Server, Config=lambda *_, **__: None))
-    server.serve(None, None, desk.queue, on_start=lambda: None)
+    with server.listen("127.0.0.1", 0) as listening:
+        server.serve(lambda scope, receive, send: None, listening, desk.queue, on_start=lambda: None)
     assert not desk.queue._thread.is_alive() and desk.queue.waiting() == 1
 
 
@@ -693,6 +698,7 @@ def test_what_the_operator_chooses_holds_for_every_video(weights, store, monkeyp
 @pytest.mark.parametrize("fields, clip, message", [
     ({"settings": {"base": {"frames": 300}}}, None, "300 frames of 16x24 are .* million pixels"),
     ({"settings": {"base": {"height": 17}}}, None, "height: 17 is not a multiple"),
+    ({"stages": ("base", "vsr"), "settings": {"base": {"frames": 10**15}}}, None, "million pixels|memory"),
     ({"stages": ("base", "interpolation")}, None, "interpolation has no weights"),
     ({"weights": {"base": "0" * 64}}, None, "other weights of the stage base"),
     ({"prompt": "((([]", "prompt_syntax": "weighted"}, None, "brackets"),

@@ -127,6 +127,7 @@ def test_size_and_rate_of_a_continued_clip(folder):
     assert (own.height, own.width, own.fps, own.segments, own.output_frames) == (16, 24, 5, 1, 4)
     after = STAGE.resolve(weights, {}, clip_info(9, own=False, height=8, width=8))
     assert (after.height, after.width, after.segments, after.output_frames) == (8, 8, 2, 11)
+    assert dataclasses.replace(after, segments=10**15).output_frames == 9 + 2 * (10**15 - 1)  # without a list of them
     assert parse_stages("base,prediction,interpolation,vsr", own_clip=False)
     assert parse_stages("prediction", own_clip=False) == parse_stages("prediction", own_clip=True) == ("prediction",)
 

@@ -16,6 +16,8 @@ from lavie_jax.app.store import CANCELLED, COMPLETED, FAILED, QUEUED, RUNNING, J
 from lavie_jax.disk import is_full
 from lavie_jax.errors import UserError
 
+BROKEN = "Something went wrong on the server. Its log has the details."
+
 
 class QueueFull(UserError):
     """As many jobs wait as are allowed."""
@@ -23,6 +25,16 @@ class QueueFull(UserError):
 
 class Stopped(Exception):
     """Ends the work on a job between two steps: it was cancelled, or the server ends."""
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what went wrong as a sentence for people, and logs what only the operator can mend."""
+    if is_full(error):
+        return "The server's disk is full."
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    logging.error("a request failed", exc_info=error)
+    return BROKEN
 
 
 class JobQueue:
@@ -158,12 +170,8 @@ class JobQueue:
             self._run(job)
         except Stopped:
             return (CANCELLED if job.stop.is_set() else None), None
-        except (UserError, OSError) as error:
-            reason = "the server's disk is full" if is_full(error) else " ".join(str(error).split())
-            return FAILED, reason
-        except Exception:  # of this job only: the others are still to be made
-            logging.exception("job %s failed", job.id)
-            return FAILED, "Something went wrong on the server. Its log has the details."
+        except Exception as error:  # of this job only: the others are still to be made
+            return FAILED, reason_of(error)
         return COMPLETED, None
 
     def _finish(self, job: Job, status: str) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from absl import logging
 
 from lavie_jax.app import form, uploads, views
 from lavie_jax.app.components import Form, Site
 from lavie_jax.app.generation import FRAMES, INPUT, Generation, from_request
+from lavie_jax.app.jobs import reason_of
 from lavie_jax.app.store import Job
 from lavie_jax.errors import UserError
 from lavie_jax.fields import MAX_SEED
@@ -26,7 +26,6 @@ from lavie_jax.samples.provenance import read_request
 
 OWNER = "lavie_owner"  # the cookie that says which videos are one's own
 CARDS = 12  # jobs in the gallery, until more are asked for
-BROKEN = "Something went wrong on the server. Its log has the details."
 CSS = (resources.files(__package__) / "page.css").read_text(encoding="utf-8")
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 # Buttons inside the gallery are not Gradio's: this passes on which one was pressed.
@@ -144,11 +143,8 @@ class Page:
         most, folder = self.site.most_upload, self.site.uploads
         try:
             self.queue.submit(owner_of(request), lambda inputs: form.read(fields, folder, inputs, most))
-        except (UserError, OSError) as error:
-            return views.alert(" ".join(str(error).split())), gr.skip()
-        except Exception:
-            logging.exception("a request failed")
-            return views.alert(BROKEN), gr.skip()
+        except Exception as error:
+            return views.alert(reason_of(error)), gr.skip()
         return "", seed
 
     def on_load(self, request: gr.Request, view: View | None) -> list[Any]:

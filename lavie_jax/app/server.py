@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 
 from lavie_jax.app.api import ROOT, TYPES, Answer, Api, error
-from lavie_jax.app.jobs import JobQueue
+from lavie_jax.app.jobs import BROKEN, JobQueue
 from lavie_jax.errors import UserError
 
 INSTALL = 'pip install "lavie_jax[app]", or in a checkout pip install -e ".[app]"'
@@ -156,7 +156,7 @@ def api_app(api: Api) -> App:
             return
         except Exception:
             logging.exception("a request failed")
-            answer = error(500, "Something went wrong on the server. Its log has the details.")
+            answer = error(500, BROKEN)
         await response(answer)(scope, receive, send)
 
     return app

@@ -233,7 +233,7 @@ class PredictionSettings(Settings):
 
     @property
     def output_frames(self) -> int:
-        return sum(self.segment_lengths())
+        return (self.clip_frames or self.frames) + (self.frames - self.known_frames) * (self.segments - 1)
 
     def segment_lengths(self) -> list[int]:
         """The number of frames that each segment adds to the output."""
