@@ -473,6 +473,10 @@ BAD = [
     (["--config.sampling.sampler=dimm"], "did you mean 'ddim'"),
     (["--config.sampling.steps=0"], "group 'sampling': steps must be at least 1"),
     (["--config.sampling.steps=1001"], "group 'sampling': steps must be a whole number from 1 to 1000"),
+    (
+        ["--config.sampling.guidance_low=999"],
+        "group 'sampling': guidance_low = 999 and guidance_high = inf contain none",
+    ),
     (["--config.sampling.guidance=1e999"], "group 'sampling': guidance must be finite"),
     (["--config.unet.cross_attention_dim=48"], "must be the text encoder's width 32"),
     (["--config.text_encoder.vocab_size=10"], "vocab_size = 10 is too small"),

@@ -13,7 +13,7 @@ from lavie_jax.fields import settable
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
 from lavie_jax.stages.settings import OFFICIAL, PRESETS, STAGE_INFO, Settings
-from lavie_jax.stages.stage import guidance_of
+from lavie_jax.stages.stage import check_cache_depth, guidance_of
 from lavie_jax.weights import Weights
 
 
@@ -57,7 +57,7 @@ def resolve_settings(
             own = STAGES[stage].resolve(weights[stage], {**bundle, **chosen}, clip)
             sampler = make_sampler(own.sampler, own.steps, weights[stage].schedule, own.spacing)
             _passes(own, weights[stage])
-            _check_cache_depth(own, weights[stage])
+            check_cache_depth(own, weights[stage].unet.config)
         except UserError as error:
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
@@ -129,13 +129,6 @@ def _without_effect(chosen: Mapping[str, Any], settings: Settings) -> list[str]:
     if changed("cache_depth") and settings.cache_every == 1:
         lines.append("cache_depth: without effect, as cache_every is 1")
     return lines
-
-
-def _check_cache_depth(settings: Settings, weights: Weights) -> None:
-    """Raises UserError for a feature cache that would leave nothing of this UNet to be used again."""
-    deepest = weights.unet.config.skip_connections - 1
-    if settings.cache_every > 1 and settings.cache_depth > deepest:
-        raise UserError(f"cache_depth must be from 1 to {deepest} for this model, not {settings.cache_depth}")
 
 
 def _other_chain(settings: Settings, defaults: Mapping[str, Any]) -> bool:

@@ -15,9 +15,11 @@ from lavie_jax import random
 from lavie_jax.diffusion.feature_cache import FeatureCache
 from lavie_jax.diffusion.guidance import Guidance
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.errors import UserError
 from lavie_jax.models.free_u import FreeU
 from lavie_jax.models.registry import PARTS
 from lavie_jax.models.temporal_windows import AttentionWindows
+from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.stages.clips import ClipInfo
 from lavie_jax.stages.conditioning import (
     Condition,
@@ -361,3 +363,10 @@ def guidance_of(settings: Settings) -> Guidance:
 def feature_cache_of(settings: Settings) -> FeatureCache:
     """Returns the feature cache that the settings ask for."""
     return FeatureCache(every=settings.cache_every, depth=settings.cache_depth)
+
+
+def check_cache_depth(settings: Settings, unet: UNetConfig) -> None:
+    """Raises UserError for a feature cache that would leave nothing of this UNet to be used again."""
+    deepest = unet.skip_connections - 1
+    if settings.cache_every > 1 and settings.cache_depth > deepest:
+        raise UserError(f"cache_depth must be from 1 to {deepest} for this model, not {settings.cache_depth}")

@@ -23,6 +23,7 @@ from lavie_jax.models import registry
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
+from lavie_jax.stages.stage import check_cache_depth, guidance_of
 from lavie_jax.training import diffusion, latents, lora, optimizer
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.config import init_folder, text_network
@@ -119,6 +120,8 @@ def check_stage(config: Any) -> None:
     try:
         settings = STAGES[config.stage].info.settings.make(sampling_defaults(config), {})
         sampler = make_sampler(settings.sampler, settings.steps, models.schedule, settings.spacing)
+        guidance_of(settings).plan(sampler.timesteps)
+        check_cache_depth(settings, models.unet.config)
     except UserError as error:
         raise UserError(f"config group 'sampling': {error}") from None
     chosen = any(config.sampling.get(name) is not None for name in ("sampler", "steps", "spacing"))
