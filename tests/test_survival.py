@@ -41,6 +41,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.heavy  # test_divergence.py dumps steps and repeats them without a run
 def test_a_run_that_diverges_stops_and_leaves_a_dump_that_shows_why(run, tmp_path, capsys):
     workdir = tmp_path / "run"
     with pytest.raises(divergence.Diverged, match="2 steps in a row, up to step"):
