@@ -66,6 +66,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     at = 0
 
     def number() -> int:
+        """Reads a whole number: seven bits in a byte, the lowest first, until a byte below 128."""
         nonlocal at
         value = shift = 0
         while True:

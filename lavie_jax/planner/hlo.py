@@ -68,6 +68,7 @@ def _calls(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int]
     """Yields every call of a computation, as its name and how many times it runs."""
 
     def visit(name: str, times: int) -> Iterator[tuple[str, int]]:
+        """Yields a computation that runs `times` times, and all that it calls."""
         yield name, times
         for line in bodies[name]:
             trips = _trip_count(line, bodies) if " while(" in line else 1

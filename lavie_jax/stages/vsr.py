@@ -157,7 +157,8 @@ class VSR(Stage):
         schedule, level = self._low_res_schedule(model.weights), np.int32(settings.noise_level)
         noiseless = model.weights.unet.config.num_class_embeds == 1  # trained with `LowResNoise.highest` = 0
 
-        def noised(start: int):
+        def noised(start: int) -> Float[np.ndarray, "n H W 3"]:
+            """Returns up to `window_frames` frames from `start` on with their noise; -1 to 1 without it."""
             indices = range(start, min(start + size, len(frames)))
             if noiseless:
                 noise = jnp.zeros((len(indices), *frames.shape[1:]))

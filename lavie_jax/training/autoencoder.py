@@ -75,6 +75,7 @@ def make_autoencoder_task(
         return vae.init(rng, **registry.example_inputs(config))["params"]
 
     def train_loss(params: Any, frozen: Any, batch: Batch, rng: random.Key) -> tuple[jax.Array, Losses]:
+        """Returns the reconstruction error plus the weighted KL divergence, of crops of all frames and images."""
         crop_rng, rng = random.split(rng)
         images, rows = all_frames(batch), Rows.of(batch)
         if loss.crop:

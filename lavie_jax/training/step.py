@@ -162,6 +162,7 @@ def make_update(
     gradients = make_gradients(task, accumulate=accumulate)
 
     def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
+        """Returns the state after one step, or with the counters alone changed if the step is skipped."""
         read = {**frozen, AVERAGE: task.join(state["ema"], frozen)}
         grads, losses = gradients(state["params"], read, batch, step_rng(seed, state["step"]))
         flat = flatten_dict(state["params"], sep="/")

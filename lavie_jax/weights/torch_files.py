@@ -88,6 +88,7 @@ def read_torch_object(path: Path) -> Any:
     torch = import_torch()
 
     def convert(name: str, value: Any) -> Any:
+        """Returns a value with its tensors as `Tensor`; `name` says where it is, for errors."""
         if isinstance(value, torch.Tensor):
             return _as_tensor(torch, path, name, value.data)  # `data`: of a Parameter
         if isinstance(value, list | tuple):
