@@ -99,6 +99,11 @@ def _range(rule: Rule) -> str:
     return f"at least {rule.low}{upper}{', or 0' if rule.or_zero else ''}"
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and neither a bool nor beyond what a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
 def short(number: float) -> str:
     """Returns the shortest text that reads back as the same number: "1" for 1.0."""
     return repr(float(number)).removesuffix(".0")

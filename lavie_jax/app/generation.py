@@ -12,7 +12,7 @@ from typing import Any
 
 from lavie_jax.app import uploads
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.fields import LARGEST
+from lavie_jax.fields import is_finite
 from lavie_jax.samples.again import settings_of
 from lavie_jax.samples.pictures import PICTURES
 from lavie_jax.samples.prompt_syntax import CUT, PLAIN, Reading
@@ -241,7 +241,7 @@ def check_word(word: Any) -> str | None:
 
 def check_scale(scale: Any) -> float:
     """Returns the scale of a LoRA. Raises UserError unless it is a number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+    if not is_finite(scale):
         raise UserError(f"the scale of a LoRA must be a finite number, not {scale!r}")
     return float(scale)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError, user_path
-from lavie_jax.fields import LARGEST
+from lavie_jax.fields import is_finite
 from lavie_jax.weights.file_kinds import file_format
 from lavie_jax.weights.folder import read_json
 from lavie_jax.weights.lora_deltas import ModuleDelta
@@ -123,7 +123,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 def check_scale(file: object, scale: Any) -> float:
     """Returns a LoRA's scale. Raises UserError unless it is a finite number."""
     scale = scale.item() if isinstance(scale, np.generic) else scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+    if not is_finite(scale):
         raise UserError(f"the scale of the LoRA {file} must be a finite number, not {scale!r}")
     return float(scale)
 
