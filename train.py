@@ -194,7 +194,6 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
         make_update(
             task,
             tx,
-            seed=config.seed,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             skip_limit=config.skip_limit,
@@ -203,6 +202,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), parallel.replicated(mesh)),
     )
     update = parallel.on_mesh(update, mesh)
+    rng = jax.random.key(config.seed)
     held_out_losses = parallel.on_mesh(
         jax.jit(make_held_out(task, accumulate=config.accumulate), out_shardings=parallel.replicated(mesh)), mesh
     )
@@ -258,7 +258,7 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
             if data.buckets:
                 sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
                 say(f"step {step + 1} compiles program {len(programs)} of {len(data.buckets)}: {sizes}")
-        state, losses = update(state, frozen, placed)
+        state, losses = update(state, frozen, placed, rng)
         if compiles:  # garbage collection need not visit what tracing allocated: saves 0.2 s every 30 steps
             gc.collect()
             gc.freeze()

@@ -236,8 +236,8 @@ def demand(rates: dict[str, float]) -> None:
         task = build.stage_task(config, jnp.bfloat16, abstract_init(config))
         tx = optimizer.make_optimizer(optimizer.OptimizerConfig(**config.optimizer), config.steps)
         state = jax.eval_shape(lambda p, task=task, tx=tx: make_state(p, task, tx), abstract_params(task))
-        update = make_update(task, tx, seed=0, ema_decay=config.ema_decay)
-        count = count_flops(jax.make_jaxpr(update)(state, task.frozen, abstract_batch(config, 1)))
+        update = make_update(task, tx, ema_decay=config.ema_decay)
+        count = count_flops(jax.make_jaxpr(update)(state, task.frozen, abstract_batch(config, 1), jax.random.key(0)))
         needs[source] = CHIPS[CHIP].flops / count
         print(
             f"{source}: {count / 1e12:.1f} TFLOPs, a clip of {config.data.frames} frames, {config.data.images} images; "

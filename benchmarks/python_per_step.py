@@ -38,7 +38,7 @@ NARROW = {  # the layers of configs/base.py's UNet, with few channels
 def make_identity_update(*_, **__):
     """Replaces `make_update` by one whose update computes nothing."""
 
-    def update(state, frozen, batch):
+    def update(state, frozen, batch, rng):
         zeros = dict.fromkeys(LOSSES, jnp.zeros(())) | {"skipped": jnp.zeros((), jnp.int32)}
         return state | {"step": state["step"] + 1}, zeros
 

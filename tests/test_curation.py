@@ -580,11 +580,11 @@ def test_training_steps_on_the_shards(curated):
         init=lambda rng: start, start=None, frozen={}, loss=loss, held_out=loss, export=lambda *_: None
     )  # fmt: skip
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=0.1, warmup=0), STEPS)
-    state, update = make_state(start, task, tx), jax.jit(make_update(task, tx, seed=0, ema_decay=0.9))
+    state, update = make_state(start, task, tx), jax.jit(make_update(task, tx, ema_decay=0.9))
     config = DataConfig(source="array_record", path=str(curated), frames=8, fps=12.0, height=48, width=64)
     with contextlib.closing(data_pipeline.batches(data_pipeline.open_examples(config, batch_size=4), None)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, result = update(state, task.frozen, batch)
+            state, result = update(state, task.frozen, batch, jax.random.key(0))
     assert np.isfinite(result["loss"]) and result["loss"] < 0.5 * result["spread"]
 
 

@@ -202,10 +202,10 @@ def test_updates_lower_the_loss_and_leave_the_teacher_alone(kind, base, tmp_path
         "tokens": np.full((2, tiny.CONTEXT), 3, np.int32),
         "image_tokens": np.full((2, 1, tiny.CONTEXT), 4, np.int32),
     }
-    update, held_out = jax.jit(make_update(task, tx, seed=0, ema_decay=0.5)), jax.jit(task.held_out)
+    update, held_out = jax.jit(make_update(task, tx, ema_decay=0.5)), jax.jit(task.held_out)
     before = held_out(state["ema"], task.frozen, batch, jax.random.key(0))
     for _ in range(8):
-        state, losses = update(state, task.frozen, batch)
+        state, losses = update(state, task.frozen, batch, jax.random.key(0))
         assert losses["skipped"] == 0
     after = held_out(state["ema"], task.frozen, batch, jax.random.key(0))
     assert after["video_loss"] < before["video_loss"]

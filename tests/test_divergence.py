@@ -28,9 +28,10 @@ def toy_task(rows_to_loss) -> Task:
 def started(rows_to_loss=lambda x: x, **options):
     task, tx = toy_task(rows_to_loss), optax.adamw(0.1)
     state = make_state(task.init(None), task, tx)
-    return state, jax.jit(make_update(task, tx, seed=3, ema_decay=0.5, **options))
+    return state, jax.jit(make_update(task, tx, ema_decay=0.5, **options))
 
 
+RNG = jax.random.key(3)
 GOOD, BAD = {"x": np.ones(4, np.float32)}, {"x": np.array([1, np.nan, 1, 1], np.float32)}
 
 
@@ -45,13 +46,13 @@ def same(a, b):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_that_is_not_finite_changes_only_the_counters(accumulate):
     state, update = started(accumulate=accumulate)
-    state, losses = update(state, {}, GOOD)
+    state, losses = update(state, {}, GOOD, RNG)
     before = learnt(state)
     assert losses["skipped"] == 0
     for row in (1, 2):
-        state, losses = update(state, {}, BAD)
+        state, losses = update(state, {}, BAD, RNG)
         assert losses["skipped"] == row and state["step"] == 1 + row and same(learnt(state), before)
-    state, losses = update(state, {}, GOOD)
+    state, losses = update(state, {}, GOOD, RNG)
     assert losses["skipped"] == 0 and state["step"] == 4 and not same(learnt(state), before)
     assert np.isfinite(jax.tree.leaves(learnt(state))[0]).all()
 
@@ -61,12 +62,12 @@ def test_the_learning_rate_depends_on_the_number_of_applied_updates(kind):
     """After two skipped steps the third update has the learning rate of a third update."""
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(kind=kind, warmup=4, learning_rate=1.0, clip=0.0), 10)
     task = toy_task(lambda x: x)
-    update = jax.jit(make_update(task, tx, seed=3, ema_decay=0.5))
+    update = jax.jit(make_update(task, tx, ema_decay=0.5))
 
     def learn(batches):
         state = make_state(task.init(None), task, tx)
         for batch in batches:
-            state, _ = update(state, {}, batch)
+            state, _ = update(state, {}, batch, RNG)
         return state
 
     without, skipping = learn([GOOD] * 3), learn([GOOD, BAD, GOOD, BAD, GOOD])
@@ -82,8 +83,8 @@ def test_a_finite_loss_with_gradients_that_are_not_is_skipped():
         return jnp.sqrt(jnp.abs(params["kernel"] - params["kernel"])).sum(), {}
 
     task = dataclasses.replace(toy_task(lambda x: x), loss=loss)
-    update = jax.jit(make_update(task, optax.adamw(0.1), seed=3, ema_decay=0.5))
-    after, losses = update(state, {}, GOOD)
+    update = jax.jit(make_update(task, optax.adamw(0.1), ema_decay=0.5))
+    after, losses = update(state, {}, GOOD, RNG)
     assert losses["loss"] == 0 and losses["skipped"] == 1 and same(learnt(after), learnt(state))
 
 
@@ -94,7 +95,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp
     batches = [GOOD, BAD, GOOD, BAD, BAD, {"x": BAD["x"][::-1]}, GOOD, GOOD, GOOD, GOOD]
     with pytest.raises(divergence.Diverged, match=r"3 steps in a row, up to step 6.*divergence .*/6"):
         for step, rows in enumerate(batches, start=1):
-            state, losses = update(state, {}, rows)
+            state, losses = update(state, {}, rows, RNG)
             monitor.step(step, losses["skipped"], rows, state, wait=False)
     assert step == 8  # two more had been dispatched
 
@@ -104,9 +105,9 @@ def test_too_many_in_a_row_stop_the_run_with_a_dump_that_reproduces_the_step(tmp
     back, batch = divergence.load(tmp_path / "6", shapes)
     np.testing.assert_array_equal(batch["x"], BAD["x"][::-1])
     assert back["step"] == 5 and same(learnt(back), learnt(state))
-    again, losses = update(back, {}, batch)
+    again, losses = update(back, {}, batch, RNG)
     assert losses["skipped"] == 1 and np.isnan(losses["loss"])
-    assert losses["noise"] == jax.jit(lambda: jax.random.normal(step_rng(3, 5), (4,)).mean())()
+    assert losses["noise"] == jax.jit(lambda: jax.random.normal(step_rng(RNG, 5), (4,)).mean())()
 
 
 def test_the_batch_of_a_dump_is_in_the_order_of_its_rows(tmp_path, monkeypatch):
@@ -124,6 +125,6 @@ def test_the_batch_of_a_dump_is_in_the_order_of_its_rows(tmp_path, monkeypatch):
 def test_waiting_detects_a_skipped_step_immediately(tmp_path):
     state, update = started(skip_limit=1)
     monitor = divergence.DivergenceMonitor(tmp_path, config={}, dtype="float32", limit=1)
-    state, losses = update(state, {}, BAD)
+    state, losses = update(state, {}, BAD, RNG)
     with pytest.raises(divergence.Diverged, match="1 steps in a row, up to step 1"):
         monitor.step(1, losses["skipped"], BAD, state, wait=True)

@@ -253,16 +253,16 @@ def trained(config, path, learn):
     tx = optax.sgd(0.1)  # Adam would amplify small differences
     state = make_state(jax.tree.map(jnp.asarray, task.start), task, tx)
 
-    def look(state, frozen, batch):
-        loss, parts = task.loss(state["params"], frozen, batch, jax.random.key(0))
+    def look(state, frozen, batch, rng):
+        loss, parts = task.loss(state["params"], frozen, batch, rng)
         return state, {"loss": loss, **parts}
 
-    update = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9) if learn else look)
+    update = jax.jit(make_update(task, tx, ema_decay=0.9) if learn else look)
     data, ids, losses = build.data_config(config), load_tokenizer(tokenizer), []
     frozen = {} if data.source == "latents" else task.frozen  # training on latents needs no frozen models
     with contextlib.closing(pipeline.batches(pipeline.open_examples(data, batch_size=4), ids)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, result = update(state, frozen, batch)
+            state, result = update(state, frozen, batch, jax.random.key(0))
             losses.append(result)
     with contextlib.closing(
         pipeline.batches(pipeline.open_examples(build.held_out_data(data), batch_size=4), ids)

@@ -338,7 +338,7 @@ def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch
     task, tokenizer = build.make_task(config, jnp.float32, tmp_path)
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=2e-3, warmup=0), STEPS)
     state, frozen = make_state(started(task), task, tx), task.frozen
-    update, held_out = jax.jit(make_update(task, tx, seed=0, ema_decay=0.9)), jax.jit(task.held_out)
+    update, held_out = jax.jit(make_update(task, tx, ema_decay=0.9)), jax.jit(task.held_out)
     data, ids = build.data_config(config), load_tokenizer(tokenizer)
     with contextlib.closing(
         pipeline.batches(pipeline.open_examples(build.held_out_data(data), batch_size=4), ids)
@@ -347,6 +347,6 @@ def test_each_stage_learns_from_video_files(stage, folder, tmp_path, monkeypatch
     before = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]
     with contextlib.closing(pipeline.batches(pipeline.open_examples(data, batch_size=4), ids)) as rows:
         for _, batch in zip(range(STEPS), rows):
-            state, losses = update(state, frozen, batch)
+            state, losses = update(state, frozen, batch, jax.random.key(0))
     after = held_out(state["params"], frozen, unseen, jax.random.key(0))["video_loss"]
     assert np.isfinite(losses["loss"]) and after < 0.8 * before, (before, after)

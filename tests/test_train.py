@@ -57,8 +57,8 @@ def one_update(task: Task, *, accumulate: int = 1, tx=None):
     tx = tx or optax.sgd(0.1)
     params = task.init(None)
     state, frozen = make_state(params, task, tx), {**task.frozen, UNTRAINED: task.split(params)[1]}
-    update = make_update(task, tx, seed=0, ema_decay=0.5, accumulate=accumulate)
-    return update(state, frozen, {"x": jnp.arange(24.0).reshape(8, 3) / 24})
+    update = make_update(task, tx, ema_decay=0.5, accumulate=accumulate)
+    return update(state, frozen, {"x": jnp.arange(24.0).reshape(8, 3) / 24}, jax.random.key(0))
 
 
 def test_accumulated_parts_give_the_update_of_the_whole_batch():
@@ -124,7 +124,7 @@ def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, parts,
     if stage != "vae":
         batch |= {"text": np.zeros((4, 1, 1), np.float32), "image_text": np.zeros((4, 2, 1, 1), np.float32)}
     trained, untrained = task.split(params)
-    arguments = trained, {**task.frozen, UNTRAINED: untrained}, batch, step_rng(0, 7)
+    arguments = trained, {**task.frozen, UNTRAINED: untrained}, batch, step_rng(jax.random.key(0), 7)
 
     def run(accumulate):
         gradients, held_out = make_gradients(task, accumulate=accumulate), make_held_out(task, accumulate=accumulate)
@@ -132,7 +132,7 @@ def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, parts,
         grads, losses, held_out_losses = jax.device_get(both(*arguments))
         return {**grads, **losses}, held_out_losses
 
-    whole, other = run(1), jax.jit(task.loss)(params, task.frozen, batch, step_rng(0, 8))[0]
+    whole, other = run(1), jax.jit(task.loss)(params, task.frozen, batch, step_rng(jax.random.key(0), 8))[0]
     assert not np.isclose(whole[0]["loss"], other, rtol=1e-3)  # the loss is random
     for values, expected in zip(run(parts), whole):
         assert values.keys() == expected.keys()
@@ -195,12 +195,12 @@ def test_regimes_that_train_nothing_are_refused():
 
 def test_every_step_has_its_own_random_key():
     task, tx = toy_task(), optax.sgd(0.1)
-    update = make_update(task, tx, seed=0, ema_decay=0.5)
+    update = make_update(task, tx, ema_decay=0.5)
     batch = {"x": jnp.ones((8, 3))}
     state = make_state(task.init(None), task, tx)
-    middle, first = update(state, task.frozen, batch)
-    _, second = update(middle, task.frozen, batch)
-    _, again = update(state, task.frozen, batch)
+    middle, first = update(state, task.frozen, batch, jax.random.key(0))
+    _, second = update(middle, task.frozen, batch, jax.random.key(0))
+    _, again = update(state, task.frozen, batch, jax.random.key(0))
     assert first["noise"] == again["noise"] != second["noise"]
 
 
@@ -364,13 +364,13 @@ def test_training_on_one_device_equals_training_on_eight(meshes, tmp_path, monke
     def trained(mesh):
         shardings = parallel.shardings(jax.eval_shape(lambda: state), mesh)
         update = jax.jit(
-            make_update(task, tx, seed=0, ema_decay=0.9), out_shardings=(shardings, parallel.replicated(mesh)),
+            make_update(task, tx, ema_decay=0.9), out_shardings=(shardings, parallel.replicated(mesh)),
             compiler_options={"xla_backend_optimization_level": 0},
         )  # fmt: skip
         update = parallel.on_mesh(update, mesh)
         now, frozen, out = parallel.put(state, shardings), parallel.put(task.frozen, parallel.replicated(mesh)), []
         for batch in batches:
-            now, values = update(now, frozen, parallel.put_batch(batch, mesh))
+            now, values = update(now, frozen, parallel.put_batch(batch, mesh), jax.random.key(0))
             out.append([values[name] for name in ("loss", "video_loss", "image_loss")])
         return np.array(out), parallel.gather(now["params"])
 

@@ -41,14 +41,13 @@ def training_program(config: Any, devices: list[jax.Device], per_chip_batch: int
     """
     run = _run(config, devices, per_chip_batch)
     update = make_update(
-        run.task, run.tx, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate,
-        skip_limit=config.skip_limit,
-    )  # fmt: skip
+        run.task, run.tx, ema_decay=config.ema_decay, accumulate=config.accumulate, skip_limit=config.skip_limit
+    )
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     return Program(
         name="training step",
         function=jax.jit(update, donate_argnums=0, out_shardings=(shardings, parallel.replicated(run.mesh))),
-        arguments=(run.state, run.frozen, run.rows),
+        arguments=(run.state, run.frozen, run.rows, _key(run)),
         mesh=run.mesh,
         context=True,
         held=_held(run),
@@ -64,18 +63,22 @@ def held_out_program(config: Any, devices: list[jax.Device], per_chip_batch: int
         UserError: as `training_program`.
     """
     run = _run(config, devices, per_chip_batch)
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), parallel.replicated(run.mesh))
     function = make_held_out(run.task, accumulate=config.accumulate)
     return Program(
         name="held-out losses",
         function=jax.jit(function, out_shardings=parallel.replicated(run.mesh)),
-        arguments=(run.state["ema"], run.frozen, run.rows, key),
+        arguments=(run.state["ema"], run.frozen, run.rows, _key(run)),
         mesh=run.mesh,
         context=True,
         held=_held(run),
         beside=(run.state["params"], run.state["opt_state"], *(run.rows,) * (config.held_out_batches - 1)),
         note=run.note,
     )
+
+
+def _key(run: _Run) -> Any:
+    """Returns the shape of a random key, on every device."""
+    return placed(jax.eval_shape(lambda: jax.random.key(0)), parallel.replicated(run.mesh))
 
 
 def _held(run: _Run) -> dict[str, Any]:

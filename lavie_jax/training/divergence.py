@@ -150,7 +150,7 @@ def replay(path: Path, scratch: Path) -> Iterator[str]:
     frozen = place_frozen(task, mesh, dtype) | {k: state[k] for k in (UNTRAINED,) if k in state}
 
     gradients = parallel.on_mesh(jax.jit(make_gradients(task, accumulate=config.accumulate)), mesh)
-    rng = step_rng(config.seed, int(state["step"]))
+    rng = step_rng(jax.random.key(config.seed), int(state["step"]))
     grads, losses = gradients(state["params"], frozen, parallel.put_batch(batch, mesh), rng)
     values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
     yield f"update {int(state['step']) + 1}, {dtype}, on {mesh.size} x {mesh.devices.flat[0].device_kind}: {values}"

@@ -94,9 +94,9 @@ def check_same(given: Any, wanted: Any, where: str, *, ignore: Sequence[str] = (
             raise UserError(f"{where} has {name} = {theirs!r}, but the config has {ours!r}: they must be equal.")
 
 
-def step_rng(seed: int, step: int | jax.Array) -> jax.Array:
-    """The random key of update number `step` (from 0) of a run."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+def step_rng(rng: jax.Array, step: int | jax.Array) -> jax.Array:
+    """The random key of update number `step` (from 0) of a run with the key `rng`."""
+    return jax.random.fold_in(rng, step)
 
 
 def make_gradients(task: Task, *, accumulate: int = 1) -> Callable[[Any, Any, Batch, jax.Array], tuple[dict, Losses]]:
@@ -140,20 +140,19 @@ def make_update(
     task: Task,
     tx: optax.GradientTransformation,
     *,
-    seed: int,
     ema_decay: float,
     accumulate: int = 1,
     skip_limit: int = 10,
-) -> Callable[[dict, Any, Batch], tuple[dict, Losses]]:
-    """Makes the function (state, frozen, batch) -> (new state, mean losses, gradient norm and skipped steps in a row).
+) -> Callable[[dict, Any, Batch, jax.Array], tuple[dict, Losses]]:
+    """Makes the function (state, frozen, batch, rng) -> (new state, mean losses, gradient norm, skipped in a row).
 
-    A loss or gradient that is not finite changes only the counters. The randomness of a step depends only on (seed,
-    step): a resumed run repeats an uninterrupted one, on any number of devices.
+    `rng` is the key of the run, an argument so that runs with other seeds share one compiled program. A loss or
+    gradient that is not finite changes only the counters. The randomness of a step depends only on `rng` and the step:
+    a resumed run repeats an uninterrupted one, on any number of devices.
 
     Args:
         task: what is trained.
         tx: the optimizer; it receives the trained parameters as a flat dict.
-        seed: seed of the run.
         ema_decay: see `update_ema`.
         accumulate: see `make_gradients`.
         skip_limit: after this many skipped steps in a row all later ones are skipped too, so that the state stays as it
@@ -161,10 +160,10 @@ def make_update(
     """
     gradients = make_gradients(task, accumulate=accumulate)
 
-    def update(state: dict, frozen: Any, batch: Batch) -> tuple[dict, Losses]:
+    def update(state: dict, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
         """Returns the state after one step, or with the counters alone changed if the step is skipped."""
         read = {**frozen, AVERAGE: task.join(state["ema"], frozen)}
-        grads, losses = gradients(state["params"], read, batch, step_rng(seed, state["step"]))
+        grads, losses = gradients(state["params"], read, batch, step_rng(rng, state["step"]))
         flat = flatten_dict(state["params"], sep="/")
         updates, opt_state = tx.update(grads, state["opt_state"], flat)
         params = unflatten_dict(optax.apply_updates(flat, updates), sep="/")
