@@ -26,19 +26,23 @@ from typing import Any
 from tqdm import tqdm
 
 from lavie_jax.disk import file_hash
-from lavie_jax.errors import Parser, UserError, check_folder, user_location
+from lavie_jax.errors import Parser, UserError, check_folder
 from lavie_jax.remote import Mirror
 from lavie_jax.samples.flags import (
     add_dtype,
     add_finishing,
+    add_personal,
+    add_prompts,
+    add_settings,
     add_weights,
     given_certificate,
     given_filter,
+    given_settings,
     given_stage_weights,
 )
 from lavie_jax.samples.outputs import Output, check_formats, make_request, parse_formats
 from lavie_jax.samples.pictures import PICTURES, Picture, by_frame, read_pictures
-from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES, Reading
+from lavie_jax.samples.prompt_syntax import Reading
 from lavie_jax.samples.prompts import (
     Prompt,
     check_seed,
@@ -59,35 +63,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line. Raises UserError when it is malformed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be repeated")
-    add(
-        "--prompts-at",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help='prompts over time instead of one, such as "0: a red circle | 32: a blue circle": the text changes '
-        "linearly between these frames of the first stage's clip; may be repeated",
-    )
-    add(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help="txt (one prompt per line), csv, tsv or jsonl (prompt or prompts_at, and optionally seed and "
-        "negative_prompt)",
-    )
-    add(
-        "--prompt-syntax",
-        default=PLAIN,
-        choices=SYNTAXES,
-        help="weighted gives (word:1.3), ((word)) and [word] more or less weight, in negative prompts too "
-        "(docs/prompts.md); plain takes brackets as text (default: plain)",
-    )
-    add(
-        "--long-prompts",
-        default=CUT,
-        choices=LONG_PROMPTS,
-        help="of prompts longer than CLIP's window, cut ignores the rest, chunk reads it in more windows (default cut)",
-    )
+    add_prompts(add)
     add(
         "--stages",
         default=MAIN_STAGE,
@@ -143,24 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_dtype(add)
     add_weights(add)
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        type=user_location,
-        metavar="FILE[:SCALE]",
-        help="LoRA of Stable Diffusion 1.x (kohya, LyCORIS, diffusers or PEFT), or its folder, merged into every stage "
-        "but vsr; may be repeated (default scale 1)",
-    )
-    add(
-        "--embedding",
-        action="append",
-        default=[],
-        type=user_location,
-        metavar="FILE[:TOKEN]",
-        help="textual inversion of Stable Diffusion 1.x, and the word for it in prompts; may be repeated (default: the "
-        "file's own word)",
-    )
+    add_personal(add)
     add(
         "--preset",
         default=OFFICIAL,
@@ -170,38 +129,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="output folder (default: samples)")
     add("--overwrite", action="store_true", help="generate existing samples again, and replace them")
-    for stage, info in STAGE_INFO.items():
-        group = parser.add_argument_group(f"settings of {stage}")
-        for name, flag, kind, metavar, text in info.flags():
-            value = dict(action="store_const", const=True) if kind is bool else dict(type=kind, metavar=metavar)
-            group.add_argument(flag, dest=setting_argument(stage, name), help=text, **value)
+    add_settings(parser)
     return parser.parse_args(argv)
-
-
-def setting_argument(stage: str, name: str) -> str:
-    """The attribute of the parsed command line that holds a stage's setting."""
-    return f"setting {stage} {name}"
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Returns {stage: settings from the command line}, checked as far as is possible without the weights."""
-    given = {}
-    for stage, info in STAGE_INFO.items():
-        names = [name for name, *_ in info.flags()]
-        values = {name: getattr(args, setting_argument(stage, name)) for name in names}
-        given[stage] = values = {name: value for name, value in values.items() if value is not None}
-        if values and stage not in args.stages:
-            hint = f"; settings of other stages start with their name: --{args.stages[-1]}-steps" if info.main else ""
-            name, chosen = next(iter(values)), ",".join(args.stages)
-            raise UserError(f"{name} is given for {stage}, which is not among the stages {chosen}{hint}")
-        for name, value in values.items():
-            if isinstance(value, str):
-                check_unicode(value, name.replace("_", "-"))
-        try:
-            info.settings.check(values)
-        except UserError as error:
-            raise info.located(error) from None
-    return given
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:

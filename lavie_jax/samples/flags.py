@@ -1,13 +1,80 @@
-"""Flags that several commands share: where the weights are, the dtype, and what is done with finished videos."""
+"""Flags of commands that make videos, and what was given with them; some are shared by several commands."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lavie_jax.errors import UserError, user_location
+from lavie_jax.samples.prompt_syntax import CUT, LONG_PROMPTS, PLAIN, SYNTAXES
+from lavie_jax.samples.prompts import check_unicode
 from lavie_jax.samples.safety import SafetyFilter, check_open_nsfw, open_nsfw
 from lavie_jax.samples.signing import Certificate
 from lavie_jax.stages.settings import AUTO, DTYPES, STAGE_INFO
+
+
+def add_prompts(add: Callable[..., object]) -> None:
+    """Adds the flags of prompts and how they are read; `add` is the `add_argument` of a parser or of a group."""
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text prompt; may be repeated")
+    add(
+        "--prompts-at",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='prompts over time instead of one, such as "0: a red circle | 32: a blue circle": the text changes '
+        "linearly between these frames of the first stage's clip; may be repeated",
+    )
+    add(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="txt (one prompt per line), csv, tsv or jsonl (prompt or prompts_at, and optionally seed and "
+        "negative_prompt)",
+    )
+    add(
+        "--prompt-syntax",
+        default=PLAIN,
+        choices=SYNTAXES,
+        help="weighted gives (word:1.3), ((word)) and [word] more or less weight, in negative prompts too "
+        "(docs/prompts.md); plain takes brackets as text (default: plain)",
+    )
+    add(
+        "--long-prompts",
+        default=CUT,
+        choices=LONG_PROMPTS,
+        help="of prompts longer than CLIP's window, cut ignores the rest, chunk reads it in more windows (default cut)",
+    )
+
+
+def add_personal(add: Callable[..., object]) -> None:
+    """Adds --lora and --embedding; `add` is the `add_argument` of a parser or of a group."""
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        type=user_location,
+        metavar="FILE[:SCALE]",
+        help="LoRA of Stable Diffusion 1.x (kohya, LyCORIS, diffusers or PEFT), or its folder, merged into every stage "
+        "but vsr; may be repeated (default scale 1)",
+    )
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        type=user_location,
+        metavar="FILE[:TOKEN]",
+        help="textual inversion of Stable Diffusion 1.x, and the word for it in prompts; may be repeated (default: the "
+        "file's own word)",
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting of every stage, in groups."""
+    for stage, info in STAGE_INFO.items():
+        group = parser.add_argument_group(f"settings of {stage}")
+        for name, flag, kind, metavar, text in info.flags():
+            value = dict(action="store_const", const=True) if kind is bool else dict(type=kind, metavar=metavar)
+            group.add_argument(flag, dest=setting_argument(stage, name), help=text, **value)
 
 
 def add_weights(add: Callable[..., object]) -> None:
@@ -68,3 +135,29 @@ def add_dtype(add: Callable[..., object]) -> None:
 def given_stage_weights(args: argparse.Namespace) -> dict[str, str]:
     """Returns {stage: folder} of the flags that were given."""
     return {stage: folder for stage in STAGE_INFO if (folder := getattr(args, f"{stage}_weights")) is not None}
+
+
+def setting_argument(stage: str, name: str) -> str:
+    """The attribute of the parsed command line that holds a stage's setting."""
+    return f"setting {stage} {name}"
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns {stage: settings from the command line}, checked as far as is possible without the weights."""
+    given = {}
+    for stage, info in STAGE_INFO.items():
+        names = [name for name, *_ in info.flags()]
+        values = {name: getattr(args, setting_argument(stage, name)) for name in names}
+        given[stage] = values = {name: value for name, value in values.items() if value is not None}
+        if values and stage not in args.stages:
+            hint = f"; settings of other stages start with their name: --{args.stages[-1]}-steps" if info.main else ""
+            name, chosen = next(iter(values)), ",".join(args.stages)
+            raise UserError(f"{name} is given for {stage}, which is not among the stages {chosen}{hint}")
+        for name, value in values.items():
+            if isinstance(value, str):
+                check_unicode(value, name.replace("_", "-"))
+        try:
+            info.settings.check(values)
+        except UserError as error:
+            raise info.located(error) from None
+    return given
