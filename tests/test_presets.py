@@ -86,6 +86,13 @@ def test_given_settings_that_others_make_useless_are_warned_of(weights, caplog):
     assert "cache_depth: without effect, as cache_every is 1" in caplog.text
 
 
+@pytest.mark.parametrize("more, warned", [({}, True), ({"segments": 2}, False)])
+def test_known_frames_need_something_to_continue(more, warned, caplog):
+    weights = {"prediction": load_folder(cascade.SHIPPED / "prediction", params=False)}
+    cascade.resolve_settings(weights, ["prediction"], {"prediction": {"known_frames": 3, **more}})
+    assert ("known_frames: without effect" in caplog.text) is warned
+
+
 def test_a_preset_that_does_not_exist_and_guidance_that_is_never_applied_are_refused(weights, capsys):
     with pytest.raises(UserError, match="preset: unknown 'fats'"):
         resolved(weights, "fats")

@@ -62,7 +62,7 @@ def resolve_settings(
             raise STAGE_INFO[stage].located(error) from None
         if _other_chain(own, weights[stage].sampling) and (warning := chain_warning(sampler)):
             logging.warning("stage %s: %s", stage, warning)
-        for line in _without_effect(chosen, own):
+        for line in _without_effect(chosen, own, clip):
             logging.warning("stage %s: %s", stage, line)
         settings[stage] = own
         clip = _output_of(own)
@@ -117,8 +117,8 @@ def _passes(settings: Settings, weights: Weights) -> int:
     return len(modes) + modes.count(COMPUTED)
 
 
-def _without_effect(chosen: Mapping[str, Any], settings: Settings) -> list[str]:
-    """Returns warnings about given settings that others make useless."""
+def _without_effect(chosen: Mapping[str, Any], settings: Settings, clip: ClipInfo | None) -> list[str]:
+    """Returns warnings about given settings that others, or the lack of a clip, make useless."""
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
 
     def changed(*names: str) -> str:
@@ -128,6 +128,8 @@ def _without_effect(chosen: Mapping[str, Any], settings: Settings) -> list[str]:
     lines = [f"{of_guidance}: without effect, as guidance is 1"] if of_guidance and settings.guidance == 1 else []
     if changed("cache_depth") and settings.cache_every == 1:
         lines.append("cache_depth: without effect, as cache_every is 1")
+    if changed("known_frames") and clip is None and settings.segments == 1:
+        lines.append("known_frames: without effect, as there is no clip to continue and one segment")
     return lines
 
 
