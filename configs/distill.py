@@ -8,15 +8,14 @@
     python train.py --config configs/distill.py:tiny --workdir runs/distill-tiny    # minutes on a CPU
 
 The teacher is `init_from`, a weights folder of the stage, and the student starts from its weights. With
-`distill.kind=guidance` (arXiv 2210.03142, section 3.1), one pass of the student predicts what the
-teacher predicts in two.
-With `consistency` (LCM, arXiv 2310.04378), the student makes a video in 1 to 8 steps, also without guidance. The
-student's weights folder says how it is sampled. The teacher's guidance scale is that of its folder, or
+`distill.kind=guidance` (arXiv 2210.03142, section 3.1), one pass of the student predicts what the teacher predicts in
+two. With `consistency` (LCM, arXiv 2310.04378), the student makes a video in 1 to 8 steps, also without guidance. The
+student's weights folder records how it is sampled. The teacher's guidance scale is that of its folder, or
 `distill.guidance`. The paper does not distil; the values here are our choices, after those of the LCM paper.
 
 Hardware: a TPU pod, as for the stage; the teacher adds its parameters in bfloat16, split by `mesh.fsdp`. Expected
 result: unknown, as this project has not run it at full size; a test builds the program with `eval_shape`.
-docs/speed.md has the included model's.
+docs/speed.md describes both kinds.
 
 Modes: "" for the base stage, "prediction", "interpolation", "vsr", and "tiny" (Moving Shapes, from the included base).
 """

@@ -3,7 +3,7 @@
     python train.py --config configs/moving_shapes/vae.py --workdir runs/vae
     python train.py --config configs/moving_shapes/vae.py:tiny --workdir runs/vae-tiny    # a minute on a CPU
 
-Hardware: one CPU core, about 5 minutes for 4000 steps. Result: 31.1 dB on held-out images, and all attributes of 64
+Hardware: a CPU; time: docs/training_moving_shapes.md. Result: 31.1 dB on held-out images, and all attributes of 64
 clips out of 64 are detected correctly in their reconstructions. The other configs take the folder `runs/vae/weights` as
 `--config.vae_from`.
 

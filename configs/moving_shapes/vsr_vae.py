@@ -8,8 +8,8 @@ The base stage's VAE was trained on frames of 64x64 only. At 256x256 it is not b
 against 32.6 dB). This one is trained on squares around the shapes of large frames, with a smaller weight of the KL
 divergence. Starting from the base stage's VAE, it needs fewer steps.
 
-Hardware: one of 2 shared CPU cores, 25 minutes. Result: 36.9 dB on squares of held-out images. docs/moving_shapes.md
-compares it with the quality of the upscaled clips, for which it is the upper bound.
+Hardware: one CPU core; time: docs/training_moving_shapes.md. Result: 36.9 dB on squares of held-out images.
+docs/moving_shapes.md compares it with the quality of the upscaled clips, for which it is the upper bound.
 
 Modes: "" and "tiny".
 """

@@ -1,8 +1,8 @@
 """Classifier-free guidance (arXiv 2207.12598), with the rescaling of arXiv 2305.08891.
 
 Half of the work of guidance can be saved in many evaluations. At high and at low noise levels guidance adds little or
-does harm, and the prompt alone is enough (the guidance interval of arXiv 2404.07724). In between, the change that
-guidance is a multiple of varies slowly, and one of an earlier evaluation can be used again.
+does harm, and the prompt alone is enough (the guidance interval of arXiv 2404.07724). In between, the difference that
+guidance scales varies slowly, and that of an earlier evaluation can be used again.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from lavie_jax.errors import UserError
 
-NONE, COMPUTED, REUSED = "none", "computed", "reused"  # what an evaluation knows of the prediction without the prompt
+NONE, COMPUTED, REUSED = "none", "computed", "reused"  # how an evaluation gets the prediction without the prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

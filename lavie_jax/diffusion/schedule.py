@@ -36,7 +36,7 @@ class Schedule:
     The defaults are those of every released LaVie model but VSR's, whose `prediction` is "v_prediction".
     Schedules compare and hash by their fields: they can be static arguments of `jax.jit`.
 
-    The methods take integer timesteps `t` in [0, steps). Its axes are the leading axes of the other arrays: `t (B,)`
+    The methods take integer timesteps `t` in [0, steps), whose axes are the leading axes of the other arrays: `t (B,)`
     gives each sample a timestep, `t (B, F)` each frame of each sample.
 
     Attributes:

@@ -1,8 +1,8 @@
 """The UNet of the cascade: Stable Diffusion's, extended over time (LaVie, arXiv 2309.15103).
 
-One network serves the image models (Stable Diffusion 1.x, the x4-upscaler) and the three video stages: text to video
-(sec. 3.2), temporal interpolation (sec. 3.3) and super-resolution (sec. 3.4). They differ only in the fields of
-`UNetConfig` (`unet_config.py`). Parameter paths mirror the PyTorch names, `down_blocks_0/attentions_1/...`.
+One network serves the image models (Stable Diffusion 1.x, the x4-upscaler) and all video stages: text to video (sec.
+3.2), prediction (sec. 4.4), temporal interpolation (sec. 3.3) and super-resolution (sec. 3.4). They differ only in the
+fields of `UNetConfig` (`unet_config.py`). Parameter paths mirror the PyTorch names, `down_blocks_0/attentions_1/...`.
 
 Top to bottom: conditioning, the temporal module of the super-resolution stage, the down, mid and up blocks, the `UNet`.
 The transformers within the blocks are in `transformer.py`; extensions that LaVie does not have, in `additions.py`.

@@ -1,8 +1,8 @@
 """Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only.
 
 `long="free_noise"` makes clips that are longer than those of training, without training (FreeNoise, arXiv 2310.15169):
-frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md). A clip
-of the user is made anew from a middle step on: `strength`. For `free_init` and `free_u` see docs/prompts.md.
+frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md). With
+`strength`, denoising starts from the user's clip (SDEdit). For this, `free_init` and `free_u` see docs/prompts.md.
 """
 
 import dataclasses

@@ -138,7 +138,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseSettings(Settings):
-    """Settings of the base stage, the only stage whose output size can be chosen."""
+    """Settings of the base stage: the size of its clips, long clips, video to video, FreeInit and FreeU."""
 
     frames: int = field("number of frames; 1 makes images", metavar="T", low=1)
     height: int = field("height in pixels", metavar="H", low=1)
@@ -209,7 +209,7 @@ class PredictionSettings(Settings):
     height: int = field("height in pixels", metavar="H", low=1)
     width: int = field("width in pixels", metavar="W", low=1)
     known_frames: int = field(
-        "number of last frames of the clip or segment before that are given",
+        "number of frames at the end of the previous clip or segment that are given",
         metavar="N", default=4, low=1, flag="known-frames",
     )  # fmt: skip
     known_latents: str = field(
