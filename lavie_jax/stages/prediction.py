@@ -185,7 +185,7 @@ class Prediction(Stage):
                 )
 
     def segments(self, settings: PredictionSettings) -> list[Segment]:
-        """Returns the segments that are generated: all but the first if the clip of the user or of base is that."""
+        """Returns the segments that are generated: all, or all but the first if that is the previous stage's clip."""
         segments, start = [], 0
         for index, length in enumerate(settings.segment_lengths()):
             repeated = settings.known_frames if index else 0
@@ -233,8 +233,11 @@ class Prediction(Stage):
         return np.asarray(self.condition({"mask": mask[None], "masked_latents": masked_latents[None]}).concat[0]), None
 
     def known_latents(self, settings: PredictionSettings, concat: Float[np.ndarray, "t h w k"]) -> KnownLatents | None:
-        """As the replacement of known frames by their noised latents (arXiv 2204.03458, section 3.1), in terms of the
-        prediction, which suits every sampler."""
+        """Returns the known frames' latents for `known_prediction` "exact", else None.
+
+        Keeping them is the replacement of known frames by noised latents (arXiv 2204.03458, section 3.1), in terms of
+        the prediction, which suits every sampler.
+        """
         if settings.known_prediction == "network":
             return None
         return KnownLatents(known=concat[:, 0, 0, 0] < 0.5, latents=concat[..., 1:])
