@@ -57,6 +57,18 @@ def test_an_mp4_has_the_frames_and_the_rate_it_was_written_with(video):
     assert np.abs(frames.astype(int) - ramp()).max() <= 6
 
 
+def test_colours_are_neither_darker_nor_brighter_after_a_file(tmp_path):
+    """Random colours, one a square: the mean error of a channel is far below a level, scaled down or not."""
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    path = video_files.save_video(colours.repeat(16, 0).repeat(16, 1)[None].repeat(2, 0), tmp_path / "a.mp4", fps=8)
+    for step, frame in (
+        (16, video_files.read_clip(path)[0][0]),
+        (8, next(video_files.each_frame(path, shorter_side=128))),
+    ):
+        error = frame[step // 2 :: step, step // 2 :: step].astype(int) - colours
+        assert np.abs(error.mean((0, 1))).max() < 0.4 and np.abs(error).mean() < 1.0, error.mean((0, 1))
+
+
 def test_shapes_survive_compression(tmp_path):
     clip = moving_shapes.clip("train", 1, height=64, width=96).pixels
     frames = video_files.read_video(video_files.save_video(clip, tmp_path / "a.mp4", fps=7.5))

@@ -131,13 +131,15 @@ def _rgb(frame: Any, height: int, width: int, smaller: bool) -> UInt8[np.ndarray
     """Converts a frame to RGB by its own matrix and range, over BACKGROUND where it is transparent."""
     from av.video.reformatter import Interpolation
 
+    # Without these FFmpeg truncates: frames come back 1 to 1.5 of 255 darker each time that they are written and read.
+    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     stretched = (height, width) != (frame.height, frame.width) and not smaller
     see_through = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
     pixels = frame.to_ndarray(
         format="rgba" if see_through else "rgb24",
         height=height,
         width=width,
-        interpolation=Interpolation.BICUBIC if stretched else Interpolation.BILINEAR,
+        interpolation=(Interpolation.BICUBIC if stretched else Interpolation.BILINEAR) | exact,
         threads=1,  # the pipeline's workers are the parallelism
         **_source_colours(frame),
     )
