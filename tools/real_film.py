@@ -191,7 +191,7 @@ def curation_command(out: Path, workers: int | None) -> list[str]:
         f"{FILM}:{first / RATE + MARGIN:.1f}-{last / RATE - MARGIN:.1f}" for first, last in sorted(HELD_OUT + SAME_VIEW)
     ]
     command = [sys.executable, "-m", "lavie_jax.curation", "--input", str(out / "videos"), "--out", str(out / "shards")]
-    command += ["--max-height", "256", "--max-seconds", "20", "--hold-out", *ranges]
+    command += ["--max-height", "512", "--max-seconds", "20", "--hold-out", *ranges]
     return command + ([] if workers is None else ["--workers", str(workers)])
 
 
