@@ -1,6 +1,6 @@
 """Interpolation of real film: four times as many frames, by a network for CPUs.
 
-    python tools/real_film.py --out data/film                       # the film, cut into clips of 256 rows
+    python tools/real_film.py --out data/film                       # the film, cut into clips of 512 rows
     python train.py --config configs/film/interpolation.py --workdir runs/film-interpolation
     python train.py --config configs/film/interpolation.py:tiny --workdir runs/film-interpolation-tiny  # a minute
 

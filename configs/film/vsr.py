@@ -1,6 +1,6 @@
 """Super-resolution of real film: frames of four times the size, by a network for CPUs.
 
-    python tools/real_film.py --out data/film                       # the film, cut into clips of 256 rows
+    python tools/real_film.py --out data/film                       # the film, cut into clips of 512 rows
     python train.py --config configs/film/vsr.py --workdir runs/film-vsr
     python train.py --config configs/film/vsr.py:tiny --workdir runs/film-vsr-tiny    # a minute on a CPU
 
