@@ -179,7 +179,7 @@ def test_updates_of_a_few_frames_at_a_time_change_nothing(monkeypatch):
     np.testing.assert_allclose(pieces, whole_clip, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
+@pytest.mark.parametrize("sampler", [pytest.param("ddpm", marks=pytest.mark.heavy), "dpm++2m"])
 def test_a_saved_state_resumes_to_the_same_end(sampler, monkeypatch):
     monkeypatch.setattr(denoising, "SAVE_EVERY", 2)
     saved = []

@@ -23,7 +23,8 @@ from tests.tiny import UNETS, random_params
 
 
 @pytest.mark.parametrize(
-    ("stage", "depth"), [("vsr", 3), pytest.param("base", 1, marks=pytest.mark.heavy), ("interpolation", 4)]
+    ("stage", "depth"),
+    [("interpolation", 4), *(pytest.param(*case, marks=pytest.mark.heavy) for case in (("vsr", 3), ("base", 1)))],
 )
 def test_features_of_the_same_input_give_the_same_prediction_without_the_deep_layers(stage, depth):
     """With two levels of two layers: at depth 3, the features enter the outer level; at 4, the inner one."""

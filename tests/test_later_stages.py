@@ -101,7 +101,7 @@ def test_one_device_and_eight_agree(stage, single, folder):
     assert np.linalg.norm(eight - one) <= 1e-4 * np.linalg.norm(one)
 
 
-@pytest.mark.parametrize("stage", ["interpolation", "vsr"])
+@pytest.mark.parametrize("stage", [pytest.param("interpolation", marks=pytest.mark.heavy), "vsr"])
 def test_a_sample_equals_a_plain_loop(stage, single):
     """Compared with a few independent lines, from noise to latents."""
     frames = clip(4 if stage == "interpolation" else 8)  # one window, whose programs are compiled already

@@ -79,6 +79,7 @@ def zeros(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@pytest.mark.heavy  # the next test is of the same kind
 def test_sharded_weights_leave_every_row_on_its_device():
     """The compiler must gather weights, not the batch. Without constraints it splits the channels of all rows, which
     multiplies the memory by the number of devices."""

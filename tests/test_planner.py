@@ -463,7 +463,9 @@ def block(devices):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [tiny_decode, pytest.param(tiny_step, marks=pytest.mark.heavy), block], ids=COMMITTED)
+@pytest.mark.parametrize(
+    "make", [tiny_decode, *(pytest.param(make, marks=pytest.mark.heavy) for make in (tiny_step, block))], ids=COMMITTED
+)
 def test_memory_does_not_grow(make, request, libtpu):
     """Stops at the memory plan: generating the machine code of the block takes a minute."""
     row = measure_in_subprocess(make, "v5e:1x1", code=False)

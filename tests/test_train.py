@@ -112,7 +112,10 @@ def drawing_task(stage: str) -> Task:
 
 
 @pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("stage", ["vae", "base", "prediction", "interpolation", "vsr"])
+@pytest.mark.parametrize(
+    "stage",
+    ["vae", "base", "vsr", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("prediction", "interpolation"))],
+)
 def test_losses_and_gradients_do_not_depend_on_the_number_of_parts(stage, parts, monkeypatch):
     """Each row has the same noise, timesteps and crops in 1, 2 and 4 parts. The same holds for held-out losses."""
     monkeypatch.setattr(autoencoder, "VAE", lambda config, dtype: Linear(config))

@@ -187,7 +187,7 @@ def test_an_image_is_not_a_one_frame_video():
 @pytest.mark.parametrize(
     ("kind", "frames"),
     [
-        ("base", 3),
+        pytest.param("base", 3, marks=pytest.mark.heavy),  # test_inflate.py tests it with weights
         pytest.param("interpolation", 3, marks=pytest.mark.heavy),
         pytest.param("vsr", 3, marks=pytest.mark.heavy),
         pytest.param("base", 1, marks=pytest.mark.heavy),
