@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from lavie_jax.weights.diffusers_configs import inflated_config, unet_config
 from lavie_jax.weights.expected import compare, expected_shapes
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.safetensors_io import DTYPES, read_safetensors, write_safetensors
-from lavie_jax.weights.saving import recover_folder
+from lavie_jax.weights.saving import new_folder, recover_folder
 
 MANIFESTS = Path(__file__).parent / "manifests"
 SD = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
@@ -399,3 +400,33 @@ def test_recovery_removes_partial_folders_and_restores_a_moved_one(base, tmp_pat
     (tmp_path / ".weights.old-8").mkdir()  # killed before it was removed
     recover_folder(weights)
     assert [p.name for p in tmp_path.iterdir()] == ["weights"] and folder_hash(weights) == folder_hash(base)
+
+
+def write_twice(path):
+    for text in ("first", "second"):
+        with new_folder(path) as folder:
+            (folder / "file").write_text(text)
+    return (path / "file").read_text()
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    target, link = tmp_path / "disk" / "large", tmp_path / "weights"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    (target.parent / ".large.writing-7").mkdir()
+    recover_folder(link)
+    assert write_twice(link) == "second" and link.readlink() == target
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "file", "large", "weights"]
+
+
+def test_leftovers_of_a_killed_process_with_this_number_are_replaced(tmp_path):
+    """In a container, a command has the same number every time."""
+    for kind in ("writing", "old"):
+        (tmp_path / f".weights.{kind}-{os.getpid()}" / "unet").mkdir(parents=True)
+    assert write_twice(tmp_path / "weights") == "second" and [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize("name, value", [("layers_per_block", [2, 2, 2, 2]), ("attention_head_dim", None)])
+def test_values_of_another_type_in_a_diffusers_config_are_refused(name, value):
+    with pytest.raises(UserError, match="must be of type int"):
+        unet_config(SD | {name: value})

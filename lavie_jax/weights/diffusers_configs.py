@@ -48,21 +48,22 @@ def unet_config(json: Mapping[str, Any], stage: Stage | None = None) -> UNetConf
     def per_level(value):
         return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
-    image = UNetConfig(
-        in_channels=json.get("in_channels", 4),
-        out_channels=json.get("out_channels", 4),
-        block_out_channels=widths,
-        layers_per_block=json.get("layers_per_block", 2),
-        attention_levels=_attention_levels(json, levels),
-        cross_attention_dim=json.get("cross_attention_dim", 1280),
-        attention_heads=per_level(json.get("attention_head_dim", 8)),
-        only_cross_attention=per_level(json.get("only_cross_attention", False)),
-        use_linear_projection=json.get("use_linear_projection", False),
-        encoder_hid_dim=json.get("encoder_hid_dim"),
-        num_class_embeds=json.get("num_class_embeds"),
-        norm_num_groups=json.get("norm_num_groups", 32),
-        norm_eps=json.get("norm_eps", 1e-5),
-    )
+    fields = {  # of JSON, so that their types are checked
+        "in_channels": json.get("in_channels", 4),
+        "out_channels": json.get("out_channels", 4),
+        "block_out_channels": widths,
+        "layers_per_block": json.get("layers_per_block", 2),
+        "attention_levels": _attention_levels(json, levels),
+        "cross_attention_dim": json.get("cross_attention_dim", 1280),
+        "attention_heads": per_level(json.get("attention_head_dim", 8)),
+        "only_cross_attention": per_level(json.get("only_cross_attention", False)),
+        "use_linear_projection": json.get("use_linear_projection", False),
+        "encoder_hid_dim": json.get("encoder_hid_dim"),
+        "num_class_embeds": json.get("num_class_embeds"),
+        "norm_num_groups": json.get("norm_num_groups", 32),
+        "norm_eps": json.get("norm_eps", 1e-5),
+    }
+    image = UNetConfig.from_dict(fields)
     config = inflated_config(image, {} if stage is None else stage.unet_fields)
     if not config.temporal_resblocks:
         return config

@@ -172,14 +172,20 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error."""
+    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error.
+
+    If `path` is a link, the folder that it points to is written, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
     old = path.parent / f".{path.name}.old-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: in a container, the next one has its number
     temporary.mkdir()
     try:
         yield temporary
         if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)  # likewise
             path.rename(old)
         temporary.rename(path)
     except BaseException:
@@ -195,6 +201,7 @@ def recover_folder(path: Path) -> None:
 
     Call it only where no other process can be writing `path`.
     """
+    path = Path(os.path.realpath(path))
     for old in sorted(path.parent.glob(f".{path.name}.old-*")):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
