@@ -83,6 +83,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     back.add_argument("--part", choices=PARTS, default="unet")
     back.add_argument("--out", type=Path, help=".pt (a dict with the key ema) or .safetensors")
     back.add_argument("--check", type=Path, metavar="ORIGINAL", help="compare with this file, byte for byte")
+    back.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True,
+        help="--check compares with the moving averages of a file that has both them and the weights (default)",
+    )  # fmt: skip
 
     clip = commands.add_parser("import-clip", help="a CLIP model -> a weights folder for CLIPSIM")
     clip.add_argument("--pretrained", required=True, type=Path, help="transformers' folder, or OpenAI's file")
@@ -116,9 +120,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         grow.error(f"the stage {args.stage} starts from {option}")
     if args.command == "inflate" and args.base is not None and (args.vae or args.tokenizer or args.text_encoder):
         grow.error("--from has a VAE, a text encoder and a tokenizer: remove --vae, --text-encoder and --tokenizer")
+    if args.command == "inflate" and args.base is not None and not args.ema:
+        grow.error("--from is a weights folder, which has no moving averages beside the weights: remove --no-ema")
+    if args.command == "export" and args.check is None and not args.ema:
+        back.error("--no-ema is about the file of --check: give both")
     if args.command == "export" and args.out is None and args.check is None:
         back.error("give --out, --check, or both")
+    if args.out is not None and args.overwrite:
+        check_inputs_stay(args)
     return args
+
+
+def check_inputs_stay(args: argparse.Namespace) -> None:
+    """Raises UserError for an input inside of the folder --out, which is replaced as a whole."""
+    given = {name: value for name, value in vars(args).items() if name not in ("out", "share")}
+    loras = [Path(parse_lora(text)[0]) for text in args.lora] if args.command == "merge-lora" else []
+    for path in (*(value for value in given.values() if isinstance(value, Path)), *loras):
+        if args.out.resolve() in path.absolute().parents:
+            raise UserError(
+                f"{path} is inside of --out {args.out}, which --overwrite replaces as a whole: move it, or choose "
+                "another name for --out"
+            )
 
 
 def use_cpu() -> None:
@@ -147,7 +169,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Runs `export`: writes a PyTorch file, compares with one, or both. Returns the exit code."""
-    original, notes = (None, ()) if args.check is None else read_part_file(args.part, args.check)
+    original, notes = (None, ()) if args.check is None else read_part_file(args.part, args.check, ema=args.ema)
     for note in notes:
         print(f"note: {note}")
     if args.out is not None:

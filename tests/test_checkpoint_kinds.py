@@ -256,6 +256,9 @@ def test_broken_links_and_other_variants(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     assert find_weights(tmp_path, "unet").name == "diffusion_pytorch_model.bin"
     assert find_weights(tmp_path, "unet", ema=False).name == "diffusion_pytorch_model.non_ema.bin"
+    for value, variant in enumerate((".non_ema", "")):
+        torch.save({"w": torch.full((2,), value)}, tmp_path / f"diffusion_pytorch_model{variant}.bin")
+    assert [read_weights(tmp_path, ema=ema)[0]["w"].read()[0] for ema in (False, True)] == [0, 1]
 
 
 def test_only_the_shards_of_the_best_file_are_downloaded():
@@ -350,8 +353,9 @@ def test_averages_under_keys_of_a_checkpoint(tmp_path):
         torch.save(content, tmp_path / "one.pt")
         read, notes = read_weights(tmp_path / "one.pt")
         assert set(read) == {"w"} and notes == []
-    torch.save({"ema": {"decay": 0.9, "shadow_params": [torch.ones(2)]}, "model": two}, tmp_path / "list.pt")
-    assert "have no names" in read_weights(tmp_path / "list.pt")[1][0]
+    for unnamed in ({"decay": 0.9, "shadow_params": [torch.ones(2)]}, torch.ones(2)):
+        torch.save({"ema": unnamed, "model": two}, tmp_path / "list.pt")
+        assert "have no names" in read_weights(tmp_path / "list.pt")[1][0]
     torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match="an optimizer's state"):
         read_weights(tmp_path / "optimizer.pt")

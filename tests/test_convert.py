@@ -92,6 +92,9 @@ def test_check_names_what_differs(base, tmp_path, capsys):
     tensors = {n: t for n, t in torch.load(original, weights_only=True)["ema"].items() if "freqs" not in n}
     torch.save(tensors, tmp_path / "without.pt")  # added constants are not a difference
     assert run("export", "--weights", folder, "--check", tmp_path / "without.pt") == 0
+    torch.save({"model": tensors, "ema": {n: t + 1 for n, t in tensors.items()}}, tmp_path / "both.pt")
+    assert run("export", "--weights", folder, "--check", tmp_path / "both.pt") == 1
+    assert run("export", "--weights", folder, "--check", tmp_path / "both.pt", "--no-ema") == 0
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -264,7 +267,9 @@ def test_wrong_arguments_are_refused(base, sd, tmp_path, capsys):
         (("inflate", "--stage", "base", "--pretrained", sd, "--out", out, "--seed", "-1"), "must be a whole number"),
         (("inflate", "--stage", "interpolation", "--pretrained", sd, "--out", out), "--from"),
         (("inflate", "--stage", "interpolation", "--from", sd, "--out", out), "not a weights folder"),
+        (("inflate", "--stage", "interpolation", "--from", folder, "--out", out, "--no-ema"), "remove --no-ema"),
         (("export", "--weights", folder), "--check"),
+        (("export", "--weights", folder, "--out", tmp_path / "x.pt", "--no-ema"), "is about the file of --check"),
         (("export", "--weights", folder, "--out", tmp_path / "x.zip"), ".pt or .safetensors"),
         (("export", "--weights", tmp_path / "empty", "--out", tmp_path / "x.pt"), "not a weights folder"),
     ):
@@ -284,6 +289,9 @@ def test_nothing_is_overwritten_unasked(base, sd, tmp_path, capsys):
     assert (tmp_path / "out/notes.txt").exists()
     assert import_base(original, sd, tmp_path / "out", "--overwrite") == 0
     assert not (tmp_path / "out/notes.txt").exists() and load_folder(tmp_path / "out")
+    torch.save({"ema": {}}, tmp_path / "out/original.pt")  # the only copy
+    assert import_base(tmp_path / "out/original.pt", sd, tmp_path / "out", "--overwrite") == 2
+    assert "is inside of --out" in capsys.readouterr().err
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("mine")
     for taken in ("home", "back.pt"):  # even with --overwrite: these are not weights folders

@@ -243,9 +243,12 @@ def missing_frequencies(config: UNetConfig, tensors: Mapping[str, Tensor]) -> di
 
 
 def _frequencies(width: int) -> np.ndarray:
-    """Computes in float32 throughout, which reproduces the released values (width 32) bit for bit."""
+    """Computes in float32, which reproduces the released values (width 32) bit for bit.
+
+    The power is rounded from float64, because the last bit of numpy's power in float32 depends on the processor.
+    """
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    return np.float32(1) / np.power(np.float32(10000), exponents)
+    return np.float32(1) / np.power(10000.0, exponents.astype(np.float64)).astype(np.float32)
 
 
 def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool = False) -> int:

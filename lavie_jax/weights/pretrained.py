@@ -206,7 +206,7 @@ def read_vae(path: Path, own: Mapping[str, Any], ema: bool) -> PretrainedPart:
     path = resolve_hub_cache(path)
     folder = next((f for f in (path, path / "vae") if (f / "config.json").is_file()), None)
     if path.is_dir() and folder is not None:
-        file = find_weights(folder, "vae")
+        file = find_weights(folder, "vae", ema=ema)
         if file is None:
             raise UserError(f"{folder} has no weights of a VAE: it has none of {', '.join(MODEL_FILES['vae'])}.")
         return PretrainedPart(file, read_json(folder / "config.json"), *read_part_file("vae", file, ema=ema))

@@ -70,7 +70,7 @@ def read_weights(path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], li
         UserError: the file is missing, damaged, of another kind, or without tensors.
     """
     if path.is_dir():
-        path = _in_folder(path)
+        path = _in_folder(path, ema)
     if not path.is_file():
         what = "is a broken link" if path.is_symlink() else "is not a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}.")
@@ -93,10 +93,10 @@ def _read_file(path: Path, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, notes
 
 
-def _in_folder(folder: Path) -> Path:
+def _in_folder(folder: Path, ema: bool) -> Path:
     """Returns the weights file in a folder that has one."""
     for part in MODEL_FILES:
-        if file := find_weights(folder, part):
+        if file := find_weights(folder, part, ema=ema):
             return file
     if (folder / "adapter_config.json").is_file() or list(folder.glob("pytorch_lora_weights.*")):
         raise UserError(

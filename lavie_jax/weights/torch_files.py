@@ -129,9 +129,13 @@ def _find_weights(torch, loaded: dict, ema: bool) -> tuple[dict, list[str]]:
         notes.append(f"used the weights under {order[0]!r}, not those under {other!r}{hint}")
     elif not ema:
         notes += [f"has only moving averages, under {key!r}" for key in averages[:1]]
-    elif raw and (unnamed := next((key for key in EMA_KEYS if loaded.get(key)), None)):
+    elif raw and (unnamed := next((key for key in EMA_KEYS if _is_filled(torch, loaded.get(key))), None)):
         notes.append(f"used the weights under {raw[0]!r}: the moving averages under {unnamed!r} have no names")
     return found[order[0]], notes
+
+
+def _is_filled(torch, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or bool(value)  # a tensor of several numbers has no truth value
 
 
 def _nested(value: Any) -> Iterator[dict]:
