@@ -21,6 +21,7 @@ from lavie_jax.curation import latent_encoder
 from lavie_jax.curation import pipeline as curation
 from lavie_jax.curation.job import LatentJob
 from lavie_jax.data import latents, pipeline, shards, tokens, transforms, video_files
+from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.data.tokens import load_tokenizer
 from lavie_jax.errors import UserError
@@ -306,6 +307,12 @@ def stream(path, **change):
     return DataConfig(**{**common, **change})
 
 
+def test_nothing_is_held_out_on_request(latent_set):
+    """As of clips."""
+    held_out, trained = (stream(latent_set, hold_out=False, split=split) for split in ("val", "train"))
+    assert len(make_source(held_out)) == len(make_source(trained)) > len(make_source(stream(latent_set)))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # grain's own
 def test_latents_do_not_depend_on_workers_processes_or_the_first_step(latent_set):
     config = stream(latent_set, images=1)
@@ -386,6 +393,7 @@ def test_train_refuses_latents_of_another_vae_in_one_line_with_exit_code_2(laten
         ({"image_source": "array_record", "image_path": "CLIPS", "images": 1}, "must all be latents, or none"),
         ({"handheld": 0.5}, "handheld needs pixels"),
         ({"full_height": 32, "full_width": 48}, "full_height needs pixels"),
+        ({"image_path": "IMAGES", "images": 1, "image_captions": ("a",)}, "image_captions is for folders of images"),
         ({"height": 32}, "has latents of 16x24; the config sets 32x24"),
         ({"fps": 24.0}, "data.fps = 24: .* has latents at 16 fps"),
         ({"null_caption": "None"}, "null caption is '', not 'None'"),

@@ -162,7 +162,10 @@ def test_an_error_in_the_background_thread_is_raised_by_the_stream(monkeypatch):
         ({"source": "video_folder", "path": ".", "slowest_fps": 1.0}, "slowest_fps is for Moving Shapes"),
         ({"source": "video_folder", "path": ".", "images_from_clips": 0.5}, "images_from_clips is for Moving Shapes"),
         ({"images_from_clips": 2.0}, "'data.images_from_clips' must be from 0 to 1, not 2.0"),
+        ({"path": "clips"}, "Moving Shapes is generated, so that 'clips' is not read: set data.source"),
+        ({"image_source": "webdataset", "image_path": "pictures"}, "'pictures' is not read"),
         ({"source": "video_folder"}, "needs a path"),
+        ({"source": "video_folder", "path": ".", "image_source": "webdataset"}, "image_source = 'webdataset' is the"),
         ({"source": "video_folder", "path": "/nowhere/at/all"}, "no folder"),
     ],
 )

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from lavie_jax.data import mixture
 from lavie_jax.data.buckets import Buckets, Size, divide, make_buckets, size_name
 from lavie_jax.data.config import LATENTS, SOURCES, DataConfig, check, mixture_parts
 from lavie_jax.data.latents import LatentRecords, LatentSet, LatentSource, open_set
-from lavie_jax.data.records import VAL_FRACTION, Records
+from lavie_jax.data.records import Records
 from lavie_jax.data.sources import MovingShapes, RecordSource, Source, open_records
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError, suggest
@@ -95,6 +96,11 @@ def _kind(config: DataConfig, clips: Part, images: Part) -> str:
     if kind not in SOURCES[:-1]:
         raise UserError(f"unknown data source {kind!r}{suggest(kind, SOURCES)}")
     if kind == "moving_shapes":
+        if unused := clips[1] or images[1] or (images[0] if images[0] != kind else ""):
+            raise UserError(
+                f"Moving Shapes is generated, so that {unused!r} is not read: set data.source to the kind of your "
+                "data, or remove it (data.path, image_path, image_source)"
+            )
         if config.images and config.split not in ("train", "val"):
             raise UserError(f"split {config.split!r} of Moving Shapes has no images: set images=0, or use train or val")
         if config.fps is None:
@@ -102,6 +108,8 @@ def _kind(config: DataConfig, clips: Part, images: Part) -> str:
         return kind
     if (clips[1] is None and images[1] is None) or (clips[0] and clips[1] is None and config.frames):
         raise UserError(f"the data source {kind} needs a path")
+    if images[0] and images[1] is None:
+        raise UserError(f"data.image_source = {images[0]!r} is the kind of the images at data.image_path: set both")
     if config.slowest_fps:
         raise UserError("slowest_fps is for Moving Shapes: a video file has one rate")
     if config.objects != 1:
@@ -143,13 +151,17 @@ def _open(config: DataConfig, clips: Part, images: Part) -> tuple[Records | None
     window = clip_window(config)
     kinds, mediums = (clips[0] or images[0], images[0] or clips[0]), ("video", "image")
     captions = ("", next(iter(config.image_captions), ""))
-    split, fraction = (config.split, VAL_FRACTION) if config.hold_out else ("train", 0)
     return tuple(
         None if path is None else open_records(
-            kind, path, medium=medium, split=split, window=window, val_fraction=fraction, caption=caption
+            kind, path, medium=medium, window=window, caption=caption, **_split(config)
         )
         for kind, path, medium, caption in zip(kinds, _paths(config, clips, images), mediums, captions)
     )  # fmt: skip
+
+
+def _split(config: DataConfig) -> dict[str, Any]:
+    """The split of records to open, and the fraction that is held out."""
+    return {"split": config.split} if config.hold_out else {"split": "train", "val_fraction": 0.0}
 
 
 def _record_source(config: DataConfig, clips: Records | None, images: Records | None) -> RecordSource:
@@ -171,7 +183,7 @@ def _latent_source(config: DataConfig, clips: str | None, images: str | None) ->
     records, size = {}, (config.height, config.width)
     for medium, latents in sets.items():
         _check_set(config, latents, medium)
-        records[medium] = LatentRecords(latents, size, split=config.split)
+        records[medium] = LatentRecords(latents, size, **_split(config))
     first = next(iter(sets.values()))
     return LatentSource(
         clips=records.get("video"),

@@ -138,6 +138,9 @@ def check(config: DataConfig) -> None:
             raise UserError(
                 "a mixture needs data.videos, or data.image_parts to train on images only: ('KIND:PATH', ...)"
             )
+        for weights, parts in (("video_weights", "videos"), ("image_weights", "image_parts")):
+            if getattr(config, weights) and not getattr(config, parts):
+                raise UserError(f"data.{weights} are those of data.{parts}, which is empty: set it too")
         mixture_parts(config)
     elif config.videos or config.image_parts or config.video_weights or config.image_weights:
         raise UserError(
@@ -182,6 +185,8 @@ def _check_latents(config: DataConfig) -> None:
     for name in ("handheld", "full_height", "full_width"):
         if value := getattr(config, name):
             raise UserError(f"{name} needs pixels, but data.source is 'latents': set it to 0; given {value}")
+    if config.image_captions:
+        raise UserError("image_captions is for folders of images: those of latents were encoded with them. Remove it")
 
 
 def latent_paths(config: DataConfig) -> list[str]:
