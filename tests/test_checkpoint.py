@@ -277,6 +277,14 @@ def test_metrics_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert lines == [{"step": s, "loss": float(v)} for s, v in ((5, 5), (10, 10), (20, 2))]
 
 
+def test_metrics_of_another_program_are_refused_and_kept(tmp_path):
+    for text in ('{"loss": 1.0}\n', "step,loss\n"):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match="metrics.jsonl has a line that is not of a run"):
+            metrics.Metrics(tmp_path, step=0)
+        assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
 def with_tensorboard(workdir, step):
     others = sinks.Sinks(("tensorboard",), workdir, step=step, config={})
     return metrics.Metrics(workdir, step=step, sinks=others)

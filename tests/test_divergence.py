@@ -11,7 +11,7 @@ import pytest
 from lavie_jax import parallel, random
 from lavie_jax.training import divergence, optimizer
 from lavie_jax.training.state import make_state
-from lavie_jax.training.step import Task, make_update, step_rng
+from lavie_jax.training.step import AVERAGE, Task, make_update, step_rng
 
 
 def toy_task(rows_to_loss) -> Task:
@@ -120,6 +120,21 @@ def test_the_batch_of_a_dump_is_in_the_order_of_its_rows(tmp_path, monkeypatch):
             divergence.dump(tmp_path, 3, state, {"x": whole["x"][rows]}, {"processes": 3}, indices=rows)
     monkeypatch.setattr(divergence.ocp.StandardCheckpointer, "restore", lambda *_, **__: {})
     np.testing.assert_array_equal(divergence.load(tmp_path, {})[1]["x"], whole["x"])
+
+
+def test_a_replayed_step_reads_the_average_that_the_run_read(tmp_path, monkeypatch):
+    """As the targets of consistency distillation do."""
+
+    def loss(params, frozen, batch, rng):
+        return frozen[AVERAGE]["kernel"].sum() * batch["x"].mean() + 0 * params["kernel"].sum(), {}
+
+    task = dataclasses.replace(toy_task(lambda x: x), loss=loss)
+    tx = optimizer.make_optimizer(optimizer.OptimizerConfig(), 10)
+    state = make_state(task.init(None), task, tx) | {"ema": {"kernel": jnp.full(3, 5.0)}}
+    config = {"cpu_devices": 0, "batch": 4, "accumulate": 1, "optimizer": {}, "steps": 10, "seed": 3}
+    divergence.dump(tmp_path, 1, state, GOOD, {"config": config, "dtype": "float32", "processes": 1})
+    monkeypatch.setattr(divergence.build, "make_task", lambda *_: (task, None))
+    assert "update 1, float32, on 4 x cpu: gradient_norm 0, loss 15" in next(divergence.replay(tmp_path, tmp_path))
 
 
 def test_waiting_detects_a_skipped_step_immediately(tmp_path):

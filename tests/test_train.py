@@ -419,6 +419,7 @@ def test_a_wrong_command_line_still_shows_whether_there_are_other_hosts():
     words = ["--config=nowhere.py", "--config.stepz=3"]
     assert options.is_distributed([*words, "--config.distributed=True"])
     assert options.is_distributed([*words, "--config.distributed", "true"])
+    assert options.is_distributed([*words, "--config.distributed=1"])  # as the field is parsed
     assert not options.is_distributed(words) and not options.is_distributed([*words, "--config.distributed=False"])
 
 
@@ -469,6 +470,7 @@ BAD = [
     (["--config.attention_kernel=block"], "did you mean 'blockwise'"),
     (["--config.loss.alpha=-1"], "'loss.alpha' must be finite, at least 0; given -1"),
     (["--config.loss.held_out_timesteps=100,1000"], "must be from 0 to 999"),
+    (["--config.optimizer.decay=cosin"], "unknown optimizer.decay 'cosin'; did you mean 'cosine'"),
     (["--config.optimizer.learning_rate=1e999"], "'optimizer.learning_rate' must be finite"),
     (["--config.optimizer.b2=1"], "at least 0 and below 1"),
     (["--config.steps=1e999"], "takes a whole number"),
@@ -507,6 +509,24 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
     with pytest.raises(UserError, match=message), contextlib.ExitStack() as cleanup:
         train.main(argv, cleanup)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ["batch=0", "optimizer.kind=adam", "optimizer.clip=-1"])
+def test_values_are_checked_before_weights_are_downloaded(wrong, monkeypatch):
+    monkeypatch.setattr(options, "local_folder", lambda location: pytest.fail(f"downloads {location}"))
+    words = [f"--config={ROOT}/configs/moving_shapes/base.py:tiny", "--workdir=run", "--config.init_from=hub:a/b"]
+    with pytest.raises(UserError, match=wrong.partition("=")[0]):
+        options.parse([*words, f"--config.{wrong}"])
+
+
+def test_losses_are_checked_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(build, "load_init", lambda *_: pytest.fail("reads weights"))
+    for wrong, message in (("loss.alpha=-1", "loss.alpha"), ("loss.held_out_timesteps=2000", "from 0 to 999")):
+        config = options.load("configs/moving_shapes/base.py:tiny")
+        options.override(config, *wrong.split("="))
+        with pytest.raises(UserError, match=message):
+            build.make_task(config, jnp.float32, tmp_path)
 
 
 def test_weights_that_no_run_wrote_are_not_overwritten(tmp_path, monkeypatch):

@@ -112,6 +112,9 @@ def check_stage(config: Any) -> None:
             f"data.frames = {data.frames} and data.images = {data.images}: one of them must be positive, none negative."
         )
     lora_config(config)  # raises for settings that are out of range
+    timesteps, steps = DiffusionLoss(**_plain(config.loss)).held_out_timesteps, models.schedule.steps
+    if not all(0 <= t < steps for t in timesteps):
+        raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {steps - 1}.")
     distill_config(config).check(config, latents=bool(latent_paths(data)))
     if config.regime not in ("joint", optimizer.ADAPTER) and not data.frames:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")

@@ -220,9 +220,7 @@ def make_diffusion_task(
         sampling: sampling settings for the exported weights folder.
         tokenizer: the tokenizer for the exported weights folder, see `weights.save_folder`.
     """
-    models, timesteps = losses.models, losses.loss.held_out_timesteps
-    if not all(0 <= t < models.schedule.steps for t in timesteps):
-        raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {models.schedule.steps - 1}.")
+    models = losses.models
 
     def export(path: Path, params: Any, values: Mapping[str, float]) -> None:
         """Writes a weights folder of the stage, or its adapter; the held-out values are not part of them."""

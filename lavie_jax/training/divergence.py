@@ -26,7 +26,7 @@ from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.training import build, checkpoint, optimizer
 from lavie_jax.training.config import complete
 from lavie_jax.training.state import abstract_random, abstract_state, place_frozen
-from lavie_jax.training.step import UNTRAINED, make_gradients, step_rng
+from lavie_jax.training.step import UNTRAINED, make_gradients, step_rng, with_average
 
 AHEAD = 2  # steps that the devices may be behind the loop
 NAMED = 20  # arrays listed by name
@@ -151,7 +151,8 @@ def replay(path: Path, scratch: Path) -> Iterator[str]:
 
     gradients = parallel.on_mesh(jax.jit(make_gradients(task, accumulate=config.accumulate)), mesh)
     rng = step_rng(jax.random.key(config.seed), int(state["step"]))
-    grads, losses = gradients(state["params"], frozen, parallel.put_batch(batch, mesh), rng)
+    read = with_average(task, frozen, state["ema"])
+    grads, losses = gradients(state["params"], read, parallel.put_batch(batch, mesh), rng)
     values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
     yield f"update {int(state['step']) + 1}, {dtype}, on {mesh.size} x {mesh.devices.flat[0].device_kind}: {values}"
     for what, tree in (("parameters", state["params"]), ("the batch", batch), ("gradients", grads)):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lavie_jax import disk
+from lavie_jax.errors import UserError
 from lavie_jax.training.sinks import Sinks
 
 
@@ -24,7 +25,7 @@ class Metrics:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+            kept = [line for line in _lines(path) if _step(line, path) <= step]
             partial = path.with_name(f"{path.name}.new")
             partial.write_text("".join(kept))
             partial.replace(path)
@@ -56,6 +57,14 @@ def _lines(path: Path) -> Iterator[str]:
     """Yields the complete lines: a kill may have cut the last one."""
     with path.open() as file:
         yield from (line for line in file if line.endswith("\n"))
+
+
+def _step(line: str, path: Path) -> int:
+    """Returns the step of a line. Raises UserError for one that no run wrote."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has a line that is not of a run, {line.strip()[:60]!r}: move the file away") from error
 
 
 def mean(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None) -> dict[str, float]:

@@ -20,6 +20,7 @@ REGIMES = ("joint", "video_only", "temporal_only", "motion_only", "lora")
 ADAPTER = "lora"  # the regime, and the name of the adapter's tree in the parameters
 
 KINDS = ("adamw", "muon")
+DECAYS = ("constant", "cosine")
 ADAMW_RMS = 0.2  # RMS of AdamW's updates at a learning rate of 1, as measured in arXiv 2502.16982, sec. 2.2
 
 
@@ -39,6 +40,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"unknown optimizer.kind {self.kind!r}{suggest(self.kind, KINDS)}")
+        if self.decay not in DECAYS:
+            raise UserError(f"unknown optimizer.decay {self.decay!r}{suggest(self.decay, DECAYS)}")
         for name in ("learning_rate", "warmup", "weight_decay", "clip"):
             check_number(f"optimizer.{name}", getattr(self, name), low=0)
         for name in ("b1", "b2"):
@@ -54,8 +57,6 @@ def check_number(name: str, value: float, *, low: float, below: float = math.inf
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the function update number -> learning rate."""
-    if config.decay not in ("constant", "cosine"):
-        raise UserError(f"unknown optimizer.decay {config.decay!r}{suggest(config.decay, ('constant', 'cosine'))}")
     if config.decay == "cosine":
         return optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, config.warmup, max(steps, config.warmup + 1)

@@ -19,7 +19,7 @@ import lavie_jax
 from lavie_jax import remote
 from lavie_jax.commands import config_file
 from lavie_jax.errors import UserError, suggest, user_path
-from lavie_jax.fields import describe, expanded, parse_text, rule_of, settable
+from lavie_jax.fields import BOOLEANS, describe, expanded, parse_text, rule_of, settable
 from lavie_jax.stages.settings import MAIN_STAGE, STAGE_INFO
 from lavie_jax.training import sinks
 from lavie_jax.training.config import (
@@ -33,7 +33,7 @@ from lavie_jax.training.config import (
     run_class,
     text_network,
 )
-from lavie_jax.training.optimizer import ADAPTER
+from lavie_jax.training.optimizer import ADAPTER, OptimizerConfig
 from lavie_jax.training.workdir import Workdir
 from lavie_jax.weights.hub.repository import HUB
 from lavie_jax.weights.locations import local_folder
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """Parses the arguments of the command line, without the program's name.
 
     Raises:
-        UserError: an unknown flag or field, a value of the wrong type, or a missing file.
+        UserError: an unknown flag or field, a value of the wrong type or out of range, or a missing file.
     """
     flags = _flags(argv)
     overrides = {k.removeprefix("config."): v for k, v in flags.items() if k.startswith("config.")}
@@ -87,6 +87,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     config = load(flags["config"])
     for field, text in sorted(overrides.items(), key=lambda item: item[0] != TEXT_NETWORK):  # fields follow from it
         override(config, field, text)
+    check_values(config.to_dict())  # before weights are downloaded
+    OptimizerConfig(**config.optimizer)  # likewise: raises for settings that are out of range
     for name in FOLDERS:
         text = str(config.get(name, ""))
         if text.startswith(HUB) or remote.url(text):  # recorded as the folder in the cache, which belongs to a version
@@ -104,7 +106,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def is_distributed(argv: Sequence[str]) -> bool:
     """Returns whether the command line, which may be wrong otherwise, asks for several hosts."""
     words = [word for arg in argv for word in arg.split("=", 1)]
-    return any(pair == ("--config.distributed", "true") for pair in zip(words, (word.lower() for word in words[1:])))
+    values = [value for name, value in zip(words, words[1:]) if name == "--config.distributed"]
+    return any(BOOLEANS.get(value.lower(), False) for value in values)
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:
@@ -128,12 +131,11 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check(config: Any, workdir: Path) -> None:
-    """Checks the fields of a run, and that its workdir can be written, before anything expensive.
+    """Checks that fields of a run fit each other, and that its workdir can be written, before anything expensive.
 
     Raises:
-        UserError: a value is out of range, fields contradict each other, or the workdir cannot be used.
+        UserError: fields contradict each other, or the workdir cannot be used.
     """
-    check_values(config.to_dict())
     from_text = [name for name, info in STAGE_INFO.items() if info.from_text]
     if config.prompts and config.stage not in from_text:
         raise UserError(

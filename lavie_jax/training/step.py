@@ -162,7 +162,7 @@ def make_update(
 
     def update(state: dict, frozen: Any, batch: Batch, rng: jax.Array) -> tuple[dict, Losses]:
         """Returns the state after one step, or with the counters alone changed if the step is skipped."""
-        read = {**frozen, AVERAGE: task.join(state["ema"], frozen)}
+        read = with_average(task, frozen, state["ema"])
         grads, losses = gradients(state["params"], read, batch, step_rng(rng, state["step"]))
         flat = flatten_dict(state["params"], sep="/")
         updates, opt_state = tx.update(grads, state["opt_state"], flat)
@@ -180,6 +180,11 @@ def make_update(
         return new, {**losses, "skipped": skipped}
 
     return update
+
+
+def with_average(task: Task, frozen: Mapping[str, Any], ema: Any) -> dict[str, Any]:
+    """Returns what the loss reads in training: `frozen`, and the EMA of all parameters."""
+    return {**frozen, AVERAGE: task.join(ema, frozen)}
 
 
 def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float) -> Any:
