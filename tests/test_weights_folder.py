@@ -426,7 +426,15 @@ def test_leftovers_of_a_killed_process_with_this_number_are_replaced(tmp_path):
     assert write_twice(tmp_path / "weights") == "second" and [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-@pytest.mark.parametrize("name, value", [("layers_per_block", [2, 2, 2, 2]), ("attention_head_dim", None)])
-def test_values_of_another_type_in_a_diffusers_config_are_refused(name, value):
-    with pytest.raises(UserError, match="must be of type int"):
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("layers_per_block", [2, 2, 2, 2], "must be of type int"),
+        ("layers_per_block", 0, "must be at least 1"),
+        ("attention_head_dim", None, "must be of type int"),
+        ("attention_head_dim", 0, "the level's 0 heads"),
+    ],
+)
+def test_impossible_values_in_a_diffusers_config_are_refused(name, value, message):
+    with pytest.raises(UserError, match=message):
         unet_config(SD | {name: value})

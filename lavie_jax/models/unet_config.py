@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavie_jax.errors import UserError, suggest
-from lavie_jax.models.config import config_from_dict
+from lavie_jax.models.config import check_positive, config_from_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class UNetConfig:
     )
 
     def __post_init__(self):
+        numbers = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim")
+        check_positive("UNetConfig", **{name: getattr(self, name) for name in numbers})
         levels = len(self.block_out_channels)
         for field in ("attention_levels", "attention_heads", "only_cross_attention"):
             if len(getattr(self, field)) != levels:
@@ -70,7 +72,7 @@ class UNetConfig:
         if not self.norm_num_groups and (any(self.attention_levels) or not self.plain_mid):
             raise UserError("UNet config: norm_num_groups = 0 is for a UNet without transformers, with plain_mid.")
         for width, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
-            if width % max(self.norm_num_groups, 1) or width % heads:
+            if min(width, heads) < 1 or width % max(self.norm_num_groups, 1) or width % heads:
                 divisors = f"norm_num_groups = {self.norm_num_groups} and of the level's {heads} heads"
                 raise UserError(f"UNet config: block_out_channels has {width}, not a multiple of {divisors}.")
 
