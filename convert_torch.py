@@ -133,10 +133,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_inputs_stay(args: argparse.Namespace) -> None:
     """Raises UserError for an input inside of the folder --out, which is replaced as a whole."""
-    given = {name: value for name, value in vars(args).items() if name not in ("out", "share")}
+    kept = ("out", "share", "tokenizer")  # or copied
+    given = {name: value for name, value in vars(args).items() if name not in kept}
     loras = [Path(parse_lora(text)[0]) for text in args.lora] if args.command == "merge-lora" else []
     for path in (*(value for value in given.values() if isinstance(value, Path)), *loras):
-        if args.out.resolve() in path.absolute().parents:
+        if args.out.resolve() in (path.parent.resolve() / path.name).parents:
             raise UserError(
                 f"{path} is inside of --out {args.out}, which --overwrite replaces as a whole: move it, or choose "
                 "another name for --out"
