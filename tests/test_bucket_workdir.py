@@ -19,7 +19,7 @@ import pytest
 
 from lavie_jax import remote
 from lavie_jax.errors import UserError
-from lavie_jax.training import bucket_lock
+from lavie_jax.training import bucket_lock, options
 from lavie_jax.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +185,38 @@ def test_a_run_in_a_bucket_resumes_after_a_kill(environment, bucket, tmp_path):
     assert f"samples/{last + 2:08d}.png" in names and "lock" not in names
     lines = [json.loads(line)["step"] for line in bucket.cat_file(f"{URL}/metrics.jsonl").decode().splitlines()]
     assert lines[0] == 1 and last + 2 in lines and lines == sorted(lines)
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """A bucket in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    monkeypatch.setattr(remote, "filesystem", lambda place: system)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    system.store.clear()
+    return system
+
+
+def test_the_copy_of_a_killed_process_with_this_number_is_not_used(memory, monkeypatch):
+    """In a container, a run has the same number every time."""
+    monkeypatch.chdir(ROOT)
+    storage = Workdir.of(Path(URL))
+    (storage.folder / "weights").mkdir(parents=True)
+    (storage.folder / "weights/config.json").write_text("stale")
+    options.check(options.load("configs/moving_shapes/base.py:tiny"), Path(URL))
+    storage.pull()
+    assert not list(storage.folder.iterdir())
+
+
+def test_weights_whose_download_was_cut_short_are_not_uploaded(memory):
+    memory.pipe_file(f"{URL}/weights/config.json", b"whole")
+    storage = Workdir.of(Path(URL))
+    (storage.folder / "weights").mkdir(parents=True)
+    (storage.folder / "weights/part").write_text("part")
+    (storage.folder / "metrics.jsonl").write_text("line")
+    storage.close(push=True)
+    assert memory.cat_file(f"{URL}/weights/config.json") == b"whole" and memory.exists(f"{URL}/metrics.jsonl")
 
 
 def test_only_buckets_with_conditional_writes_are_workdirs():

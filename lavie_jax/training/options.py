@@ -151,7 +151,8 @@ def check(config: Any, workdir: Path) -> None:
         )
     sinks.names(config.metrics)
     storage = Workdir.of(workdir)
-    if (storage.folder / "weights").exists() and not (workdir / "checkpoints").is_dir():
+    own = storage.url is None  # a bucket's copy of this number may be left of a killed process
+    if own and (workdir / "weights").exists() and not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"--workdir {workdir} has weights/ but no checkpoints/, so this run would overwrite another program's "
             "weights. Name another --workdir."

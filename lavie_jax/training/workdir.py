@@ -73,7 +73,8 @@ class Workdir:
         """Downloads what a resumed run continues, from a bucket."""
         if self.url is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process: in a container, this one has its number
+        self.folder.mkdir(parents=True)
         with remote.one_line(self.url):
             system = remote.filesystem(self.url)
             system.invalidate_cache()
@@ -94,12 +95,13 @@ class Workdir:
         """Uploads files that changed since the last time. A failure is logged, and the next push tries again."""
         if self.url is None:
             return
-        files = remote.files_in(self.folder)
+        files, config = remote.files_in(self.folder), f"{WEIGHTS}/config.json"
+        if config not in files:  # after a pull that was cut short
+            files = {name: path for name, path in files.items() if not name.startswith(f"{WEIGHTS}/")}
         stamps = {name: remote.stamp(path) for name, path in files.items()}
         changed = {name: now for name, now in stamps.items() if self._uploaded.get(name) != now}
         try:
             system = remote.filesystem(self.url)
-            config = f"{WEIGHTS}/config.json"
             if any(name.startswith(f"{WEIGHTS}/") for name in changed) and system.exists(f"{self.url}/{config}"):
                 system.rm_file(f"{self.url}/{config}")  # until all files of the weights are there
                 changed[config] = stamps[config]
