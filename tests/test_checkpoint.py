@@ -144,6 +144,9 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
         read(tmp_path, restore_step=9)
     assert read(tmp_path, restore_step=1) == (1, 1.0)
     assert kept(tmp_path) == {1} and len(list(tmp_path.glob("newer-*"))) == 2
+    saved(tmp_path, [2], keep=5)
+    assert read(tmp_path, restore_step=1) == (1, 1.0)  # as by the next run in a container, with the same number
+    assert kept(tmp_path) == {1} and len(list(tmp_path.glob("newer-*"))) == 3
 
 
 def test_a_refused_restore_step_leaves_newer_checkpoints_in_place(tmp_path):

@@ -8,6 +8,7 @@ mistaken for a checkpoint. An incomplete step directory is therefore a copy that
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -100,8 +101,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step, why in replaced.items():
                 before = self._path / str(step)
-                now = before.with_name(f"{why}-{step}-{os.getpid()}")
-                self._aside[before.rename(now)] = before
+                self._aside[before.rename(_unused(before.with_name(f"{why}-{step}-{os.getpid()}")))] = before
         _all_hosts("checkpoints: set aside")
         managers = ocp.checkpoint_managers
         policies = [managers.LatestN(keep)]
@@ -283,6 +283,12 @@ def _read_held_out(path: Any) -> dict[int, float]:
     with contextlib.suppress(OSError, ValueError):  # none yet
         losses |= {int(step): float(value) for step, value in json.loads((path / HELD_OUT).read_text()).items()}
     return losses
+
+
+def _unused(path: Any) -> Any:
+    """Returns the path, or one with a number after it: in a container, every process may have the same number."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def _other_run(step: int, difference: str) -> UserError:
