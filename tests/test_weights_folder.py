@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -422,7 +423,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 def test_leftovers_of_a_killed_process_with_this_number_are_replaced(tmp_path):
     """In a container, a command has the same number every time."""
     for kind in ("writing", "old"):
-        (tmp_path / f".weights.{kind}-{os.getpid()}" / "unet").mkdir(parents=True)
+        (tmp_path / f".weights.{kind}-{platform.node()}-{os.getpid()}" / "unet").mkdir(parents=True)
     assert write_twice(tmp_path / "weights") == "second" and [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 

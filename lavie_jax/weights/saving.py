@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -178,8 +179,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    process = f"{platform.node()}-{os.getpid()}"
+    temporary, old = (path.parent / f".{path.name}.{kind}-{process}" for kind in ("writing", "old"))
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: in a container, the next one has its number
     temporary.mkdir()
     try:
