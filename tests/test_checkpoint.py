@@ -22,6 +22,7 @@ from lavie_jax.training.step import UNTRAINED
 
 CONFIG = {
     "stage": "base", "seed": 0, "unet": {"block_out_channels": [32, 64]}, "steps": 10,
+    "optimizer": {"kind": "adamw", "clip": 1.0},
     checkpoint.FROZEN: "this", checkpoint.FROZEN_PART: "none",
 }  # fmt: skip
 
@@ -208,6 +209,8 @@ def test_a_save_that_fails_for_another_reason_stops_the_run(tmp_path):
     [
         ({"seed": 1}, "seed = 0, not 1"),
         ({"unet": {"block_out_channels": [32]}}, r"unet.block_out_channels = \[32, 64\]"),
+        ({"optimizer": {"kind": "muon", "clip": 1.0}}, "optimizer.kind = 'adamw', not 'muon'"),
+        ({"optimizer": {"kind": "adamw", "clip": 0.0}}, "optimizer.clip = 1.0, not 0.0"),
         ({checkpoint.FROZEN: "other"}, "SHA-256 of the frozen models = 'this', not 'other'"),
         ({checkpoint.FROZEN_PART: "other"}, "SHA-256 of the untrained parameters in init_from = 'none', not 'other'"),
     ],

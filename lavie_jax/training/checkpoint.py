@@ -201,6 +201,8 @@ class Checkpoints:
             saved, now = recorded.get(field, config.get(field)), config.get(field)
             if saved != now:
                 raise _other_run(step, _difference(field, saved, now))
+        if difference := _other_optimizer(*(x.get("optimizer", {}) for x in (recorded, config))):
+            raise _other_run(step, difference)
         if untrained and TRAINED_ONLY not in meta:
             state = self._restore_whole(step, abstract, config, untrained[UNTRAINED])
         else:
@@ -296,6 +298,14 @@ def _other_run(step: int, difference: str) -> UserError:
         f"the checkpoint at step {step} was written with {difference}; "
         "give the same value to resume it, or another --workdir to start a new run."
     )
+
+
+def _other_optimizer(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns the difference of two optimizers by which their states have other structures, or ""."""
+    for name, structure in (("kind", str), ("clip", bool)):  # none is kept of clipping, but its place
+        if structure(before.get(name)) != structure(now.get(name)):
+            return _difference(f"optimizer.{name}", before.get(name), now.get(name))
+    return ""
 
 
 def _difference(field: str, saved: Any, now: Any) -> str:
