@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from lavie_jax import parallel, random
+from lavie_jax.errors import UserError
 from lavie_jax.training import divergence, optimizer
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import AVERAGE, Task, make_update, step_rng
@@ -135,6 +136,13 @@ def test_a_replayed_step_reads_the_average_that_the_run_read(tmp_path, monkeypat
     divergence.dump(tmp_path, 1, state, GOOD, {"config": config, "dtype": "float32", "processes": 1})
     monkeypatch.setattr(divergence.build, "make_task", lambda *_: (task, None))
     assert "update 1, float32, on 4 x cpu: gradient_norm 0, loss 15" in next(divergence.replay(tmp_path, tmp_path))
+
+
+def test_a_dump_that_a_full_disk_cut_short_is_refused(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "config.json").write_text('{"config": ')
+    with pytest.raises(UserError, match="config.json cannot be read as JSON"):
+        next(divergence.replay(tmp_path, tmp_path))
 
 
 def test_waiting_detects_a_skipped_step_immediately(tmp_path):

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from lavie_jax import disk, parallel
 from lavie_jax.errors import Parser, UserError, one_line_errors
+from lavie_jax.text_files import read_json
 from lavie_jax.training import build, checkpoint, optimizer
 from lavie_jax.training.config import complete
 from lavie_jax.training.state import abstract_random, abstract_state, place_frozen
@@ -165,7 +166,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a dump of a step: name WORKDIR/diverged/STEP, which has config.json and state/."
         )
-    about = json.loads((path / "config.json").read_text())
+    about = read_json(path / "config.json")
     missing = [i for i in range(about["processes"]) if not (path / f"batch-{i}.npz").is_file()]
     if missing:
         raise UserError(f"{path} lacks batch-{missing[0]}.npz: copy the files of all hosts of the run into it.")
