@@ -153,6 +153,7 @@ def test_a_change_of_the_mixture_is_logged_and_a_resumed_run_is_the_same(caplog)
         ({"video_weights": ((0, (0, 0)),)}, "not all 0"),
         ({"video_weights": ((0, (-1, 2)),)}, "none negative"),
         ({"image_weights": ((0, (1, 1)),)}, "data.image_weights are those of data.image_parts, which is empty"),
+        ({"image_parts": ("moving_shapes",), "image_captions": ("a",)}, "Moving Shapes has captions of its own"),
         ({"source": "moving_shapes"}, "are for source='mixture'"),
     ],
 )

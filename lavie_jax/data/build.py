@@ -101,6 +101,8 @@ def _kind(config: DataConfig, clips: Part, images: Part) -> str:
                 f"Moving Shapes is generated, so that {unused!r} is not read: set data.source to the kind of your "
                 "data, or remove it (data.path, image_path, image_source)"
             )
+        if images[0] and any(config.image_captions):
+            raise UserError("image_captions is for folders of images: Moving Shapes has captions of its own. Remove it")
         if config.images and config.split not in ("train", "val"):
             raise UserError(f"split {config.split!r} of Moving Shapes has no images: set images=0, or use train or val")
         if config.fps is None:

@@ -185,7 +185,7 @@ def _check_latents(config: DataConfig) -> None:
     for name in ("handheld", "full_height", "full_width"):
         if value := getattr(config, name):
             raise UserError(f"{name} needs pixels, but data.source is 'latents': set it to 0; given {value}")
-    if config.image_captions:
+    if any(config.image_captions):
         raise UserError("image_captions is for folders of images: those of latents were encoded with them. Remove it")
 
 
