@@ -7,6 +7,7 @@ machine, and uploaded by the first host after each checkpoint: the exported weig
 import dataclasses
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,8 @@ class Workdir:
         if url is None:
             return cls(place)
         name = hashlib.sha256(url.encode()).hexdigest()[:32]
-        return cls(cache_folder("runs") / f"{name}-{os.getpid()}", url)
+        process = f"{platform.node()}-{os.getpid()}"  # hosts may share the cache
+        return cls(cache_folder("runs") / f"{name}-{process}", url)
 
     def check(self) -> None:
         """Raises UserError if the workdir cannot be written to, before anything expensive."""
