@@ -12,7 +12,7 @@ from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import settable
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.clips import ClipInfo, padding_note
-from lavie_jax.stages.settings import OFFICIAL, PRESETS, STAGE_INFO, Settings
+from lavie_jax.stages.settings import OFFICIAL, PRESETS, STAGE_INFO, PredictionSettings, Settings
 from lavie_jax.stages.stage import check_cache_depth, guidance_of
 from lavie_jax.weights import Weights
 
@@ -128,7 +128,8 @@ def _without_effect(chosen: Mapping[str, Any], settings: Settings, clip: ClipInf
     lines = [f"{of_guidance}: without effect, as guidance is 1"] if of_guidance and settings.guidance == 1 else []
     if changed("cache_depth") and settings.cache_every == 1:
         lines.append("cache_depth: without effect, as cache_every is 1")
-    if changed("known_frames") and clip is None and settings.segments == 1:
+    alone = isinstance(settings, PredictionSettings) and settings.segments == 1
+    if changed("known_frames") and clip is None and alone:
         lines.append("known_frames: without effect, as there is no clip to continue and one segment")
     return lines
 
