@@ -42,6 +42,7 @@ from lavie_jax.data import pipeline
 from lavie_jax.data.config import latent_paths
 from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.tokens import load_tokenizer
+from lavie_jax.disk import recover_folder
 from lavie_jax.errors import UserError, one_line_errors
 from lavie_jax.estimate import training_warning
 from lavie_jax.training import build, checkpoint, divergence, metrics, optimizer, options, sinks
@@ -49,7 +50,6 @@ from lavie_jax.training.hosts import Hosts
 from lavie_jax.training.state import abstract_random, abstract_state, abstract_untrained, init_state, place_frozen
 from lavie_jax.training.step import make_held_out, make_update, step_flops
 from lavie_jax.training.workdir import Workdir
-from lavie_jax.weights.saving import recover_folder
 
 SHOWN = ("psnr", "data_wait", "step_seconds_p95", "goodput", "mfu", "memory_gib")  # in the progress bar, with losses
 HELD_OUT_SEED = 0  # seed of the noise in held-out losses, the same in every run

@@ -36,6 +36,7 @@ import numpy as np
 from lavie_jax import cascade, parallel, results
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.moving_shapes import Attributes, Sample
+from lavie_jax.disk import new_folder, recover_folder
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, user_location, user_path
 from lavie_jax.evaluation.detectors import detect
 from lavie_jax.evaluation.moving_shapes import score, true_samples
@@ -43,7 +44,6 @@ from lavie_jax.text_files import read_json
 from lavie_jax.training import build, checkpoint, options
 from lavie_jax.training.diffusion import image_as_video
 from lavie_jax.weights import Weights, folder_hash, load_folder
-from lavie_jax.weights.saving import new_folder, recover_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIG = os.fspath(ROOT / "configs" / "moving_shapes" / "fine_tuning.py")

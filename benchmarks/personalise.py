@@ -32,9 +32,9 @@ import lavie_jax
 from lavie_jax.data import moving_shapes
 from lavie_jax.data.contact_sheet import contact_sheet
 from lavie_jax.data.moving_shapes import Attributes
+from lavie_jax.disk import new_folder
 from lavie_jax.errors import Parser, UserError, check_folder, one_line_errors, user_location
 from lavie_jax.evaluation import detectors
-from lavie_jax.weights.saving import new_folder
 
 ROOT = Path(__file__).parent.parent
 BACKGROUNDS = ("white", "black", "gray", "green", "yellow")

@@ -1,4 +1,4 @@
-"""Hashes of files; the cache folder; full disks and disks that cannot lock files, on which a run continues."""
+"""Hashes of files; folders that are complete or absent; the cache folder; full disks and disks without locks."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -22,6 +24,51 @@ def file_hash(path: Path) -> str:
     """Returns the SHA-256 of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def process_name() -> str:
+    """Returns host and number of this process, for names of its own in folders that hosts may share."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error.
+
+    If `path` is a link, the folder that it points to is written, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.parent / f".{path.name}.{kind}-{process_name()}" for kind in ("writing", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: in a container, the next one has its number
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)  # likewise
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Cleans up after a process was killed inside `new_folder`: removes partial folders, restores a moved one.
+
+    Call it only where no other process can be writing `path`.
+    """
+    path = Path(os.path.realpath(path))
+    for old in sorted(path.parent.glob(f".{path.name}.old-*")):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for partial in path.parent.glob(f".{path.name}.writing-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_folder(name: str) -> Path:

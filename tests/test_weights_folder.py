@@ -18,6 +18,7 @@ from tiny import make_base
 
 import lavie_jax
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.disk import new_folder, recover_folder
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
 from lavie_jax.models.clip_text import CLIPTextConfig
@@ -29,7 +30,6 @@ from lavie_jax.weights.diffusers_configs import inflated_config, unet_config
 from lavie_jax.weights.expected import compare, expected_shapes
 from lavie_jax.weights.names import dialect_of, from_torch, is_buffer, to_torch
 from lavie_jax.weights.safetensors_io import DTYPES, read_safetensors, write_safetensors
-from lavie_jax.weights.saving import new_folder, recover_folder
 
 MANIFESTS = Path(__file__).parent / "manifests"
 SD = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}

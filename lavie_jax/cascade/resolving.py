@@ -130,7 +130,7 @@ def _without_effect(chosen: Mapping[str, Any], settings: Settings, clip: ClipInf
         lines.append("cache_depth: without effect, as cache_every is 1")
     alone = isinstance(settings, PredictionSettings) and settings.segments == 1
     if changed("known_frames") and clip is None and alone:
-        lines.append("known_frames: without effect, as there is no clip to continue and one segment")
+        lines.append("known_frames: without effect, as there is no clip to continue and only one segment")
     return lines
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from lavie_jax.data import mixture
 from lavie_jax.data.buckets import Buckets, Size, divide, make_buckets, size_name
 from lavie_jax.data.config import LATENTS, SOURCES, DataConfig, check, mixture_parts
 from lavie_jax.data.latents import LatentRecords, LatentSet, LatentSource, open_set
-from lavie_jax.data.records import Records
+from lavie_jax.data.records import VAL_FRACTION, Records
 from lavie_jax.data.sources import MovingShapes, RecordSource, Source, open_records
 from lavie_jax.data.video_files import ClipWindow
 from lavie_jax.errors import UserError, suggest
@@ -153,17 +152,18 @@ def _open(config: DataConfig, clips: Part, images: Part) -> tuple[Records | None
     window = clip_window(config)
     kinds, mediums = (clips[0] or images[0], images[0] or clips[0]), ("video", "image")
     captions = ("", next(iter(config.image_captions), ""))
+    split, fraction = _split(config)
     return tuple(
         None if path is None else open_records(
-            kind, path, medium=medium, window=window, caption=caption, **_split(config)
+            kind, path, medium=medium, split=split, window=window, val_fraction=fraction, caption=caption
         )
         for kind, path, medium, caption in zip(kinds, _paths(config, clips, images), mediums, captions)
     )  # fmt: skip
 
 
-def _split(config: DataConfig) -> dict[str, Any]:
-    """The split of records to open, and the fraction that is held out."""
-    return {"split": config.split} if config.hold_out else {"split": "train", "val_fraction": 0.0}
+def _split(config: DataConfig) -> tuple[str, float]:
+    """Returns the split of records to open, and the fraction that is held out."""
+    return (config.split, VAL_FRACTION) if config.hold_out else ("train", 0.0)
 
 
 def _record_source(config: DataConfig, clips: Records | None, images: Records | None) -> RecordSource:
@@ -183,9 +183,10 @@ def _latent_source(config: DataConfig, clips: str | None, images: str | None) ->
     """The source of sets of latents; either path may be None."""
     sets = {medium: open_set(path) for medium, path in (("video", clips), ("image", images)) if path is not None}
     records, size = {}, (config.height, config.width)
+    split, fraction = _split(config)
     for medium, latents in sets.items():
         _check_set(config, latents, medium)
-        records[medium] = LatentRecords(latents, size, **_split(config))
+        records[medium] = LatentRecords(latents, size, split=split, val_fraction=fraction)
     first = next(iter(sets.values()))
     return LatentSource(
         clips=records.get("video"),

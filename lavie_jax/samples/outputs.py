@@ -225,6 +225,7 @@ class Output:
         part = self.folder / f".{os.getpid()}-{self.stem}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _remove(part)  # a folder of a killed process: in a container, this one has its number
             if formats == self.formats or not self.path("json").exists():
                 self._remove_outdated()
                 part.write_text(text, encoding="utf-8")

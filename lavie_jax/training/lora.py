@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lavie_jax.disk import new_folder
 from lavie_jax.errors import UserError, suggest
 from lavie_jax.fields import check_rules, field
 from lavie_jax.training.optimizer import ADAPTER
 from lavie_jax.weights.lora_files import FOLDER_FILE, Factors, write_lora
-from lavie_jax.weights.saving import new_folder
 
 _BLOCK = r"transformer_blocks_\d+"
 TARGETS = {  # layers by kind

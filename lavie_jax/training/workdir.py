@@ -6,8 +6,6 @@ machine, and uploaded by the first host after each checkpoint: the exported weig
 
 import dataclasses
 import hashlib
-import os
-import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from lavie_jax import remote
-from lavie_jax.disk import cache_folder
+from lavie_jax.disk import cache_folder, process_name
 from lavie_jax.errors import UserError, check_folder
 from lavie_jax.training.bucket_lock import BucketLock
 from lavie_jax.training.lock import Lock
@@ -45,8 +43,7 @@ class Workdir:
         if url is None:
             return cls(place)
         name = hashlib.sha256(url.encode()).hexdigest()[:32]
-        process = f"{platform.node()}-{os.getpid()}"  # hosts may share the cache
-        return cls(cache_folder("runs") / f"{name}-{process}", url)
+        return cls(cache_folder("runs") / f"{name}-{process_name()}", url)
 
     def check(self) -> None:
         """Raises UserError if the workdir cannot be written to, before anything expensive."""

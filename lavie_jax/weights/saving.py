@@ -2,16 +2,15 @@
 
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.disk import new_folder
 from lavie_jax.errors import UserError, check_folder, suggest, user_path
 from lavie_jax.models.registry import Config, default_network, network_name
 from lavie_jax.text_files import read_json
@@ -169,44 +168,3 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} already exists; remove it, choose another name, or pass --overwrite.")
     check_folder(path.parent, f"{path}")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `path`, which is renamed to `path` at the end, or removed after an error.
-
-    If `path` is a link, the folder that it points to is written, and the link stays.
-    """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    process = f"{platform.node()}-{os.getpid()}"
-    temporary, old = (path.parent / f".{path.name}.{kind}-{process}" for kind in ("writing", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process: in a container, the next one has its number
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(old, ignore_errors=True)  # likewise
-            path.rename(old)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(path: Path) -> None:
-    """Cleans up after a process was killed inside `new_folder`: removes partial folders, restores a moved one.
-
-    Call it only where no other process can be writing `path`.
-    """
-    path = Path(os.path.realpath(path))
-    for old in sorted(path.parent.glob(f".{path.name}.old-*")):
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(path)
-    for partial in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from lavie_jax.disk import file_hash
+from lavie_jax.disk import file_hash, new_folder
 from lavie_jax.errors import UserError, check_folder
 from lavie_jax.evaluation.raters import videos
 from lavie_jax.evaluation.raters.videos import Key
@@ -228,17 +227,14 @@ def prepare(
     check_folder(out, f"--out {os.fspath(out)!r}")
     found = {name: videos.find(folder, name) for name, folder in systems.items()}
     keys = _drawn(_common(found, common_prompts), prompts, design.seed)
-    part = out.absolute().with_name(f".{os.getpid()}-{out.absolute().name}")
     try:
-        (part / VIDEOS).mkdir(parents=True)
-        manifest = _write(part, found, keys, design)
-        text = json.dumps(manifest | {"id": _fingerprint(manifest)}, indent=2, ensure_ascii=False) + "\n"
-        (part / MANIFEST).write_text(text, encoding="utf-8")
-        os.replace(part, out)
+        with new_folder(out.absolute()) as part:
+            (part / VIDEOS).mkdir()
+            manifest = _write(part, found, keys, design)
+            text = json.dumps(manifest | {"id": _fingerprint(manifest)}, indent=2, ensure_ascii=False) + "\n"
+            (part / MANIFEST).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {os.fspath(out)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Study.load(out)
 
 
