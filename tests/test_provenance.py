@@ -1,6 +1,7 @@
 """Samples' files state that they are generated and by what, and can be made again from it."""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -70,6 +71,15 @@ def test_a_sample_without_its_request_is_still_marked(tmp_path):
         FRAMES, ("mp4",), {}
     )
     assert read_metadata(path) == GENERATED and b"secret" not in path.read_bytes()
+
+
+def test_a_folder_of_a_killed_process_of_this_number_does_not_stop_a_sample(tmp_path):
+    settings = BaseSettings.make(base.STAGE.sampling, {"frames": 5, "height": 32, "width": 48})
+    request = make_request("a circle", 0, {"base": settings}, {"base": "0" * 64})
+    output = Output(folder=tmp_path, index=0, formats=("png",), request=request)
+    (tmp_path / f".{os.getpid()}-{output.stem}").mkdir()
+    (path,) = output.write(FRAMES, ("png",), {})
+    assert len(list(path.glob("*.png"))) == 5 and not list(tmp_path.glob(".*"))
 
 
 def test_the_options_of_a_request_lead_to_its_settings():
