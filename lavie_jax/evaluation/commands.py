@@ -16,13 +16,13 @@ from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.evaluation import frame_measures, fvd, result_files
 from lavie_jax.evaluation.clipsim import Scorer, caption_of, clipsim, draw_captions
 from lavie_jax.evaluation.i3d_features import Extractor
-from lavie_jax.evaluation.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import PROTOCOLS, ClipsimKnobs, FVDKnobs, PairKnobs, make_knobs
 from lavie_jax.evaluation.videos import check_clips, check_rates, choose, find_videos, paired
 from lavie_jax.fields import rule_of, settable, types_of, without_none
 from lavie_jax.samples.prompts import parse_part
 from lavie_jax.text_files import read_json
 from lavie_jax.weights.i3d import read_i3d
+from lavie_jax.weights.metric_weights import I3D_WEIGHTS, LPIPS_WEIGHTS, load_weights
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "flicker")
 DISTANCES = ("fvd", "kvd")

@@ -15,10 +15,10 @@ from lavie_jax import parallel
 from lavie_jax.data.transforms import to_float
 from lavie_jax.errors import UserError
 from lavie_jax.evaluation.fidelity import flicker, psnr, ssim
-from lavie_jax.evaluation.metric_weights import LPIPS_WEIGHTS, load_weights
 from lavie_jax.evaluation.protocols import PairKnobs
 from lavie_jax.evaluation.videos import Video, batches
 from lavie_jax.models.lpips import LPIPS, MIN_SIDE
+from lavie_jax.weights.metric_weights import LPIPS_WEIGHTS, load_weights
 
 BATCH = 8  # pairs of frames per device
 INTERVAL = (2.5, 97.5)  # percentiles

@@ -35,7 +35,9 @@ class LPIPS(nn.Module):
         both = AlexNet(name="net")(jnp.concatenate([a, b]))
         terms = []
         for i, features in enumerate(both):
-            unit = features / (jnp.sqrt(jnp.square(features).sum(-1, keepdims=True)) + EPS)
+            # At least EPS: the root of 0, where all features are 0, has no gradient.
+            norm = jnp.sqrt(jnp.maximum(jnp.square(features).sum(-1, keepdims=True), EPS**2))
+            unit = features / (norm + EPS)
             x, y = jnp.split(unit, 2)
             weight = self.param(f"lin_{i}", nn.initializers.ones, (features.shape[-1],))
             distances = reduce(jnp.square(x - y) * weight, "b h w c -> b h w", "sum")

@@ -15,7 +15,7 @@ from lavie_jax.models import registry
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.planner.programs import Program, mesh_of, placed
 from lavie_jax.stages import STAGES
-from lavie_jax.training import build, optimizer
+from lavie_jax.training import build, optimizer, perceptual
 from lavie_jax.training.distillation import NONE, TEACHER
 from lavie_jax.training.state import abstract_frozen, abstract_state
 from lavie_jax.training.step import Task, make_held_out, make_update
@@ -118,6 +118,8 @@ def abstract_init(config: Any) -> build.InitialWeights:
     frozen = {name: registry.abstract_params(getattr(models, name).config) for name in names}
     if config.distill.kind != NONE:
         frozen[TEACHER] = registry.abstract_params(models.unet.config)
+    if config.loss.perceptual:
+        frozen[perceptual.FROZEN] = perceptual.abstract()
     return build.InitialWeights(
         start=None,
         frozen=frozen,

@@ -24,7 +24,7 @@ from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
 from lavie_jax.stages.stage import check_cache_depth, guidance_of
-from lavie_jax.training import diffusion, latents, lora, optimizer
+from lavie_jax.training import diffusion, latents, lora, optimizer, perceptual
 from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_task
 from lavie_jax.training.config import init_folder, text_network
 from lavie_jax.training.diffusion import DiffusionLoss, Models
@@ -46,7 +46,7 @@ class InitialWeights:
 
     Attributes:
         start: {"unet": ..., "text_encoder": ... if trained}; None = random.
-        frozen: {"vae": ..., "text_encoder": ... if not trained}.
+        frozen: {"vae": ..., "text_encoder": ... if not trained}, and what the loss needs: see `diffusion.StageLoss`.
         scaling_factor: of the VAE in `frozen`.
         tokenizer: the tokenizer's folder.
         teacher_sampling: sampling settings of the teacher in `frozen`, if there is one.
@@ -112,9 +112,11 @@ def check_stage(config: Any) -> None:
             f"data.frames = {data.frames} and data.images = {data.images}: one of them must be positive, none negative."
         )
     lora_config(config)  # raises for settings that are out of range
-    timesteps, steps = DiffusionLoss(**_plain(config.loss)).held_out_timesteps, models.schedule.steps
-    if not all(0 <= t < steps for t in timesteps):
-        raise UserError(f"loss.held_out_timesteps {timesteps} must be from 0 to {steps - 1}.")
+    loss, steps = DiffusionLoss(**_plain(config.loss)), models.schedule.steps
+    if not all(0 <= t < steps for t in loss.held_out_timesteps):
+        raise UserError(f"loss.held_out_timesteps {loss.held_out_timesteps} must be from 0 to {steps - 1}.")
+    if loss.perceptual:
+        perceptual.check(models.vae.config, models.schedule, data)
     distill_config(config).check(config, latents=bool(latent_paths(data)))
     if config.regime not in ("joint", optimizer.ADAPTER) and not data.frames:
         raise UserError(f"regime {config.regime!r} needs videos: data.frames is 0.")
@@ -256,6 +258,8 @@ def load_init(config: Any, scratch: Path, resumed: Path | None = None) -> Initia
         check_same(teacher.config, models.unet.config, config.init_from)
         frozen[TEACHER] = teacher.params
         teacher_sampling = read_config(user_path(config.init_from), config.stage)["sampling"]
+    if config.loss.perceptual:
+        frozen[perceptual.FROZEN] = perceptual.load()
     if not config.train_text_encoder:
         frozen["text_encoder"] = text
     elif start is not None:

@@ -30,7 +30,7 @@ from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips, Text, TrainingPair
 from lavie_jax.stages.settings import PRESETS
 from lavie_jax.stages.stage import Stage
-from lavie_jax.training import lora
+from lavie_jax.training import lora, perceptual
 from lavie_jax.training.distillation import CONSISTENCY, TEACHER, Distillation
 from lavie_jax.training.optimizer import ADAPTER, check_number
 from lavie_jax.training.step import AVERAGE, Batch, Losses, Task
@@ -47,11 +47,12 @@ class DiffusionLoss:
     # (m, s): t / steps = sigmoid(normal(m, s)), "logit-normal" (arXiv 2403.03206, sec. 3.1); () = uniform
     logit_normal: tuple[float, ...] = ()
     absolute: bool = False  # absolute instead of squared errors: sharper where the target is determined
+    perceptual: float = 0.0  # weight of the LPIPS of each frame, added to its error (`perceptual.py`); 0 = none
     posterior_mean: bool = False  # train on the mode of the VAE's posterior instead of samples of it
     held_out_timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
     def __post_init__(self):
-        for name in ("alpha", "min_snr_gamma", "high_noise"):
+        for name in ("alpha", "min_snr_gamma", "high_noise", "perceptual"):
             check_number(f"loss.{name}", getattr(self, name), low=0)
         if self.logit_normal and not (len(self.logit_normal) == 2 and self.logit_normal[1] > 0):
             raise UserError(
@@ -77,7 +78,8 @@ class StageLoss:
 
     `options` are the stage's own training settings, {config group: dataclass}.
     `params` are {"unet": ..., "text_encoder": ... if trained}, `frozen` is {"vae": ..., "text_encoder": ... if not}.
-    With `adapter`, `params` also have one, which changes the UNet. With `distillation`, `frozen` also has its teacher.
+    With `adapter`, `params` also have one, which changes the UNet. With `distillation`, `frozen` also has its teacher,
+    and with `loss.perceptual` the network of LPIPS.
     """
 
     stage: Stage
@@ -187,8 +189,14 @@ class StageLoss:
             )  # fmt: skip
         weight = timestep_weight(self.models.schedule, pair.frame_t, self.loss)
         value, parts = joint_loss(prediction, target, weight, self.frames, self.loss.alpha, absolute=self.loss.absolute)
+        if self.loss.perceptual:
+            distances = perceptual.distances(frozen[perceptual.FROZEN], self.models.vae, prediction, target)
+            weighted = self.loss.perceptual * distances
+            more, added = joint_loss(weighted, 0 * weighted, None, self.frames, self.loss.alpha, absolute=True)
+            value, parts = value + more, jax.tree.map(jnp.add, parts, added)
         present = {"video": self.frames, "image": self.images}
-        return value, {f"{k}_loss": v for k, v in parts.items() if present[k]}
+        losses = {f"{k}_loss": v for k, v in parts.items() if present[k]}
+        return value, losses | ({"lpips": distances.mean()} if self.loss.perceptual else {})
 
     def _null_text(self, frozen: Any, text: Text) -> Text:
         """Returns the teacher's negative prompt in place of each of the captions `text`."""

@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
     Attributes:
         metric: what needs them, for messages.
-        flag: the command-line flag that names the file.
+        flag: the command-line flag that names the file, or "" where there is none.
         package: name and version of the package.
         member: path of the file in the package.
         sha256: of the file.
@@ -144,7 +144,8 @@ def _find(source: Source, path: Path | None) -> tuple[bytes, str]:
         if path is None:
             raise UserError(
                 f"{source.metric} needs the weights in the package {source.package}, which is neither here "
-                f"nor in {cache_folder(CACHE)}: {source.pip} (or name the file with {source.flag})"
+                f"nor in {cache_folder(CACHE)}: {source.pip}"
+                + (f" (or name the file with {source.flag})" if source.flag else "")
             )
     if not path.is_file():
         raise UserError(f"{source.flag} {path} does not exist: {source.pip} downloads {source.sdist}")
