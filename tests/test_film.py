@@ -175,7 +175,10 @@ def test_the_perceptual_loss_is_added_to_videos_and_images_alike():
         ({"vae.block_out_channels": (32,)}, "needs latents that are pixels: set vae.block_out_channels"),
         ({"schedule.prediction": "epsilon"}, "needs a network that predicts x0: set schedule.prediction"),
         ({"data.height": 28}, "at least 31 pixels a side: set data.height"),
-        ({"data.source": "latents", "data.path": "clips", "train_text_encoder": False}, "is computed from frames: set data.source"),
+        (
+            {"data.source": "latents", "data.path": "clips", "train_text_encoder": False},
+            "is computed from frames: set data.source",
+        ),
         ({"loss.perceptual": -1.0}, "loss.perceptual"),
     ],
 )
