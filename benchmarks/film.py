@@ -28,7 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import lavie_jax
-from lavie_jax.data.video_files import each_frame, finished, read_clip
+from lavie_jax.data.video_files import each_frame, read_clip
+from lavie_jax.disk import new_file
 from lavie_jax.errors import Parser, UserError, one_line_errors, user_location
 from lavie_jax.evaluation.fidelity import flicker, psnr, ssim
 from lavie_jax.evaluation.frame_measures import Lpips
@@ -68,7 +69,7 @@ def runs(data: Path, most: int) -> dict[str, Clip]:
             for name, start in starts.items():
                 if start <= index < start + LENGTH:
                     found.setdefault(name, []).append(square(frame))
-        with finished(cache) as temporary, temporary.open("wb") as file:
+        with new_file(cache) as temporary, temporary.open("wb") as file:
             np.savez(file, **{name: np.stack(frames) for name, frames in found.items()})
     stored = np.load(cache)
     return {name: stored[name] for name in list(stored)[:: -(-len(stored) // most)]}  # evenly over the film

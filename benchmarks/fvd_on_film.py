@@ -24,7 +24,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from lavie_jax.data.video_files import each_frame, finished
+from lavie_jax.data.video_files import each_frame
+from lavie_jax.disk import new_file
 from lavie_jax.errors import Parser, UserError, one_line_errors
 from lavie_jax.evaluation.distances import frechet_distance, kernel_distance, real_against_real
 from lavie_jax.evaluation.i3d_features import Extractor
@@ -89,7 +90,7 @@ def distorted(clips: np.ndarray, series: str, strength: int) -> np.ndarray:
 
 def store(path: Path, array: np.ndarray) -> None:
     """Writes an array in one piece, so that an interrupted run can resume."""
-    with finished(path) as temporary, temporary.open("wb") as file:
+    with new_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 

@@ -1,4 +1,4 @@
-"""Hashes of files; folders that are complete or absent; the cache folder; full disks and disks without locks."""
+"""Hashes of files; files and folders that are complete or absent; the cache folder; disks that are full or lockless."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from typing import IO
 
 from absl import logging
 
-from lavie_jax.errors import user_path
+from lavie_jax.errors import UserError, user_path
 
 # Errors of flock on disks that do not support it: NFS without a lock daemon, some FUSE and parallel file systems.
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -29,6 +29,21 @@ def file_hash(path: Path) -> str:
 def process_name() -> str:
     """Returns host and number of this process, for names of its own in folders that hosts may share."""
     return f"{platform.node()}-{os.getpid()}"
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`, with its suffix, which is renamed to `path` when the block succeeds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cannot write {os.fspath(path)!r}: a folder above it is a file") from error
+    temporary = path.with_name(f".{process_name()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

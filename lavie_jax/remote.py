@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lavie_jax.disk import cache_folder
+from lavie_jax.disk import cache_folder, new_file
 from lavie_jax.errors import UserError
 
 PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # {protocol: (package, extra of this project)}
@@ -122,16 +122,10 @@ class Store:
 
     def _fetch(self, system: Any, name: str) -> str:
         """Downloads a file, and returns its name. Raises UserError if it has another size than in the listing."""
-        target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with new_file(self.folder / name) as partial:
             system.get_file(f"{self.location}/{name}", str(partial))
             if not self._is_complete(partial, name):
                 raise UserError(f"{self.location}/{name} was changed while it was downloaded: start again")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
         return name
 
 
@@ -208,9 +202,8 @@ class Mirror:
 
     def _remember(self) -> None:
         if self.folder.is_dir():
-            temporary = self.folder / f".{os.getpid()}{UPLOADED}"
-            temporary.write_text(json.dumps(self._uploaded), encoding="utf-8")
-            temporary.replace(self.folder / UPLOADED)
+            with new_file(self.folder / UPLOADED) as temporary:
+                temporary.write_text(json.dumps(self._uploaded), encoding="utf-8")
 
 
 def files_in(folder: Path) -> dict[str, Path]:

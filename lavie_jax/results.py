@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError, check_folder
 
 
@@ -39,13 +40,8 @@ def _kind(path: Path) -> str | None:
 
 def write(path: Path, result: dict) -> None:
     """Writes a result, which has a "kind", as JSON. A crash leaves the former file, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with new_file(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

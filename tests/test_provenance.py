@@ -1,7 +1,6 @@
 """Samples' files state that they are generated and by what, and can be made again from it."""
 
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -15,6 +14,7 @@ import lavie_jax
 import sample
 from lavie_jax.data.embedded import Metadata, read_metadata
 from lavie_jax.data.video_files import read_video, save_as
+from lavie_jax.disk import process_name
 from lavie_jax.errors import UserError
 from lavie_jax.samples import again
 from lavie_jax.samples.outputs import Output, make_request
@@ -77,7 +77,7 @@ def test_a_folder_of_a_killed_process_of_this_number_does_not_stop_a_sample(tmp_
     settings = BaseSettings.make(base.STAGE.sampling, {"frames": 5, "height": 32, "width": 48})
     request = make_request("a circle", 0, {"base": settings}, {"base": "0" * 64})
     output = Output(folder=tmp_path, index=0, formats=("png",), request=request)
-    (tmp_path / f".{os.getpid()}-{output.stem}").mkdir()
+    (tmp_path / f".{process_name()}-{output.stem}").mkdir()
     (path,) = output.write(FRAMES, ("png",), {})
     assert len(list(path.glob("*.png"))) == 5 and not list(tmp_path.glob(".*"))
 

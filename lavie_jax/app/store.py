@@ -21,8 +21,7 @@ from typing import Any
 
 from absl import logging
 
-from lavie_jax.data.video_files import finished
-from lavie_jax.disk import flock
+from lavie_jax.disk import flock, new_file
 from lavie_jax.errors import UserError, check_folder
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "in_progress", "completed", "failed", "cancelled"
@@ -138,7 +137,7 @@ class Store:
         content: dict[str, Any] = {name: getattr(job, name) for name in _STORED}
         content["results"] = [dataclasses.asdict(result) for result in job.results]
         text = json.dumps({"format_version": VERSION, **content}, indent=2, ensure_ascii=False) + "\n"
-        with finished(self.folder_of(job.id) / "job.json") as part:
+        with new_file(self.folder_of(job.id) / "job.json") as part:
             part.write_text(text, encoding="utf-8")
         with self._lock:
             self._by_owner.setdefault(job.owner, {})[job.id] = None

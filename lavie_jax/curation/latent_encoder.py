@@ -25,6 +25,7 @@ from lavie_jax.curation.assemble import NAME, PendingRecord
 from lavie_jax.curation.job import LatentJob
 from lavie_jax.data import latents, shards, tokens, transforms, video_files
 from lavie_jax.data.buckets import Size, nearest, size_name
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 from lavie_jax.models import registry
 from lavie_jax.models.vae import VAE, VAE_PIXELS
@@ -150,7 +151,7 @@ class LatentEncoder:
 
     def write_null_text(self, out: Path) -> Path:
         """Writes the encoded null caption of a set; returns its path."""
-        with video_files.finished(out / latents.NULL_TEXT) as temporary, temporary.open("wb") as file:
+        with new_file(out / latents.NULL_TEXT) as temporary, temporary.open("wb") as file:
             np.save(file, self.text(self.null_caption))
         return out / latents.NULL_TEXT
 
@@ -158,7 +159,7 @@ class LatentEncoder:
         self, records: Sequence[PendingRecord], path: Path, out: Path, done: Callable[[int], Any]
     ) -> list[dict]:
         """Writes a shard, unless it exists with these records, and returns its rows. Calls `done` with clip counts."""
-        for partial in path.parent.glob(f".[0-9]*-{path.name}"):  # left by a killed run
+        for partial in path.parent.glob(f".*-{path.name}"):  # left by a killed run
             partial.unlink()
         name = path.relative_to(out).as_posix()
         rows = _read_rows(path, name)

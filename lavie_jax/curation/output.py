@@ -15,8 +15,7 @@ from typing import Any
 from absl import logging
 
 from lavie_jax.data import shards
-from lavie_jax.data.video_files import finished
-from lavie_jax.disk import file_hash, flock, is_full
+from lavie_jax.disk import file_hash, flock, is_full, new_file
 from lavie_jax.errors import UserError
 
 MANIFEST, CLIPS, DROPPED = "manifest.json", shards.LIST, "dropped.jsonl"
@@ -96,7 +95,7 @@ def _check_settings(path: Path, settings: dict[str, object], repeated: Collectio
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes one line of JSON per row."""
-    with finished(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -109,7 +108,7 @@ def index_shards(out: Path, manifest: Mapping[str, Any]) -> None:
 
 def write_manifest(out: Path, manifest: Mapping[str, object]) -> None:
     """Writes the manifest, which marks the set as finished."""
-    with finished(out / MANIFEST) as temporary:
+    with new_file(out / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from lavie_jax.curation.statistics import Statistics
 from lavie_jax.curation.video import Segment
 from lavie_jax.data import latents, shards, video_files
 from lavie_jax.data.contact_sheet import contact_sheet
+from lavie_jax.disk import new_file
 
 PAGE, FIGURES = "report.html", "report"
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIDE = 12, 5, 120
@@ -58,7 +59,7 @@ def write(
     contact_sheet(videos, captions, at("samples", "Sample clips")[0], columns=SHEET_FRAMES)
     pictures = {r: _picture_dropped(folder, r, statistics.pictures.get(r, ()), work) for r in statistics.reasons()}
     page = _page(manifest, statistics, figures, pictures)
-    with video_files.finished(out / PAGE) as temporary:
+    with new_file(out / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

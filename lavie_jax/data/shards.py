@@ -29,7 +29,7 @@ from lavie_jax.data.records import (
 )
 from lavie_jax.data.shard_index import MANY, ShardIndex, read_index, write_index
 from lavie_jax.data.shard_readers import Readers
-from lavie_jax.data.video_files import finished
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 
 SUFFIX = ".array_record"
@@ -276,7 +276,7 @@ def write_shard(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     import msgpack
     from array_record.python import array_record_module
 
-    with finished(path) as temporary:
+    with new_file(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # for random access
         try:
             for fields in records:

@@ -3,7 +3,6 @@
 Files are written under a temporary name and renamed at the end, so that a crash leaves no partial file.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,24 +33,10 @@ from lavie_jax.data.display import BT709, FULL, LIMITED, Screen, check_frame, ch
 from lavie_jax.data.embedded import Metadata, add_xmp_to_gif, add_xmp_to_mp4
 from lavie_jax.data.frame_times import constant_rate
 from lavie_jax.data.npz_files import read_npz
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError, suggest, user_path
 
 FORMATS = ("mp4", "gif", "png", "npz")
-
-
-@contextlib.contextmanager
-def finished(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, which is renamed to `path` when the block succeeds."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {os.fspath(path)!r}: a folder above it is a file") from error
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # The same bytes on every machine. In its AVX-512 code, x264's rate control reads uninitialized memory: the same
@@ -114,7 +99,7 @@ def save_video(
     if frame_count < 1 or height % 2 or width % 2:
         raise UserError(f"an mp4 needs frames with even sides; given {frame_count} of {height}x{width}: use gif or npz")
     path = user_path(path)
-    with finished(path) as temporary:
+    with new_file(path) as temporary:
         tags = metadata.tags if metadata else {}
         encode(frames, temporary, height=height, width=width, fps=fps, options={"crf": "18"}, tags=tags)
         if metadata:
@@ -130,7 +115,7 @@ def _check_rate(fps: float) -> None:
 def _save_gif(frames: np.ndarray, path: Path, fps: float, metadata: Metadata | None) -> None:
     # Durations in a gif are hundredths of a second: rounding times instead of durations keeps the total length.
     times = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int) * 10
-    with finished(path) as temporary:
+    with new_file(path) as temporary:
         Image.fromarray(frames[0]).save(
             temporary,
             format="gif",
@@ -148,7 +133,7 @@ def _save_gif(frames: np.ndarray, path: Path, fps: float, metadata: Metadata | N
 def save_png(image: np.ndarray | Image.Image, path: Path, metadata: Metadata | None = None) -> None:
     """Writes a picture, uint8 (H, W, 3) or Pillow's, as a png."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    with finished(path) as temporary:
+    with new_file(path) as temporary:
         image.save(temporary, format="png", pnginfo=metadata and metadata.png_chunks())
 
 
@@ -172,7 +157,7 @@ def save_as(
     elif format == "gif":
         _save_gif(frames, path, fps, metadata)
     elif format == "npz":
-        with finished(path) as temporary, open(temporary, "wb") as file:
+        with new_file(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, video=frames, fps=np.float64(fps))
     elif format == "png" and len(frames) == 1:
         save_png(frames[0], path, metadata)

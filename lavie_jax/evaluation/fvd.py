@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from tqdm.auto import tqdm
 
-from lavie_jax.data.video_files import finished
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 from lavie_jax.evaluation.distances import (
     bootstrap_deviation,
@@ -77,7 +77,7 @@ class FeatureCache:
     def write(self, path: Path | None, features: ClipFeatures) -> None:
         """Stores the features of one clip."""
         if path is not None:
-            with finished(path) as temporary, temporary.open("wb") as file:
+            with new_file(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **features._asdict())
 
 
@@ -166,7 +166,7 @@ class StoredFeatures:
 def write_features(path: Path, features: ClipFeatures, knobs: FVDKnobs, facts: dict[str, Any]) -> None:
     """Stores the features of a set, which `--reference FILE` reads."""
     own = facts | {"knobs": {name: getattr(knobs, name) for name in (*OF_FEATURES, *OF_CLIPS)}}
-    with finished(path) as temporary, temporary.open("wb") as file:
+    with new_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, facts=np.array(json.dumps(own)), **features._asdict())
 
 

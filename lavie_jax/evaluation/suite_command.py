@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from lavie_jax import cascade, results
 from lavie_jax.cascade.running import Request
-from lavie_jax.data.video_files import finished, save_video
+from lavie_jax.data.video_files import save_video
+from lavie_jax.disk import new_file
 from lavie_jax.errors import Parser, UserError, check_folder, user_location
 from lavie_jax.evaluation import commands, fvd, result_files
 from lavie_jax.evaluation.frame_measures import summary
@@ -183,7 +184,7 @@ def sample(suite: Suite, items: Sequence[Item], args: argparse.Namespace, part: 
     pipe = cascade.load(folder, stages=(MAIN_STAGE,))
     resolved = cascade.resolve_settings(pipe.weights, (MAIN_STAGE,), {MAIN_STAGE: given})
     if not known:
-        with finished(args.out / SETTINGS) as temporary:
+        with new_file(args.out / SETTINGS) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
     logging.info("%d of %d videos are to be sampled", len(todo), len(items))
     size = args.batch_size or len(pipe.devices)
@@ -260,7 +261,7 @@ def _fvd(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
 def _clipsim(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     _check_no_others(args, items)
     captions, path = args.out / CAPTIONS, args.out / CLIPSIM
-    with finished(captions) as temporary:
+    with new_file(captions) as temporary:
         temporary.write_text(json.dumps({item.name: item.prompt for item in items}, indent=2) + "\n")
     flags = ["--samples", str(args.out / VIDEOS), "--captions", str(captions), "--clip", os.fspath(args.clip)]
     report = commands.clip_similarity("clipsim", [*flags, "--json", str(path)])
@@ -291,7 +292,7 @@ def _vbench(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
 
 def _videophy(args: argparse.Namespace, items: Sequence[Item]) -> Measured:
     """Writes the table that VideoPhy's tool reads."""
-    with finished(args.out / TOOL_TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with new_file(args.out / TOOL_TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["videopath", "caption"])
         rows.writerows([_path((args.out / VIDEOS).absolute(), item), item.prompt] for item in items)

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lavie_jax.data.video_files import FORMATS, read_video, save_as
+from lavie_jax.disk import process_name
 from lavie_jax.errors import UserError, suggest, user_path
 from lavie_jax.samples.prompt_syntax import AS_IS, Reading
 from lavie_jax.samples.provenance import GENERATED, describe
@@ -222,7 +223,7 @@ class Output:
         """
         sidecar = {"format_version": SIDECAR_VERSION, "request": dict(self.request), "made_with": dict(made_with)}
         text = json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n"
-        part = self.folder / f".{os.getpid()}-{self.stem}"
+        part = self.folder / f".{process_name()}-{self.stem}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove(part)  # a folder of a killed process: in a container, this one has its number

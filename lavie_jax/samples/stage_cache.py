@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from lavie_jax.data.video_files import finished
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 from lavie_jax.stages.settings import complete
 
@@ -115,7 +115,7 @@ class StageCache(MemoryCache):
         self._record(stage)
         path = self._path(stage, "npy")
         header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-        with finished(path) as part, part.open("wb") as file:
+        with new_file(path) as part, part.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for piece in pieces:
                 file.write(np.ascontiguousarray(piece).data)
@@ -136,7 +136,7 @@ class StageCache(MemoryCache):
     def save_state(self, stage: str, step: int, state: Mapping[str, np.ndarray]) -> None:
         """Writes the state before step `step`."""
         self._record(stage)
-        with finished(self._path(stage, STATE)) as part, part.open("wb") as file:
+        with new_file(self._path(stage, STATE)) as part, part.open("wb") as file:
             np.savez(file, step=step, **state)
 
     def in_memory(self) -> MemoryCache:
@@ -178,7 +178,7 @@ class StageCache(MemoryCache):
         stage, _, _ = stage.partition(".")  # segments have the record of their stage
         path = self._path(stage, "json")
         if not path.exists():
-            with finished(path) as part:
+            with new_file(path) as part:
                 part.write_text(json.dumps(self.records[stage], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _path(self, stage: str, ending: str) -> Path:

@@ -4,7 +4,6 @@ Everything is checked before anything is written, and only one tensor at a time 
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lavie_jax.diffusion.schedule import Schedule
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 from lavie_jax.models.transformer import ROTARY_WIDTH
 from lavie_jax.models.unet_config import UNetConfig
@@ -261,19 +261,16 @@ def export_part(weights: Path, out: Path, *, part: str = "unet", overwrite: bool
     if out.suffix == ".pt":
         import_torch()
     tensors = exported(weights, part)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    flat = temporary.with_name(temporary.name + ".safetensors")
-    try:
-        write_safetensors(flat, tensors, {"format": "pt"})
-        if out.suffix == ".pt":  # written from a mapped file, so that it is never all in memory
-            write_torch(temporary, read_safetensors(flat)[0])
-            temporary.replace(out)
+    with new_file(out) as temporary:
+        if out.suffix == ".safetensors":
+            write_safetensors(temporary, tensors, {"format": "pt"})
         else:
-            flat.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-        flat.unlink(missing_ok=True)
+            flat = temporary.with_suffix(".safetensors")
+            try:
+                write_safetensors(flat, tensors, {"format": "pt"})
+                write_torch(temporary, read_safetensors(flat)[0])  # from a mapped file: it is never all in memory
+            finally:
+                flat.unlink(missing_ok=True)
     return len(tensors)
 
 

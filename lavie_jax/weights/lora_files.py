@@ -1,7 +1,6 @@
 """Writes LoRA files under the names of kohya or diffusers, and merges adapters into a new weights folder."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lavie_jax.disk import new_file
 from lavie_jax.errors import UserError
 from lavie_jax.weights.folder import load_folder, read_part
 from lavie_jax.weights.lora import FOLDER_FILES, HEADER_CONFIG, Lora, merge_tensors, shapes_of
@@ -100,13 +100,8 @@ def export_lora(lora: Lora, out: Path, *, names: str, overwrite: bool = False) -
     if len(scales) > 1:
         raise UserError(f"{lora.path} mixes ranks or alphas ({sorted(scales)[:3]}); export-lora is for files with one.")
     ((rank, alpha),) = scales
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    try:
+    with new_file(out) as temporary:
         write_modules(temporary, modules, rank, alpha, names)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(modules)
 
 
