@@ -33,7 +33,11 @@ def process_name() -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, with its suffix, which is renamed to `path` when the block succeeds."""
+    """Yields a temporary name beside `path`, with its suffix, which is renamed to `path` when the block succeeds.
+
+    If `path` is a link, the file that it points to is written, and the link stays.
+    """
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import (
@@ -26,7 +27,7 @@ from test_inflate import write_compvis
 
 from lavie_jax.errors import UserError
 from lavie_jax.models.clip_text import CLIPTextConfig
-from lavie_jax.weights import folder_hash, load_folder
+from lavie_jax.weights import compvis, folder_hash, load_folder
 from lavie_jax.weights.diffusers_configs import vae_config
 from lavie_jax.weights.expected import refuse
 from lavie_jax.weights.folder import hash_dir
@@ -630,3 +631,11 @@ def test_the_averages_of_an_original_checkpoint(sd, tmp_path, capsys):
     one, two = (load_folder(tmp_path / name) for name in ("ema", "raw"))
     np.testing.assert_array_equal(one.unet.params["conv_in"]["bias"], two.unet.params["conv_in"]["bias"] + 1)
     assert one.vae.config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_the_scaling_factor_in_half_precision_is_the_one_that_was_rounded(dtype):
+    for factor in (0.18215, 0.13025, 0.08333):
+        stored = {"first_stage_model.scale_factor": as_tensor(np.array(factor, dtype))}
+        assert compvis.scale_factor(stored) == {"scaling_factor": factor}
+    assert compvis.scale_factor({"scale_factor": as_tensor(np.float32(0.3))}) == {"scaling_factor": 0.3}

@@ -92,8 +92,14 @@ def test_check_names_what_differs(base, tmp_path, capsys):
     tensors = {n: t for n, t in torch.load(original, weights_only=True)["ema"].items() if "freqs" not in n}
     torch.save(tensors, tmp_path / "without.pt")  # added constants are not a difference
     assert run("export", "--weights", folder, "--check", tmp_path / "without.pt") == 0
-    torch.save({"model": tensors, "ema": {n: t + 1 for n, t in tensors.items()}}, tmp_path / "both.pt")
-    assert run("export", "--weights", folder, "--check", tmp_path / "both.pt") == 1
+    averages = {n: t + 1 for n, t in tensors.items()}
+    for weights in ({"model": tensors}, tensors):  # beside the averages, or at the top level of the file
+        torch.save({**weights, "ema": averages}, tmp_path / "both.pt")
+        assert run("export", "--weights", folder, "--check", tmp_path / "both.pt") == 1
+        assert run("export", "--weights", folder, "--check", tmp_path / "both.pt", "--no-ema") == 0
+    torch.save(
+        {"ema": tensors, "betas": torch.ones(5)}, tmp_path / "both.pt"
+    )  # which are not weights beside the averages
     assert run("export", "--weights", folder, "--check", tmp_path / "both.pt", "--no-ema") == 0
 
 

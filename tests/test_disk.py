@@ -32,6 +32,16 @@ def test_processes_of_one_number_on_two_hosts_do_not_share_a_temporary_file(tmp_
     assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path):
+    target, link = tmp_path / "disk" / "weights.json", tmp_path / "weights.json"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with new_file(link) as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink() and target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_a_file_below_a_file_is_refused(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(UserError, match="a folder above it is a file"), new_file(tmp_path / "a" / "b.txt"):

@@ -128,12 +128,19 @@ def rename_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {rename(part, name, sizes): tensor for name, tensor in tensors.items()}
 
 
+SCALING_FACTORS = (0.18215, 0.13025, 0.08333)  # of Stable Diffusion 1 and 2, of SDXL, of the x4 upscaler
+
+
 def scale_factor(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Returns the VAE's scaling factor as a field of its config, for checkpoints that store one."""
     stored = next((t for name, t in tensors.items() if name.rpartition(".")[2] == "scale_factor"), None)
     if stored is None or stored.shape not in ((), (1,)):
         return {}
-    return {"scaling_factor": float(str(np.asarray(stored.read(), np.float32).reshape(())))}  # the shortest decimal
+    value = np.asarray(stored.read()).reshape(())
+    for factor in SCALING_FACTORS:
+        if value == np.asarray(factor, value.dtype):  # in half precision, its own digits are too few
+            return {"scaling_factor": factor}
+    return {"scaling_factor": float(str(np.float32(value)))}  # the shortest decimal
 
 
 def rename(part: str, name: str, sizes: Sizes) -> str:

@@ -29,6 +29,7 @@ from lavie_jax.weights.safetensors_io import DTYPES, Tensor
 from lavie_jax.weights.torchscript import is_torchscript, read_torchscript
 
 # Where checkpoints have their weights, if not at the top level.
+TOP_LEVEL = "the top level"
 EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "params_ema", "ema_weights")
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "module", "params", "weights", "unet", "net", "generator")
 INNER_KEYS = ("state_dict", "module", "model", "shadow", "shadow_params")  # of a trainer's object below those
@@ -119,6 +120,8 @@ def _find_weights(torch, loaded: dict, ema: bool) -> tuple[dict, list[str]]:
                 found[key] = inner
                 break
     averages, raw = ([key for key in keys if key in found] for keys in (EMA_KEYS, WEIGHT_KEYS))
+    if averages and not raw and loaded.keys() & found[averages[0]].keys():  # the weights of the same names, not buffers
+        raw, found[TOP_LEVEL] = [TOP_LEVEL], loaded
     order = averages + raw if ema else raw + averages
     if not order:
         return loaded, []
