@@ -16,7 +16,7 @@ from lavie_jax.diffusion import Schedule, make_sampler, sample
 from lavie_jax.diffusion.consistency import boundary_weights
 from lavie_jax.errors import UserError
 from lavie_jax.stages.conditioning import Condition, Text, TrainingPair
-from lavie_jax.training import build, optimizer, options
+from lavie_jax.training import build, initial, optimizer, options
 from lavie_jax.training.distillation import Distillation, consistent_x0
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import make_update
@@ -25,6 +25,10 @@ from lavie_jax.weights import load_folder
 ROOT = Path(__file__).parents[1]
 MEAN, STD = 0.3, 0.5  # of Gaussian data, whose denoiser and whose ODE are known
 NULL = np.zeros((1, 4), np.int32)
+
+
+def load_init(config, scratch, resumed=None) -> initial.InitialWeights:
+    return initial.load(config, build.make_models(config, jnp.float32, 1.0), scratch, resumed)
 
 
 def pair(schedule, t, image_t=(), seed=0) -> TrainingPair:
@@ -147,7 +151,7 @@ def config_for(base, **overrides):
 def test_a_student_starts_from_its_teacher_and_its_folder_says_how_it_is_sampled(kind, base, tmp_path):
     config = config_for(base, **{"distill.kind": kind})
     build.check_stage(config)
-    init = build.load_init(config, tmp_path)
+    init = load_init(config, tmp_path)
     task = build.stage_task(config, np.float32, init)
     jax.tree.map(np.testing.assert_array_equal, task.frozen["teacher"], base.unet.params)
     jax.tree.map(np.testing.assert_array_equal, task.start, {"unet": base.unet.params})
@@ -161,7 +165,7 @@ def test_a_student_starts_from_its_teacher_and_its_folder_says_how_it_is_sampled
         assert changed == {"guidance", "sampler", "steps"} and student.sampling["sampler"] == "lcm"
         assert student.presets == {"balanced": {}, "fast": {}}  # not those of the stage, for other samplers
     # on resuming, the teacher is read again
-    again = build.load_init(config, tmp_path, tmp_path / "weights")
+    again = load_init(config, tmp_path, tmp_path / "weights")
     jax.tree.map(np.testing.assert_array_equal, again.frozen["teacher"], base.unet.params)
     assert again.teacher_sampling == base.sampling
 
@@ -185,7 +189,7 @@ def test_what_cannot_be_distilled_is_refused(overrides, match, base, tmp_path):
     config = config_for(base, **overrides)
     with pytest.raises(UserError, match=match):
         build.check_stage(config)
-        build.stage_task(config, np.float32, build.load_init(config, tmp_path))
+        build.stage_task(config, np.float32, load_init(config, tmp_path))
 
 
 @pytest.mark.heavy
@@ -193,7 +197,7 @@ def test_what_cannot_be_distilled_is_refused(overrides, match, base, tmp_path):
 def test_updates_lower_the_loss_and_leave_the_teacher_alone(kind, base, tmp_path):
     config = config_for(base, **{"distill.kind": kind, "distill.guidance": 3, "data.frames": 2, "data.height": 16,
                                  "data.width": 16, "data.images": 1})  # fmt: skip
-    task = build.stage_task(config, np.float32, build.load_init(config, tmp_path))
+    task = build.stage_task(config, np.float32, load_init(config, tmp_path))
     tx = optimizer.make_optimizer(optimizer.OptimizerConfig(learning_rate=1e-3, warmup=0), 10)
     state, rng = make_state(task.start, task, tx), np.random.default_rng(0)
     batch = {

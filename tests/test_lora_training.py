@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from lavie_jax.cascade.personal import Personal
 from lavie_jax.data.build import make_source
 from lavie_jax.data.config import DataConfig
 from lavie_jax.errors import UserError
-from lavie_jax.training import build, lora, optimizer, options
+from lavie_jax.training import build, initial, lora, optimizer, options
 from lavie_jax.weights import load_folder
 from lavie_jax.weights.lora import read_lora
 from lavie_jax.weights.lora_files import export_lora
@@ -146,7 +147,7 @@ def test_training_starts_from_the_base_and_its_task_holds_the_adapter_alone(base
                 config[part][name] = value
     config.schedule.update(dataclasses.asdict(base.schedule))
     build.check_stage(config)
-    init = build.load_init(config, tmp_path)
+    init = initial.load(config, build.make_models(config, jnp.float32, 1.0), tmp_path)
     task = build.stage_task(config, np.float32, init)
     learned, _ = task.split(task.start)
     assert set(learned) == {"lora"} and task.exported(learned, {}) is learned
@@ -154,7 +155,7 @@ def test_training_starts_from_the_base_and_its_task_holds_the_adapter_alone(base
     task.export(tmp_path / "weights", learned, {})
     task.export(tmp_path / "weights", learned, {})  # in place of the last one
     assert len(Personal.read([tmp_path / "weights"]).loras[0][0].modules) == len(
-        lora.layers(base.unet.params, build.lora_config(config))
+        lora.layers(base.unet.params, lora.of_config(config))
     )
 
 

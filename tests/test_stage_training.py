@@ -19,7 +19,7 @@ from lavie_jax.stages import STAGES
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips
 from lavie_jax.stages.prediction import draw_masks
 from lavie_jax.stages.settings import MAX_NOISE_LEVEL, KnownFrames
-from lavie_jax.training import build, checkpoint, diffusion, optimizer, options
+from lavie_jax.training import build, checkpoint, diffusion, initial, optimizer, options
 from lavie_jax.training.state import abstract_params, make_state
 from lavie_jax.training.step import make_update
 from lavie_jax.weights.names import ZERO_AT_FIRST
@@ -246,7 +246,7 @@ def test_a_copied_tokenizer_has_no_other_files(tmp_path):
     (base / "tokenizer/model.bin").write_text("x")
     config = small_config("vsr", base)
     config.init_from, config.text_from, config.vae_from = "", str(base), str(base)
-    tokenizer = build.load_init(config, tmp_path).tokenizer
+    tokenizer = initial.load(config, build.make_models(config, jnp.float32, 1.0), tmp_path).tokenizer
     assert {p.name for p in tokenizer.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
 
 
@@ -254,11 +254,11 @@ def test_super_resolution_starts_from_its_own_noise_schedule_only(tmp_path):
     folder = make_stage(tmp_path / "vsr", "vsr")
     config = small_config("vsr", folder)
     config.unet.update({k: v for k, v in weights.load_folder(folder).unet.config.to_dict().items() if k in config.unet})
-    build._load_start(config, build.make_models(config, jnp.float32, 1.0))
+    initial._load_start(config, build.make_models(config, jnp.float32, 1.0))
     file = folder / "low_res_scheduler/scheduler_config.json"
     file.write_text(file.read_text().replace("0.02", "0.015"))
     with pytest.raises(UserError, match="low_res_schedule .*beta_end=0.015.* but the stage vsr is trained"):
-        build._load_start(config, build.make_models(config, jnp.float32, 1.0))
+        initial._load_start(config, build.make_models(config, jnp.float32, 1.0))
 
 
 def test_a_resumed_run_reads_only_frozen_models_and_its_first_folder_may_be_gone(tmp_path):

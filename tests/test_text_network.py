@@ -13,7 +13,7 @@ from lavie_jax.models import registry
 from lavie_jax.models.t5_text import T5Text, T5TextConfig
 from lavie_jax.planner.sampling import abstract_weights
 from lavie_jax.planner.training import abstract_batch, abstract_init
-from lavie_jax.training import build, config, latents, options
+from lavie_jax.training import build, config, initial, latents, options
 from lavie_jax.training.step import check_same
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +56,9 @@ def test_widths_that_do_not_fit_are_refused():
         build.make_models(parse("--config.unet.encoder_hid_dim=None"), jnp.float32, 1.0)
     with pytest.raises(UserError, match="has a clip_text, but the config has a t5_text"):
         check_same(tiny.TEXT, T5TextConfig(), "weights/base")
+    run = parse("--config.text_from=random", "--config.train_text_encoder=false")
     with pytest.raises(UserError, match="text_from = 'random' is an untrained text encoder"):
-        build.load_init(parse("--config.text_from=random", "--config.train_text_encoder=false"), Path())
+        initial.load(run, build.make_models(run, jnp.float32, 1.0), Path())
     with pytest.raises(UserError, match="do not store which tokens are padding, as t5_text needs"):
         latents.check_text(T5Text(T5TextConfig()))
 

@@ -15,7 +15,7 @@ from lavie_jax.models import registry
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.planner.programs import Program, mesh_of, placed
 from lavie_jax.stages import STAGES
-from lavie_jax.training import build, optimizer, perceptual
+from lavie_jax.training import build, initial, optimizer, perceptual
 from lavie_jax.training.distillation import NONE, TEACHER
 from lavie_jax.training.state import abstract_frozen, abstract_state
 from lavie_jax.training.step import Task, make_held_out, make_update
@@ -111,7 +111,7 @@ def _run(config: Any, devices: list[jax.Device], per_chip_batch: int) -> _Run:
     return _Run(task, tx, mesh, state, frozen, rows, note)
 
 
-def abstract_init(config: Any) -> build.InitialWeights:
+def abstract_init(config: Any) -> initial.InitialWeights:
     """Returns the shapes of a config's initial weights, as if they were random, which changes no shape."""
     models = build.make_models(config, jnp.float32, VAEConfig().scaling_factor)
     names = ["vae"] if config.train_text_encoder else ["vae", "text_encoder"]
@@ -120,7 +120,7 @@ def abstract_init(config: Any) -> build.InitialWeights:
         frozen[TEACHER] = registry.abstract_params(models.unet.config)
     if config.loss.perceptual:
         frozen[perceptual.FROZEN] = perceptual.abstract()
-    return build.InitialWeights(
+    return initial.InitialWeights(
         start=None,
         frozen=frozen,
         scaling_factor=models.vae.config.scaling_factor,

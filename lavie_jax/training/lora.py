@@ -57,6 +57,11 @@ class LoraConfig:
         return (self.alpha or self.rank) / self.rank
 
 
+def of_config(config: Any) -> LoraConfig | None:
+    """Returns the settings of the adapter that a run's config trains, or None."""
+    return LoraConfig(**dict(config.lora)) if config.regime == ADAPTER else None
+
+
 def layers(unet: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Returns {path of a layer: shape of its kernel} of the layers that are changed. Raises UserError for none."""
     pattern = "|".join(TARGETS[name] for name in config.targets)
