@@ -136,7 +136,7 @@ adds a row:
     python -m lavie_jax.planner --config configs/base.py --topology v5e:4x4 --per-chip-batch 1 --json docs/{source}
 
 It compiles the update of `train.py` ahead of time, without a TPU ({versions}), up to the memory plan. Generating
-machine code, which comes next, takes nine tenths of the time; `--code` does that too. Nothing was run on a TPU.
+machine code would take nine tenths of the time, and is done only with `--code`. Nothing was run on a TPU.
 
 ## Memory
 
@@ -149,8 +149,8 @@ temporaries, and the program's code where it was generated. `HBM limit` is what 
 ## Time: an estimate
 
 `TFLOP traced` is one chip's share of all matrix products and convolutions of the traced program, including
-rematerialised blocks and all iterations of loops. The compiler's own count includes a loop only once and custom
-kernels (flash attention) not at all, so it is too low; it needs `--code`. Collectives are read from the compiled
+rematerialised blocks and all iterations of loops. The compiler's own count, which needs `--code`, is too low: it counts
+a loop only once and custom kernels (flash attention) not at all. Collectives are read from the compiled
 program and multiplied by the trip counts of loops. The bound is a roofline: the largest of FLOPs at peak speed, memory
 traffic (each temporary byte twice, or the compiler's figure if there is one) at peak bandwidth, and the bytes of
 collectives over all links of the chip. A real step takes longer; how much longer is not known.
@@ -159,7 +159,7 @@ collectives over all links of the chip. A real step takes longer; how much longe
 
 `--search` tries at most four combinations of batch size and remat. `--slices N` splits the axis `data` over N slices.
 Names of topologies count chips: v5p:2x4x4 is sold by Google as v5p-64, which counts two cores per chip. libtpu prints a
-few lines about hosts that it does not find to stderr: they are harmless.
+few harmless lines to stderr about hosts that it does not find.
 """
 
 SAMPLING = """\
@@ -177,23 +177,23 @@ commands add the rows:
 
 GiB of one TPU v5e chip, from the compiler's plan ({versions}); nothing was run on a TPU. The programs are those of
 `lavie_jax/cascade/` at its default sizes: weights in bfloat16, the x4 VAE in float32, flash attention where it fits.
-`beside` is what stays on the chip without being used by the program: the stage's other models, and the unused half of
-the VAE. `total` includes the compiled code, which needs `--code`. Only one stage's weights are on the chips at a time.
+`beside` counts what is on the chip but not used by the program: the stage's other models, and the unused half of the
+VAE. `total` includes the compiled code where `--code` measured it. Only one stage's weights are on the chips at a time.
 Interpolation decodes with the same program as base.
 
 {table}
 
 ## One clip on several chips
 
-Where there are fewer clips than chips, chips share one: the halves of guidance go to two groups, whose chips divide the
-frames, or the pixels in temporal layers ([tpu.md](tpu.md)). A guided step, planned by
+If there are fewer clips than chips, several chips share a clip: the halves of guidance go to two groups, whose chips
+divide the frames, or the pixels in temporal layers ([tpu.md](tpu.md)). This command plans a guided step:
 
     python -m lavie_jax.planner --config configs/base.py --sample base --topology v5e:2x4 --program "guided step" \\
         --json docs/{source}
 
-FLOPs are counted in the compiled program of a chip, padding and repeated work included. The bounds are those of a
-roofline, as in [planner.md](planner.md). The speed-up is an estimate from them, with collectives that overlap with
-nothing: nothing was run on a TPU.
+FLOPs are counted in the compiled program of a chip, including padding and repeated work. The bounds are those of a
+roofline, as in [planner.md](planner.md). The speed-up is estimated from them, assuming that collectives do not overlap
+with computation. Nothing was run on a TPU.
 
 {shared}
 """
