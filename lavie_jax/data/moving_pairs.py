@@ -3,8 +3,8 @@
 Captions name both objects, each with its motion: "a red circle moving left and a blue square moving up over a black
 background", and of an image "a red circle and a blue square over a black background". The objects differ in shape and
 in colour, so that a clip shows whether a model has swapped them. They have one size, which captions do not mention,
-and their positions in the frame are independent of their order in the caption. They never touch, so that
-`lavie_jax.evaluation.pair_detectors` can measure each alone.
+and their positions in the frame are independent of their order in the caption. They do not touch, except in a few
+clips (see `render`), so that `lavie_jax.evaluation.pair_detectors` can measure each alone.
 
 As in `moving_shapes`, a clip is a pure function of its arguments. Shapes and colours that occur only in the images of
 that world occur in clips here too.
