@@ -7,14 +7,14 @@
     python sample.py --prompt "a red circle | a blue circle" --stages base,prediction --segments 4
     python sample.py --prompt-file prompts.txt --num-videos 4 --weights weights/base --out samples
 
-Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index is the prompt's, with a JSON file that
+Each sample is written to OUT/{index:04d}-{slug}-{seed}.mp4, where index counts the prompts, with a JSON file that
 records everything needed to reproduce it. OUT/contact-sheet.png shows the samples of the last command. With several
 stages, or with --input, OUT/stages contains the lossless frames of every stage (.npy), and the contact sheet has a row
 for each stage, at the same points in time. Existing samples are skipped, and an interrupted run resumes at the same
-prompt, stage, segment and denoising step. `--part I/N` splits the samples over machines that run the same command with
-the same OUT; with --distributed, the devices of all hosts make every sample together. Omitted settings default to the
-weights folder's config.json.
-Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
+prompt, stage, segment and denoising step. `--part I/N` splits the samples between machines that run the same command
+with the same OUT; with --distributed, the devices of all hosts make each sample together. Omitted settings default to
+those in the weights folder's config.json. Compiled programs are cached in ~/.cache/lavie_jax, or in
+JAX_COMPILATION_CACHE_DIR.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_requests(args: argparse.Namespace) -> list[Prompt]:
-    """Checks all arguments, replaces text in `args` by parsed values, and returns the prompts: flags, then the file."""
+    """Checks all arguments, parses those that are text in place, and returns the prompts: flags, then the file."""
     for name in ("num_videos", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -226,9 +226,9 @@ def written(
     made_with: dict,
     unsafe: SafetyFilter | None,
 ) -> Iterator[tuple[Output, Any]]:
-    """Writes the files that each output lacks (`formats`), and yields it with its video, None if it was complete.
+    """Writes the files that each output lacks (`formats`). Yields each output with its video, None if it was complete.
 
-    `videos` and `caches` belong to the outputs that are not complete. A video that is `unsafe` is replaced.
+    `videos` and `caches` belong to the incomplete outputs. Videos for which `unsafe` returns True are replaced.
     """
     caches = iter(caches)
     for output, missing in zip(outputs, formats):
@@ -248,8 +248,8 @@ def written(
 def add_to_sheet(sheets: ContactSheets, output: Output, video, stages: Sequence[str], clips: dict, dtype: str) -> None:
     """Adds a row for each clip that the sample started from (`clips`) and for each of its stages.
 
-    The rows show the same moments. A stage that continues the clip of the one before is therefore the first. A `video`
-    of None is read from the sample's files.
+    The rows show the same points in time, so stages before one that continues their clip are left out. If `video` is
+    None, it is read from the sample's files.
     """
     cache = output.cache(dtype)
     first = max((i for i, stage in enumerate(stages) if STAGE_INFO[stage].takes_known), default=0)
@@ -269,7 +269,7 @@ def warn(lines: list[str]) -> None:
 
 
 def warn_of_existing(args: argparse.Namespace) -> None:
-    """Warns that files of existing samples stay as they are, whatever was asked for new ones."""
+    """Warns that options for the files of new samples do not change those of existing samples."""
     options = {"no-metadata": args.no_metadata, "c2pa-certificate": args.certificate, "safety-filter": args.unsafe}
     if names := [name for name, given in options.items() if given]:
         warn([f"{', '.join(names)}: files of existing samples stay as they are; --overwrite makes them again"])
@@ -290,7 +290,7 @@ def given_files(
 
 
 def shared_caches(caches: Sequence[StageCache], first: bool) -> Sequence[MemoryCache]:
-    """Returns the caches of one of several hosts, of which the first one writes. Checks that all hosts see the same."""
+    """Returns this host's caches, of which only the first host's write. Checks that all hosts see the same contents."""
     from jax.experimental import multihost_utils
 
     from lavie_jax.parallel import check_hosts_are_consistent

@@ -3,21 +3,21 @@
     python train.py --config configs/moving_shapes/base.py --workdir runs/base [--config.FIELD=VALUE ...]
 
 `--config FILE.py:tiny` runs a small version of any config in about a minute on a CPU. The same command
-resumes a run that was stopped; `--restore-step N` goes back to an older checkpoint. In the workdir:
+resumes a run that was stopped; `--restore-step N` resumes from an older checkpoint. Files in the workdir:
 
     checkpoints/     training state (Orbax): the newest few, the best, and every N-th, as configured
-    weights/         the newest EMA model, a weights folder for `sample.py --weights`; of configs/lora.py, a LoRA for
+    weights/         the newest EMA model, a weights folder for `sample.py --weights`; with configs/lora.py, a LoRA for
                      `sample.py --lora`
     samples/         sample videos of fixed prompts
-    metrics.jsonl    a line per logging interval; with metrics=("tensorboard",) in the config, tensorboard/ as well
-    profile/         with `--profile`: a trace of a few steps
+    metrics.jsonl    a line per logging interval; with metrics=("tensorboard",) in the config, also tensorboard/
+    profile/         a trace of a few steps, with `--profile`
     diverged/        the step at which training diverged, for `python -m lavie_jax.training.divergence`
 
 Compiled programs are cached in ~/.cache/lavie_jax, or in JAX_COMPILATION_CACHE_DIR.
 
-Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop. The last line printed is the SHA-256 of all parameters, trained
-and untrained: a resumed run equals an uninterrupted one bit for bit on the same mesh (on GPUs, whose fastest kernels
-add in any order, with XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop the run. The last line printed is the SHA-256 of all parameters,
+trained and untrained. On the same mesh, a resumed run equals an uninterrupted one bit for bit. On GPUs this requires
+XLA_FLAGS=--xla_gpu_deterministic_ops=true, because the fastest kernels add in any order.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def main(argv: list[str], cleanup: ExitStack) -> None:
     except UserError as error:
         if not options.is_distributed(argv):
             raise
-        problem = error  # raised below, where the other hosts learn of it
+        problem = error  # raised below, where it also reaches the other hosts
     parallel.initialise(
         cpu_devices=arguments.config.cpu_devices if arguments else 0,
         distributed=arguments is None or arguments.config.distributed,
@@ -326,9 +326,8 @@ def train(arguments: options.Arguments, hosts: Hosts, timer: metrics.StepTimer, 
 def write_sample_grid(weights: Path, stage: str, prompts: Sequence[str], path: Path, *, base: str = "") -> bool:
     """Samples every prompt with seed 0 and the folder's default settings, and writes a PNG with a row for each.
 
-    `weights` is a weights folder, or an adapter's folder if `base` names the weights that it changes.
-
-    Returns False if that fails, for example for lack of memory: a grid must not end a run.
+    `weights` is a weights folder, or an adapter's folder if `base` names the weights that it changes. Returns False if
+    sampling fails, for example for lack of memory: a sample grid must not end a run.
     """
     try:
         with disk.tolerate_full_disk("samples/") as written:
@@ -357,7 +356,7 @@ def say(text: str) -> None:
 class StopRequest:
     """Whether the run should save and stop: after SIGTERM, SIGUSR1, Ctrl-C, or a cluster's notice of preemption.
 
-    On several hosts Orbax makes all of them stop at the same step. A second Ctrl-C stops at once.
+    If there are several hosts, Orbax makes all of them stop at the same step. A second Ctrl-C stops at once.
     """
 
     def __init__(self, *, multi_host: bool):

@@ -5,12 +5,12 @@
     ddim           deterministic: x0 and eps, mixed for the next level          eq. 12, arXiv 2010.02502
     respaced_ddim  DDIM on timesteps that include both ends                     interpolation stage
     euler          Euler's method on the probability-flow ODE in sigma          algorithm 1, arXiv 2206.00364
-    heun           Heun's method on it: second order, two evaluations a step    algorithm 1, arXiv 2206.00364
+    heun           Heun's method: second order, two evaluations per step        algorithm 1, arXiv 2206.00364
     dpm++2m        DPM-Solver++(2M): second order, multistep                    algorithm 2, arXiv 2211.01095
     unipc          UniPC-2: dpm++2m, corrected by the next evaluation           algorithm 1, arXiv 2302.04867
     lcm            x0 at once, noised again: distilled networks, 1 to 8 steps   algorithm 3, arXiv 2310.04378
 
-A sampler never calls the network. It states the network's input and consumes the prediction:
+A sampler never calls the network. It provides the network's input and consumes the prediction:
 
     sampler = make_sampler("ddim", 50, schedule)
     state = sampler.init(noise)
@@ -21,8 +21,8 @@ A sampler never calls the network. It states the network's input and consumes th
 
 `i` counts network evaluations. The state is a small dict of arrays and `update` is a pure function, so a chain can be
 scanned with a traced `i`, or saved to disk between any two evaluations and resumed. Noise levels are written as
-abar = alpha^2 = 1 - sigma^2 (`schedule.py`). This file has the interface and the first-order samplers; the others are
-in `second_order.py` and `consistency.py`, timesteps in `spacing.py`, and `make_sampler` in `making.py`.
+abar = alpha^2 = 1 - sigma^2 (`schedule.py`). This file has the interface and the first-order samplers. The others are
+in `second_order.py` and `consistency.py`, the timesteps in `spacing.py`, and `make_sampler` in `making.py`.
 
 Coefficients are computed in float64 on the host (except DDPM's, see there) and applied in float32.
 """
@@ -50,11 +50,11 @@ class Sampler:
     """The interface of all samplers. Samplers hash by their fields: they can be static arguments of `jax.jit`.
 
     Attributes:
-        steps: number of steps between noise levels of the whole chain.
+        steps: number of steps of the whole chain, each from one noise level to the next.
         schedule: the schedule that the network was trained with.
         spacing: how the timesteps are spaced, one of `SPACINGS`.
-        first: the first of the steps that is run, see `tail`.
-        default_spacing: the spacing of `make_sampler` if none is given.
+        first: index of the first step that is run, see `tail`.
+        default_spacing: the spacing that `make_sampler` uses if none is given.
         leading_offset: the offset of "leading" spacing.
         fractional: whether the network is evaluated at fractional timesteps.
         needs_noise: whether `update` takes fresh noise.
@@ -82,7 +82,7 @@ class Sampler:
 
     @functools.cached_property
     def step_timesteps(self) -> np.ndarray:
-        """The timestep at which each step starts, falling."""
+        """The timestep at which each step starts, in decreasing order."""
         timesteps = spaced_timesteps(
             self.spacing, self.steps, self.schedule, offset=self.leading_offset, fractional=self.fractional
         )
@@ -95,7 +95,7 @@ class Sampler:
 
     @functools.cached_property
     def levels(self) -> np.ndarray:
-        """abar before each step and after the last, float64, rising."""
+        """abar before each step and after the last, float64, in increasing order."""
         return np.append(self.schedule.alphas_cumprod[self.step_timesteps], self.final_level)
 
     @property
@@ -123,12 +123,12 @@ class Sampler:
         return alpha * jnp.asarray(x0, jnp.float32) + sigma * jnp.asarray(noise, jnp.float32)
 
     def model_input(self, state: State, i: int | Array) -> tuple[Float[ArrayLike, "b ..."], Shaped[ArrayLike, " b"]]:
-        """Returns what the network is evaluated on.
+        """Returns the inputs of the network.
 
         Args:
             state: the return value of `init` or of the previous `update`. NumPy arrays stay on the host if `i` is an
                 int.
-            i: number of the evaluation in [0, evaluations), may be traced.
+            i: index of the evaluation in [0, evaluations), may be traced.
 
         Returns:
             x_t, float32 `(B, ...)`, of unit variance for data of unit variance, and t `(B,)`, int32, or float32 where
@@ -150,7 +150,7 @@ class Sampler:
 
         Args:
             state: the state that `model_input` was called with.
-            i: number of the evaluation in [0, evaluations), may be traced.
+            i: index of the evaluation in [0, evaluations), may be traced.
             prediction: the network's output for `model_input(state, i)`, of the schedule's prediction type.
             noise: standard normal, in the shape of x; only if `needs_noise`.
 
@@ -160,7 +160,7 @@ class Sampler:
         raise NotImplementedError
 
     def prediction_of(self, state: State, i: int | Array, x0: Float[ArrayLike, "b ..."]) -> Float[Array, "b ..."]:
-        """Returns the prediction for `model_input(state, i)` that stands for `x0`, for data that is known."""
+        """Returns the prediction for `model_input(state, i)` that corresponds to `x0`, for known data."""
         alpha, sigma = self._alpha_sigma(i)
         x0 = jnp.asarray(x0, jnp.float32)
         eps = (self._x_t(state, i) - alpha * x0) / sigma
@@ -196,8 +196,8 @@ class DDPM(Sampler):
 
     default_spacing = "leading"
     needs_noise = True
-    # Unlike all else in float32: 1 - a cancels, and the rounding of the released sampler changes its samples by 1e-5 at
-    # 100 steps and by 1e-4 at 500.
+    # float32, unlike everywhere else: 1 - a cancels, and the rounding of the released sampler changes its samples by
+    # 1e-5 at 100 steps and by 1e-4 at 500.
     coefficient_dtype: ClassVar[DTypeLike] = np.float32
 
     def update(self, state, i, prediction, noise=None):
@@ -224,9 +224,9 @@ class DDPM(Sampler):
 class RespacedDDPM(DDPM):
     """DDPM on a schedule respaced to fewer timesteps, with the variance b ("fixed large", arXiv 2102.09672, sec. 3.1).
 
-    b is the upper bound of the variance and the posterior's the lower (sec. 3.2, arXiv 2006.11239). The last of this
-    noise is added above timestep 0, where the network cannot remove it: many steps are needed. The prediction stage's
-    default.
+    b is the upper bound of the variance, and the posterior's variance the lower bound (sec. 3.2, arXiv 2006.11239). The
+    network removes only the schedule's noise: what the last addition exceeds it by remains in the result, so many steps
+    are needed. The prediction stage's default.
     """
 
     default_spacing = "linspace"
@@ -234,10 +234,7 @@ class RespacedDDPM(DDPM):
 
     @property
     def residual_noise(self) -> float:
-        """Standard deviation of what x_t has at the last evaluation in addition to the schedule's noise.
-
-        The network removes the latter only.
-        """
+        """Standard deviation of the noise in x_t at the last evaluation beyond the schedule's, which remains in x0."""
         if self.evaluations == 1:
             return 0.0
         abar_t, abar_s = self.levels[-3:-2], self.levels[-2:-1]
@@ -312,7 +309,7 @@ class Euler(Sampler):
         return float(self.sigmas.max())
 
     def add_noise(self, x0, noise):
-        """Noises x0 to the first level, in this class's scale."""
+        """Adds noise to x0 up to the first level, in this class's scale."""
         return super().add_noise(x0, noise) / np.float32(np.sqrt(self.levels[0]))
 
     def _x_t(self, state, i):
@@ -338,7 +335,7 @@ def sample(
         sampler: the sampler.
         denoise: `denoise(x_t, t) -> prediction`.
         noise: standard normal, in the shape of x0; the start of the chain.
-        noise_at: `noise_at(i)` is the noise that evaluation i takes; only called if `sampler.needs_noise`.
+        noise_at: `noise_at(i)` returns the fresh noise of evaluation i; only called if `sampler.needs_noise`.
     """
     state = sampler.init(noise)
     for i in range(sampler.evaluations):

@@ -4,8 +4,9 @@ One network serves the image models (Stable Diffusion 1.x, the x4-upscaler) and 
 3.2), prediction (sec. 4.4), temporal interpolation (sec. 3.3) and super-resolution (sec. 3.4). They differ only in the
 fields of `UNetConfig` (`unet_config.py`). Parameter paths mirror the PyTorch names, `down_blocks_0/attentions_1/...`.
 
-Top to bottom: conditioning, the temporal module of the super-resolution stage, the down, mid and up blocks, the `UNet`.
-The transformers within the blocks are in `transformer.py`; extensions that LaVie does not have, in `additions.py`.
+This file defines, in this order, the conditioning, the temporal module of the super-resolution stage, the down, mid and
+up blocks, and the `UNet`. `transformer.py` has the transformers within the blocks, `additions.py` extensions that LaVie
+does not have.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 
 class Conditioning(NamedTuple):
-    """The inputs of every block in addition to its features, for each item: the video, if any, then the images."""
+    """The inputs of every block besides its features, for each item: the video, if there is one, then the images."""
 
     temb: Float[Array, "b items e"]  # embedding of the timestep, and of the noise level in the super-resolution stage
     text: Float[Array, "b items l d"]
@@ -89,8 +90,8 @@ class TemporalModule(nn.Module):
 class DownBlock(nn.Module):
     """Residual blocks, each followed by a transformer at the levels with attention, then a strided convolution.
 
-    Each returns a skip connection, and only the first `wanted` are computed: the deepest level does not downsample.
-    Returns its output and the skip connections.
+    Each of them produces a skip connection. Only the first `wanted` are computed, so the deepest level does not
+    downsample. Returns the output and the skip connections.
     """
 
     s: Setting
@@ -164,10 +165,10 @@ class UNet(nn.Module):
         attention_kernel: one of `attention.KERNELS`.
         remat: which activations the backward pass recomputes to save memory. "none"; "block": those inside each down,
             mid and up block; "full": as "block", and those inside each layer once more; "offload": those inside each
-            layer, while the outputs of layers wait in the host's memory.
-        attention_windows: windows of the temporal attention, for clips longer than those of training; None: one over
-            all frames.
-        free_u: factors of the inputs of up blocks in sampling; None: none.
+            layer, while the outputs of layers are kept in host memory.
+        attention_windows: windows of the temporal attention, for clips longer than those in training; None means one
+            window over all frames.
+        free_u: factors of the inputs of up blocks in sampling; None means no factors.
     """
 
     config: UNetConfig
@@ -191,7 +192,7 @@ class UNet(nn.Module):
         deep: Float[Array, "b frames h_deep w_deep c_deep"] | None = None,
         depth: int | None = None,
     ) -> Float[Array, "b frames h w c_out"]:
-        """Predicts in float32. The video does not depend on the images, nor an image on anything else.
+        """Returns the prediction in float32. The video's does not depend on the images, nor an image's on other frames.
 
         Args:
             x: noisy latents, with the stage's condition concatenated to their channels. The first T frames are the
@@ -203,9 +204,9 @@ class UNet(nn.Module):
             noise_level: noise level of the super-resolution stage's low-resolution input (sec. 3.4).
             text_mask: True for the real tokens of `text`; None when all of them are.
             image_text_mask: the same for `image_text`.
-            deep: `deep_features` of a call at another timestep, in place of those of this call (DeepCache, arXiv
+            deep: `deep_features` of a call at another timestep, used instead of computing them (DeepCache, arXiv
                 2312.00858). The network is computed down to the first `depth` skip connections and up from there.
-            depth: number of skip connections that are computed in spite of `deep`.
+            depth: number of skip connections that are computed if `deep` is given.
         """
         config, dtype = self.config, self.dtype
         if self.remat not in REMAT:
@@ -283,7 +284,7 @@ class UNet(nn.Module):
 def deep_features(config: UNetConfig, intermediates: Mapping[str, Any], depth: int) -> Float[Array, "b frames h w c"]:
     """Returns the features that entered the last `depth` residual blocks on the way up.
 
-    `intermediates` are what `UNet.apply(..., mutable="intermediates")` returns beside the prediction.
+    `intermediates` is what `UNet.apply(..., mutable="intermediates")` returns in addition to the prediction.
     """
     count = config.layers_per_block + 1
     level = (depth - 1) // count
@@ -292,7 +293,7 @@ def deep_features(config: UNetConfig, intermediates: Mapping[str, Any], depth: i
 
 
 def split_frames(x: Array, text: Array | None, image_text: Array | None) -> Frames:
-    """Returns how many frames of x are the video's and how many are images; ValueError if the texts do not match."""
+    """Returns the numbers of video frames and images in x. Raises ValueError if the texts do not match."""
     images = 0 if image_text is None else image_text.shape[1]
     video = x.shape[1] - images
     if text is not None and text.ndim == 4 and text.shape[1] != video:
