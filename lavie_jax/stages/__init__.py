@@ -6,7 +6,7 @@
     vsr             text + low-resolution frames  -> frames of 4 times the size  vsr.py             LaVie sec. 3.4
 
 `stage.py` documents their common interface and `settings.py` their sampling settings. `conditioning.py` calls the UNet
-in training and in sampling, `windows.py` splits long clips, and `clips.py` has the size, padding and memory of clips.
+in training and in sampling, `windows.py` splits long clips, and `clips.py` handles their size, padding and memory.
 A new stage is one file here and one entry of `settings.STAGE_INFO`.
 """
 
@@ -17,8 +17,8 @@ from lavie_jax.stages.settings import STAGE_INFO
 
 
 class _Stages(Mapping):
-    """{name: Stage}, in the order of the cascade. A stage is imported when it is first used: its settings can be read
-    and checked without importing jax."""
+    """{name: Stage}, in the order of the cascade. A stage is imported when it is first used, so that its settings can
+    be read and checked without importing jax."""
 
     def __getitem__(self, name: str):
         if name not in STAGE_INFO:

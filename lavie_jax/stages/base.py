@@ -1,8 +1,9 @@
 """Base stage: a prompt to key frames (LaVie, sec. 3.1 and 3.2). The UNet is conditioned on the text only.
 
-`long="free_noise"` makes clips that are longer than those of training, without training (FreeNoise, arXiv 2310.15169):
-frames start from the shuffled noise of earlier frames, and temporal attention sees windows (docs/long_video.md). With
-`strength`, denoising starts from the user's clip (SDEdit). For this, `free_init` and `free_u` see docs/prompts.md.
+`long="free_noise"` makes clips longer than those in training, without further training (FreeNoise, arXiv 2310.15169):
+later frames start from shuffled noise of earlier ones, and temporal attention works in windows (docs/long_video.md).
+With `strength`, denoising starts from the user's clip (SDEdit). docs/prompts.md describes `strength`, `free_init` and
+`free_u`.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ class Base(Stage):
     memory_advice = "a smaller batch size, fewer frames, or a smaller height and width"
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> BaseSettings:
-        """A clip of the user determines the rate and, as far as the model was trained on it, the number of frames."""
+        """A user's clip determines the frame rate and, up to the length in training, the number of frames."""
         derived = {} if clip is None else self._from_clip(weights, given, clip)
         settings: BaseSettings = BaseSettings.make(weights.sampling, {**given, **derived})
         if clip is None and settings.strength is not None:
@@ -79,7 +80,7 @@ class Base(Stage):
         return derived | ({"fps": clip.fps} if given.get("fps") is None else {})
 
     def _resolve_long(self, weights: StageWeights, given: Mapping[str, Any], settings: BaseSettings) -> BaseSettings:
-        """Sets the window and the sampler. Raises UserError if the model, the clip or the sampler cannot do it."""
+        """Sets the window and the sampler. Raises UserError if model, clip or sampler do not support it."""
         trained = weights.sampling.get("long_window") or weights.sampling["frames"]
         window = settings.long_window or trained
         if weights.unet.config.temporal_attention == "none" or trained < 2:
@@ -104,7 +105,7 @@ class Base(Stage):
         return dataclasses.replace(settings, long_window=window, sampler=sampler)
 
     def is_image(self, settings: BaseSettings) -> bool:
-        """Whether one frame is made, by the image path of the joint model."""
+        """Whether the output is a single frame, for which the joint model's image path is used."""
         return settings.frames == 1
 
     def latent_shape(self, weights: StageWeights, settings: BaseSettings) -> tuple[int, int, int, int]:
@@ -126,7 +127,7 @@ class Base(Stage):
         return model.encode(np.stack([fitted(np.asarray(frame), *size) for frame in frames[: settings.frames]]))
 
     def free_u(self, settings: BaseSettings) -> FreeU | None:
-        """Returns the factors of FreeU; None without."""
+        """Returns the factors of FreeU, or None."""
         if settings.free_u is None:
             return None
         b1, b2, s1, s2 = settings.free_u_factors
@@ -137,7 +138,7 @@ class Base(Stage):
         return 1 + settings.free_init
 
     def attention_windows(self, settings: BaseSettings) -> AttentionWindows | None:
-        """Returns windows that start every quarter of their length, as FreeNoise's."""
+        """Returns windows that start every quarter of their length, as in FreeNoise."""
         if settings.long is None:
             return None
         return AttentionWindows(settings.long_window, max(1, settings.long_window // 4))

@@ -26,13 +26,13 @@ class ClipInfo:
 
 
 def padded(frames: UInt8[np.ndarray, "t h w 3"], multiple: int) -> UInt8[np.ndarray, "t H W 3"]:
-    """Frames padded to multiples of `multiple` by repeating the last row and column; `Stage.finish` crops them."""
+    """Pads frames to multiples of `multiple` by repeating the last row and column; `Stage.finish` crops them."""
     more = [-side % multiple for side in frames.shape[1:3]]
     return np.pad(frames, [(0, 0), (0, more[0]), (0, more[1]), (0, 0)], mode="edge") if any(more) else frames
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Raises UserError for the size of an output that the VAE cannot make."""
+    """Raises UserError if the VAE cannot make an output of this size."""
     for name, side in (("height", height), ("width", width)):
         if side % factor:
             nearest = max(factor, round(side / factor) * factor)
@@ -53,7 +53,7 @@ def padding_note(stage: str, clip: ClipInfo, multiple: int) -> str | None:
 
 
 def fitted(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """A picture of any size, cropped around its centre to the aspect ratio and scaled to the size."""
+    """Crops a picture of any size around its centre to the aspect ratio, and scales it to the size."""
     if picture.shape[:2] == (height, width):
         return picture
     return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC))
@@ -94,10 +94,10 @@ def free_memory() -> float:
 
 
 def pixels_to_float(pixels: Shaped[Array, "..."]) -> Float[Array, "..."]:
-    """uint8 pixels on the devices to float32 in [-1, 1], in exactly the bits of `data.transforms.to_float`.
+    """Converts uint8 pixels on the devices to float32 in [-1, 1], bit for bit as `data.transforms.to_float` does.
 
-    Compilers fuse x * (1 / 127.5) - 1, with other bits on each device. Every such float is a multiple n of 2^-24, and
-    this computes n in integers. Floats are returned unchanged.
+    Compilers fuse x * (1 / 127.5) - 1, with results that differ between devices. Every such float is a multiple n of
+    2^-24, and this function computes n in integers. Floats are returned unchanged.
     """
     if jnp.issubdtype(pixels.dtype, jnp.floating):
         return pixels
@@ -108,5 +108,5 @@ def pixels_to_float(pixels: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
 
 def to_float(frames: Any) -> Any:
-    """uint8 frames 0..255, in numpy or jax, to float32 in [-1, 1]."""
+    """Converts uint8 frames 0..255, in numpy or jax, to float32 in [-1, 1]."""
     return frames.astype(np.float32) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Calls of a stage's UNet: with the input and target of a training step, and with guidance in sampling.
+"""Calls a stage's UNet: on the input of a training step, and with guidance in sampling.
 
 Both use the same `Condition`, from `Stage.condition`. Latents are scaled, (B, T, h, w, C). Noise is always an argument
 and never generated inside a condition, so that a sample depends only on its own seed.
@@ -29,7 +29,7 @@ class Condition(NamedTuple):
 
 
 class KnownLatents(NamedTuple):
-    """Which frames of a clip are known, and the latents of all of its frames, of which only theirs are used."""
+    """Which frames of a clip are known, and the latents of all its frames. Only those of known frames are used."""
 
     known: Bool[ArrayLike, " t"]
     latents: Float[ArrayLike, "t h w c"]
@@ -56,7 +56,7 @@ class Prompts(NamedTuple):
 
     @property
     def per_frame(self) -> bool:
-        """Whether these are the prompts of a clip's frames, (T, L, D), and not one, (L, D)."""
+        """Whether these are the prompts of a clip's frames, (T, L, D), rather than a single prompt, (L, D)."""
         return self.hidden.ndim == 3
 
     @property
@@ -65,28 +65,28 @@ class Prompts(NamedTuple):
         return self.hidden.shape[-2]
 
     def padded(self, length: int) -> "Prompts":
-        """The same prompts with masked tokens up to `length`, which change nothing."""
+        """Pads the prompts to `length` with masked tokens, which have no effect."""
         mask = np.ones(self.hidden.shape[:-1], bool) if self.mask is None else np.asarray(self.mask)
         more = [(0, 0)] * (mask.ndim - 1) + [(0, length - self.length)]
         return Prompts(np.pad(self.hidden, [*more, (0, 0)]), np.pad(mask, more))
 
     def repeated(self, frames: int) -> "Prompts":
-        """One prompt for each of many frames."""
+        """Repeats one prompt for each of `frames` frames."""
         return jax.tree.map(lambda x: np.broadcast_to(x, (frames, *x.shape)), self)
 
     def mixed(self, weights: Float[np.ndarray, "t k"]) -> "Prompts":
-        """Mixes K prompts to the text of each of T frames, whose tokens are real where any of their prompts has one."""
+        """Mixes K prompts to a text for each of T frames. A token is real if it is real in any mixed prompt."""
         hidden = np.tensordot(weights, np.asarray(self.hidden, np.float32), 1).astype(self.hidden.dtype)
         return Prompts(hidden, None if self.mask is None else (weights > 0) @ self.mask)
 
 
 def travel_weights(at: Sequence[int], frames: int, length: int) -> Float[np.ndarray, "t k"]:
-    """Returns the weight of K prompts in each frame: linear between the frames `at` which they hold, constant outside.
+    """Returns the weights of K prompts in each frame: linear between the prompts' frames `at`, constant outside.
 
     Args:
-        at: the frame of each prompt, ascending, counted in a clip of `frames`.
+        at: the frame of each prompt, ascending, in a clip of `frames` frames.
         frames: length of that clip.
-        length: number of frames of the clip at hand, which shows the same at another frame rate.
+        length: number of frames in the result, whose clip shows the same at another frame rate.
     """
     time = np.linspace(0, frames - 1, length)
     return np.stack([np.interp(time, at, alone) for alone in np.eye(len(at))], axis=-1).astype(np.float32)
@@ -163,12 +163,12 @@ def predict(unet, params: dict, pair: TrainingPair, text: Text) -> Float[Array, 
 
 
 class Evaluation(NamedTuple):
-    """A prediction, and what later evaluations use again of it.
+    """A prediction, and the parts of its computation that later evaluations reuse.
 
     Attributes:
         prediction: the guided prediction.
-        change: what the text changed in it.
-        deep: features of the UNet's deep layers (`deep_features`), with the text, and without it under guidance.
+        change: the conditional minus the unconditional prediction.
+        deep: features of the UNet's deep layers (`deep_features`): with the text and, under guidance, also without it.
     """
 
     prediction: Float[Array, "b t h w c"]
@@ -192,7 +192,7 @@ def denoiser(
     deep: Float[Array, "b halves t h_deep w_deep c_deep"] | None = None,
     cache_depth: int | None = None,
 ) -> Callable[[Array, Array], Evaluation]:
-    """denoise(x_t, t): the UNet under classifier-free guidance (arXiv 2207.12598).
+    """Returns denoise(x_t, t), the UNet with classifier-free guidance (arXiv 2207.12598).
 
     Args:
         unet: the network, whose `apply` is called.
@@ -204,13 +204,13 @@ def denoiser(
         rescale: see `guide`.
         image: for T = 1, takes the image path of the joint model, without temporal layers.
         sequential_guidance: calls the UNet once for each half instead of once for both: half the memory.
-        change: what the text changed in the prediction at an earlier evaluation. It is used again, and the
-            unconditional half is left out.
-        keep_change: returns what the text changes too, for later evaluations.
-        deep: `Evaluation.deep` of an earlier evaluation, in place of the deep layers; of as many halves as are
-            predicted now.
-        cache_depth: number of skip connections that are computed with `deep`; without it, returns `Evaluation.deep` of
-            this evaluation too. None: no features are returned or used again.
+        change: `Evaluation.change` of an earlier evaluation. If given, it is reused, and the unconditional half is not
+            computed.
+        keep_change: whether to return `Evaluation.change`, for later evaluations.
+        deep: `Evaluation.deep` of an earlier evaluation, which replaces the deep layers. It must have as many halves as
+            are predicted now.
+        cache_depth: number of skip connections that are computed if `deep` is given. If `deep` is None,
+            `Evaluation.deep` of this evaluation is returned. None: no features are returned or reused.
 
     Returns:
         A function of x_t (B, T, h, w, C) and t, a scalar or (B,).
@@ -218,7 +218,7 @@ def denoiser(
     by_half = None if deep is None else rearrange(deep, "b halves ... -> halves b ...")
 
     def predict_half(x_t, t, text, condition, deep=None):
-        """Returns the prediction, and its deep features where later evaluations may use them again, else None."""
+        """Returns the prediction, and its deep features if later evaluations may reuse them, else None."""
         each = jax.tree.map(lambda x: x[:, None], text)
         half = Text(None, each.hidden, None, each.mask) if image else Text(text.hidden, None, text.mask)
         call = _call(unet, params, x_t, t, half, condition)
@@ -262,7 +262,7 @@ def denoiser(
 def _call(
     unet, params: dict, x_t: Array, t: Array, text: Text, condition: Condition, image_t: Array | None = None
 ) -> Callable[..., Any]:
-    """Returns the UNet's `apply` with all arguments but those of the feature cache."""
+    """Returns the UNet's `apply` with all arguments bound except those of the feature cache."""
     x = x_t if condition.concat is None else jnp.concatenate([x_t, condition.concat], axis=-1)
     inputs = {
         "image_text": text.images,

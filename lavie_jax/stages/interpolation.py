@@ -81,15 +81,15 @@ class Interpolation(Stage):
     def training_inputs(
         self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
-        """`key_latents` of frames 0, 4, 8, ...
+        """Returns `key_latents` of frames 0, 4, 8, ...
 
-        They are sampled independently of the target latents, because the key frames are encoded anew in sampling too.
+        They are sampled independently of the target latents, because sampling encodes the key frames separately too.
         """
         keys = jax.tree.map(lambda x: x[..., ::KEY_FRAME_SPACING, :, :, :], clips)
         return {"key_latents": keys.sample(rng, setup.vae)}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
-        """From `key_latents` (B, K, h, w, C): frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4."""
+        """Uses `key_latents` (B, K, h, w, C): frame i of 4 (K - 1) + 1 sees key frame (i + 1) // 4."""
         key_latents = inputs["key_latents"]
         source = (np.arange(interpolated_length(key_latents.shape[1])) + 1) // KEY_FRAME_SPACING
         return Condition(concat=key_latents[:, source])
@@ -102,7 +102,7 @@ class Interpolation(Stage):
         return ClipInfo(frames=keys, height=sampling["height"], width=sampling["width"], fps=sampling["fps"])
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> InterpolationSettings:
-        """The default frame rate is the weights', or, for a user's clip, the rate that keeps its duration."""
+        """By default, the frame rate is that of the weights or, for a user's clip, the one that keeps its duration."""
         if clip.frames < 2:
             raise UserError(f"interpolation needs at least 2 key frames, not {clip.frames}")
         size = {"frames": interpolated_length(clip.frames), "height": clip.height, "width": clip.width}
@@ -149,7 +149,7 @@ class Interpolation(Stage):
         settings: InterpolationSettings,
         frames: UInt8[np.ndarray, "k h w 3"],
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        """Crops decoded frames, and puts the given key frames back if `keep_key_frames` asks for it."""
+        """Crops decoded frames, and copies the given key frames into them if `keep_key_frames` is set."""
         decoded = super().finish(decoded, start, settings, frames)
         if settings.keep_key_frames:
             decoded = decoded.copy()

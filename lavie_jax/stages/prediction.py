@@ -2,10 +2,11 @@
 
 The UNet is the base's, with more input channels: a mask, 1 where a frame is to be generated, and the latents of the
 masked clip, in which such frames are mid-grey. One model animates a picture (the first frame is known), makes a
-transition between two (the first and the last), continues a clip (its last frames), and starts from text (none). The
-known frames are generated too: the result shows the model's rendering of them, unless they are kept.
+transition (the first and the last frame), continues a clip (its last frames are the first ones), or starts from text
+(no frame is known). The known frames are generated too: the result shows the model's rendering of them, unless they are
+kept.
 
-A long video is a sequence of segments. The last frames of a segment, as decoded, are the first known ones of the next.
+A long video is a sequence of segments. The last decoded frames of a segment are the known first frames of the next one.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class SegmentInput(NamedTuple):
 def masked_clip(
     known: Mapping[int, UInt8[np.ndarray, "H W 3"]], frames: int, height: int, width: int
 ) -> tuple[Float[np.ndarray, "t H W 3"], Float[np.ndarray, " t"]]:
-    """Returns what the VAE encodes, in [-1, 1] and mid-grey (0) at unknown frames, and the mask, 0 at known frames."""
+    """Returns the clip to encode, in [-1, 1] and mid-grey (0) at unknown frames, and the mask, 0 at known frames."""
     clip, mask = np.zeros((frames, height, width, 3), np.float32), np.ones(frames, np.float32)
     for index, picture in known.items():
         clip[index], mask[index] = to_float(picture), 0
@@ -61,7 +62,7 @@ def masked_clip(
 
 
 def draw_masks(key: Array, rows: int, frames: int, known: KnownFrames) -> Float[Array, "rows frames"]:
-    """Returns masks of training clips, 0 where a frame is known, whose modes have the weights `known`."""
+    """Samples masks of training clips, 0 where a frame is known, in modes with the weights `known`."""
     mode_key, count_key, order_key, share_key = jax.random.split(key, 4)
     mode = jax.random.categorical(mode_key, jnp.log(jnp.asarray(known.weights, jnp.float32)), shape=(rows, 1))
     few = jnp.floor(frames / 2 * jax.random.uniform(count_key, (rows, 1)) ** 2)  # N - 1
@@ -112,9 +113,9 @@ class Prediction(Stage):
     def training_inputs(
         self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
-        """`mask` and `masked_latents` of modes that the clips draw (`KnownFrames`); nothing of an image is known.
+        """Returns `mask` and `masked_latents`, for a random mode of each clip (`KnownFrames`). Images are never known.
 
-        The latents are sampled independently of the target's, because known frames are encoded anew in sampling too.
+        The latents are sampled independently of the target's, because sampling encodes known frames separately too.
         """
         lead, count = clips.mean.shape[:-4], clips.mean.shape[-4]
         mask_rng, latent_rng = random.split(rng)
@@ -132,7 +133,7 @@ class Prediction(Stage):
         return {"mask": mask, "masked_latents": masked.sample(latent_rng, setup.vae)}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
-        """From `mask` (B, T), 1 = to be generated, and `masked_latents` (B, T, h, w, C), those of grey frames too."""
+        """Uses `mask` (B, T), 1 = to be generated, and `masked_latents` (B, T, h, w, C), including grey frames."""
         latents = jnp.asarray(inputs["masked_latents"])
         mask = repeat(
             jnp.asarray(inputs["mask"], latents.dtype), "b t -> b t h w 1", h=latents.shape[2], w=latents.shape[3]
@@ -142,9 +143,9 @@ class Prediction(Stage):
     # ---- sampling ----
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo | None) -> PredictionSettings:
-        """A previous stage's clip is the first segment and determines the size. A user's clip determines the rate only.
+        """The previous stage's clip is the first segment and sets the size. A user's clip sets only the frame rate.
 
-        The frames of a user's clip are cropped and scaled to the size, as pictures are.
+        The frames of a user's clip are cropped and scaled to the size, like pictures.
         """
         derived: dict[str, Any] = {}
         if clip is not None and not clip.own:
@@ -185,7 +186,7 @@ class Prediction(Stage):
                 )
 
     def segments(self, settings: PredictionSettings) -> list[Segment]:
-        """Returns the segments that are generated: all, or all but the first if that is the previous stage's clip."""
+        """Returns the segments to generate: all, or all but the first if that is the previous stage's clip."""
         segments, start = [], 0
         for index, length in enumerate(settings.segment_lengths()):
             repeated = settings.known_frames if index else 0
@@ -209,7 +210,7 @@ class Prediction(Stage):
         before: UInt8[np.ndarray, "t H W 3"] | None,
         known: Known,
     ) -> SegmentInput:
-        """The last `known_frames` of the clip or segment before come first, then the user's pictures."""
+        """The last `known_frames` frames of the previous clip or segment come first, then the user's pictures."""
         last = [] if before is None else before[-settings.known_frames :]
         given = dict(enumerate(last))
         own = range(segment.start + len(given), segment.start + settings.frames)
@@ -235,8 +236,8 @@ class Prediction(Stage):
     def known_latents(self, settings: PredictionSettings, concat: Float[np.ndarray, "t h w k"]) -> KnownLatents | None:
         """Returns the known frames' latents for `known_prediction` "exact", else None.
 
-        Keeping them is the replacement of known frames by noised latents (arXiv 2204.03458, section 3.1), in terms of
-        the prediction, which suits every sampler.
+        Keeping them is the replacement method of arXiv 2204.03458, section 3.1, applied to the prediction instead of
+        the noisy latents, so that it works with every sampler.
         """
         if settings.known_prediction == "network":
             return None
@@ -245,7 +246,7 @@ class Prediction(Stage):
     def finish(
         self, decoded: UInt8[np.ndarray, "n H W 3"], start: int, settings: PredictionSettings, frames: SegmentInput
     ) -> UInt8[np.ndarray, "n H W 3"]:
-        """Puts the given frames back if `keep_known_frames` asks for it."""
+        """Copies the given frames into the result if `keep_known_frames` is set."""
         if settings.keep_known_frames:
             decoded = decoded.copy()
             for index in range(start, start + len(decoded)):

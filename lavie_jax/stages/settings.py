@@ -124,7 +124,7 @@ class Settings:
 
     @property
     def first_step(self) -> int:
-        """The first of `steps` that is run; earlier ones are replaced by noise on a clip."""
+        """The index of the first step that is run. Earlier ones are replaced by adding noise to a clip."""
         return 0
 
     def prompts(self, prompt: str) -> list[tuple[str, int]] | None:
@@ -183,7 +183,7 @@ class BaseSettings(Settings):
 
     @property
     def free_u_factors(self) -> tuple[float, ...]:
-        """b1, b2, s1 and s2 of `free_u`; () without it. Raises UserError if it is something else."""
+        """b1, b2, s1 and s2 of `free_u`; () if it is None. Raises UserError if it is malformed."""
         if self.free_u is None:
             return ()
         try:
@@ -199,7 +199,7 @@ class BaseSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictionSettings(Settings):
-    """Settings of prediction: the size of its clips, which may start from text alone, and what is given of them.
+    """Settings of prediction: the size of its clips, which may start from text alone, and the frames that are given.
 
     Attributes:
         clip_frames: number of frames of the previous stage's clip, which is the first segment; 0 if there is none.
@@ -240,7 +240,7 @@ class PredictionSettings(Settings):
         return [self.clip_frames or self.frames] + [self.frames - self.known_frames] * (self.segments - 1)
 
     def prompts(self, prompt: str) -> list[tuple[str, int]]:
-        """Splits `prompt` at "|", one for each segment; the last one holds for the remaining segments."""
+        """Splits `prompt` at "|" into one for each segment; the last one applies to the remaining segments."""
         texts = [text.strip() for text in prompt.split("|")]
         if len(texts) > self.segments:
             raise UserError(
@@ -271,7 +271,7 @@ class InterpolationSettings(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VSRSettings(Settings):
-    """Settings of super-resolution: noise on the low-resolution frames, and windows (`windows.py`)."""
+    """Settings of super-resolution: the noise on the low-resolution frames, and the windows (`windows.py`)."""
 
     noise_level: int = field(
         "noise added to the low-resolution frames, 0 to 350", metavar="N", default=50, low=0, high=MAX_NOISE_LEVEL
@@ -304,9 +304,9 @@ class VSRSettings(Settings):
 class KnownFrames:
     """Relative weights of the modes that decide which frames of a training clip are known.
 
-    SEINE's distribution is not published; the defaults are our choice. Each clip draws a mode and then, where the mode
-    has one, the number N of known frames: of T frames, 1 + T u^2 / 2 rounded down, with u uniform in [0, 1), so that
-    few known frames are the most frequent.
+    SEINE's distribution is not published; the defaults are our choice. A mode is sampled for each clip and then, if the
+    mode has one, the number N of known frames: of T frames, 1 + T u^2 / 2 rounded down, with u uniform in [0, 1), so
+    that small numbers are the most frequent.
     """
 
     first: float = field("weight of: the first N frames are known (image to video, continuation)", default=0.5, low=0)
@@ -344,22 +344,22 @@ class LowResNoise:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """Description of a stage that does not need its networks. The order of a cascade follows from it.
+    """Description of a stage that can be read without its networks. The order of a cascade follows from it.
 
     Attributes:
-        name: of the stage, and of its module in `lavie_jax/stages/`.
+        name: name of the stage, and of its module in `lavie_jax/stages/`.
         settings: the dataclass of its sampling settings.
         produces: the kind of its output clip.
-        summary: what it does, for people who choose stages.
+        summary: what it does, for users who choose stages.
         consumes: the kinds of clips that it can start from; () for a stage that starts from the prompt only.
         training: {config group: dataclass} of settings that only the training of this stage has.
         clip_optional: whether it can start from the prompt alone, although it consumes clips.
-        fits_clip: whether a clip of the user is cropped and scaled to the size of its output. A stage that consumes
-            no clips can make one anew.
+        fits_clip: whether a user's clip is cropped and scaled to the size of its output. This includes a stage that
+            consumes no clips but can denoise one anew (`strength`).
         takes_known: whether frames of its output can be given, as pictures or as the end of its input clip. The output
-            continues that clip, where other stages show the same moments again.
-        main: whether its settings are named without the stage, on the command line, in a call of `Cascade` and in a
-            sample's JSON, and whether it takes the negative prompts of a prompt file.
+            continues that clip, whereas the outputs of other stages show the same points in time as their inputs.
+        main: whether its settings are named without the stage (on the command line, in a call of `Cascade` and in a
+            sample's JSON), and whether it takes the negative prompts of a prompt file.
     """
 
     name: str

@@ -61,8 +61,8 @@ class LoadedStage(Protocol):
         """Standard normal noise of frames, each keyed by its index."""
 
     def encode(self, frames: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """Scaled latents of frames, uint8 or float32 in [-1, 1]: a sample of the posterior with `noise`, else its
-        mode."""
+        """Scaled latents of frames, uint8 or float32 in [-1, 1]: a sample of the posterior if `noise` is given, else
+        the mode."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class Segment:
 
     Attributes:
         index: index of the segment in the output.
-        start: index in the output of its first frame.
-        repeated: number of its first frames that the output has already, from the clip or segment before.
+        start: index of its first frame in the output.
+        repeated: number of its first frames that the output already has, from the previous clip or segment.
     """
 
     index: int = 0
@@ -84,7 +84,7 @@ Known = Mapping[int, np.ndarray]  # pictures, uint8 (H, W, 3) of any size, by th
 
 
 class Stage:
-    """One stage of the cascade: its released settings, what its UNet is conditioned on, and how a clip goes through it.
+    """One stage of the cascade: its released settings, the condition of its UNet, and how it processes a clip.
 
     The methods come in the order in which they are called: `training_inputs`, `condition` and `training_pair` in
     training; `resolve`, `segments`, `latent_shape`, `windows`, `attention_windows`, `free_u`, `passes`,
@@ -94,14 +94,14 @@ class Stage:
         name: see `StageInfo`.
         noise_number: keys the stage's noise, together with the seed. It never changes, so that samples stay the same.
         sampling: the released sampling settings, which a new weights folder gets as its defaults.
-        presets: settings by the name of a preset (`settings.PRESETS`), which replace the released ones to save work.
+        presets: settings by the name of a preset (`settings.PRESETS`), which replace released ones to compute less.
             They are for the released models; a weights folder may have its own.
         schedule: the noise schedule that the released model was trained with.
-        low_res_schedule: the schedule of the noise on low-resolution frames, of a stage that has them.
+        low_res_schedule: the schedule of the noise on low-resolution frames, for a stage that has them.
         null_caption: the text that replaces a dropped caption in training.
         unet_fields: fields of `UNetConfig` in which the stage's UNet differs from the image model's.
         condition_latents: number of latents in the condition, for which an inflated UNet gets more input channels.
-        condition_masks: number of masks in the condition, each of one channel, likewise.
+        condition_masks: number of masks in the condition, for which it gets one input channel each.
         image_model: the image model that the stage's UNet is inflated from; None if it is inflated from another stage.
         image_channels: input channels of that image model in addition to the latent's.
         original: file name of the released checkpoint.
@@ -109,9 +109,9 @@ class Stage:
         inflates: the stage that the UNet is inflated from, or None if it is inflated from an image model.
         vae_defaults: values of fields that are missing in older published configurations of the stage's VAE.
         vae_dtype: dtype of the VAE's computation if it differs from the other networks'.
-        takes_adapters: whether LoRA files and embeddings of Stable Diffusion 1.x belong to its networks.
+        takes_adapters: whether LoRA files and embeddings of Stable Diffusion 1.x fit its networks.
         encodes_clip: whether the input clip is encoded by the VAE.
-        latents_suffice: whether sets of latents and encoded captions can replace pixels in training.
+        latents_suffice: whether stored latents and encoded captions can replace pixels and captions in training.
         batched: whether the UNet is called with `batch_size` clips at a time.
         memory_advice: what to reduce when a device runs out of memory.
     """
@@ -141,7 +141,7 @@ class Stage:
 
     @property
     def info(self) -> StageInfo:
-        """The stage's entry of `STAGE_INFO`: the dataclass of its settings, and what it consumes and produces."""
+        """The stage's entry in `STAGE_INFO`: the dataclass of its settings, and what it consumes and produces."""
         return STAGE_INFO[self.name]
 
     @property
@@ -169,7 +169,7 @@ class Stage:
 
         Args:
             clips: the target clips of a batch, or its images.
-            setup: the VAE's configuration, and what only some stages need.
+            setup: the VAE's configuration, and inputs that only some stages need.
             rng: key for the condition of these clips.
             level_rng: key for the noise levels, which the clip and the images of a row share.
         """
@@ -190,14 +190,14 @@ class Stage:
         schedule: Schedule | None = None,
         sample_timesteps: SampleTimesteps | None = None,
     ) -> TrainingPair:
-        """Samples timesteps and noise, and makes x_t and the target of LaVie's Eq. 1 to 3.
+        """Samples timesteps and noise, and computes x_t and the target of LaVie's Eq. 1 to 3.
 
         Args:
             latents: T video frames, then M images.
             inputs: the inputs of `condition` for the video, None when T = 0.
             rng: key for timesteps and noise.
             images: M.
-            image_inputs: those for the images, as clips of one frame: (B, M, 1, ...), levels (B, M).
+            image_inputs: the same for the images, as clips of one frame: (B, M, 1, ...), levels (B, M).
             schedule: overrides the stage's, for a model with other betas or another prediction type.
             sample_timesteps: overrides the uniform distribution. A video's frames share one timestep, every image has
                 its own.
@@ -231,7 +231,7 @@ class Stage:
     def _joint_condition(
         self, inputs: Mapping[str, Array] | None, image_inputs: Mapping[str, Array] | None
     ) -> Condition:
-        """Concatenates the conditions of the clip and of all images. A row has one noise level, the one of its clip."""
+        """Concatenates the conditions of the clip and of all images. A row has one noise level, that of its clip."""
         parts = [] if inputs is None else [self.condition(inputs)]
         if image_inputs:
             rows = next(iter(image_inputs.values())).shape[0]
@@ -263,7 +263,7 @@ class Stage:
         return False
 
     def check_known(self, settings: Settings, clip: ClipInfo | None, known: Known) -> None:
-        """Raises UserError if frames cannot be given, for a stage that `takes_known` frames of its output."""
+        """Raises UserError if the frames `known` cannot be given to a stage that `takes_known` frames."""
 
     def segments(self, settings: Settings) -> Sequence[Segment]:
         """Returns the segments of the output, in the order in which they are generated.
@@ -273,7 +273,7 @@ class Stage:
         return (Segment(),)
 
     def padding(self, weights: StageWeights) -> int:
-        """Returns the number that the height and width of the input clip are padded to multiples of."""
+        """Returns the number to whose multiples the height and width of the input clip are padded."""
         return 1
 
     def latent_shape(self, weights: StageWeights, settings: Settings) -> tuple[int, int, int, int]:
@@ -287,13 +287,13 @@ class Stage:
     def segment_input(
         self, settings: Settings, segment: Segment, before: UInt8[np.ndarray, "t H W 3"] | None, known: Known
     ) -> Any:
-        """Returns what `prepare` and `finish` get as `frames`.
+        """Returns the argument `frames` of `prepare`, `start` and `finish`.
 
         Args:
             settings: the stage's settings.
             segment: the segment to generate.
-            before: frames of the previous segment; for the first segment those of the input clip, if there is one.
-            known: the frames of the output that the user gives.
+            before: frames of the previous segment; for the first segment, those of the input clip, if there is one.
+            known: the frames of the output that the user has given.
         """
         return before
 
@@ -304,22 +304,22 @@ class Stage:
         return None, None
 
     def start(self, model: LoadedStage, settings: Settings, frames: Any) -> Float[np.ndarray, "t h w c"] | None:
-        """Returns the latents that are noised at `Settings.first_step`; None for denoising that starts from noise.
+        """Returns the latents to which noise is added at `Settings.first_step`; None if denoising starts from noise.
 
         `frames` is what `segment_input` returns.
         """
         return None
 
     def known_latents(self, settings: Settings, concat: Float[np.ndarray, "t h w k"] | None) -> KnownLatents | None:
-        """Returns the frames whose latents are kept during denoising, from what `prepare` returned; None for none."""
+        """Returns the frames whose latents are kept in denoising, taken from `prepare`'s `concat`; None for none."""
         return None
 
     def attention_windows(self, settings: Settings) -> AttentionWindows | None:
-        """Returns windows of the temporal attention inside the UNet; None for one over all frames."""
+        """Returns windows of the temporal attention inside the UNet; None for one window over all frames."""
         return None
 
     def free_u(self, settings: Settings) -> FreeU | None:
-        """Returns factors of the inputs of the UNet's up blocks; None for none."""
+        """Returns FreeU's factors of the inputs of the UNet's up blocks; None for no factors."""
         return None
 
     def passes(self, settings: Settings) -> int:
@@ -350,7 +350,7 @@ class Stage:
 
 
 def guidance_of(settings: Settings) -> Guidance:
-    """Returns the guidance that the settings ask for."""
+    """Returns the guidance that the settings describe."""
     return Guidance(
         scale=settings.guidance,
         rescale=settings.guidance_rescale,
@@ -361,12 +361,12 @@ def guidance_of(settings: Settings) -> Guidance:
 
 
 def feature_cache_of(settings: Settings) -> FeatureCache:
-    """Returns the feature cache that the settings ask for."""
+    """Returns the feature cache that the settings describe."""
     return FeatureCache(every=settings.cache_every, depth=settings.cache_depth)
 
 
 def check_cache_depth(settings: Settings, unet: UNetConfig) -> None:
-    """Raises UserError for a feature cache that would leave nothing of this UNet to be used again."""
+    """Raises UserError for a feature cache that would leave no layers of this UNet to reuse."""
     deepest = unet.skip_connections - 1
     if settings.cache_every > 1 and settings.cache_depth > deepest:
         raise UserError(f"cache_depth must be from 1 to {deepest} for this model, not {settings.cache_depth}")

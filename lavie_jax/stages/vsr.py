@@ -1,7 +1,7 @@
 """Video super-resolution: every frame at four times the size (LaVie, sec. 3.4).
 
 The UNet is conditioned on the low-resolution frames, to which noise is added, and on the level of that noise. A clip is
-denoised as a whole: its frames share one noise field, and the predictions in overlapping windows over time (and over
+denoised as a whole: all windows share its noise, and the predictions in overlapping windows over time (and over
 space, for large frames) are blended at every step. LaVie's independent chunks of 8 frames, with a visible cut after
 each, are available too.
 """
@@ -52,7 +52,7 @@ class VSR(Stage):
     unet_fields = {"temporal_attention": "before_ff", "temporal_position": True, "temporal_resblocks": True}
     image_model = "stable-diffusion-x4-upscaler"
     image_channels = 3  # the low-resolution frame
-    takes_adapters = False  # it is of the Stable Diffusion 2 family
+    takes_adapters = False  # it belongs to the Stable Diffusion 2 family
     vae_defaults = {"scaling_factor": 0.08333}
     vae_dtype = jnp.float32  # the x4-upscaler's VAE overflows in half precision
     latents_suffice = False  # training needs pixels, and patches at random positions
@@ -65,13 +65,13 @@ class VSR(Stage):
     def training_inputs(
         self, clips: EncodedClips, setup: ConditionSetup, rng: random.Key, level_rng: random.Key
     ) -> dict[str, Array]:
-        """`low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
+        """Returns `low_res` frames of the latents' size, `low_res_noise`, and a `noise_level` for each row.
 
         Each low-resolution pixel is the mean of the target pixels that it covers. The paper does not give the
-        distribution of the levels. Here it is the highest one, by default MAX_NOISE_LEVEL, times the cube of a uniform
-        number. Half of these levels are below 44, because sampling uses low levels: the released model's default is
-        50. The images of a row have the level of its clip, because the UNet takes one for each row. Level 0 has a
-        little noise too, but not if it is the only one.
+        distribution of the levels. Here a level is the highest one, by default MAX_NOISE_LEVEL, times the cube of a
+        uniform random number, so that half of the levels are below 44. Low levels are the ones used in sampling: the
+        released model's default is 50. The images of a row have the level of its clip, because the UNet takes one level
+        per row. Even level 0 adds a little noise, unless it is the only level.
         """
         low_res = reduce(clips.pixels, "... (h i) (w j) c -> ... h w c", "mean", i=setup.vae.factor, j=setup.vae.factor)
         lead = low_res.shape[:-4]
@@ -82,7 +82,7 @@ class VSR(Stage):
         return {"low_res": low_res, "low_res_noise": noise, "noise_level": level}
 
     def condition(self, inputs: Mapping[str, Any]) -> Condition:
-        """From `low_res` (B, T, H, W, 3) in [-1, 1], `low_res_noise` of the same shape, standard normal, and
+        """Uses `low_res` (B, T, H, W, 3) in [-1, 1], `low_res_noise` of the same shape, standard normal, and
         `noise_level` (B,) int, a timestep of `low_res_schedule` (default: the released model's)."""
         schedule = inputs.get("low_res_schedule", self.low_res_schedule)
         noised = schedule.add_noise(inputs["low_res"], inputs["low_res_noise"], inputs["noise_level"])
@@ -96,7 +96,7 @@ class VSR(Stage):
         return ClipInfo(frames=sampling["frames"], fps=sampling["fps"], **sides)
 
     def resolve(self, weights: StageWeights, given: Mapping[str, Any], clip: ClipInfo) -> VSRSettings:
-        """The default frame rate is the clip's."""
+        """By default, the frame rate is the clip's."""
         factor = weights.vae.config.factor
         size = {"frames": clip.frames, "height": factor * clip.height, "width": factor * clip.width}
         check_derived(given, size)
@@ -158,7 +158,7 @@ class VSR(Stage):
         noiseless = model.weights.unet.config.num_class_embeds == 1  # trained with `LowResNoise.highest` = 0
 
         def noised(start: int) -> Float[np.ndarray, "n H W 3"]:
-            """Returns up to `window_frames` frames from `start` on with their noise; -1 to 1 without it."""
+            """Returns up to `window_frames` frames from `start` on, scaled to [-1, 1], with noise added."""
             indices = range(start, min(start + size, len(frames)))
             if noiseless:
                 noise = jnp.zeros((len(indices), *frames.shape[1:]))

@@ -1,9 +1,9 @@
-"""Windows: the boxes of a clip that the UNet takes at a time, and the weights that blend their predictions.
+"""Windows: the parts of a clip that the UNet processes at a time, and the weights that blend their predictions.
 
 A clip longer or larger than a window is still denoised as one. At every step each window is predicted separately, and
 predictions are averaged where windows overlap (MultiDiffusion, arXiv 2302.08113), with weights that fall smoothly
-towards a window's inner borders. The windows therefore agree on shared frames from the first step on: there is no cut
-between them, and no ghosting as from cross-fading finished frames.
+towards a window's inner borders. The windows therefore agree on shared frames from the first step on: there are no cuts
+between them, and no ghosting as there would be if finished frames were cross-faded.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def corner(self) -> tuple[int, ...]:
-        """The first frame, row and column, which no other window of a clip has."""
+        """The first frame, row and column, which together identify a window of a clip."""
         return tuple(span.start for span in self.spans)
 
     @property
@@ -52,7 +52,7 @@ class Window:
 
 
 def grid(frames: list[Span], rows: list[Span], columns: list[Span]) -> list[Window]:
-    """All combinations of spans, in reading order."""
+    """Returns all combinations of spans: by frames, then rows, then columns."""
     return [Window(spans) for spans in itertools.product(frames, rows, columns)]
 
 
@@ -62,7 +62,7 @@ def whole(length: int) -> list[Span]:
 
 
 def cut(length: int, size: int) -> list[Span]:
-    """Adjacent spans, as LaVie's own chunks; the last one is shorter where `size` does not divide `length`."""
+    """Adjacent spans, like LaVie's own chunks; the last one is shorter if `size` does not divide `length`."""
     bounds = ((i, min(i + size, length)) for i in range(0, length, size))
     return [Span(start, stop, np.ones(stop - start, np.float32)) for start, stop in bounds]
 
