@@ -26,9 +26,9 @@ MOST_FRAMES = 16  # of a GIF; longer clips are thinned out, at the same speed
 
 ABOUT = """# Gallery
 
-Clips of the included models, which draw Moving Shapes, each with the command that made it. None was chosen among seeds.
-`python -m tools.make_gallery` makes this page again: the clips on it are GIFs of at most 16 frames, thinned out from
-longer ones, and clips of 64 pixels are shown at twice their size.
+Clips of the included models, which draw Moving Shapes, each with the command that made it. No seed was selected by its
+result. `python -m tools.make_gallery` regenerates this page. Its clips are GIFs of at most 16 frames, thinned out from
+longer clips, and clips of 64 pixels are shown at twice their size.
 """
 
 
