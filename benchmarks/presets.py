@@ -9,7 +9,7 @@ clips of the split and are compared with the true frames: PSNR, and LPIPS if its
 (`python -m lavie_jax.evaluation lpips --help`). Work is counted in FLOPs of the UNet (benchmarks/work.py), relative to
 the official preset. `--stages` and `--rows` choose what to measure; rows that FILE has already are kept unless the
 number of clips differs, so that a long measurement can be made in pieces. `--weights STAGE:DIR` adds a row for another
-model, such as a distilled one.
+model, such as a distilled one, with its default settings, or with `--rows` those rows for it.
 """
 
 import argparse
@@ -210,8 +210,8 @@ def parse_args() -> argparse.Namespace:
         if stage not in ROWS:
             raise UserError(f"--stages: unknown {stage!r}{suggest(stage, ROWS)}")
     known = [name for stage in args.stages for name in ROWS[stage]]
-    args.rows = known if args.rows is None else args.rows.split(";")
-    for name in args.rows:
+    args.rows = None if args.rows is None else args.rows.split(";")
+    for name in args.rows or ():
         if name not in known:
             raise UserError(f"--rows: unknown {name!r}{suggest(name, known)}")
     return args
@@ -222,13 +222,17 @@ def main() -> None:
     args = parse_args()
     parallel.keep_compiled_programs()
     done: dict[str, dict] = json.loads(args.json.read_text())["stages"] if args.json.exists() else {}
-    wanted = {stage: {name: ROWS[stage][name] for name in ROWS[stage] if name in args.rows} for stage in args.stages}
+    wanted = {
+        stage: {name: given for name, given in ROWS[stage].items() if args.rows is None or name in args.rows}
+        for stage in args.stages
+    }
     folders: dict[str, str] = {}
     if args.weights:
         stage, _, folder = args.weights.partition(":")
         if stage not in ROWS:
             raise UserError(f"--weights: unknown stage {stage!r}{suggest(stage, ROWS)}")
-        wanted, folders = {stage: {folder: {}}}, {stage: folder}
+        rows = {folder: {}} if args.rows is None else {f"{folder}, {name}": ROWS[stage][name] for name in args.rows}
+        wanted, folders = {stage: rows}, {stage: folder}
     lpips = load_lpips(args.lpips) if set(wanted) != {"base"} else None
     for stage, rows in wanted.items():
         pipe = cascade.load(folders=folders or None, stages=(stage,))

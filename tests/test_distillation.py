@@ -17,7 +17,7 @@ from lavie_jax.diffusion.consistency import boundary_weights
 from lavie_jax.errors import UserError
 from lavie_jax.stages.conditioning import Condition, Text, TrainingPair
 from lavie_jax.training import build, initial, optimizer, options
-from lavie_jax.training.distillation import Distillation, consistent_x0
+from lavie_jax.training.distillation import Distillation, consistent_x0, student_presets
 from lavie_jax.training.state import make_state
 from lavie_jax.training.step import make_update
 from lavie_jax.weights import load_folder
@@ -236,3 +236,10 @@ def test_tiny_trains_resumes_and_is_sampled(kind, tmp_path):
     (made,) = (tmp_path / "out").glob("0000-*.json")
     request = json.loads(made.read_text())["request"]
     assert request["guidance"] == 1 and (request["sampler"] == "lcm") == (kind == "consistency")
+
+
+def test_a_student_of_guidance_keeps_the_samplers_of_its_teachers_presets():
+    teacher = {"fast": {"sampler": "dpm++2m", "steps": 12, "guidance_low": 200, "guidance": 5.0}, "balanced": {}}
+    assert student_presets("guidance", teacher) == {"fast": {"sampler": "dpm++2m", "steps": 12}, "balanced": {}}
+    assert student_presets("consistency", teacher) == {"fast": {}, "balanced": {}}
+    assert student_presets("guidance", {}) == {} == student_presets("none", {})

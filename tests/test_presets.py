@@ -111,3 +111,12 @@ def test_the_hash_of_a_folder_is_the_one_before_it_had_presets(tmp_path):
     before, config = folder_hash(folder), json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"presets": {"fast": {"steps": 2}}}))
     assert folder_hash(folder) == before and load_folder(folder, params=False).presets["fast"] == {"steps": 2}
+
+
+def test_the_distilled_model_is_found_by_name_and_differs_from_its_teacher_in_guidance_alone(weights):
+    folders = cascade.stage_folders("base-distilled")
+    assert list(folders) == ["base"] and cascade.stage_folders(folders={"base": "base-distilled"}) == folders
+    student, teacher = load_folder(folders["base"], params=False), weights["base"]
+    assert student.sampling == dict(teacher.sampling) | {"guidance": 1.0} and student.presets == teacher.presets
+    assert student.unet.config == teacher.unet.config
+    assert cascade.stage_folders("base-distilled", stages=("base",)) == folders

@@ -54,7 +54,7 @@ from lavie_jax.weights.locations import local_folder, record
 
 REPR_FIELDS = ("frames", "height", "width", "fps", "sampler", "steps")
 SHIPPED = Path(__file__).parents[1] / "assets"
-BY_NAME = ("film",)  # shipped models that are not the default, in folders of SHIPPED (docs/film.md)
+BY_NAME = ("film", "base-distilled")  # shipped models that are not the default: folders in SHIPPED
 
 
 # ---- weights ----
@@ -120,11 +120,9 @@ def stage_folders(
     If `stages` contains one stage, the folder of a single stage is assumed to be of that stage; loading checks it.
     """
     path = SHIPPED if path is None and not folders else path
-    if path is not None and os.fspath(path) in BY_NAME and not os.path.lexists(path):
-        path = SHIPPED / path
     available = {}
     if path is not None:
-        path = local_folder(path, stages)
+        path = local_folder(_by_name(path), stages)
         available = {stage: path / stage for stage in STAGES if (path / stage / "config.json").exists()}
         if path == SHIPPED and not available:
             raise UserError(f"no model is shipped in {path}: give a weights folder with --weights")
@@ -133,8 +131,13 @@ def stage_folders(
             if stage not in STAGES:
                 raise UserError(f"{path} contains a {stage}, not a stage that makes videos ({', '.join(STAGES)})")
             available = {stage: path}
-    available |= {stage: local_folder(folder, (stage,)) for stage, folder in (folders or {}).items()}
+    available |= {stage: local_folder(_by_name(folder), (stage,)) for stage, folder in (folders or {}).items()}
     return {stage: available[stage] for stage in STAGES if stage in available}
+
+
+def _by_name(path: str | os.PathLike) -> str | os.PathLike:
+    """Returns the folder of a shipped model that is given by its name, and other paths as they are."""
+    return SHIPPED / path if os.fspath(path) in BY_NAME and not os.path.lexists(path) else path
 
 
 def stage_folder(path: str | os.PathLike | None, stage: str) -> Path:

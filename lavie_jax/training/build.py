@@ -25,7 +25,7 @@ from lavie_jax.training.autoencoder import AutoencoderLoss, make_autoencoder_tas
 from lavie_jax.training.config import text_network
 from lavie_jax.training.diffusion import DiffusionLoss, Models
 from lavie_jax.training.distillation import SAMPLING as STUDENT_SAMPLING
-from lavie_jax.training.distillation import DistillConfig
+from lavie_jax.training.distillation import DistillConfig, student_presets
 from lavie_jax.training.step import Task
 
 
@@ -139,6 +139,7 @@ def stage_task(config: Any, dtype: DTypeLike, init: initial.InitialWeights) -> T
         start=init.start,
         frozen=init.frozen,
         sampling=sampling_defaults(config, init.teacher_sampling),
+        presets=student_presets(config.distill.kind, init.teacher_presets),
         tokenizer=init.tokenizer,
     )
 

@@ -28,10 +28,9 @@ from lavie_jax.models.vae import VAE, VAE_PIXELS
 from lavie_jax.stages import conditioning
 from lavie_jax.stages.clips import pixels_to_float
 from lavie_jax.stages.conditioning import ConditionSetup, EncodedClips, Text, TrainingPair
-from lavie_jax.stages.settings import PRESETS
 from lavie_jax.stages.stage import Stage
 from lavie_jax.training import lora, perceptual
-from lavie_jax.training.distillation import CONSISTENCY, TEACHER, Distillation
+from lavie_jax.training.distillation import TEACHER, Distillation
 from lavie_jax.training.optimizer import ADAPTER, check_number
 from lavie_jax.training.step import AVERAGE, Batch, Losses, Task
 from lavie_jax.weights.names import ZERO_AT_FIRST
@@ -216,6 +215,7 @@ def make_diffusion_task(
     start: Any,
     frozen: Mapping[str, Any],
     sampling: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
     tokenizer: Any,
 ) -> Task:
     """Makes the task of every config except the VAE's.
@@ -226,6 +226,7 @@ def make_diffusion_task(
         start: parameters to start from, or None.
         frozen: parameters of "vae", and of "text_encoder" if that is not trained.
         sampling: sampling settings for the exported weights folder.
+        presets: its presets; {} for those of the stage.
         tokenizer: the tokenizer for the exported weights folder, see `weights.save_folder`.
     """
     models = losses.models
@@ -235,14 +236,12 @@ def make_diffusion_task(
         if losses.adapter is not None:
             lora.export(path, params, losses.adapter)
             return
-        # Presets are for other samplers. These change nothing.
-        lcm = losses.distillation is not None and losses.distillation.kind == CONSISTENCY
         text_params = (params if losses.train_text_encoder else frozen)["text_encoder"]
         weights.save_folder(
             path,
             stage=losses.stage.name,
             sampling=dict(sampling),
-            presets={name: {} for name in PRESETS[1:]} if lcm else None,
+            presets=presets,
             unet=(models.unet.config, params["unet"]),
             vae=(models.vae.config, frozen["vae"]),
             text_encoder=(models.text_encoder.config, text_params),

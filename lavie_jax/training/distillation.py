@@ -27,6 +27,7 @@ from lavie_jax.errors import UserError
 from lavie_jax.fields import check_rules, field
 from lavie_jax.models.registry import TextConfig
 from lavie_jax.stages.conditioning import Text, TrainingPair
+from lavie_jax.stages.settings import PRESETS
 from lavie_jax.training.optimizer import ADAPTER
 
 NONE, GUIDANCE, CONSISTENCY = "none", "guidance", "consistency"
@@ -37,6 +38,20 @@ SAMPLING = {  # of the student, whatever the teacher's is
 }
 
 Predict = Callable[[Any, TrainingPair, Text], Array]
+
+
+def student_presets(kind: str, teacher: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the presets of the student's weights folder, given those of its teacher's; {} for those of the stage.
+
+    A consistency model needs few steps in any case, so its presets change nothing. A student of guidance takes the
+    teacher's samplers and steps, but not what they set about guidance.
+    """
+    if kind == CONSISTENCY:
+        return {name: {} for name in PRESETS[1:]}
+    return {
+        preset: {name: value for name, value in values.items() if not name.startswith("guidance")}
+        for preset, values in teacher.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class InitialWeights:
         scaling_factor: of the VAE in `frozen`.
         tokenizer: the tokenizer's folder.
         teacher_sampling: sampling settings of the teacher in `frozen`, if there is one.
+        teacher_presets: its presets.
     """
 
     start: Any
@@ -47,6 +48,7 @@ class InitialWeights:
     scaling_factor: float
     tokenizer: Path
     teacher_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher_presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def load(config: Any, models: Models, scratch: Path, resumed: Path | None = None) -> InitialWeights:
@@ -70,12 +72,12 @@ def load(config: Any, models: Models, scratch: Path, resumed: Path | None = None
     text, tokenizer = _load_text(config, models, start_weights)
     vae = _load_vae(config, models, start_weights)
     start, frozen = None if start_weights is None else {"unet": start_weights.unet.params}, {"vae": vae.params}
-    teacher_sampling = {}
+    of_teacher = {}
     if config.distill.kind != NONE:
         teacher = weights.load_part(config.init_from, "unet", dtype=np.float32)  # again, also when a run resumes
         check_same(teacher.config, models.unet.config, config.init_from)
         frozen[TEACHER] = teacher.params
-        teacher_sampling = read_config(user_path(config.init_from), config.stage)["sampling"]
+        of_teacher = read_config(user_path(config.init_from), config.stage)
     if config.loss.perceptual:
         frozen[perceptual.FROZEN] = perceptual.load()
     if not config.train_text_encoder:
@@ -98,7 +100,7 @@ def load(config: Any, models: Models, scratch: Path, resumed: Path | None = None
             )
     return InitialWeights(
         start=start, frozen=frozen, scaling_factor=vae.config.scaling_factor, tokenizer=tokenizer,
-        teacher_sampling=teacher_sampling,
+        teacher_sampling=of_teacher.get("sampling", {}), teacher_presets=of_teacher.get("presets", {}),
     )  # fmt: skip
 
 
