@@ -114,8 +114,11 @@ def test_the_hash_of_a_folder_is_the_one_before_it_had_presets(tmp_path):
 
 
 def test_the_distilled_model_is_found_by_name_and_differs_from_its_teacher_in_guidance_alone(weights):
-    folders = cascade.stage_folders("base-distilled")
-    assert list(folders) == ["base"] and cascade.stage_folders(folders={"base": "base-distilled"}) == folders
+    folders, shipped = cascade.stage_folders("base-distilled"), cascade.stage_folders()
+    assert list(folders) == ["base"] and list(shipped) == list(STAGES)
+    assert cascade.stage_folders(folders={"base": "base-distilled"}) == shipped | folders
+    own = {"base": "base-distilled", "vsr": shipped["vsr"]}  # a path: only what is given
+    assert cascade.stage_folders(folders=own) == folders | {"vsr": shipped["vsr"]}
     student, teacher = load_folder(folders["base"], params=False), weights["base"]
     assert student.sampling == dict(teacher.sampling) | {"guidance": 1.0} and student.presets == teacher.presets
     assert student.unet.config == teacher.unet.config

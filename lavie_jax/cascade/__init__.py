@@ -77,8 +77,8 @@ def load(
 
     Args:
         path: a stage's folder, or a cascade's, with some of `base/ prediction/ interpolation/ vsr/` inside, or
-            `hub:OWNER/NAME[@REVISION]` for either on the Hugging Face hub (docs/hub.md). Default, without `folders`:
-            the small cascade that is shipped with the package.
+            `hub:OWNER/NAME[@REVISION]` for either on the Hugging Face hub (docs/hub.md), or the name of a shipped model
+            (`BY_NAME`). Default, without paths in `folders`: the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
         dtype: of parameters and computation: "float32", "bfloat16" or "auto", see `default_dtype`.
@@ -118,8 +118,10 @@ def stage_folders(
     """Returns {stage: folder} of a weights folder, overridden by `folders`; see `load`.
 
     If `stages` contains one stage, the folder of a single stage is assumed to be of that stage; loading checks it.
+    Shipped models are found by their names. Where all that are given are such, the other stages are shipped ones too.
     """
-    path = SHIPPED if path is None and not folders else path
+    if path is None and all(_by_name(folder) != folder for folder in (folders or {}).values()):
+        path = SHIPPED
     available = {}
     if path is not None:
         path = local_folder(_by_name(path), stages)
