@@ -1,14 +1,16 @@
 """Super-resolution of real film: frames of four times the size, by a network for CPUs.
 
     python tools/real_film.py --out data/film                       # the film, cut into clips of 512 rows
+    python tools/metric_weights.py                                  # LPIPS, a part of the loss
     python train.py --config configs/film/vsr.py --workdir runs/film-vsr
     python train.py --config configs/film/vsr.py:tiny --workdir runs/film-vsr-tiny    # a minute on a CPU
 
 Latents are folded pixels (a VAE without levels), because a small VAE loses more than enlargement by bicubic
 interpolation does. The UNet has one level, no attention and no norms, so that it treats all sizes of frames alike. It
 predicts x0, starting from the enlarged low-resolution frame. Sampling takes one step, at the highest noise level: the
-low-resolution frame determines the frame that minimises the error, which is what one step returns. The text has no
-influence; the text encoder is as small as possible.
+low-resolution frame determines the frame that minimises the loss, which is what one step returns. The loss is the
+absolute error, whose minimum is blurred, and LPIPS, whose minimum is sharp. The text has no influence; the text encoder
+is as small as possible.
 
 Modes: "" for one CPU core; "tiny" (a minute on a CPU, generated data). Hardware, time and result: docs/film.md.
 """
@@ -60,7 +62,7 @@ def film(stage: str, mode: str) -> ConfigDict:
         temporal_position=False,
     )
     config.schedule.prediction = "sample"
-    common.set_fields(config.loss, absolute=True, posterior_mean=True, logit_normal=(6.0, 1.0))
+    common.set_fields(config.loss, absolute=True, posterior_mean=True, logit_normal=(6.0, 1.0), perceptual=0.1)
     config.loss.held_out_timesteps = (999,)
     common.set_fields(config.optimizer, learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.0)
     config.ema_decay = 0.995
@@ -77,6 +79,7 @@ def film(stage: str, mode: str) -> ConfigDict:
     if mode == "tiny":
         config.unet.block_out_channels, config.unet.layers_per_block = (8,), 1
         common.set_fields(config.data, source="moving_shapes", path=None, full_height=0, full_width=0)
+        config.loss.perceptual = 0.0  # its weights are in another package
         config.held_out_batches, config.optimizer.warmup = 1, 5
         config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
     return config
