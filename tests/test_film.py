@@ -19,7 +19,7 @@ from lavie_jax import cascade
 from lavie_jax.data.video_files import read_video, video_info
 from lavie_jax.diffusion import joint_loss
 from lavie_jax.errors import UserError
-from lavie_jax.models import pixel_latents, registry
+from lavie_jax.models import motion, pixel_latents, registry
 from lavie_jax.models.lpips import LPIPS
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAEConfig
@@ -67,6 +67,17 @@ def test_interpolation_starts_from_moved_key_frames_and_keeps_the_key_frames():
     cross_fade = np.abs(given[:, between, 2:].mean(2) - latents[:, between])[:, :, 3:-3, 3:-3].mean()
     assert error < 0.5 * cross_fade
     np.testing.assert_allclose(pixel_latents.sources(x[:, :1], 48)[:, 0], latents[:, :1].repeat(4, axis=1))
+
+
+def test_moved_pixels_are_read_by_cubic_interpolation_which_is_exact_for_parabolas():
+    y, x = np.meshgrid(np.arange(12.0), np.arange(10.0), indexing="ij")
+    parabola, here = (lambda y, x: 0.3 * y**2 - 0.2 * y * x + 0.05 * x), jnp.asarray(np.stack([y, x], axis=-1))
+    image = jnp.asarray(parabola(y, x)[..., None], jnp.float32)
+    for weights, error in ((motion.cubic, 1e-4), (motion.linear, 0.1)):
+        np.testing.assert_allclose(motion._read(image, here, weights), image, atol=1e-4)
+        between = motion._read(image, here + jnp.array([0.3, 0.6]), weights)[..., 0]
+        largest = np.abs(between - parabola(y + 0.3, x + 0.6))[2:-3, 2:-3].max()
+        assert largest < error and (weights is motion.cubic or largest > 1e-2)
 
 
 def test_super_resolution_starts_from_bicubic_enlargement():

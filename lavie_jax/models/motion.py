@@ -7,6 +7,7 @@ result is the mean over all candidates, weighted by how well they match, startin
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jaxtyping import Array, Float
 
 REACH = 12  # quarter-size pixels on each side that the first search covers: displacements of up to 48 pixels
 COARSE_STEP = 2  # quarter-size pixels between the candidates of the first search
-RADIUS = 5  # pixels on each side of the surroundings that are compared
+RADIUS = 7  # pixels on each side of the surroundings that are compared
 SHARPNESS = 100.0  # of the weights; a difference is the mean over channels, for pixels in [-1, 1]
 DISTANCE_COST = 1e-2  # added to the difference for a displacement of one pixel of the grid: plain areas do not move
+SLOPE = -0.5  # of the cubic weights: exact for parabolas
 MULTIPLE = 8  # of the sides: the first search has a value for every 8 x 8 pixels
 
 
@@ -27,7 +29,7 @@ def moved(
 ) -> Float[Array, "2 h w c"]:
     """Returns both key frames, moved to the time `tau` between them. The sides are multiples of 8."""
     displacement = displacements(before, after, tau)
-    return jnp.stack(displaced(before, after, displacement, tau))
+    return jnp.stack(displaced(before, after, displacement, tau, cubic))
 
 
 def displacements(
@@ -39,16 +41,36 @@ def displacements(
     for size, reach, step in ((4, 2, 1.0), (2, 2, 1.0), (2, 1, 0.5)):
         if found.shape[:2] != sizes[size][0].shape[:2]:
             found = 2 * _enlarged(found, 2)
-        found += _best(*displaced(*sizes[size], found, tau), tau, reach, step)
+        found += _best(*displaced(*sizes[size], found, tau, linear), tau, reach, step)
     return 2 * _enlarged(found, 2)
 
 
 def displaced(
-    before: Float[Array, "h w c"], after: Float[Array, "h w c"], by: Float[Array, "h w 2"], tau: Float[Array, ""]
+    before: Float[Array, "h w c"],
+    after: Float[Array, "h w c"],
+    by: Float[Array, "h w 2"],
+    tau: Float[Array, ""],
+    weights: Callable[[Array], list[Array]],
 ) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
-    """Reads both key frames where the pixels at time `tau` come from and go to."""
+    """Reads both key frames where the pixels at time `tau` come from and go to, with the interpolation `weights`."""
     here = jnp.stack(jnp.meshgrid(*map(jnp.arange, before.shape[:2]), indexing="ij"), axis=-1)
-    return _read(before, here - tau * by), _read(after, here + (1 - tau) * by)
+    return _read(before, here - tau * by, weights), _read(after, here + (1 - tau) * by, weights)
+
+
+def linear(t: Float[Array, "h w"]) -> list[Float[Array, "h w"]]:
+    """Returns the weights of the pixels before and after a fraction t in [0, 1)."""
+    return [1 - t, t]
+
+
+def cubic(t: Float[Array, "h w"]) -> list[Float[Array, "h w"]]:
+    """Returns the weights of the two pixels before and the two after t: Keys' cubic convolution, which blurs less."""
+    a = SLOPE
+    return [
+        a * (t**3 - 2 * t**2 + t),
+        (a + 2) * t**3 - (a + 3) * t**2 + 1,
+        -(a + 2) * t**3 + (2 * a + 3) * t**2 - a * t,
+        a * (t**2 - t**3),
+    ]
 
 
 def _shrunk(image: Float[Array, "h w c"], p: int) -> Float[Array, "h2 w2 c"]:
@@ -106,15 +128,21 @@ def _best(
     return einsum(weights, candidates, "k h w, k d -> h w d")
 
 
-def _read(image: Float[Array, "h w c"], at: Float[Array, "h w 2"]) -> Float[Array, "h w c"]:
-    """Reads an image at fractions of pixels, by linear interpolation; borders are repeated."""
+def _read(
+    image: Float[Array, "h w c"], at: Float[Array, "h w 2"], weights: Callable[[Array], list[Array]]
+) -> Float[Array, "h w c"]:
+    """Reads an image at fractions of pixels; borders are repeated."""
     height, width, _ = image.shape
-    last = jnp.array([height - 1, width - 1])
-    at = jnp.clip(at, 0, last)
+    at = jnp.clip(at, 0, jnp.array([height - 1, width - 1]))
     whole = jnp.floor(at).astype(jnp.int32)
-    rows, columns = jnp.moveaxis(at - whole, -1, 0)[..., None]
-    (top, left), (bottom, right) = (jnp.moveaxis(x, -1, 0) for x in (whole, jnp.minimum(whole + 1, last)))
+    rows, columns = (weights(t) for t in jnp.moveaxis(at - whole, -1, 0))
+    first = 1 - len(rows) // 2  # of the pixels that are read, counted from the one before
     flat = rearrange(image, "h w c -> (h w) c")
-    upper = flat[top * width + left] * (1 - columns) + flat[top * width + right] * columns
-    lower = flat[bottom * width + left] * (1 - columns) + flat[bottom * width + right] * columns
-    return upper * (1 - rows) + lower * rows
+
+    def row(i: int) -> Array:
+        """Returns the image at row i of those that are read, between its columns."""
+        start = jnp.clip(whole[..., 0] + first + i, 0, height - 1) * width
+        each = (flat[start + jnp.clip(whole[..., 1] + first + j, 0, width - 1)] for j in range(len(columns)))
+        return sum(pixels * weight[..., None] for pixels, weight in zip(each, columns))
+
+    return sum(row(i) * weight[..., None] for i, weight in enumerate(rows))

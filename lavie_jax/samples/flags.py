@@ -85,8 +85,8 @@ def add_weights(add: Callable[..., object]) -> None:
         type=user_location,
         metavar="DIR",
         help=f"weights folder of a stage, a folder of {folders}/, or hub:OWNER/NAME[@REVISION] on the Hugging Face hub "
-        "(default: the shipped models; film: those for clips of real film, docs/film.md; base-distilled: half of the base "
-        "model's work, docs/speed.md)",
+        "(default: the shipped models; film: for clips of real film, docs/film.md; base-distilled: half the work of "
+        "base, docs/speed.md)",
     )
     for stage in STAGE_INFO:
         text = f"weights folder of {stage}, or hub:OWNER/NAME/FOLDER, if not inside --weights"
