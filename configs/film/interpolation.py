@@ -1,13 +1,14 @@
 """Interpolation of real film: four times as many frames, by a network for CPUs.
 
     python tools/real_film.py --out data/film                       # the film, cut into clips of 512 rows
+    python tools/metric_weights.py                                  # LPIPS, a part of the loss
     python train.py --config configs/film/interpolation.py --workdir runs/film-interpolation
     python train.py --config configs/film/interpolation.py:tiny --workdir runs/film-interpolation-tiny  # a minute
 
-As in `vsr.py`, latents are folded pixels, and sampling takes one step. The prediction starts from the key frames on
-both sides, moved to the time of the frame by matching (`lavie_jax/models/motion.py`). The network weighs them against
-each other and against the key frames as they are, in every pixel, and adds a correction. Key frames are returned as
-they are. LPIPS is no part of the loss here: with it, the network dithers where the two key frames disagree.
+As in `vsr.py`, latents are folded pixels, sampling takes one step, and LPIPS is a part of the loss. The prediction
+starts from the key frames on both sides, moved to the time of the frame by matching (`lavie_jax/models/motion.py`). The
+network weighs them against each other and against the key frames as they are, in every pixel, and adds a correction.
+Key frames are returned as they are.
 
 Modes: "" for one CPU core; "tiny" (a minute on a CPU, generated data). Hardware, time and result: docs/film.md.
 """

@@ -26,12 +26,10 @@ def get_config(mode: str = "") -> ConfigDict:
     config = film("vsr", mode)
     common.set_fields(config.unet, in_channels=48 + 3, num_class_embeds=1, enlarge_low_res=True)
     config.low_res_noise.highest = 0
-    config.loss.perceptual = 0.1
     common.set_fields(config.data, frames=3, fps=24.0, height=96, width=96)
     config.batch, config.steps = 5, 3000
     common.set_fields(config.sampling, noise_level=0)
     if mode == "tiny":
-        config.loss.perceptual = 0.0  # the weights of LPIPS are in another package
         config.data.height = config.data.width = 32
         config.batch, config.steps = 2, 20
     return config
@@ -64,7 +62,7 @@ def film(stage: str, mode: str) -> ConfigDict:
         temporal_position=False,
     )
     config.schedule.prediction = "sample"
-    common.set_fields(config.loss, absolute=True, posterior_mean=True, logit_normal=(6.0, 1.0))
+    common.set_fields(config.loss, absolute=True, posterior_mean=True, logit_normal=(6.0, 1.0), perceptual=0.1)
     config.loss.held_out_timesteps = (999,)
     common.set_fields(config.optimizer, learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.0)
     config.ema_decay = 0.995
@@ -81,6 +79,7 @@ def film(stage: str, mode: str) -> ConfigDict:
     if mode == "tiny":
         config.unet.block_out_channels, config.unet.layers_per_block = (8,), 1
         common.set_fields(config.data, source="moving_shapes", path=None, full_height=0, full_width=0)
+        config.loss.perceptual = 0.0  # its weights are in another package
         config.held_out_batches, config.optimizer.warmup = 1, 5
         config.log_every = config.held_out_every = config.checkpoint_every = config.sample_every = 10
     return config
