@@ -25,7 +25,7 @@ from lavie_jax.diffusion.schedule import Schedule
 from lavie_jax.errors import UserError
 from lavie_jax.models.vae import VAEConfig
 from lavie_jax.stages import STAGES
-from lavie_jax.training import autoencoder, build, diffusion, optimizer, options
+from lavie_jax.training import autoencoder, build, diffusion, initial, optimizer, options
 from lavie_jax.training.state import abstract_params, init_state, make_state, place_frozen
 from lavie_jax.training.step import UNTRAINED, Task, make_gradients, make_held_out, make_update, step_rng, update_ema
 
@@ -521,7 +521,7 @@ def test_values_are_checked_before_weights_are_downloaded(wrong, monkeypatch):
 
 def test_losses_are_checked_before_weights_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(build, "load_init", lambda *_: pytest.fail("reads weights"))
+    monkeypatch.setattr(initial, "load", lambda *_: pytest.fail("reads weights"))
     for wrong, message in (("loss.alpha=-1", "loss.alpha"), ("loss.held_out_timesteps=2000", "from 0 to 999")):
         config = options.load("configs/moving_shapes/base.py:tiny")
         options.override(config, *wrong.split("="))
