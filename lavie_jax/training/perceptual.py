@@ -1,7 +1,7 @@
 """A perceptual part of a stage's loss: LPIPS (arXiv 1801.03924) of the predicted frames, for latents that are pixels.
 
 An absolute or squared error alone is lowest for the median or mean of all possible frames, which is blurred. This part
-is lower for sharp frames, and lets the network decide what it cannot know.
+is lower for sharp frames: with it, the network invents a texture where it cannot know the details.
 """
 
 from typing import Any
