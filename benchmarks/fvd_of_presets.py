@@ -52,7 +52,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
     n = next(iter(rows.values()))["n"]
     return results.markdown(
-        [f"n = {n}", "FVD", "KVD", "motion, of the true clips'"], [[k, *cells(rows[k])] for k in rows]
+        [f"n = {n}", "FVD", "KVD", "motion, of the reference"], [[k, *cells(rows[k])] for k in rows]
     )
 
 

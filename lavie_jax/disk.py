@@ -1,4 +1,4 @@
-"""Hashes of files; files and folders that are complete or absent; the cache folder; disks that are full or lockless."""
+"""Hashes of files; files and folders that are complete or absent; the cache folder; full disks; locks."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ def process_name() -> str:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, with its suffix, which is renamed to `path` when the block succeeds.
+    """Yields a temporary path beside `path`, with the same suffix. It is renamed to `path` if the block succeeds.
 
     If `path` is a link, the file that it points to is written, and the link stays.
     """

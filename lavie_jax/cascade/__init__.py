@@ -118,7 +118,7 @@ def stage_folders(
     """Returns {stage: folder} of a weights folder, overridden by `folders`; see `load`.
 
     If `stages` contains one stage, the folder of a single stage is assumed to be of that stage; loading checks it.
-    Shipped models are found by their names. Where all that are given are such, the other stages are shipped ones too.
+    Shipped models are found by name. If `folders` names shipped models only, the other stages are shipped models too.
     """
     if path is None and all(_by_name(folder) != folder for folder in (folders or {}).values()):
         path = SHIPPED

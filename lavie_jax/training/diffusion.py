@@ -191,7 +191,9 @@ class StageLoss:
         if self.loss.perceptual:
             distances = perceptual.distances(frozen[perceptual.FROZEN], self.models.vae, prediction, target)
             weighted = self.loss.perceptual * distances
-            more, added = joint_loss(weighted, 0 * weighted, None, self.frames, self.loss.alpha, absolute=True)
+            more, added = joint_loss(
+                weighted, jnp.zeros_like(weighted), None, self.frames, self.loss.alpha, absolute=True
+            )
             value, parts = value + more, jax.tree.map(jnp.add, parts, added)
         present = {"video": self.frames, "image": self.images}
         losses = {f"{k}_loss": v for k, v in parts.items() if present[k]}

@@ -41,10 +41,10 @@ Predict = Callable[[Any, TrainingPair, Text], Array]
 
 
 def student_presets(kind: str, teacher: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the presets of the student's weights folder, given those of its teacher's; {} for those of the stage.
+    """Returns the presets of the student's weights folder, given its teacher's; {} means the presets of the stage.
 
-    A consistency model needs few steps in any case, so its presets change nothing. A student of guidance takes the
-    teacher's samplers and steps, but not what they set about guidance.
+    A consistency model needs few steps anyway, so its presets change nothing. A student of guidance keeps the teacher's
+    samplers and steps, but not its guidance settings.
     """
     if kind == CONSISTENCY:
         return {name: {} for name in PRESETS[1:]}
