@@ -30,8 +30,8 @@ def get_config(mode: str = "") -> ConfigDict:
     config.data.images, config.batch, config.steps = 0, 32, 5000  # sampling makes clips
     common.set_fields(config.optimizer, kind="adamw", learning_rate=3e-4, warmup=20, decay="cosine", weight_decay=0.0)
     if mode == "cpu":
-        config.batch, config.steps = 4, 480
-        config.held_out_every = config.checkpoint_every = config.sample_every = 60
+        config.batch, config.steps = 4, 1440
+        config.held_out_every = config.checkpoint_every = config.sample_every = 120
     if mode == "tiny":
         config.cpu_devices = 0
         config.data.frames, config.batch, config.steps, config.held_out_batches = 4, 2, 20, 1
