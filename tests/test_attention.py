@@ -39,6 +39,18 @@ def test_kernels_agree_with_the_definition(kernel, sq, sk, small_blocks):
     np.testing.assert_allclose(attention(q, k, v, kernel=kernel), plain(q, k, v), atol=2e-6)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_queries_are_taken_in_parts_on_a_cpu(parts, monkeypatch):
+    """Where the scores of a head are large: the same bits."""
+    q, k, v = qkv(300, 256)
+    whole = attention(q, k, v, kernel="xla")
+    monkeypatch.setattr(attention_module, "CPU_SCORES", 4 * 300 * 256 // parts)
+    text = jax.jit(lambda *x: attention(*x, kernel="xla")).lower(q, k, v).as_text()
+    assert f"tensor<{300 // parts}x256xf32>" in text and "tensor<300x256xf32>" not in text
+    np.testing.assert_array_equal(attention(q, k, v, kernel="xla"), whole)
+    np.testing.assert_allclose(whole, plain(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 def test_blockwise_gradients(small_blocks):
     q, k, v = qkv(50, 70, heads=1)
     loss = lambda args, kernel: jnp.square(attention(*args, kernel=kernel)).sum()  # noqa: E731

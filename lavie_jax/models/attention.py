@@ -34,6 +34,7 @@ FLASH_LARGEST = 640  # largest block of its forward pass
 CUDNN_KEYS = 128  # keys from which `auto` prefers cuDNN; with fewer, the scores are smaller than the features
 LARGE_SCORES = 2**30  # bytes of a device's float32 scores above which `auto` does not materialize them
 CPU_LOOP = 256  # tokens from which the `xla` kernel processes one head at a time on a CPU
+CPU_SCORES = 2**24  # bytes of float32 scores of a head above which it does so for a part of the queries at a time
 MOVES_ALONE = "moves_alone"  # name scope of products that only move data, which FLOP counts leave out
 BLOCK = 1024  # queries and keys per block in the blockwise kernel
 
@@ -140,10 +141,20 @@ def _xla(q, k, v, bias, mask, causal):
 
     plain, longest = bias is None and mask is None and not causal, min(q.shape[2], k.shape[2])
     if plain and longest >= CPU_LOOP and platform() == "cpu":
-        # One head at a time fits in a CPU's cache: three times as fast at 640 tokens.
-        heads = [rearrange(x, "b n s k -> (b n) s k") for x in (q, k, v)]
-        out = jax.lax.map(lambda head: rows(*head), heads)
-        return rearrange(out, "(b n) s k -> b s n k", b=q.shape[0])
+        # One head at a time fits in a CPU's cache: three times as fast at 640 tokens. With 4096 tokens, a part of the
+        # queries at a time is 1.4 to 1.6 times as fast, and gives the same bits.
+        parts = math.ceil(4 * q.shape[2] * k.shape[2] / CPU_SCORES)
+        queries = jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % parts), (0, 0)))
+        queries = rearrange(queries, "b n (parts s) k -> (b n) parts s k", parts=parts)
+        keys, values = (rearrange(x, "b n s k -> (b n) s k") for x in (k, v))
+
+        def one_head(head):
+            """Returns the attention of (parts, s, k) queries."""
+            parts, keys, values = head
+            return jax.lax.map(lambda part: rows(part, keys, values), parts)
+
+        out = jax.lax.map(one_head, (queries, keys, values))
+        return rearrange(out, "(b n) parts s k -> b (parts s) n k", b=q.shape[0])[:, : q.shape[2]]
     return rearrange(rows(q, k, v), "b n s k -> b s n k")
 
 

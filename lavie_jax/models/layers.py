@@ -22,7 +22,8 @@ from lavie_jax.models.placement import split_by_rows
 
 # Jitted, so that it is traced once per shape. Flax evaluates its shape for every layer in every call.
 KERNEL_INIT = jax.jit(nn.linear.default_kernel_init, static_argnums=(1, 2))
-CPU_PIXELS = 64  # height x width up to which a 3x3 convolution is a matrix product on a CPU
+CPU_PIXELS = 64  # height x width up to which a 3x3 convolution of wide features is a matrix product on a CPU
+CPU_CHANNELS = 256  # channels from which features are wide
 
 
 class Frames(NamedTuple):
@@ -141,26 +142,37 @@ def _multiply(x: Float[Array, "n *pixels c"], kernel: Array, *dimensions: Any, *
 
 
 def _convolve(x: Float[Array, "n *pixels c"], kernel: Array, strides: tuple[int, ...], padding: Any, **options):
-    """Computes `lax.conv_general_dilated`; for small frames on a CPU, as one matrix product of all patches.
-
-    From 3x4 to 8x8 pixels that is up to twice as fast (8 frames of 3x4, 1280 channels: 24 ms instead of 51 ms).
-    """
-    x = split_by_rows(x)
+    """Computes `lax.conv_general_dilated`; on a CPU in another form where that is faster."""
 
     def convolution(x, kernel):
         return precision.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    def product(x, kernel):
-        """A 3x3 convolution as one matrix product, which is faster for small frames on a CPU."""
+    def patches_times_kernel(x, kernel):
+        """A 3x3 convolution as one matrix product of all patches."""
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         height, width = x.shape[1] - 2, x.shape[2] - 2
         shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         patches, columns = jnp.concatenate(shifted, axis=-1), rearrange(kernel, "h w i o -> (h w i) o")
         return jnp.matmul(patches, columns, preferred_element_type=precision.accumulator(x.dtype)).astype(x.dtype)
 
-    if kernel.shape[:-2] != (3, 3) or set(strides) != {1} or math.prod(x.shape[1:-1]) > CPU_PIXELS:
+    def along_frames(x, kernel):
+        """A convolution along the frames, with the pixels of a frame as one axis."""
+        pixels, kernel = rearrange(x, "b t h w c -> b t (h w) c"), rearrange(kernel, "k 1 1 i o -> k 1 i o")
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = precision.conv_general_dilated(pixels, kernel, (1, 1), [padding[0], (0, 0)], dimension_numbers=axes)
+        return rearrange(y, "b t (h w) c -> b t h w c", h=x.shape[2])
+
+    x, window = split_by_rows(x), kernel.shape[:-2]
+    on_cpu = convolution
+    if set(strides) == {1} and window[1:] == (1, 1):
+        on_cpu = along_frames  # 3 to 7 times as fast as with three axes
+    elif set(strides) == {1} and window == (3, 3):
+        # 8 frames of 3x4 pixels, 1280 channels: 24 instead of 66 ms; 32 of 4x4, 96 channels: 1.3 instead of 0.7 ms
+        small, wide = math.prod(x.shape[1:-1]) <= CPU_PIXELS, x.shape[-1] >= CPU_CHANNELS
+        on_cpu = patches_times_kernel if small and wide else convolution
+    if on_cpu is convolution:
         return split_by_rows(convolution(x, kernel))
-    return split_by_rows(jax.lax.platform_dependent(x, kernel, cpu=product, default=convolution))
+    return split_by_rows(jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=convolution))
 
 
 class ResnetBlock(nn.Module):
