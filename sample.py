@@ -307,7 +307,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = read_pictures(args.pictures, args.stages, own_clip=args.input is not None)
 
     # Importing jax takes seconds, and reading weights longer: neither starts before all earlier checks have passed.
-    from lavie_jax.parallel import check_hosts_are_consistent, keep_compiled_programs, local_devices
+    from lavie_jax.parallel import check_hosts_are_consistent, keep_compiled_programs, local_devices, split_cpu
 
     keep_compiled_programs()
     import jax
@@ -318,6 +318,7 @@ def run(args: argparse.Namespace) -> None:
     from lavie_jax.weights import folder_hash, load_folder
     from lavie_jax.weights.lora import parse_lora
 
+    split = not args.distributed and split_cpu()
     devices = local_devices()  # fails in one line, before weights are read
     first = jax.process_index() == 0  # the host that reads and writes OUT, and prints
     if args.distributed:
@@ -327,6 +328,8 @@ def run(args: argparse.Namespace) -> None:
     folders = cascade.stage_folders(args.weights, given_stage_weights(args), args.stages)
     available = [stage for stage in args.stages if stage in folders]
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
+    if split and any(map(cascade.is_full_size, weights.values())):
+        devices = devices[:1]  # large operations keep all cores busy, and every device has a copy of the weights
     if args.unprompted and (readers := [name for name, one in weights.items() if one.unet.config.reads_text]):
         raise UserError(f"give a --prompt: {', '.join(readers)} of these weights reads it")
     personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from lavie_jax.disk import cache_folder
 from lavie_jax.errors import AgreedError, UserError, check_folder, user_location
-from lavie_jax.program_cache import keep_programs
+from lavie_jax.program_cache import cores, keep_programs
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -306,6 +306,24 @@ def initialise(*, cpu_devices: int = 0, distributed: bool = False) -> None:
                 "distributed out."
             ) from error
     local_devices()
+
+
+def split_cpu() -> bool:
+    """Has jax make two devices of a CPU with several cores, and returns whether it did.
+
+    A small model's operations keep two cores busy for two thirds of the time. Two devices compute the halves of
+    guidance, or two windows, side by side: 1.5 times as fast with the included models.
+
+    Nothing changes where devices are in use already, or where the environment or the program has set their number.
+    """
+    given = jax.config.jax_num_cpu_devices != -1  # ty: ignore[missing-attribute]
+    if given or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or cores() == 1:
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", 2)
+    except RuntimeError:  # in use
+        return False
+    return True
 
 
 def keep_compiled_programs() -> None:

@@ -253,10 +253,15 @@ def _surroundings() -> tuple:
     return *_constant_surroundings(), settings, context, [os.environ.get(name) for name in ENVIRONMENT]
 
 
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _processor() -> Iterator[Any]:
     """The instructions and the number of threads that programs of a CPU are compiled for."""
     yield platform.machine()
-    yield len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield cores()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         yield sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

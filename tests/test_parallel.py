@@ -1,5 +1,9 @@
 """Sharding of parameters and batches over 8 virtual devices."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +16,26 @@ from lavie_jax.models.unet import UNet
 from lavie_jax.models.unet_config import UNetConfig
 from lavie_jax.models.vae import VAE, VAEConfig
 from lavie_jax.training import diffusion
+
+SPLIT = (
+    "import jax; from lavie_jax import parallel; print(parallel.split_cpu(), jax.device_count(), parallel.split_cpu())"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores", "expected"),
+    [
+        ({}, 2, "True 2 False"),
+        ({}, 1, "False 1 False"),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 2, "False 3 False"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 2, "False 4 False"),
+    ],
+)
+def test_a_cpu_of_several_cores_is_split_into_two_devices(variables, cores, expected):
+    """Unless the number of devices is given, or devices are in use."""
+    code = f"import os; os.sched_getaffinity = lambda _: range({cores}); {SPLIT}"
+    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True)
+    assert out.stdout.strip() == expected, out.stderr
 
 
 def test_minus_one_means_the_remaining_devices():

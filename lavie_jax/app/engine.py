@@ -25,7 +25,7 @@ from lavie_jax.data.video_files import read_clip
 from lavie_jax.disk import file_hash
 from lavie_jax.errors import UserError
 from lavie_jax.estimate import sampling_flops, sampling_warnings
-from lavie_jax.parallel import keep_compiled_programs, local_devices
+from lavie_jax.parallel import keep_compiled_programs, local_devices, split_cpu
 from lavie_jax.program_cache import free_programs
 from lavie_jax.samples.outputs import Output, make_request, up_to
 from lavie_jax.samples.pictures import by_frame, read_pictures
@@ -116,11 +116,14 @@ class Engine:
             UserError: there is no device, or a folder is missing or incomplete.
         """
         keep_compiled_programs()
+        split = split_cpu()
         self.devices = local_devices()
         self.store, self.most_pixels, self.fsdp = store, most_pixels, fsdp
         self.certificate, self.unsafe = certificate, unsafe
         self.folders = cascade.stage_folders(weights, folders)
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
+        if split and any(map(cascade.is_full_size, self.headers.values())):
+            self.devices = self.devices[:1]  # as in sample.py
         self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
         self.rates: dict[str, float] = {}
         self._planning = threading.Lock()  # one clip at a time is in memory, and weights are hashed once

@@ -39,6 +39,10 @@ def default_dtype(devices: Sequence[jax.Device], weights: Iterable[StageWeights]
     """
     if devices[0].platform != "cpu":
         return jnp.bfloat16
-    widths = [max(own.unet.config.block_out_channels) for own in weights]
-    full_size = bool(widths) and min(widths) >= FULL_WIDTH
-    return jnp.bfloat16 if full_size and cpu_multiplies_bfloat16() else jnp.float32
+    sizes = [is_full_size(own) for own in weights]
+    return jnp.bfloat16 if sizes and all(sizes) and cpu_multiplies_bfloat16() else jnp.float32
+
+
+def is_full_size(weights: StageWeights) -> bool:
+    """Whether a stage's UNet is about as large as the released ones."""
+    return max(weights.unet.config.block_out_channels) >= FULL_WIDTH
