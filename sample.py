@@ -328,8 +328,8 @@ def run(args: argparse.Namespace) -> None:
     folders = cascade.stage_folders(args.weights, given_stage_weights(args), args.stages)
     available = [stage for stage in args.stages if stage in folders]
     weights = {stage: load_folder(folders[stage], stage=stage, params=False) for stage in available}
-    if split and any(map(cascade.is_full_size, weights.values())):
-        devices = devices[:1]  # large operations keep all cores busy, and every device has a copy of the weights
+    if split:
+        devices = cascade.without_copies(devices, weights.values())
     if args.unprompted and (readers := [name for name, one in weights.items() if one.unet.config.reads_text]):
         raise UserError(f"give a --prompt: {', '.join(readers)} of these weights reads it")
     personal = Personal.read(map(parse_lora, args.lora), map(parse_embedding, args.embedding))

@@ -129,9 +129,22 @@ def test_products_of_units_have_gradients(units):
         assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
 
 
-def test_auto_is_bfloat16_for_full_size_on_units_and_on_accelerators(monkeypatch):
+@pytest.fixture
+def sizes():
+    """Weights of a small model and of one of full size, without parameters."""
     small = load_folder(cascade.SHIPPED / "base", params=False)
-    full = dataclasses.replace(small, unet=dataclasses.replace(small.unet, config=UNetConfig()))
+    return small, dataclasses.replace(small, unet=dataclasses.replace(small.unet, config=UNetConfig()))
+
+
+def test_models_of_full_size_use_one_device_of_a_cpu(sizes):
+    small, full = sizes
+    assert cascade.without_copies(CPU * 2, [small, small]) == CPU * 2
+    assert cascade.without_copies(CPU * 2, [small, full]) == CPU
+    assert cascade.without_copies(GPU * 2, [full]) == GPU * 2
+
+
+def test_auto_is_bfloat16_for_full_size_on_units_and_on_accelerators(sizes, monkeypatch):
+    small, full = sizes
 
     def chosen(devices, *weights, dtype=None):
         return cascade.compute_dtype(dtype, devices, weights).name

@@ -122,8 +122,8 @@ class Engine:
         self.certificate, self.unsafe = certificate, unsafe
         self.folders = cascade.stage_folders(weights, folders)
         self.headers = {stage: load_folder(path, stage=stage, params=False) for stage, path in self.folders.items()}
-        if split and any(map(cascade.is_full_size, self.headers.values())):
-            self.devices = self.devices[:1]  # as in sample.py
+        if split:
+            self.devices = cascade.without_copies(self.devices, self.headers.values())
         self.dtype = cascade.compute_dtype(dtype, self.devices, self.headers.values())
         self.rates: dict[str, float] = {}
         self._planning = threading.Lock()  # one clip at a time is in memory, and weights are hashed once

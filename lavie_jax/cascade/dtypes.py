@@ -1,4 +1,4 @@
-"""The dtype of parameters and computation in sampling."""
+"""What depends on the size of the models in sampling: the dtype, and the devices of a CPU."""
 
 from collections.abc import Iterable, Sequence
 
@@ -46,3 +46,10 @@ def default_dtype(devices: Sequence[jax.Device], weights: Iterable[StageWeights]
 def is_full_size(weights: StageWeights) -> bool:
     """Whether a stage's UNet is about as large as the released ones."""
     return max(weights.unet.config.block_out_channels) >= FULL_WIDTH
+
+
+def without_copies(devices: Sequence[jax.Device], weights: Iterable[StageWeights]) -> Sequence[jax.Device]:
+    """Returns the devices to use where a CPU may have been split into several (`parallel.split_cpu`): one of them for
+    models of full size, whose operations keep all cores busy. Each device would need a copy of the weights.
+    """
+    return devices[:1] if devices[0].platform == "cpu" and any(map(is_full_size, weights)) else devices
