@@ -29,8 +29,8 @@ from jaxtyping import UInt8
 import lavie_jax
 from lavie_jax import parallel
 from lavie_jax.cascade.dtypes import compute_dtype as compute_dtype
-from lavie_jax.cascade.dtypes import without_copies as without_copies
 from lavie_jax.cascade.dtypes import default_dtype as default_dtype
+from lavie_jax.cascade.dtypes import without_copies as without_copies
 from lavie_jax.cascade.known import check_known, fitting_notes
 from lavie_jax.cascade.known import given_frames as given_frames
 from lavie_jax.cascade.model import StageModel
