@@ -163,19 +163,27 @@ def table(stage: str, rows: Mapping[str, Mapping]) -> str:
 
 
 def plot(done: Mapping[str, Mapping], path: Path) -> None:
-    """Draws the first measure of each stage, of base the mean of the attributes, over work. Needs matplotlib."""
+    """Draws the first measure of each stage, of base the mean of the attributes, by row. Needs matplotlib.
+
+    Rows are sorted by their work, which is beside their names; presets have another colour.
+    """
     from matplotlib.figure import Figure  # extra `plots`
 
-    figure = Figure(figsize=(4.5 * len(done), 3.6), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(done), 0.28 * max(map(len, done.values())) + 1), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(done)))
     for ax, (stage, rows) in zip(axes, done.items()):
-        base = rows[OFFICIAL]["flops"]
-        for name, row in rows.items():
-            cells = list(row["measures"].values())[: len(ATTRIBUTES) if stage == "base" else 1]
-            x, y = row["flops"] / base, np.mean([cell["value"] for cell in cells])
-            ax.plot(x, y, "o", color="C1" if name in PRESETS else "C0", markersize=5)
-            ax.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        ax.set(title=stage, xlabel="work, of official", ylabel="attributes, %" if stage == "base" else "PSNR, dB")
+        ordered = sorted(rows, key=lambda name: rows[name]["flops"], reverse=True)
+        for y, name in enumerate(ordered):
+            cells = list(rows[name]["measures"].values())[: len(ATTRIBUTES) if stage == "base" else 1]
+            mean, error = (np.array([cell[key] for cell in cells]) for key in ("value", "error"))
+            bar = np.linalg.norm(error) / len(cells)
+            ax.errorbar(mean.mean(), y, xerr=bar, fmt="o", color="C1" if name in PRESETS else "C0", markersize=5)
+        works = [rows[name]["flops"] / rows[OFFICIAL]["flops"] for name in ordered]
+        labels = [f"{name}   {work:.2f}" for name, work in zip(ordered, works)]
+        ax.set_yticks(range(len(ordered)), labels, fontsize=7)
+        ax.invert_yaxis()
+        ax.grid(axis="x", linewidth=0.4)
+        ax.set(title=f"{stage}; work", xlabel="attributes, %" if stage == "base" else "PSNR, dB")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
