@@ -49,7 +49,8 @@ def is_full_size(weights: StageWeights) -> bool:
 
 
 def without_copies(devices: Sequence[jax.Device], weights: Iterable[StageWeights]) -> Sequence[jax.Device]:
-    """Returns the devices to use where a CPU may have been split into several (`parallel.split_cpu`): one of them for
-    models of full size, whose operations keep all cores busy. Each device would need a copy of the weights.
+    """Returns the devices to use where a CPU may have been split into several (`parallel.split_cpu`).
+
+    Models of full size get one: their operations keep all cores busy, and each device would have a copy of the weights.
     """
     return devices[:1] if devices[0].platform == "cpu" and any(map(is_full_size, weights)) else devices
