@@ -87,7 +87,8 @@ def test_the_same_prediction_on_any_number_of_devices(stage, frames, devices):
     assert 0.99 * flops < shared_flops < 1.1 * flops  # the same work, and the text's of each frame where uneven
     if (stage, devices) in (("base", 8), ("interpolation", 8)):
         each, whole = hlo.flops(shared.as_text()), hlo.flops(alone.as_text())
-        assert 0.8 < whole / flops < 1.2 and each < (0.15 if frames % 4 == 0 else 0.25) * whole
+        # counted without the zeros around the frames, which are small here
+        assert 0.7 < whole / flops < 1.2 and each < (0.15 if frames % 4 == 0 else 0.25) * whole
         exchanged = hlo.collectives(shared.as_text())
         layers = 1  # with temporal attention
         assert exchanged["all-to-all"]["count"] >= 2 * layers

@@ -142,7 +142,7 @@ def _xla(q, k, v, bias, mask, causal):
     plain, longest = bias is None and mask is None and not causal, min(q.shape[2], k.shape[2])
     if plain and longest >= CPU_LOOP and platform() == "cpu":
         # One head at a time fits in a CPU's cache: three times as fast at 640 tokens. With 4096 tokens, a part of the
-        # queries at a time is 1.4 to 1.6 times as fast, and gives the same bits.
+        # queries at a time is twice as fast, and gives the same bits (benchmarks/cpu_forms.py).
         parts = math.ceil(4 * q.shape[2] * k.shape[2] / CPU_SCORES)
         queries = jnp.pad(q, ((0, 0), (0, 0), (0, -q.shape[2] % parts), (0, 0)))
         queries = rearrange(queries, "b n (parts s) k -> (b n) parts s k", parts=parts)
