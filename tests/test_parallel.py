@@ -25,7 +25,7 @@ SPLIT = (
 @pytest.mark.parametrize(
     ("variables", "cores", "expected"),
     [
-        ({}, 2, "True 2 False"),
+        ({}, 2, "True 2 True"),
         ({}, 1, "False 1 False"),
         ({"JAX_NUM_CPU_DEVICES": "3"}, 2, "False 3 False"),
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 2, "False 4 False"),
