@@ -29,7 +29,6 @@ from jaxtyping import UInt8
 import lavie_jax
 from lavie_jax import parallel
 from lavie_jax.cascade.dtypes import compute_dtype as compute_dtype
-from lavie_jax.cascade.dtypes import default_dtype as default_dtype
 from lavie_jax.cascade.dtypes import without_copies as without_copies
 from lavie_jax.cascade.known import check_known, fitting_notes
 from lavie_jax.cascade.known import given_frames as given_frames
@@ -82,7 +81,7 @@ def load(
             (`BY_NAME`). Default, without paths in `folders`: the small cascade that is shipped with the package.
         stages: the stages to load. Default: all in the folder.
         folders: {stage: folder} for stages whose weights are elsewhere.
-        dtype: of parameters and computation: "float32", "bfloat16" or "auto", see `default_dtype`.
+        dtype: of parameters and computation: "float32", "bfloat16" or "auto", see `dtypes.default_dtype`.
         devices: the devices that share samples and windows. Default: all of this process.
         fsdp: the number of devices that each weight is split over, for models too large for one device.
         loras: LoRA files of Stable Diffusion 1.x, each a path or (path, scale). They are merged, in this order, into

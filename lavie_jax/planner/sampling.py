@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavie_jax import parallel
-from lavie_jax.cascade import default_dtype
 from lavie_jax.cascade.denoising import adapted, predict_rows, sequential_guidance
+from lavie_jax.cascade.dtypes import default_dtype
 from lavie_jax.cascade.layout import layout, shares_windows
 from lavie_jax.cascade.model import decode_rows, encode_rows, networks, pieces
 from lavie_jax.diffusion import make_sampler
